@@ -1,0 +1,1 @@
+"""What touches a live Trainer: token clock, learning-rate phase, merged evaluation, logging."""
