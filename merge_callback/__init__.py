@@ -1,0 +1,37 @@
+"""Merge checkpoints while the model trains."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from merge_callback.callback import CheckpointMergeCallback
+    from merge_callback.diversity import RMSDiversity
+    from merge_callback.merging import METHODS, merge_state_dicts, register_method
+    from merge_callback.publish import load_merge
+
+__all__ = [
+    "METHODS",
+    "CheckpointMergeCallback",
+    "RMSDiversity",
+    "load_merge",
+    "merge_state_dicts",
+    "register_method",
+]
+
+_HOMES = {
+    "CheckpointMergeCallback": "callback",
+    "METHODS": "merging",
+    "RMSDiversity": "diversity",
+    "load_merge": "publish",
+    "merge_state_dicts": "merging",
+    "register_method": "merging",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: Lightning costs a second and 100 MB that merging files does not need.
+    if name in _HOMES:
+        return getattr(import_module(f"merge_callback.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

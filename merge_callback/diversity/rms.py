@@ -1,0 +1,113 @@
+"""RMS diversity: how far apart snapshots of one run lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from merge_callback.reduce import one_pass
+
+
+def squared_distances(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> dict[str, float]:
+    """Σ (θ₁ − θ₂)² of every floating-point tensor, summed in fp32 blocks and fp64.
+
+    Args:
+        theta_1: tensors by name, any shapes and float dtypes.
+        theta_2: the same names and shapes; each tensor on the device and of the dtype of its twin.
+
+    Raises:
+        ValueError: where names or a shape differ.
+    """
+    if theta_1.keys() != theta_2.keys():
+        raise ValueError(f"the names differ: {sorted(theta_1.keys() ^ theta_2.keys())[:5]}")
+    return {
+        name: _squared_distance(name, t, theta_2[name])
+        for name, t in theta_1.items()
+        if t.is_floating_point()
+    }
+
+
+def rms_per_tensor(squares: Tensor, numel: Tensor) -> Tensor:
+    """RMS(t₁, t₂) = √(Σ (t₁ − t₂)² / n) of each tensor ("Practical Guidelines", App. C.2, eq. 4).
+
+    Args:
+        squares: fp64, one sum of squared differences a tensor.
+        numel: int64, the number of elements of each.
+    """
+    return (squares / numel.clamp(min=1)).sqrt()
+
+
+def rms_diversity(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> float:
+    """The model's RMS diversity: the mean of ``rms_per_tensor`` over its tensors (eq. 5)."""
+    metric = RMSDiversity({name: t.numel() for name, t in theta_1.items() if t.is_floating_point()})
+    metric.update(squared_distances(theta_1, theta_2))
+    return float(metric.compute())
+
+
+class RMSDiversity(Metric):
+    """RMS diversity of a pair of snapshots, by tensor and for the model.
+
+    Each ``update`` takes a new pair (or a shard of one: sums add up over updates and ranks until
+    ``reset``). ``first`` keeps the first value ever computed, across resets, for ``change``.
+
+    Args:
+        numel: number of elements of each tensor that counts, by name.
+        **kwargs: see ``torchmetrics.Metric``.
+
+    Example::
+
+        >>> import torch
+        >>> a, b = {"w": torch.zeros(4)}, {"w": torch.full((4,), 0.5)}
+        >>> metric = RMSDiversity({"w": 4})
+        >>> metric.update(squared_distances(a, b))
+        >>> round(float(metric.compute()), 6)
+        0.5
+    """
+
+    higher_is_better = None
+    is_differentiable = False
+    full_state_update = False
+    squares: Tensor
+    numel: Tensor
+
+    def __init__(self, numel: Mapping[str, int], **kwargs: object) -> None:
+        super().__init__(**kwargs)
+        self.names: Sequence[str] = tuple(numel)
+        self.first: float | None = None
+        self._counts = torch.tensor(list(numel.values()), dtype=torch.int64)
+        self.add_state("squares", torch.zeros(len(numel), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("numel", torch.zeros(len(numel), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, squares: Mapping[str, float]) -> None:
+        """Adds the pair's sums of squared differences (what ``squared_distances`` returns)."""
+        values = torch.tensor([squares[name] for name in self.names], dtype=torch.float64)
+        self.squares += values.to(self.squares.device)
+        self.numel += self._counts.to(self.numel.device)
+
+    def compute(self) -> Tensor:
+        """The model's value: an fp64 scalar, the mean over tensors."""
+        value = rms_per_tensor(self.squares, self.numel).mean()
+        if self.first is None:
+            self.first = float(value)
+        return value
+
+    def per_tensor(self) -> dict[str, float]:
+        """The RMS distance of each tensor of the last pair."""
+        return dict(zip(self.names, rms_per_tensor(self.squares, self.numel).tolist(), strict=True))
+
+    def change(self) -> float:
+        """Percentage change of the model's value from the first one, e.g. −80.0 late in a decay."""
+        value = float(self.compute())
+        return 100 * (value / self.first - 1) if self.first else 0.0
+
+
+def _squared_distance(name: str, a: Tensor, b: Tensor) -> float:
+    if a.shape != b.shape:
+        raise ValueError(f"tensor {name!r}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
+    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
+    squares = one_pass([], pair=(a, b), bounds=[a.numel()])
+    assert squares is not None
+    return float(squares[0])

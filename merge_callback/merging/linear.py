@@ -1,0 +1,144 @@
+"""The linear family: methods that are one set of weights."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+from merge_callback.merging.method import LinearMethod, normalised, register_method
+
+DECAY_CURVES: dict[str, Callable[[float], float]] = {
+    "1-sqrt": lambda x: 1 - math.sqrt(x),
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+}
+"""Learning-rate decay curves s(x) with s(0) = 1 and s(1) = 0."""
+
+
+@register_method("sma", reference="arXiv 2505.12082, eq. 3")
+@dataclass(frozen=True)
+class Sma(LinearMethod):
+    """Simple moving average: every snapshot weighs the same. The default in the stable phase."""
+
+    def raw_weights(self, positions: Sequence[float]) -> list[float]:
+        """1 for each."""
+        return [1.0] * len(positions)
+
+
+@register_method("wma", reference="arXiv 2505.12082, eq. 5")
+@dataclass(frozen=True)
+class Wma(LinearMethod):
+    """Weighted moving average: the i-th oldest snapshot weighs i. Best early in training."""
+
+    def raw_weights(self, positions: Sequence[float]) -> list[float]:
+        """1, 2, …, N."""
+        return [float(i) for i in range(1, len(positions) + 1)]
+
+
+@register_method("ema", reference="arXiv 2505.12082, eq. 4 and section 4.2")
+@dataclass(frozen=True)
+class Ema(LinearMethod):
+    """Exponential moving average.
+
+    Args:
+        alpha: weight of the newest snapshot against all older ones, in (0, 1].
+        init: the sources disagree on the oldest snapshot. ``"normalized"``: it weighs α(1−α)^(N−1) like
+            any other and the sum is divided out; ``"recursive"``: M_1 = θ_1, so that it weighs (1−α)^(N−1).
+
+    Raises:
+        ValueError: for an ``alpha`` outside (0, 1] or an unknown ``init``.
+    """
+
+    alpha: float = 0.2
+    init: Literal["normalized", "recursive"] = "normalized"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"ema: alpha={self.alpha} must lie in (0, 1]; the papers use 0.2")
+        if self.init not in ("normalized", "recursive"):
+            raise ValueError(f"ema: init={self.init!r} must be 'normalized' or 'recursive'")
+
+    def raw_weights(self, positions: Sequence[float]) -> list[float]:
+        """α(1−α)^(N−i), the oldest as ``init`` says."""
+        n = len(positions)
+        weights = [self.alpha * (1 - self.alpha) ** (n - i) for i in range(1, n + 1)]
+        if self.init == "recursive":
+            weights[0] = (1 - self.alpha) ** (n - 1)
+        return weights
+
+
+@register_method("wsm", reference="arXiv 2507.17634")
+@dataclass(frozen=True)
+class Wsm(LinearMethod):
+    """Weights that emulate a learning-rate decay over the window.
+
+    The update between two snapshots is scaled by the decay curve at its beginning, which gives snapshot j
+    the weight ``s(x_{j−1}) − s(x_j)``, x being the fraction of the window's tokens that have passed. The
+    window starts one mean interval before the first snapshot; spacing may be uneven.
+
+    Args:
+        decay: ``"1-sqrt"``, ``"linear"``, ``"cosine"``, or a function s with s(0) = 1 and s(1) = 0.
+
+    Raises:
+        ValueError: for an unknown curve, or one with other end points.
+    """
+
+    decay: str | Callable[[float], float] = "1-sqrt"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.decay, str) and self.decay not in DECAY_CURVES:
+            raise ValueError(
+                f"wsm: decay={self.decay!r} must be one of {', '.join(DECAY_CURVES)} or a function"
+            )
+        ends = self._curve(0.0), self._curve(1.0)
+        if not (math.isclose(ends[0], 1, abs_tol=1e-6) and math.isclose(ends[1], 0, abs_tol=1e-6)):
+            raise ValueError(
+                f"wsm: the decay curve must run from s(0)=1 to s(1)=0, got {ends[0]} and {ends[1]}"
+            )
+
+    @property
+    def _curve(self) -> Callable[[float], float]:
+        return DECAY_CURVES[self.decay] if isinstance(self.decay, str) else self.decay
+
+    def raw_weights(self, positions: Sequence[float]) -> list[float]:
+        """``s(x_{j−1}) − s(x_j)`` at the snapshots' positions, which must ascend."""
+        if any(later <= earlier for earlier, later in pairwise(positions)):
+            raise ValueError(f"wsm: the positions of the snapshots must ascend, got {list(positions)}")
+        span = positions[-1] - positions[0]
+        gap = span / (len(positions) - 1) if span else 1.0
+        curve = [self._curve((p - positions[0] + gap) / (span + gap)) for p in positions]
+        return [before - after for before, after in pairwise([1.0, *curve])]
+
+
+@register_method("weighted", reference="weights given by the user")
+@dataclass(frozen=True)
+class Weighted(LinearMethod):
+    """Weights given outright, oldest snapshot first, divided by their sum.
+
+    In a callback the window fills up first: with fewer snapshots than weights the last weights serve.
+
+    Raises:
+        ValueError: for weights that are empty, not finite or sum to about 0.
+    """
+
+    weights: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
+        if not self.weights:
+            raise ValueError("weighted: weights=[] must name one weight a snapshot, oldest first")
+        normalised(self.weights)
+        if not math.isclose(math.fsum(self.weights), 1, rel_tol=1e-6):
+            warnings.warn(f"weights {list(self.weights)} do not sum to 1; they are normalised", stacklevel=3)
+
+    def raw_weights(self, positions: Sequence[float]) -> list[float]:
+        """The last ``len(positions)`` of the given weights."""
+        if len(positions) > len(self.weights):
+            raise ValueError(
+                f"weighted: {len(self.weights)} weights for {len(positions)} snapshots; give one each"
+            )
+        return list(self.weights[-len(positions) :])

@@ -1,0 +1,210 @@
+"""The callback's options, checked once: every message names the option, the value and the mend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from merge_callback.merging import MergeMethod, resolve_method
+from merge_callback.snapshots.storage import Storage
+from merge_callback.training.token_clock import TokenCounter
+
+DEFAULT_TOKENS = 4_000_000_000
+"""Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
+
+MERGED_PHASES = ("stable", "decay")
+
+MethodOption = str | MergeMethod | Mapping[str, str | MergeMethod]
+
+SNAPSHOT_DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the callback was given, resolved."""
+
+    window: int
+    every: int
+    unit: Literal["tokens", "steps"]
+    count_tokens: TokenCounter | None
+    methods: dict[str, MergeMethod]
+    storage: Storage
+    durable: bool
+    snapshot_dtype: torch.dtype | None
+    dirpath: Path | None
+    emit_every: int
+    keep_last: int | None
+    strip_prefix: str | None
+    max_shard_bytes: int
+    evaluate: bool
+    diversity_lag: int
+    exclude: tuple[str, ...]
+
+    @classmethod
+    def resolve(cls, **given: Any) -> Options:
+        """Checks the callback's arguments, by their names there, and resolves defaults and spellings.
+
+        Raises:
+            ValueError: see the functions below.
+        """
+        every, unit = resolve_interval(given["every_n_tokens"], given["every_n_steps"])
+        keep_last, emit_every = given["keep_last"], given["emit_every"]
+        return cls(
+            window=positive("window", given["window"]),
+            every=every,
+            unit=unit,
+            count_tokens=given["count_tokens"],
+            methods=resolve_methods(given["method"]),
+            storage=resolve_storage(given["storage"], given["durable"]),
+            durable=given["durable"],
+            snapshot_dtype=resolve_dtype(given["snapshot_dtype"]),
+            dirpath=resolve_dirpath(given["dirpath"]),
+            emit_every=0 if emit_every == 0 else positive("emit_every", emit_every),
+            keep_last=None if keep_last is None else positive("keep_last", keep_last),
+            strip_prefix=given["strip_prefix"],
+            max_shard_bytes=resolve_size(given["max_shard_size"]),
+            evaluate=given["evaluate"],
+            diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            exclude=patterns("exclude", given["exclude"]),
+        )
+
+
+def resolve_interval(
+    every_n_tokens: int | None, every_n_steps: int | None
+) -> tuple[int, Literal["tokens", "steps"]]:
+    """The interval and its unit; 4B tokens where none is given.
+
+    Raises:
+        ValueError: where both are given, or one is not a positive number.
+    """
+    if every_n_tokens is not None and every_n_steps is not None:
+        raise ValueError(
+            f"every_n_tokens={every_n_tokens} and every_n_steps={every_n_steps} were both given; give one"
+        )
+    if every_n_steps is not None:
+        return positive("every_n_steps", every_n_steps), "steps"
+    return positive("every_n_tokens", DEFAULT_TOKENS if every_n_tokens is None else every_n_tokens), "tokens"
+
+
+def resolve_methods(method: MethodOption) -> dict[str, MergeMethod]:
+    """The method of each phase.
+
+    ``"auto"`` is ``sma`` in both phases; a mapping may leave a phase to ``auto``.
+
+    Raises:
+        ValueError: for an unknown phase, method or option.
+    """
+    if not isinstance(method, Mapping):
+        method = dict.fromkeys(MERGED_PHASES, method)
+    if unknown := set(method) - set(MERGED_PHASES):
+        raise ValueError(
+            f"method={dict(method)!r} names the phases {sorted(unknown)}; "
+            f"the phases that are merged are {', '.join(MERGED_PHASES)}"
+        )
+    chosen = {phase: method.get(phase, "auto") for phase in MERGED_PHASES}
+    return {phase: resolve_method("sma" if m == "auto" else m) for phase, m in chosen.items()}
+
+
+def resolve_storage(storage: str, durable: bool) -> Storage:
+    """``"auto"`` is ``"disk"`` (the page cache keeps it in memory), or ``"cpu"`` if not durable.
+
+    Raises:
+        ValueError: for an unknown storage, or ``"disk"`` with ``durable=False``.
+    """
+    if storage == "auto":
+        return "disk" if durable else "cpu"
+    if storage not in ("disk", "cpu", "device"):
+        raise ValueError(f"storage={storage!r} must be 'auto', 'disk', 'cpu' or 'device'")
+    if storage == "disk" and not durable:
+        raise ValueError(
+            "storage='disk' keeps the window in files, durable=False forbids them; drop one of the two"
+        )
+    return storage  # type: ignore[return-value]
+
+
+def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by its short name (``"bf16"``) or itself.
+
+    Raises:
+        ValueError: for any other name or dtype.
+    """
+    found = dtype
+    if isinstance(dtype, str):
+        found = SNAPSHOT_DTYPES.get(dtype, getattr(torch, dtype.removeprefix("torch."), None))
+    if found is not None and found in SNAPSHOT_DTYPES.values():
+        return found  # type: ignore[return-value]
+    if dtype is None:
+        return None
+    raise ValueError(f"snapshot_dtype={dtype!r} must be one of {', '.join(SNAPSHOT_DTYPES)}, or None")
+
+
+def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
+    """The folder as a path.
+
+    Raises:
+        ValueError: where it is a file, or its nearest existing parent can't be written.
+    """
+    if dirpath is None:
+        return None
+    path = Path(dirpath).expanduser()
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise ValueError(f"dirpath={str(dirpath)!r}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"dirpath={str(dirpath)!r}: {existing} can't be written; name another folder")
+    return path
+
+
+def resolve_size(max_shard_size: int | str) -> int:
+    """``"5GB"`` (or a number of bytes) in bytes.
+
+    Raises:
+        ValueError: for any other text, or a size that is not positive.
+    """
+    if isinstance(max_shard_size, str):
+        text = max_shard_size.upper().replace(" ", "")
+        unit = next((u for u in ("TB", "GB", "MB", "KB", "B") if text.endswith(u)), "")
+        try:
+            max_shard_size = int(float(text.removesuffix(unit)) * _UNITS[unit or "B"])
+        except ValueError:
+            raise ValueError(
+                f"max_shard_size={max_shard_size!r} must be a size like '5GB', or bytes"
+            ) from None
+    return positive("max_shard_size", max_shard_size)
+
+
+def positive(option: str, value: float) -> int:
+    """``value`` if it is a positive whole number.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # 4e9 in YAML is a float
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{option}={value!r} must be a positive whole number")
+    return value
+
+
+def patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
+    """Name patterns as a tuple; one string is one pattern.
+
+    Raises:
+        ValueError: for anything that is not a string in it.
+    """
+    found = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) for pattern in found):
+        raise ValueError(f"{option}={value!r} must be a list of name patterns, e.g. ['*.router.bias']")
+    return found

@@ -1,0 +1,184 @@
+"""Publishing a merge: a folder that is either complete or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge_callback.snapshots.safetensors_file import (
+    read_header,
+    sync,
+    tensors_header,
+    write_file,
+    write_json,
+)
+
+log = logging.getLogger(__name__)
+
+PROVENANCE = "merge.json"
+LATEST = "latest"
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Publisher:
+    """Publishes merges as folders, keeps the last few, and points ``latest`` at the newest.
+
+    Args:
+        folder: where the emissions appear.
+        keep_last: how many of this run's emissions stay; ``None`` keeps all.
+        max_shard_bytes: a larger model is split into several files with an index (Hugging Face's scheme).
+    """
+
+    def __init__(self, folder: Path, keep_last: int | None, max_shard_bytes: int) -> None:
+        self.folder, self.keep_last, self.max_shard_bytes = folder, keep_last, max_shard_bytes
+        self.published: list[str] = []
+
+    def publish(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        record: Mapping[str, Any],
+        tied: Mapping[str, str] | None = None,
+        add_files: Callable[[Path], None] | None = None,
+    ) -> Path:
+        """Writes the merge under a temporary name, makes it durable, then renames it into place.
+
+        Args:
+            name: of the folder. Where another merge has it already, ``-v1``, ``-v2``, … is added; where the
+                very same merge has it, that one stays.
+            tensors: CPU tensors by published name.
+            record: what ``merge.json`` says, besides the files and their checksums.
+            tied: further names of shared tensors, stored once.
+            add_files: writes further files (a model's config) into the folder it is given.
+
+        Returns:
+            The published folder.
+
+        Raises:
+            OSError: where it can't be written. Nothing is left behind.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.folder / f".{name}.{os.getpid()}.tmp"
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        try:
+            if add_files is not None:
+                add_files(draft)
+            files = self._write_weights(draft, tensors, tied or {})
+            write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
+            target = self._place(draft, name, files)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+        self._point_latest(target.name)
+        self.published = [*(p for p in self.published if p != target.name), target.name]
+        self._retain()
+        return target
+
+    def _write_weights(
+        self, draft: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
+    ) -> dict[str, str]:
+        """Writes all shards, and the index where there are several; returns the checksum of each file."""
+        shards = _split(tensors, self.max_shard_bytes)
+        names = [_WEIGHTS]
+        if len(shards) > 1:
+            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+            weight_map = {t: file for file, shard in zip(names, shards, strict=True) for t in shard}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            write_json(draft / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        return {
+            file: write_file(
+                draft / file,
+                tensors_header(shard),
+                shard.values(),
+                # The scheme of safetensors.torch.save_model: load_model finds the shared names here.
+                {"format": "pt", **{alias: kept for alias, kept in tied.items() if kept in shard}},
+            )
+            for file, shard in zip(names, shards, strict=True)
+        }
+
+    def _place(self, draft: Path, name: str, files: Mapping[str, str]) -> Path:
+        for path in draft.iterdir():  # the files that add_files wrote are not durable yet
+            sync(path)
+        sync(draft)
+        target, version = self.folder / name, 0
+        while target.exists():
+            if _published_files(target) == files:
+                return target
+            version += 1
+            target = self.folder / f"{name}-v{version}"
+        os.rename(draft, target)
+        sync(self.folder)
+        return target
+
+    def _point_latest(self, name: str) -> None:
+        pointer = self.folder / f".{LATEST}.{os.getpid()}.tmp"
+        pointer.unlink(missing_ok=True)
+        try:
+            pointer.symlink_to(name, target_is_directory=True)
+            os.replace(pointer, self.folder / LATEST)
+        except OSError as error:
+            log.warning("could not point %s at %s: %s", self.folder / LATEST, name, error)
+
+    def _retain(self) -> None:
+        if self.keep_last is None:
+            return
+        while len(self.published) > self.keep_last:
+            name = self.published.pop(0)
+            # Renamed first: a folder that is visible under its name is complete, also while it goes.
+            doomed = self.folder / f".{name}.{os.getpid()}.old"
+            with contextlib.suppress(OSError):
+                os.rename(self.folder / name, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load_merge(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
+
+    Args:
+        path: an emission's folder, e.g. ``…/merges/latest``.
+
+    Raises:
+        FileNotFoundError: where there is no published merge.
+    """
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    index = path / _INDEX
+    files = {_WEIGHTS}
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(files):
+        tensors |= load_file(path / file)
+    for file in sorted(files):
+        metadata = read_header(path / file)[0].get("__metadata__", {})
+        tensors |= {alias: tensors[kept] for alias, kept in metadata.items() if kept in tensors}
+    return tensors
+
+
+def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+    """Shards of at most ``max_bytes`` (or one tensor), wider dtypes first so that all stay aligned."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name in sorted(tensors, key=lambda n: -tensors[n].itemsize):
+        if shards[-1] and size + tensors[name].nbytes > max_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensors[name]
+        size += tensors[name].nbytes
+    return shards
+
+
+def _published_files(folder: Path) -> object:
+    try:
+        return json.loads((folder / PROVENANCE).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

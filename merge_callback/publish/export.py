@@ -1,0 +1,81 @@
+"""A merge under the names its users load it by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from merge_callback.publish.emission import Publisher
+from merge_callback.publish.hugging_face import find_pretrained, write_config
+from merge_callback.publish.provenance import emission_name, provenance
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.merge import Merge
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The prefix taken off published names, and what else a model's loader needs beside the weights."""
+
+    prefix: str = ""
+    add_files: Callable[[Path], None] | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, strip_prefix: str | None) -> Naming:
+        """The naming for ``module``: its Hugging Face model's own, where it wraps one, else as asked.
+
+        Raises:
+            ValueError: where ``strip_prefix`` begins no tensor's name.
+        """
+        if strip_prefix and not any(
+            name.startswith(strip_prefix) for name in ModelTensors.of(module).tensors
+        ):
+            raise ValueError(
+                f"strip_prefix={strip_prefix!r} begins no tensor's name of this model; "
+                f"its first is {next(iter(ModelTensors.of(module).tensors), None)!r}"
+            )
+        found = find_pretrained(module)
+        if found is None or strip_prefix not in (None, found[0]):
+            return cls(strip_prefix or "")
+        return cls(found[0], partial(write_config, found[1]))
+
+    def published(self, name: str) -> str:
+        """A tensor's name in the emission."""
+        return name.removeprefix(self.prefix)
+
+
+def publish_merge(
+    publisher: Publisher, merge: Merge, tied: Mapping[str, str], naming: Naming, **record: Any
+) -> Path:
+    """Publishes a merge with its provenance.
+
+    Args:
+        publisher: where to.
+        merge: what.
+        tied: further names of shared tensors, each with the name it is kept under.
+        naming: how its tensors are called outside.
+        **record: further entries of ``merge.json``; ``diversity`` among them.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    content = provenance(
+        merge.method,
+        merge.snapshots,
+        merge.weights,
+        record.pop("diversity", None),
+        copied=merge.copied,
+        stripped_prefix=naming.prefix,
+        **record,
+    )
+    return publisher.publish(
+        emission_name(merge.method, merge.snapshots[-1]),
+        {naming.published(name): tensor.cpu() for name, tensor in merge.arena.tensors().items()},
+        content,
+        {naming.published(alias): naming.published(kept) for alias, kept in tied.items()},
+        naming.add_files,
+    )

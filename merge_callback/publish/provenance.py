@@ -1,0 +1,64 @@
+"""What a published merge says about itself."""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from merge_callback.merging import MergeMethod
+from merge_callback.snapshots.storage import Snapshot
+
+
+def provenance(
+    method: MergeMethod,
+    snapshots: Sequence[Snapshot],
+    weights: Sequence[float],
+    diversity: Mapping[str, Any] | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The content of ``merge.json``, all of it primitives.
+
+    Args:
+        method: how the snapshots were merged.
+        snapshots: oldest first.
+        weights: the normalised weight of each.
+        diversity: the record of the RMS diversity at the newest snapshot, where one was measured.
+        **more: further entries (names copied, layout hash, run id, …).
+    """
+    newest = snapshots[-1]
+    return {
+        "format": 1,
+        "method": {"name": method.name, "options": method.options(), "reference": method.reference},
+        "step": newest.step,
+        "tokens": newest.tokens,
+        "phase": newest.phase,
+        "snapshots": [_weighted(s, w) for s, w in zip(snapshots, weights, strict=True)],
+        "diversity": diversity,
+        **more,
+        "versions": _versions(),
+    }
+
+
+def emission_name(method: MergeMethod, newest: Snapshot) -> str:
+    """``step=…-tokens=…-<method>`` (no tokens where they are not counted): sorts by step, says what it is."""
+    tokens = "" if newest.tokens is None else f"-tokens={newest.tokens}"
+    return f"step={newest.step:08d}{tokens}-{re.sub(r'[^A-Za-z0-9_.]', '_', method.name)}"
+
+
+def _weighted(snapshot: Snapshot, weight: float) -> dict[str, Any]:
+    record = snapshot.record()
+    del record["file"]
+    return {**record, "weight": weight}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("merge-callback", "torch", "lightning", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # e.g. run from a source tree, or lightning not there offline
+            continue
+    return found

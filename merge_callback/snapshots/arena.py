@@ -1,0 +1,79 @@
+"""One flat buffer that holds every tensor of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from merge_callback.snapshots.layout import Group, Layout
+
+
+class Arena:
+    """The tensors of a ``Layout`` in one flat ``uint8`` buffer.
+
+    Args:
+        layout: what lies where.
+        buffer: 1-D ``uint8`` of ``layout.nbytes`` bytes, on any device; its first byte must be aligned
+            to 8 bytes (what ``torch.empty`` and a memory map give).
+    """
+
+    def __init__(self, layout: Layout, buffer: Tensor) -> None:
+        if buffer.dtype != torch.uint8 or buffer.shape != (layout.nbytes,):
+            raise ValueError(f"expected {layout.nbytes} bytes for the arena, got {tuple(buffer.shape)}")
+        self.layout = layout
+        self.buffer = buffer
+
+    @classmethod
+    def empty(cls, layout: Layout, device: torch.device | str = "cpu") -> Arena:
+        """An uninitialised arena on ``device``."""
+        # The evaluation hooks run under inference mode, whose tensors could not be written to later.
+        with torch.inference_mode(False):
+            return cls(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
+
+    def flat(self, group: Group) -> Tensor:
+        """The group's elements, 1-D, in the stored dtype (a view)."""
+        return self.buffer[group.offset : group.offset + group.nbytes].view(group.stored)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, in its own shape (views)."""
+        views = {}
+        for group in self.layout.groups:
+            flat = self.flat(group)
+            for segment in group.segments:
+                views[segment.name] = flat[segment.start : segment.stop].view(segment.shape)
+        return views
+
+    @torch.no_grad()
+    def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrites the arena with ``tensors`` (all names of the layout), casting to the stored dtypes."""
+        for name, view in self.tensors().items():
+            view.copy_(tensors[name])
+
+    @torch.no_grad()
+    def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrites ``tensors`` in place with the arena, casting to their dtypes."""
+        for name, view in self.tensors().items():
+            tensors[name].copy_(view)
+
+    def non_finite(self) -> list[str]:
+        """Names of the floating-point tensors that hold NaN or Inf."""
+        return [
+            segment.name
+            for group in self.layout.groups
+            if group.dtype.is_floating_point and not _all_finite(self.flat(group))
+            for segment in group.segments
+            if not _all_finite(self.flat(group)[segment.start : segment.stop])
+        ]
+
+
+def _all_finite(flat: Tensor, block: int = 1 << 20) -> bool:
+    # In blocks, so that the mask stays in cache: isfinite of a whole arena would write a quarter of it.
+    # float8 has no isfinite kernel, hence the cast.
+    starts = range(0, flat.numel(), block)
+    return all(bool(torch.isfinite(_wide(flat[i : i + block])).all()) for i in starts)
+
+
+def _wide(piece: Tensor) -> Tensor:
+    return piece.float() if piece.dtype.itemsize == 1 else piece

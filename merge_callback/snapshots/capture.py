@@ -1,0 +1,74 @@
+"""Which tensors of a live module make up a snapshot, and under which names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Name parts that ``torch.compile``, activation checkpointing and FSDP put in: no part of the model."""
+
+
+@dataclass
+class ModelTensors:
+    """The tensors of a module that are saved: parameters and persistent buffers, each once.
+
+    ``tensors`` maps a clean name to the live tensor, ``tied`` maps every further name of a shared tensor
+    to the name it is kept under, ``frozen`` names the parameters that take no gradient now, ``transient``
+    holds the buffers that are not saved (caches and masks).
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
+    frozen: set[str] = field(default_factory=set)
+    transient: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ModelTensors:
+        """Collects the tensors of ``module``, in the order of its ``state_dict``.
+
+        Raises:
+            ValueError: where a tensor is still lazy or on the meta device, so that it holds no values.
+        """
+        found = cls()
+        names_by_id: dict[int, str] = {}
+        for name, tensor in _saved_tensors(module):
+            if tensor.is_meta or is_lazy(tensor):
+                raise ValueError(
+                    f"tensor {name!r} holds no values yet (lazy or meta); "
+                    "materialise the model before training starts"
+                )
+            first = names_by_id.setdefault(id(tensor), name)
+            if first != name:
+                found.tied[name] = first
+                continue
+            found.tensors[name] = tensor.detach()
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
+                found.frozen.add(name)
+        found.transient = [b for part in module.modules() for b in _transient_buffers(part)]
+        return found
+
+
+def clean_name(name: str) -> str:
+    """``name`` without the parts that wrappers put into it.
+
+    >>> clean_name("model._orig_mod.layer.weight")
+    'model.layer.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # Not state_dict(): that one copies nothing either, but runs hooks, which communicate under FSDP.
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        persistent = {k: b for k, b in part._buffers.items() if k not in part._non_persistent_buffers_set}
+        for key, tensor in (*part._parameters.items(), *persistent.items()):
+            if tensor is not None:
+                yield clean_name(f"{prefix}.{key}" if prefix else key), tensor
+
+
+def _transient_buffers(part: nn.Module) -> list[Tensor]:
+    return [b for k in part._non_persistent_buffers_set if (b := part._buffers.get(k)) is not None]

@@ -1,0 +1,186 @@
+"""Merging the window: which snapshots, by which method, and the one pass over their arenas."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from merge_callback.diversity import RMSDiversity
+from merge_callback.merging import LinearMethod, MergeMethod
+from merge_callback.reduce import one_pass
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.layout import Group
+from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.window import Window
+
+
+@dataclass
+class Merge:
+    """A merge of part of the window: its weights in the model's dtypes, and how they came about."""
+
+    arena: Arena
+    method: MergeMethod
+    snapshots: list[Snapshot]
+    weights: list[float]
+    copied: list[str]
+
+    @property
+    def step(self) -> int:
+        """The optimizer step of the newest snapshot in it."""
+        return self.snapshots[-1].step
+
+
+class WindowMerger:
+    """Merges a window and measures its diversity, both in one pass where both are wanted.
+
+    Args:
+        window: the snapshots.
+        methods: the method of each phase, by the phase's name.
+        diversity_lag: how many snapshots apart the pair lies whose distance is measured.
+        first_diversity: the first value of the run, after a resume.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        methods: Mapping[str, MergeMethod],
+        diversity_lag: int,
+        first_diversity: float | None = None,
+    ) -> None:
+        self.window, self.methods, self.lag = window, methods, diversity_lag
+        self.metric = RMSDiversity({})
+        self.metric.first = first_diversity
+        self.diversity: dict[str, Any] | None = None
+        self._merge: Merge | None = None
+        self._out: Arena | None = None
+
+    def measure(self, copied: Collection[str], merge: bool) -> None:
+        """Reads the window once after an append: the diversity of its newest pair and, if asked, the merge.
+
+        Args:
+            copied: names of tensors that are taken from the newest snapshot and count for no distance.
+            merge: whether the merge is wanted as well.
+        """
+        self._merge = self.diversity = None
+        pair = self.window.pair(self.lag)
+        merged = self._merged(copied, pair) if merge else None
+        if merged is None and pair is not None:
+            merged = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena), copied=copied)
+        if pair is not None and merged is not None:
+            self._record_diversity(merged, pair)
+
+    def current(self, copied: Collection[str]) -> Merge | None:
+        """The merge of the window as it is; ``None`` with fewer than two snapshots to merge."""
+        if self._merge is None:
+            self._merged(copied, None)
+        return self._merge
+
+    def _merged(
+        self, copied: Collection[str], pair: tuple[Snapshot, Snapshot] | None
+    ) -> dict[str, float] | None:
+        """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
+        snapshots = self.window.segment()
+        if len(snapshots) < 2:
+            return None
+        method = self.methods[snapshots[-1].phase]
+        assert isinstance(method, LinearMethod)
+        weights = method.normalised_weights(positions(snapshots))
+        if self._out is None:
+            self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
+        arenas = [snapshot.arena for snapshot in snapshots]
+        both = None if pair is None else (pair[0].arena, pair[1].arena)
+        squares = merge_arenas(weights, arenas, self._out, copied, both)
+        self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
+        return squares
+
+    def _record_diversity(self, squares: Mapping[str, float], pair: tuple[Snapshot, Snapshot]) -> None:
+        if set(squares) != set(self.metric.names):  # the first pair, or parameters were (un)frozen
+            first = self.metric.first
+            self.metric = RMSDiversity({name: n for name, n in self._numel().items() if name in squares})
+            self.metric.first = first
+        self.metric.reset()
+        self.metric.update(squares)
+        older, newer = pair
+        self.diversity = {
+            "rms": float(self.metric.compute()),
+            "change_percent": self.metric.change(),
+            "lag": self.lag,
+            "steps": [older.step, newer.step],
+            "tokens": [older.tokens, newer.tokens],
+        }
+
+    def _numel(self) -> dict[str, int]:
+        return {s.name: s.numel for group in self.window.store.layout.groups for s in group.segments}
+
+
+def positions(snapshots: Sequence[Snapshot]) -> list[float]:
+    """Where snapshots lie along the run: their tokens; their steps where tokens are not counted."""
+    tokens = [float(s.tokens) for s in snapshots if s.tokens is not None]
+    if len(tokens) == len(snapshots) and all(b > a for a, b in pairwise(tokens)):
+        return tokens
+    return [float(snapshot.step) for snapshot in snapshots]
+
+
+def merge_arenas(
+    weights: Sequence[float] | None,
+    arenas: Sequence[Arena],
+    out: Arena | None = None,
+    copied: Collection[str] = (),
+    pair: tuple[Arena, Arena] | None = None,
+) -> dict[str, float]:
+    """Merges arenas into ``out`` and measures one pair, reading each arena once.
+
+    Integer and boolean tensors, and those named in ``copied``, are taken from the newest arena.
+
+    Args:
+        weights: one normalised weight an arena; ``None``: measure only.
+        arenas: oldest first, of one layout.
+        out: of the same tensors, in any float dtypes (``layout.native`` gives the model's).
+        copied: names of tensors that are not averaged.
+        pair: two arenas whose squared distance is wanted, or ``None``.
+
+    Returns:
+        Σ (a − b)² of each floating-point tensor that is not in ``copied``; empty without ``pair``.
+    """
+    layout = (pair or arenas)[0].layout
+    outputs = {group.dtype: group for group in out.layout.groups} if out is not None else {}
+    squares: dict[str, float] = {}
+    for group in layout.groups:
+        target = out.flat(outputs[group.dtype]) if out is not None else None
+        if group.dtype.is_floating_point:
+            squares |= _reduce_group(group, arenas, weights, target, pair)
+        elif target is not None:
+            target.copy_(arenas[-1].flat(group))
+        if target is not None:
+            _copy_named(group, arenas[-1], target, copied)
+    return {name: value for name, value in squares.items() if name not in copied}
+
+
+def _reduce_group(
+    group: Group,
+    arenas: Sequence[Arena],
+    weights: Sequence[float] | None,
+    out: Tensor | None,
+    pair: tuple[Arena, Arena] | None,
+) -> dict[str, float]:
+    squares = one_pass(
+        [arena.flat(group) for arena in arenas],
+        weights if out is not None else None,
+        out,
+        None if pair is None else (pair[0].flat(group), pair[1].flat(group)),
+        [segment.stop for segment in group.segments],
+    )
+    if squares is None:
+        return {}
+    return dict(zip((s.name for s in group.segments), squares.tolist(), strict=True))
+
+
+def _copy_named(group: Group, newest: Arena, out: Tensor, names: Collection[str]) -> None:
+    flat = newest.flat(group)
+    for segment in group.segments:
+        if segment.name in names:
+            out[segment.start : segment.stop].copy_(flat[segment.start : segment.stop])

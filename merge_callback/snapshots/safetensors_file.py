@@ -1,0 +1,172 @@
+"""Safetensors files written durably, and read back as memory maps.
+
+The library's own writer needs every tensor at once, does not fsync and hashes nothing; the format itself
+is a length, a JSON header and the bytes, so it is written here: streaming, hashed on the way, fsynced.
+Reading checks what the library checks on opening (header, offsets, size) plus the checksum on request.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.layout import DTYPE_NAMES, Layout
+
+_PAGE = 4096
+_CHUNK = 1 << 24
+
+
+class CorruptFileError(ValueError):
+    """A file that is not what was written: truncated, altered, or of another layout."""
+
+
+def arena_header(layout: Layout) -> dict[str, dict[str, Any]]:
+    """The safetensors header entries of an arena's tensors: dtype, shape and byte range of each."""
+    header = {}
+    for group in layout.groups:
+        for s in group.segments:
+            begin = group.offset + s.start * group.stored.itemsize
+            end = begin + s.numel * group.stored.itemsize
+            header[s.name] = _entry(group.stored, s.shape, begin, end)
+    return header
+
+
+def tensors_header(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The header entries of tensors written one after the other, in the given order."""
+    header, begin = {}, 0
+    for name, tensor in tensors.items():
+        header[name] = _entry(tensor.dtype, tuple(tensor.shape), begin, begin + tensor.nbytes)
+        begin += tensor.nbytes
+    return header
+
+
+def write_file(
+    path: Path, header: Mapping[str, Any], chunks: Iterable[Tensor], metadata: Mapping[str, str]
+) -> str:
+    """Writes a safetensors file and makes it durable.
+
+    Args:
+        path: a file that does not exist yet, as a rule under a temporary name.
+        header: what ``arena_header`` or ``tensors_header`` gives.
+        chunks: CPU tensors whose bytes, one after the other, are the data region.
+        metadata: string to string, kept under ``__metadata__``.
+
+    Returns:
+        The SHA-256 of the whole file, in hex.
+
+    Raises:
+        OSError: when the disk is full, read-only or gone; the partial file is removed.
+    """
+    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":")).encode()
+    # Padded to a page, so that the mapped data region is aligned for every dtype.
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    digest = hashlib.sha256()
+    try:
+        with open(path, "xb") as file:
+            for piece in _pieces(text, chunks):
+                file.write(piece)
+                digest.update(piece)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return digest.hexdigest()
+
+
+def map_arena(path: Path, layout: Layout) -> Arena:
+    """A snapshot file as an arena: a private memory map, so that the page cache holds the data.
+
+    Raises:
+        CorruptFileError: where the header is unreadable, describes another layout, or the file has another size.
+        OSError: where the file is missing or unreadable.
+    """
+    header, data_start = read_header(path)
+    header.pop("__metadata__", None)
+    if different := difference(header, arena_header(layout)):
+        raise CorruptFileError(f"{path}: other tensors than this model's: {different}")
+    size = path.stat().st_size
+    if size != data_start + layout.nbytes:
+        raise CorruptFileError(f"{path}: {size} bytes, expected {data_start + layout.nbytes}")
+    with torch.inference_mode(False):
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    return Arena(layout, mapped[data_start:])
+
+
+def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """How one header's tensors differ from another's, in one line; empty where they don't."""
+    if found == expected:
+        return ""
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        return f"missing {missing[:3]} ({len(missing)} in all), unexpected {extra[:3]} ({len(extra)} in all)"
+    name = next(n for n in expected if found[n] != expected[n])
+    return f"{name!r} is {found[name]}, expected {expected[name]}"
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and the offset of its data region.
+
+    Raises:
+        CorruptFileError: where the length or the JSON is broken.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= path.stat().st_size - 8:
+            raise CorruptFileError(f"{path}: the header length {length} does not fit the file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise CorruptFileError(f"{path}: the header is not JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise CorruptFileError(f"{path}: the header is not a JSON object")
+    return header, 8 + length
+
+
+def file_checksum(path: Path) -> str:
+    """The SHA-256 of a file, in hex (what ``sha256sum`` prints)."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replaces a JSON file atomically and durably."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def _pieces(header: bytes, chunks: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for tensor in chunks:
+        flat = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        yield from (flat[i : i + _CHUNK] for i in range(0, len(flat), _CHUNK))

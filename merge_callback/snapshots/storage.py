@@ -1,0 +1,153 @@
+"""Where snapshots live: in device memory, in host memory, or in memory-mapped files; and their files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.safetensors_file import (
+    CorruptFileError,
+    arena_header,
+    file_checksum,
+    map_arena,
+    sync,
+    write_file,
+)
+
+Storage = Literal["disk", "cpu", "device"]
+
+
+class NonFiniteSnapshotError(ValueError):
+    """A snapshot that holds NaN or Inf; the message names the tensors."""
+
+
+@dataclass
+class Snapshot:
+    """The weights at one optimizer step.
+
+    ``since`` is the step at which the phase's segment began: snapshots with equal ``phase`` and ``since``
+    may be merged with each other. ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the file)
+    are empty for a snapshot that lives in memory only.
+    """
+
+    step: int
+    tokens: int | None
+    lr: float
+    lr_ratio: float
+    phase: str
+    since: int
+    file: str = ""
+    checksum: str = ""
+    arena: Arena = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the weights, as primitives."""
+        return {k: v for k, v in vars(self).items() if k != "arena"}
+
+
+class SnapshotStore:
+    """Captures snapshots into their storage and, where a folder is given, into durable files.
+
+    Args:
+        layout: of one snapshot.
+        storage: ``"disk"`` maps the files (the page cache holds what is in use), ``"cpu"`` and
+            ``"device"`` keep arenas in memory.
+        folder: for the snapshot files; ``None`` keeps snapshots in memory only.
+        device: of the live model, for ``"device"``.
+
+    Raises:
+        ValueError: for ``"disk"`` without a folder.
+    """
+
+    def __init__(
+        self, layout: Layout, storage: Storage, folder: Path | None, device: torch.device | str = "cpu"
+    ) -> None:
+        if storage == "disk" and folder is None:
+            raise ValueError("storage='disk' needs a folder; keep durable=True, or choose storage='cpu'")
+        self.layout, self.storage, self.folder = layout, storage, folder
+        self.device = torch.device(device if storage == "device" else "cpu")
+        self._free: list[Arena] = []
+
+    def put(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
+        """Copies ``tensors`` into ``snapshot``; with a folder, its file is durable on return.
+
+        Raises:
+            NonFiniteSnapshotError: where a tensor holds NaN or Inf. Nothing is kept.
+            OSError: where the file can't be written. In memory the snapshot stays usable.
+        """
+        arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+        arena.copy_from(tensors)
+        if bad := arena.non_finite():
+            self._free.append(arena)
+            raise NonFiniteSnapshotError(
+                f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
+            )
+        if self.storage != "disk":
+            snapshot.arena = arena
+            if self.folder is not None:
+                self._write(snapshot, arena, self.folder)
+            return
+        self._free.append(arena)  # the staging buffer of the next snapshot
+        assert self.folder is not None
+        self._write(snapshot, arena, self.folder)
+        snapshot.arena = map_arena(self.folder / snapshot.file, self.layout)
+
+    def load(self, snapshot: Snapshot, path: Path) -> None:
+        """Fills ``snapshot`` from its file at ``path``, which is verified first.
+
+        Raises:
+            CorruptFileError: where the file is not, byte for byte, what was written, or has another layout.
+            OSError: where it is missing or unreadable.
+        """
+        mapped = map_arena(path, self.layout)
+        if file_checksum(path) != snapshot.checksum:
+            raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
+        if self.storage != "disk":
+            arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+            arena.buffer.copy_(mapped.buffer)
+            mapped = arena
+        snapshot.arena = mapped
+
+    def release(self, snapshot: Snapshot) -> None:
+        """Gives an evicted snapshot's memory to the next one. Its file is the window's to remove."""
+        if self.storage != "disk":
+            self._free.append(snapshot.arena)
+
+    def _write(self, snapshot: Snapshot, arena: Arena, folder: Path) -> None:
+        # The name ends in the checksum: two timelines of one run can never take each other's file.
+        temporary = folder / f".step={snapshot.step:08d}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
+        metadata["layout"] = self.layout.hash
+        checksum = write_file(temporary, arena_header(self.layout), [arena.buffer.cpu()], metadata)
+        file = f"step={snapshot.step:08d}-{checksum[:12]}.safetensors"
+        os.replace(temporary, folder / file)
+        sync(folder)
+        snapshot.file, snapshot.checksum = file, checksum
+
+
+def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:
+    """Free room where snapshots of this storage would lie, in bytes."""
+    if storage == "device" and device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if storage == "disk" and folder is not None:
+        return shutil.disk_usage(folder).free
+    return _available_memory()
+
+
+def _available_memory() -> int:
+    # MemAvailable counts the page cache as free, which SC_AVPHYS_PAGES does not.
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

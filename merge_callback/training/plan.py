@@ -1,0 +1,139 @@
+"""What the callback is about to do, in a few lines, before the run spends anything on it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+
+from merge_callback.options import Options
+from merge_callback.snapshots.storage import free_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run's merging, for the user to read.
+
+    Args:
+        window: snapshots kept.
+        every: the interval, in ``unit``.
+        unit: ``"steps"`` or ``"tokens"``.
+        total_steps: optimizer steps the whole run will take; ``None`` where it has no end.
+        snapshot_bytes: size of one snapshot.
+        storage: where the snapshots lie.
+        folder: of the snapshot files, if any.
+        free: room there, in bytes.
+        methods: method by phase.
+    """
+
+    window: int
+    every: int
+    unit: str
+    total_steps: int | None
+    snapshot_bytes: int
+    storage: str
+    folder: Path | None
+    free: int
+    methods: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """The plan at the start of fit."""
+        place = f"{self.storage} ({self.folder})" if self.folder else f"{self.storage}, lost with the process"
+        one, every = in_bytes(self.snapshot_bytes), f"{self.every:,} {self.unit}"
+        return [
+            f"merge: a snapshot every {every}, the last {self.window} kept" + self._count(),
+            f"merge: {one} a snapshot, {in_bytes(self.window * self.snapshot_bytes)} in all, "
+            f"on {place}; {in_bytes(self.free)} free",
+            "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
+        ]
+
+    def measured(self, tokens_per_step: float) -> list[str]:
+        """One more line, once the tokens of a step are known."""
+        steps = self.every / tokens_per_step
+        return [
+            f"merge: {tokens_per_step:,.0f} tokens a step, so a snapshot about every {steps:,.0f} steps"
+            + self._in_this_run(steps)
+        ]
+
+    def warnings(self, tokens_per_step: float | None = None) -> list[str]:
+        """What the user loses where the run is too short for the window."""
+        count = self.count(tokens_per_step)
+        if count is None or count >= self.window:
+            return []
+        end = f"the run ends after {self.total_steps:,} steps, with {count} of {self.window} snapshots"
+        shorter = f"every_n_{self.unit}={max(1, self._for_full_window(tokens_per_step)):,} would fill it"
+        lost = "nothing will be merged" if count < 2 else "the window never fills"
+        return [f"merge: {lost}: {end}; {shorter} once"]
+
+    def count(self, tokens_per_step: float | None = None) -> int | None:
+        """Snapshots the whole run will give, where that can be said."""
+        if self.total_steps is None or (self.unit == "tokens" and tokens_per_step is None):
+            return None
+        per_step = tokens_per_step if self.unit == "tokens" and tokens_per_step else 1
+        return int(self.total_steps * per_step // self.every)
+
+    def _for_full_window(self, tokens_per_step: float | None) -> int:
+        per_step = tokens_per_step if self.unit == "tokens" and tokens_per_step else 1
+        return math.floor((self.total_steps or 0) * per_step / self.window)
+
+    def _count(self) -> str:
+        if self.unit == "tokens":
+            return "; how many steps that is will be measured over the first steps"
+        return self._in_this_run(self.every)
+
+    def _in_this_run(self, steps: float) -> str:
+        if self.total_steps is None:
+            return "; the run has no set end"
+        return f"; {int(self.total_steps / steps)} in this run of {self.total_steps:,} steps"
+
+
+def in_bytes(size: float) -> str:
+    """A size for people: 1.5 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 1000 or unit == "TB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps the whole run will take; ``None`` where it has no end."""
+    steps = trainer.estimated_stepping_batches
+    return None if steps == float("inf") or steps < 0 else int(steps)
+
+
+def check_room(options: Options, snapshot_bytes: int, folder: Path | None, device: torch.device) -> int:
+    """Makes sure that a full window fits where it is to lie, and says how much room is free there.
+
+    The window's files that are there already (of a resumed run) count as free.
+
+    Raises:
+        ValueError: says how much is needed and free, and what to choose instead.
+    """
+    own = sum(path.stat().st_size for path in folder.iterdir()) if folder else 0
+    free = free_bytes("disk", folder, device) + own if options.storage == "disk" else 0
+    if options.storage != "disk":
+        free = free_bytes(options.storage, folder, device)
+        _check_fits(options.storage, (options.window + 1) * snapshot_bytes, free)
+    if folder is not None:
+        # One more than the window: the newest is written before the oldest goes.
+        room = free_bytes("disk", folder, device) + own
+        _check_fits("disk", (options.window + 1) * snapshot_bytes, room)
+    return free
+
+
+def _check_fits(storage: str, needed: int, free: int) -> None:
+    if needed <= free:
+        return
+    other = {
+        "disk": "a dirpath on a larger disk, or durable=False with storage='cpu'",
+        "cpu": "storage='disk'",
+        "device": "storage='disk' or 'cpu'",
+    }[storage]
+    raise ValueError(
+        f"the window needs {in_bytes(needed)} of {storage} room and {in_bytes(free)} are free: "
+        f"choose {other}, a smaller window=, or snapshot_dtype='bf16'"
+    )

@@ -1,0 +1,322 @@
+"""One fit's merging: the parts, wired to a live trainer, and their state."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from merge_callback.merging import matches_any
+from merge_callback.options import Options
+from merge_callback.publish import Naming, Publisher, publish_merge
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.storage import NonFiniteSnapshotError, Snapshot, SnapshotStore
+from merge_callback.snapshots.window import Window
+from merge_callback.training.applied_lr import AppliedLR
+from merge_callback.training.evaluation import metric_modes, validate_with
+from merge_callback.training.lr_phase import LRPhaseDetector
+from merge_callback.training.plan import Plan, check_room, total_steps
+from merge_callback.training.reporting import advice, gains, log_metrics
+from merge_callback.training.token_clock import TokenClock, crossed
+
+log = logging.getLogger(__name__)
+
+_MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
+
+
+class MergeSession:
+    """The merging of one fit.
+
+    Args:
+        options: the callback's.
+        trainer: whose model is set up, moved and restored.
+        module: the live model.
+        resume: a former session's ``state_dict``; empty for a new run.
+
+    Raises:
+        ValueError: where an option does not fit this model, trainer or machine.
+    """
+
+    def __init__(
+        self, options: Options, trainer: Trainer, module: LightningModule, resume: Mapping[str, Any]
+    ) -> None:
+        self.options, self.trainer, self.module = options, trainer, module
+        self.dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
+        self.naming = Naming.of(module, options.strip_prefix)
+        self.clock, self.countable = TokenClock(options.count_tokens), True
+        self.applied, self.phases = AppliedLR(), LRPhaseDetector(total_steps(trainer))
+        self.publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
+        model = ModelTensors.of(module)
+        _check_patterns("exclude", options.exclude, model)
+        layout = Layout.of(model.tensors, options.snapshot_dtype)
+        folder = self.dirpath / "window" if options.durable else None
+        store = SnapshotStore(layout, options.storage, folder, module.device)
+        self.window = Window(options.window, store, resume.get("run_id") or uuid.uuid4().hex)
+        self.merger = WindowMerger(
+            self.window, options.methods, min(options.diversity_lag, options.window - 1)
+        )
+        self.step = trainer.global_step  # the last optimizer step seen
+        self.mark = self.progress  # how far the run had come then, in the interval's unit
+        self.taken, self.evaluated_step = 0, -1
+        self.merged_metrics: dict[str, float] = {}
+        self.advised: list[str] = []
+        self.lock = self._claim_folder()
+        try:
+            self._announce(layout)
+            if resume:
+                self._load_state_dict(resume)
+        except BaseException:
+            self.close()
+            raise
+        self._first = (self.step, self.clock.tokens)
+
+    @property
+    def progress(self) -> int:
+        """How far the run has come, in the interval's unit."""
+        return self.clock.tokens if self.options.unit == "tokens" else self.step
+
+    def check_countable(self, batch: Any) -> None:
+        """Finds out, on the first batch, whether tokens can be counted.
+
+        Raises:
+            ValueError: where they can't and the interval is in tokens.
+        """
+        try:
+            self.clock.count(batch)
+        except ValueError:
+            if self.options.unit == "tokens":
+                raise
+            self.countable = False
+
+    def note_learning_rates(self, optimizer: Optimizer) -> None:
+        """Notes the rates of the optimizer step that comes now."""
+        self.applied.note(optimizer)
+
+    def end_batch(self, batch: Any) -> bool:
+        """Counts a batch and, where an optimizer step was taken with it, the step.
+
+        Returns:
+            Whether a snapshot is due.
+        """
+        if self.countable:
+            self.clock.add(batch)
+        if self.trainer.global_step == self.step:
+            return False  # gradients are being accumulated
+        self.step = self.trainer.global_step
+        self.phases.observe(self.applied.rates, self.applied.sizes)
+        self._report_tokens_per_step()
+        due = crossed(self.mark, self.progress, self.options.every)
+        self.mark = self.progress
+        return due
+
+    def take_snapshot(self) -> None:
+        """Adds the live weights to the window, then measures, merges, publishes and logs.
+
+        What fails here is logged; the run goes on.
+        """
+        model = ModelTensors.of(self.module)
+        if not self._append(model):
+            return
+        self.taken += 1
+        emit = self.options.emit_every > 0 and self.taken % self.options.emit_every == 0
+        evaluate = self.options.evaluate and self.trainer.enable_validation
+        self.merger.measure(self._copied(model), merge=emit or evaluate)
+        if emit:
+            self.emit()
+        self._log_snapshot()
+
+    def emit(self) -> None:
+        """Publishes the merge of the window as it is, if there is something to merge."""
+        model = ModelTensors.of(self.module)
+        merge = self.merger.current(self._copied(model))
+        if merge is None:
+            return
+        try:
+            path = publish_merge(
+                self.publisher,
+                merge,
+                model.tied,
+                self.naming,
+                diversity=self.merger.diversity,
+                layout=self.window.store.layout.hash,
+                run_id=self.window.run_id,
+            )
+            log.info("merge: published %s", path)
+        except OSError as error:
+            rank_zero_warn(
+                f"merge: the merge of step {merge.step} could not be published ({error}); training goes on"
+            )
+
+    def evaluate(self) -> None:
+        """Validates the merge if it is new, and makes ``merged/…`` known to callbacks that monitor it."""
+        merge = self.merger.current(self._copied(ModelTensors.of(self.module)))
+        live = {
+            k: v for k, v in self.trainer.callback_metrics.items() if not k.startswith(("merge/", "merged/"))
+        }
+        if merge is None:
+            # A monitor must find its key from the first validation on: so far the merge is the model itself.
+            metrics = {f"merged/{name}": value for name, value in live.items()}
+            self.trainer.callback_metrics.update({**metrics, **_tensors(self.merged_metrics)})
+        elif merge.step == self.evaluated_step:
+            self.trainer.callback_metrics.update(_tensors(self.merged_metrics))
+        else:
+            self._evaluate(merge, live)
+
+    def finish(self) -> None:
+        """Publishes the last merge of the run, unless it is published already."""
+        if not self.window.segment():
+            rank_zero_warn(
+                f"merge: no snapshot after the warm-up in {self.step} steps, so no merge was published"
+            )
+        elif self.options.emit_every == 0 or self.taken % self.options.emit_every:
+            self.emit()
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives; the weights stay in the window's files."""
+        return {
+            "dirpath": str(self.dirpath.absolute()),
+            "run_id": self.window.run_id,
+            "tokens": self.clock.tokens,
+            "step": self.step,
+            "mark": self.mark,
+            "taken": self.taken,
+            "evaluated_step": self.evaluated_step,
+            "merged_metrics": self.merged_metrics,
+            "advised": list(self.advised),
+            "published": list(self.publisher.published),
+            "phases": self.phases.state_dict(),
+            "window": self.window.state_dict(),
+            "first_diversity": self.merger.metric.first,
+            "diversity": self.merger.diversity,
+        }
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.clock.tokens, self.step, self.mark = state["tokens"], state["step"], state["mark"]
+        self.taken, self.evaluated_step = state["taken"], state["evaluated_step"]
+        self.merged_metrics, self.advised = dict(state["merged_metrics"]), list(state["advised"])
+        self.publisher.published = list(state["published"])
+        self.phases.load_state_dict(state["phases"])
+        self.merger.metric.first, self.merger.diversity = state["first_diversity"], state["diversity"]
+        for problem in self.window.restore(state["window"], self.trainer.global_step):
+            rank_zero_warn(f"merge: left out of the restored window: {problem}")
+
+    def _claim_folder(self) -> IO[str] | None:
+        try:
+            return self.window.claim_folder()
+        except BlockingIOError:
+            reason, mend = "another run is using it", "give each run its own"
+        except OSError as error:
+            reason, mend = str(error), "name a folder that can be written"
+        raise ValueError(f"dirpath={str(self.dirpath)!r} can't be used: {reason}; {mend}")
+
+    def _append(self, model: ModelTensors) -> bool:
+        """Captures the live weights; says whether the window took them."""
+        snapshot = Snapshot(
+            step=self.step,
+            tokens=self.clock.tokens if self.countable else None,
+            lr=max(self.applied.rates, default=0.0),
+            lr_ratio=self.phases.lr_ratio,
+            phase=self.phases.phase.value,
+            since=self.phases.since,
+        )
+        try:
+            self.window.append(snapshot, model.tensors)
+        except NonFiniteSnapshotError as error:
+            rank_zero_warn(f"merge: no snapshot at step {self.step}: {error}")
+        except OSError as error:
+            rank_zero_warn(f"merge: the snapshot of step {self.step} could not be kept in a file ({error})")
+        except KeyError as error:
+            rank_zero_warn(f"merge: no snapshot at step {self.step}: tensor {error} is gone from the model")
+        return bool(self.window.snapshots) and self.window.snapshots[-1] is snapshot
+
+    def _copied(self, model: ModelTensors) -> set[str]:
+        """Names of the tensors that are taken from the newest snapshot instead of averaged."""
+        return model.frozen | {name for name in model.tensors if matches_any(name, self.options.exclude)}
+
+    def _log_snapshot(self) -> None:
+        diversity = self.merger.diversity
+        metrics: dict[str, float] = {
+            "merge/phase": self.phases.phase.code,
+            "merge/lr_ratio": self.phases.lr_ratio,
+            "merge/window": len(self.window),
+        }
+        if self.countable:
+            metrics["merge/tokens"] = self.clock.tokens
+        if diversity is not None:
+            metrics["merge/diversity_rms"] = diversity["rms"]
+            metrics["merge/diversity_change"] = diversity["change_percent"]
+        log_metrics(self.trainer, metrics)
+        change = diversity["change_percent"] if diversity else None
+        if line := advice(self.phases.phase, self.phases.since, change, self.advised):
+            rank_zero_info(line)
+
+    def _evaluate(self, merge: Merge, live: Mapping[str, torch.Tensor]) -> None:
+        try:
+            merged = validate_with(self.trainer, self.module, merge.arena)
+        except Exception:
+            log.exception("merge: validation with the merged weights failed; the live weights are back")
+            return
+        self.evaluated_step = merge.step
+        self.merged_metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
+        log_metrics(self.trainer, {**self.merged_metrics, **gains(live, merged, metric_modes(self.trainer))})
+
+    def _report_tokens_per_step(self) -> None:
+        steps = self.step - self._first[0]
+        if self.options.unit == "tokens" and steps == _MEASURED_OVER:
+            per_step = (self.clock.tokens - self._first[1]) / steps
+            _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
+
+    def _announce(self, layout: Layout) -> None:
+        options, folder = self.options, self.window.store.folder
+        free = check_room(options, layout.nbytes, folder, self.window.store.device)
+        self.plan = Plan(
+            window=options.window,
+            every=options.every,
+            unit=options.unit,
+            total_steps=total_steps(self.trainer),
+            snapshot_bytes=layout.nbytes,
+            storage=options.storage,
+            folder=folder,
+            free=free,
+            methods={phase: method.name for phase, method in options.methods.items()},
+        )
+        _tell(self.plan.lines(), self.plan.warnings())
+
+
+def _default_dirpath(trainer: Trainer) -> Path:
+    return Path(trainer.log_dir or trainer.default_root_dir) / "merges"
+
+
+def _check_patterns(option: str, patterns: tuple[str, ...], model: ModelTensors) -> None:
+    for pattern in patterns:
+        if not any(matches_any(name, [pattern]) for name in model.tensors):
+            raise ValueError(
+                f"{option}={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
+                f"names look like {next(iter(model.tensors), None)!r}"
+            )
+
+
+def _tensors(metrics: Mapping[str, float]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor(value) for name, value in metrics.items()}
+
+
+def _tell(lines: list[str], warnings: list[str]) -> None:
+    for line in lines:
+        rank_zero_info(line)
+    for line in warnings:
+        rank_zero_warn(line)

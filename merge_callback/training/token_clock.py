@@ -1,0 +1,69 @@
+"""How many tokens the run has seen, and when an interval of them has passed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+_TOKEN_KEYS = ("input_ids", "tokens", "inputs", "input", "ids", "x")
+
+TokenCounter = Callable[[Any], int]
+
+
+class TokenClock:
+    """Counts the tokens of every batch; reads shapes only, never waits for a device.
+
+    Args:
+        count: tokens of one batch; default: ``count_tokens``.
+    """
+
+    def __init__(self, count: TokenCounter | None = None) -> None:
+        self.count = count or count_tokens
+        self.tokens = 0
+
+    def add(self, batch: Any) -> None:
+        """Advances the clock by one batch (a micro-batch, under gradient accumulation)."""
+        self.tokens += int(self.count(batch))
+
+
+def count_tokens(batch: Any) -> int:
+    """Tokens in a batch: the elements of its token ids, padding included.
+
+    Token ids are an integer tensor of at least two dimensions (batch × sequence): the batch itself, its
+    ``input_ids`` (or ``tokens``, ``inputs``, ``input``, ``ids``, ``x``), or the first tensor it holds.
+
+    Raises:
+        ValueError: where that tensor is not one of token ids; the message names the ways out.
+    """
+    tensor = _token_ids(batch)
+    if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.ndim < 2:
+        found = "no tensor" if tensor is None else f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
+        raise ValueError(
+            f"cannot read the number of tokens off this batch ({type(batch).__name__}, which holds {found} "
+            "where token ids of shape (batch, sequence) were expected): pass count_tokens=, a function from "
+            "the batch to its number of tokens, or give the interval in steps with every_n_steps="
+        )
+    return tensor.numel()
+
+
+def crossed(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in ``(before, after]``."""
+    return after // every > before // every
+
+
+def _token_ids(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        named = (batch[key] for key in _TOKEN_KEYS if key in batch)
+        first = _first(named)
+        return _first(batch.values()) if first is None else first
+    if isinstance(batch, (list, tuple)):
+        return _first(batch)
+    return _first(vars(batch).values()) if hasattr(batch, "__dict__") else None
+
+
+def _first(values: Iterable[Any]) -> Tensor | None:
+    return next((ids for value in values if (ids := _token_ids(value)) is not None), None)
