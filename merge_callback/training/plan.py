@@ -64,9 +64,8 @@ class Plan:
         if count is None or count >= self.window:
             return []
         end = f"the run ends after {self.total_steps:,} steps, with {count} of {self.window} snapshots"
-        shorter = f"every_n_{self.unit}={max(1, self._for_full_window(tokens_per_step)):,} would fill it"
         lost = "nothing will be merged" if count < 2 else "the window never fills"
-        return [f"merge: {lost}: {end}; {shorter} once"]
+        return [f"merge: {lost}: {end}; {self._mend(tokens_per_step)}"]
 
     def count(self, tokens_per_step: float | None = None) -> int | None:
         """Snapshots the whole run will give, where that can be said."""
@@ -75,9 +74,12 @@ class Plan:
         per_step = tokens_per_step if self.unit == "tokens" and tokens_per_step else 1
         return int(self.total_steps * per_step // self.every)
 
-    def _for_full_window(self, tokens_per_step: float | None) -> int:
+    def _mend(self, tokens_per_step: float | None) -> str:
         per_step = tokens_per_step if self.unit == "tokens" and tokens_per_step else 1
-        return math.floor((self.total_steps or 0) * per_step / self.window)
+        filling = math.floor((self.total_steps or 0) * per_step / self.window)
+        if filling < per_step:
+            return "train longer, or choose a smaller window="
+        return f"every_n_{self.unit}={filling} would fill it once"
 
     def _count(self) -> str:
         if self.unit == "tokens":

@@ -99,6 +99,8 @@ def _add_squares(squares: Tensor, difference: Tensor, bounds: Sequence[int], sta
         edges.append(min(end, stop))
         if end >= stop:
             break
+    # Not torch.dot: twice as fast, but a plain fp32 sum (8e-6 off after 2^20 elements) whose last bits depend
+    # on the memory's alignment. sum() adds pairwise (5e-9 off).
+    difference.square_()
     for index, (left, right) in enumerate(pairwise(edges), start=first):
-        piece = difference[left - start : right - start]
-        squares[index] += torch.linalg.vector_norm(piece, dtype=torch.float64).square()
+        squares[index] += difference[left - start : right - start].sum()

@@ -1,0 +1,128 @@
+"""Layouts, arenas, and which tensors of a module a snapshot holds."""
+
+import pytest
+import torch
+from torch import nn
+
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors, clean_name
+from merge_callback.snapshots.layout import Layout
+
+
+def mixed_tensors():
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "flag": torch.tensor([True, False, True]),
+        "half": torch.randn(3, 3, generator=generator).bfloat16(),
+        "weight": torch.randn(5, 7, generator=generator),
+        "count": torch.tensor(7),
+        "precise": torch.randn(3, generator=generator, dtype=torch.float64),
+        "bias": torch.randn(3, generator=generator),
+        "empty": torch.empty(0, 4),
+    }
+
+
+def test_what_goes_into_an_arena_comes_out_bit_for_bit():
+    tensors = mixed_tensors()
+    arena = Arena.empty(Layout.of(tensors))
+    arena.copy_from(tensors)
+    restored = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    arena.copy_to(restored)
+    assert all(torch.equal(restored[name], t) for name, t in tensors.items())
+
+
+@pytest.mark.parametrize("float_dtype", [None, torch.bfloat16, torch.float64], ids=str)
+def test_every_tensor_is_aligned_and_no_byte_is_wasted(float_dtype):
+    tensors = mixed_tensors()
+    layout = Layout.of(tensors, float_dtype)
+    arena = Arena.empty(layout)
+    for name, view in arena.tensors().items():
+        assert view.data_ptr() % view.itemsize == 0, name
+    sizes = {n: (float_dtype or t.dtype) if t.is_floating_point() else t.dtype for n, t in tensors.items()}
+    assert layout.nbytes == sum(t.numel() * sizes[n].itemsize for n, t in tensors.items())
+
+
+def test_snapshot_dtype_changes_floats_only_and_native_undoes_it():
+    tensors = mixed_tensors()
+    layout = Layout.of(tensors, torch.bfloat16)
+    stored = Arena.empty(layout).tensors()
+    assert {n: t.dtype for n, t in stored.items() if not t.is_floating_point()} == {
+        "flag": torch.bool,
+        "count": torch.int64,
+    }
+    assert all(t.dtype == torch.bfloat16 for t in stored.values() if t.is_floating_point())
+    native = Arena.empty(layout.native).tensors()
+    assert {n: t.dtype for n, t in native.items()} == {n: t.dtype for n, t in tensors.items()}
+    assert layout.native.hash == Layout.of(tensors).hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(weight=torch.zeros(7, 5)),
+        lambda t: t.update(weight=t["weight"].half()),
+        lambda t: t.update(new=t.pop("weight")),
+        lambda t: t.update(weight=t.pop("weight")),
+    ],
+    ids=["shape", "dtype", "name", "order"],
+)
+def test_the_hash_tells_layouts_apart(change):
+    tensors = mixed_tensors()
+    before = Layout.of(tensors).hash
+    change(tensors)
+    assert Layout.of(tensors).hash != before
+
+
+def test_nan_and_inf_are_named():
+    tensors = mixed_tensors()
+    arena = Arena.empty(Layout.of(tensors))
+    arena.copy_from(tensors)
+    assert arena.non_finite() == []
+    arena.tensors()["bias"][1] = float("nan")
+    arena.tensors()["half"][2, 2] = float("-inf")
+    assert sorted(arena.non_finite()) == ["bias", "half"]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "named"),
+    [("w", torch.zeros(2, dtype=torch.complex64), "complex64"), ("__metadata__", torch.zeros(2), "rename")],
+)
+def test_what_a_file_cannot_hold_is_refused(name, tensor, named):
+    with pytest.raises(ValueError, match=named):
+        Layout.of({name: tensor})
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.embedding.weight
+        self.head.bias.requires_grad_(False)
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+        self.shared = self.norm
+
+
+def test_a_module_is_captured_once_with_its_shared_names():
+    model = Tied()
+    found = ModelTensors.of(model)
+    assert set(found.tensors) | set(found.tied) == set(model.state_dict())
+    assert found.tied["head.weight"] == "embedding.weight"
+    assert found.tied["shared.weight"] == "norm.weight"
+    assert found.frozen == {"head.bias"}
+    assert [t.data_ptr() for t in found.transient] == [model.cache.data_ptr()]
+
+
+def test_compiled_modules_are_captured_under_their_own_names():
+    plain = Tied()
+    assert list(ModelTensors.of(torch.compile(plain)).tensors) == list(ModelTensors.of(plain).tensors)
+    assert clean_name("a._orig_mod.b") == "a.b"
+    assert clean_name("module.weight") == "module.weight"  # a layer may well be called so
+
+
+def test_a_model_without_values_is_refused():
+    with pytest.raises(ValueError, match=r"'weight'.*materialise"):
+        ModelTensors.of(nn.LazyLinear(3))
+    with torch.device("meta"), pytest.raises(ValueError, match="'weight'"):
+        ModelTensors.of(nn.Linear(2, 2))

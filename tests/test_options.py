@@ -1,0 +1,124 @@
+"""Wrong options name themselves, their value and the mend."""
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from merge_callback import CheckpointMergeCallback
+from merge_callback.merging import Ema, Sma
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"every_n_tokens": 10, "every_n_steps": 10}, "every_n_tokens=10 and every_n_steps=10.*give one"),
+        ({"window": 0}, "window=0"),
+        ({"window": 2.5}, "window=2.5"),
+        ({"every_n_steps": -1}, "every_n_steps=-1"),
+        ({"every_n_tokens": 0}, "every_n_tokens=0"),
+        ({"diversity_lag": 0}, "diversity_lag=0"),
+        ({"method": "mean"}, "'mean'.*sma"),
+        ({"method": {"stabel": "sma"}}, "stabel.*stable, decay"),
+        ({"method": {"stable": "mean"}}, "'mean'"),
+        ({"method": {"warmup": "sma"}}, "warmup.*stable, decay"),
+        ({"storage": "ram"}, "storage='ram'.*'cpu'"),
+        ({"storage": "disk", "durable": False}, "durable=False"),
+        ({"snapshot_dtype": "int8"}, "snapshot_dtype='int8'.*bf16"),
+        ({"emit_every": -1}, "emit_every=-1"),
+        ({"keep_last": 0}, "keep_last=0"),
+        ({"max_shard_size": "five"}, "max_shard_size='five'.*5GB"),
+        ({"max_shard_size": 0}, "max_shard_size=0"),
+        ({"exclude": [1]}, "exclude="),
+    ],
+)
+def test_wrong_options_name_themselves(options, named):
+    with pytest.raises(ValueError, match=named):
+        CheckpointMergeCallback(**options)
+
+
+def test_a_dirpath_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="dirpath=.*file"):
+        CheckpointMergeCallback(dirpath=tmp_path / "file" / "merges")
+
+
+def test_spellings_of_the_same_option_mean_the_same():
+    assert CheckpointMergeCallback(snapshot_dtype="bf16").options.snapshot_dtype == torch.bfloat16
+    assert CheckpointMergeCallback(snapshot_dtype="bfloat16").options.snapshot_dtype == torch.bfloat16
+    assert CheckpointMergeCallback(snapshot_dtype=torch.bfloat16).options.snapshot_dtype == torch.bfloat16
+    assert CheckpointMergeCallback(every_n_tokens=4e9).options.every == 4_000_000_000
+    assert CheckpointMergeCallback(max_shard_size="1.5 GB").options.max_shard_bytes == 1_500_000_000
+    assert CheckpointMergeCallback(exclude="*.bias").options.exclude == ("*.bias",)
+
+
+def test_four_billion_tokens_is_the_default_interval():
+    options = CheckpointMergeCallback().options
+    assert (options.every, options.unit) == (4_000_000_000, "tokens")
+
+
+def test_each_phase_may_have_its_own_method():
+    methods = CheckpointMergeCallback(method={"decay": Ema(alpha=0.5)}).options.methods
+    assert methods == {"stable": Sma(), "decay": Ema(alpha=0.5)}
+
+
+def fit(callback, tmp_path, **options):
+    options = {"max_steps": 3, "limit_val_batches": 0, "devices": 1, **options}
+    trainer = Trainer(
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        callbacks=callback,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **options,
+    )
+    trainer.fit(BoringModel())
+
+
+def test_batches_without_tokens_are_refused_before_the_first_step(tmp_path):
+    model_steps = []
+
+    class Probe(CheckpointMergeCallback):
+        def on_train_batch_end(self, *args):
+            model_steps.append(1)
+
+    with pytest.raises(ValueError, match="every_n_steps="):
+        fit(Probe(), tmp_path)
+    assert not model_steps
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"exclude": ["*.router.bias"]}, r"exclude=.*router.bias.*matches no tensor.*layer.weight"),
+        ({"strip_prefix": "model."}, "strip_prefix='model.'.*layer.weight"),
+    ],
+)
+def test_patterns_that_match_nothing_are_refused_at_the_start_of_fit(options, named, tmp_path):
+    with pytest.raises(ValueError, match=named):
+        fit(CheckpointMergeCallback(every_n_steps=1, **options), tmp_path)
+
+
+def test_two_callbacks_may_not_share_a_folder(tmp_path):
+    twins = [CheckpointMergeCallback(every_n_steps=n, dirpath=tmp_path / "merges") for n in (1, 2)]
+    with pytest.raises(Exception, match="share dirpath=.*give each its own"):
+        fit(twins, tmp_path)
+
+
+def test_strategies_on_several_processes_are_refused(tmp_path):
+    with pytest.raises(Exception, match=r"one device so far.*DDPStrategy.*devices=1"):
+        fit(CheckpointMergeCallback(every_n_steps=1), tmp_path, strategy="ddp_fork", devices=2)
+
+
+def test_a_window_that_cannot_fit_says_how_much_and_what_to_choose(tmp_path, monkeypatch):
+    monkeypatch.setattr("merge_callback.training.plan.free_bytes", lambda *_: 1000)
+    with pytest.raises(ValueError, match=r"needs 2.9 kB of cpu room and 1.0 kB are free: choose storage='disk'"):
+        fit(CheckpointMergeCallback(every_n_steps=1, storage="cpu"), tmp_path)
+
+
+def test_an_interval_in_steps_never_needs_tokens(tmp_path):
+    callback = CheckpointMergeCallback(every_n_steps=1, dirpath=tmp_path / "merges")
+    fit(callback, tmp_path)
+    assert (tmp_path / "merges" / "latest").resolve().name == "step=00000003-sma"
