@@ -34,9 +34,10 @@ class NonFiniteSnapshotError(ValueError):
 class Snapshot:
     """The weights at one optimizer step.
 
-    ``since`` is the step at which the phase's segment began: snapshots with equal ``phase`` and ``since``
-    may be merged with each other. ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the file)
-    are empty for a snapshot that lives in memory only.
+    ``phase`` and ``since`` name the segment of the learning-rate schedule it was taken in; only snapshots of
+    one segment may be merged. ``since`` and ``lr_step`` count the steps whose learning rate was read: before
+    the segment, and up to the snapshot. ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the
+    file) are empty for a snapshot that lives in memory only.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Snapshot:
     lr_ratio: float
     phase: str
     since: int
+    lr_step: int
     file: str = ""
     checksum: str = ""
     arena: Arena = field(default=None, repr=False, compare=False)  # type: ignore[assignment]

@@ -57,6 +57,12 @@ class Window:
                     self.store.release(self.snapshots.pop(0))
         self._commit()
 
+    def relabel(self, phase: str, since: int) -> None:
+        """Puts the snapshots taken after step ``since`` into this segment: a change shows only later."""
+        for snapshot in self.snapshots:
+            if snapshot.lr_step > since:
+                snapshot.phase, snapshot.since = phase, since
+
     def segment(self) -> list[Snapshot]:
         """The snapshots a merge may hold: those of the newest one's phase, never any of the warm-up."""
         if not self.snapshots or self.snapshots[-1].phase == "warmup":

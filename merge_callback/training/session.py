@@ -112,7 +112,7 @@ class MergeSession:
         if self.trainer.global_step == self.step:
             return False  # gradients are being accumulated
         self.step = self.trainer.global_step
-        self.phases.observe(self.applied.rates, self.applied.sizes)
+        self._observe_learning_rates()
         self._report_tokens_per_step()
         due = crossed(self.mark, self.progress, self.options.every)
         self.mark = self.progress
@@ -224,6 +224,12 @@ class MergeSession:
             reason, mend = str(error), "name a folder that can be written"
         raise ValueError(f"dirpath={str(self.dirpath)!r} can't be used: {reason}; {mend}")
 
+    def _observe_learning_rates(self) -> None:
+        segment = (self.phases.phase, self.phases.since)
+        self.phases.observe(self.applied.rates, self.applied.sizes)
+        if segment != (self.phases.phase, self.phases.since):
+            self.window.relabel(self.phases.phase.value, self.phases.since)
+
     def _append(self, model: ModelTensors) -> bool:
         """Captures the live weights; says whether the window took them."""
         snapshot = Snapshot(
@@ -233,6 +239,7 @@ class MergeSession:
             lr_ratio=self.phases.lr_ratio,
             phase=self.phases.phase.value,
             since=self.phases.since,
+            lr_step=self.phases.steps,
         )
         try:
             self.window.append(snapshot, model.tensors)

@@ -1,0 +1,252 @@
+"""The learning-rate phase (warmup, stable or decay), read from the rates that were really applied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from operator import mul
+from typing import Any
+
+_EQUAL = 1e-10  # relative: below the first drop of a cosine over 100k steps (2.5e-10), above float64 noise
+_FLOOR = 1e-5  # of the peak: lower rates count as equal to it, so rounding noise around zero is no change
+_SPENT = 5e-4  # of the peak: a constant rate below it is the tail of a decay, no phase of its own
+_FIRST_RISE = math.log(1.1)  # a smaller rise from the first level of the run is ripple
+_STEP = math.log(0.55)  # a deeper drop may be a step decay, as x0.5 is; five stairs of 1-sqrt start with less
+_NEAR_TOP = math.log(0.8)  # a step decay starts above this share of the segment's highest rate
+_STAIRS = 3  # a plateau is held this many times longer than the stairs beside it
+_SPACING = 1.05  # growth of the elapsed time between two measurements of the slope
+
+
+class Phase(str, Enum):
+    """What the learning rate is doing; compares equal to its name."""
+
+    WARMUP = "warmup"
+    STABLE = "stable"
+    DECAY = "decay"
+
+    @property
+    def code(self) -> int:
+        """0, 1 or 2, for loggers that draw only numbers."""
+        return list(Phase).index(self)
+
+
+@dataclass
+class _Trace:
+    """All that is remembered. Levels are natural logs of the rate; times count observed steps."""
+
+    steps: int = 0
+    phase: Phase = Phase.STABLE
+    since: int = 0
+    rate: float = 0.0  # newest rate, not its log
+    peak: float = 0.0  # highest rate of the run, not its log
+    begun: bool = False  # whether there was a first rate
+    level: float = 0.0  # of the current hold, which is a run of equal rates
+    level_since: int = 0
+    change: float = 0.0  # by which the level was reached
+    holds: list[int] = field(default_factory=list)  # lengths of the last three holds left in one direction
+    high: float = 0.0  # highest level of the segment
+    high_since: int = 0
+    low: float = 0.0  # lowest level of the segment
+    low_end: int = 0  # first step above it
+    mark: float = 0.0  # level where the slope was last measured
+    mark_at: int = 0
+
+
+class LRPhaseDetector:
+    """Says after every optimizer step whether the learning rate is warming up, stable or decaying.
+
+    It reads one number per step, the learning rates summed over all parameters, and only ratios of it, so
+    scales do not matter. It never looks ahead. Its *patience* is 0.5 % of the run.
+
+    * **Constant** is stable from the first step on.
+    * **Warmup** begins when the rate has risen 10 % from where the run began or, later on, 80 % above the
+      segment's lowest. It ends at the top, known as such when no new high came for one patience (on top of
+      a staircase, as of a schedule stepped per epoch: for one and a half stairs). A warm restart shows
+      as a warmup of one patience, then a new stable segment since the restart.
+    * **A fall after a plateau** is decay from its first drop on, known after three drops in a row. A plateau
+      is held for the patience and three times as long as the stairs that follow it.
+    * **A fall without a plateau** (cosine, linear, inverse square root, exponential) is pseudo-stable while
+      the rate falls slower than 1/t, t counted from the segment's start, and decay once it falls faster.
+      The sum of the rates diverges just if they fall no faster than 1/t (Robbins & Monro, 1951): until then
+      the run can still travel any distance, afterwards it only settles. A cosine turns at 63 % of its
+      peak, a straight line at half, an exponential at 1/e, an inverse square root never.
+    * **A new stable segment** begins where a fall ends in a plateau: after a decay, or at 55 % or less of
+      the segment's highest rate. A drop that deep at once, from near that rate, is a step decay and needs
+      the patience only. Shallower falls stay in their segment. A rate held below 1/2000 of the peak is
+      decay.
+
+    A segment is one pair (`phase`, `since`); only snapshots of the same segment belong in a merge. `since`
+    usually lies in the past: it names the step where the change began, which shows only later.
+
+    Limits: an inverse square root after a long constant stretch is called decay. A schedule stepped once per
+    epoch cannot be read before the next epoch, and a decay of fewer than five stairs may pass for step
+    decays. Groups with different shapes count by their share of the sum.
+
+    Args:
+        total_steps: Optimizer steps of the run, for the patience. `None`, or a value that is not finite and
+            positive, means unknown: the patience is 100 steps then.
+
+    Example:
+        >>> detector = LRPhaseDetector(total_steps=1000)
+        >>> phases = [detector.observe([lr]) for lr in [0.0, 0.1, 0.2, 0.2, 0.2, 0.2, 0.2]]
+        >>> phases[-1].value, detector.since, detector.lr_ratio
+        ('stable', 2, 1.0)
+    """
+
+    def __init__(self, total_steps: float | None = None) -> None:
+        self._patience = 100
+        if total_steps is not None and 0 < total_steps < math.inf:
+            # At least three: a peak shared by two chained schedulers lasts two steps and is no plateau.
+            self._patience = max(3, int(total_steps) // 200)
+        self._trace = _Trace()
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the newest step."""
+        return self._trace.phase
+
+    @property
+    def since(self) -> int:
+        """Number of observed steps before the first step of the current segment."""
+        return self._trace.since
+
+    @property
+    def steps(self) -> int:
+        """Number of observed steps."""
+        return self._trace.steps
+
+    @property
+    def lr_ratio(self) -> float:
+        """The newest rate over the highest of the run, 0 to 1."""
+        return self._trace.rate / self._trace.peak if self._trace.peak > 0 else 0.0
+
+    def observe(self, lrs: Sequence[float], weights: Sequence[float] | None = None) -> Phase:
+        """Read the learning rates of one optimizer step; call it once per step.
+
+        Args:
+            lrs: Learning rate of each parameter group. A step with a NaN or infinity is counted, not read.
+            weights: Number of parameters of each group, equal on every rank. One each where `None`.
+
+        Returns:
+            The phase, as far as it can be known by now.
+        """
+        trace = self._trace
+        now, rate = trace.steps, sum(lrs if weights is None else map(mul, lrs, weights))
+        trace.steps += 1
+        if math.isfinite(rate):
+            trace.rate, trace.peak = rate, max(rate, trace.peak)
+            self._read(now, math.log(max(rate, _FLOOR * trace.peak, 1e-30)))
+        return trace.phase
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, as JSON types. Not the patience: a resumed run may be longer."""
+        return {**asdict(self._trace), "phase": self._trace.phase.value}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state_dict()` as if there had been no break."""
+        self._trace = _Trace(**{**state, "phase": Phase(state["phase"])})
+
+    def _read(self, now: int, level: float) -> None:
+        """Tell a hold from a rise and a fall; look for the end of a plateau's wait."""
+        trace = self._trace
+        if not trace.begun:
+            trace.begun, trace.level, trace.level_since = True, level, now
+            # A rate of zero trains nothing: it can only be the foot of a warmup.
+            self._begin(Phase.STABLE if trace.peak > 0 else Phase.WARMUP, now, level)
+        elif level > trace.level + _EQUAL:
+            self._rise(now, level)
+        elif level < trace.level - _EQUAL:
+            self._fall(now, level)
+        elif self._settled(now, level):
+            spent = self.lr_ratio < _SPENT
+            self._begin(Phase.DECAY if spent else Phase.STABLE, trace.level_since, level)
+        if trace.phase is Phase.WARMUP and self._warmed_up(now):
+            self._begin(Phase.STABLE, trace.high_since, trace.high)
+
+    def _rise(self, now: int, level: float) -> None:
+        trace = self._trace
+        if trace.level == trace.low:
+            trace.low_end = 0 if trace.level_since == 0 and self._is_stair(now) else now
+        self._move(now, level)
+        # A run that begins by rising is warming up; later a rise counts if it could undo a step decay.
+        ripple = _FIRST_RISE if trace.low_end == 0 else -_STEP
+        if trace.phase is not Phase.WARMUP and level >= trace.low + ripple:
+            self._begin(Phase.WARMUP, trace.low_end, level)
+            trace.high_since = now
+        elif level > trace.high:
+            trace.high, trace.high_since = level, now
+
+    def _fall(self, now: int, level: float) -> None:
+        trace = self._trace
+        self._move(now, level)
+        if trace.phase is not Phase.DECAY and self._left_plateau():
+            self._begin(Phase.DECAY, now - sum(trace.holds[1:]), level)
+        elif trace.phase is Phase.STABLE and level < trace.low and self._outruns(now, level):
+            self._begin(Phase.DECAY, trace.mark_at, level)
+        trace.low = min(trace.low, level)
+
+    def _move(self, now: int, level: float) -> None:
+        """End the current hold and start the next one at the given level."""
+        trace = self._trace
+        change = level - trace.level
+        if change * trace.change < 0:
+            trace.holds = []
+        trace.holds = [*trace.holds[-2:], now - trace.level_since]
+        trace.level, trace.level_since, trace.change = level, now, change
+
+    def _begin(self, phase: Phase, since: int, high: float) -> None:
+        """Open a segment whose highest level so far is the given one."""
+        trace = self._trace
+        trace.phase, trace.since, trace.mark_at = phase, since, since
+        trace.high, trace.high_since = high, since
+        trace.low, trace.low_end = trace.level, since
+        if phase is Phase.STABLE:
+            trace.holds = []
+
+    def _is_stair(self, held: int) -> bool:
+        """Whether a hold is short enough for a stair of a warmup: a quarter of the run."""
+        return held <= 50 * self._patience
+
+    def _warmed_up(self, now: int) -> bool:
+        """Whether no new high came for the patience, or on top of a staircase for 1.5 of its stairs."""
+        trace = self._trace
+        stair = trace.holds[-1] if trace.holds and trace.level_since == trace.high_since else 0
+        wait = max(self._patience, 1.5 * stair if self._is_stair(stair) else 0)
+        return trace.peak > 0 and now - trace.high_since + 1 >= wait
+
+    def _left_plateau(self) -> bool:
+        """Whether the last three changes were drops, the first of them from a plateau."""
+        holds = self._trace.holds
+        falling = self._trace.change < 0 and len(holds) == 3
+        return falling and holds[0] >= max(self._patience, _STAIRS * max(holds[1:]))
+
+    def _outruns(self, now: int, level: float) -> bool:
+        """Whether the rate fell faster than 1/t since it was last measured (drop to drop on a staircase)."""
+        trace = self._trace
+        if self._stepped():  # How long this level is held will tell.
+            return False
+        elapsed, before = now - trace.since, trace.mark_at - trace.since
+        if elapsed < _SPACING * before:
+            return False
+        if before and level - trace.mark < -math.log(elapsed / before):
+            return True
+        trace.mark, trace.mark_at = level, now
+        return False
+
+    def _settled(self, now: int, level: float) -> bool:
+        """Whether the current hold is a plateau that ends a fall."""
+        trace = self._trace
+        held = now - trace.level_since + 1
+        if held < self._patience or trace.phase is Phase.WARMUP or not trace.holds:
+            return False
+        plateau = held >= _STAIRS * trace.holds[-1]
+        if trace.phase is Phase.DECAY:
+            return plateau and self.lr_ratio >= _SPENT
+        return level <= trace.high + _STEP and (plateau or self._stepped())
+
+    def _stepped(self) -> bool:
+        """Whether the last change alone was a deep drop, not the steep part of a longer fall."""
+        trace = self._trace
+        return trace.change <= _STEP and trace.level - trace.change >= trace.high + _NEAR_TOP
