@@ -35,7 +35,10 @@ def test_the_model_value_is_the_mean_over_tensors_not_over_elements():
 
 
 def test_each_tensor_has_its_own_value():
-    a, b = {"x": torch.zeros(4), "y": torch.zeros(9)}, {"x": torch.full((4,), 3.0), "y": torch.full((9,), 5.0)}
+    a, b = (
+        {"x": torch.zeros(4), "y": torch.zeros(9)},
+        {"x": torch.full((4,), 3.0), "y": torch.full((9,), 5.0)},
+    )
     metric = metric_for(a)
     metric.update(squared_distances(a, b))
     assert metric.per_tensor() == {"x": 3.0, "y": 5.0}

@@ -114,7 +114,9 @@ def test_strategies_on_several_processes_are_refused(tmp_path):
 
 def test_a_window_that_cannot_fit_says_how_much_and_what_to_choose(tmp_path, monkeypatch):
     monkeypatch.setattr("merge_callback.training.plan.free_bytes", lambda *_: 1000)
-    with pytest.raises(ValueError, match=r"needs 2.9 kB of cpu room and 1.0 kB are free: choose storage='disk'"):
+    with pytest.raises(
+        ValueError, match=r"needs 2.9 kB of cpu room and 1.0 kB are free: choose storage='disk'"
+    ):
         fit(CheckpointMergeCallback(every_n_steps=1, storage="cpu"), tmp_path)
 
 

@@ -27,7 +27,13 @@ def test_it_says_interval_count_bytes_place_and_room():
     text = "\n".join(plan().lines())
     for part in ("every 40 steps", "last 10 kept", "135 in this run of 5,400 steps", "492.0 kB a snapshot"):
         assert part in text
-    for part in ("4.9 MB in all", "runs/merges/window", "80.0 GB free", "sma in the stable", "ema in the decay"):
+    for part in (
+        "4.9 MB in all",
+        "runs/merges/window",
+        "80.0 GB free",
+        "sma in the stable",
+        "ema in the decay",
+    ):
         assert part in text
     assert plan().warnings() == []
 

@@ -86,7 +86,7 @@ def map_arena(path: Path, layout: Layout) -> Arena:
     """A snapshot file as an arena: a private memory map, so that the page cache holds the data.
 
     Raises:
-        CorruptFileError: where the header is unreadable, describes another layout, or the file has another size.
+        CorruptFileError: where the header is unreadable or of another layout, or the size is wrong.
         OSError: where the file is missing or unreadable.
     """
     header, data_start = read_header(path)

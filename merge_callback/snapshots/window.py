@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -12,7 +13,13 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from merge_callback.snapshots.safetensors_file import CorruptFileError, write_json
+from merge_callback.snapshots.safetensors_file import (
+    CorruptFileError,
+    arena_header,
+    difference,
+    read_header,
+    write_json,
+)
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 
 log = logging.getLogger(__name__)
@@ -86,6 +93,18 @@ class Window:
             "layout": self.store.layout.hash,
             "snapshots": [s.record() for s in self.snapshots],
         }
+
+    def layout_difference(self, state: Mapping[str, Any]) -> str:
+        """How the model of a ``state_dict`` differs from this one, in one line; empty where it does not."""
+        layout = self.store.layout
+        if state["layout"] == layout.hash or not state["snapshots"]:
+            return ""
+        for record in state["snapshots"]:
+            with contextlib.suppress(OSError, CorruptFileError):
+                header, _ = read_header(self._find(record["file"], state["folder"]))
+                header.pop("__metadata__", None)
+                return difference(header, arena_header(layout)) or "the order of the tensors"
+        return "their layouts have different hashes"
 
     def restore(self, state: Mapping[str, Any], last_step: int) -> list[str]:
         """Takes the snapshots of a ``state_dict`` back, up to optimizer step ``last_step``.

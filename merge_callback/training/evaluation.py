@@ -7,8 +7,9 @@ callbacks, and a logger connector that logs nothing.
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,6 +25,44 @@ from torchmetrics import Metric, MetricCollection
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.merge import Merge
+from merge_callback.training.reporting import gains, log_metrics
+
+log = logging.getLogger(__name__)
+
+
+class MergedValidation:
+    """Validates each merge once and makes ``merged/…`` known to callbacks that monitor it."""
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self.step = -1
+        self.metrics: dict[str, float] = {}
+
+    def update(self, merge: Merge | None) -> None:
+        """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on."""
+        live = dict(self.trainer.callback_metrics)
+        if merge is not None and merge.step != self.step:
+            try:
+                merged = validate_with(self.trainer, self.module, merge.arena)
+            except Exception:
+                log.exception("merge: validation with the merged weights failed; the live weights are back")
+            else:
+                self.step = merge.step
+                self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
+                log_metrics(self.trainer, {**self.metrics, **gains(self.trainer, live, merged)})
+        # A monitor must find its key from the first validation on: so far the merge is the model itself.
+        known = {f"merged/{k}": v for k, v in live.items() if not k.startswith(("merge/", "merged/"))}
+        known |= {name: torch.tensor(value) for name, value in self.metrics.items()}
+        self.trainer.callback_metrics.update(known)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last validated merge and its metrics, as primitives."""
+        return {"step": self.step, "metrics": dict(self.metrics)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``."""
+        self.step, self.metrics = state["step"], dict(state["metrics"])
 
 
 def validate_with(trainer: Trainer, module: LightningModule, merged: Arena) -> dict[str, Tensor]:
@@ -145,38 +184,3 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, kept)
-
-
-def metric_modes(trainer: Trainer) -> Callable[[str], str]:
-    """Which way each metric improves: ``"min"`` or ``"max"`` for a live metric's name.
-
-    What a callback monitors with an explicit mode counts first (``ModelCheckpoint(monitor="val_f1",
-    mode="max")``); then the name: a loss, error, perplexity or distance is better when lower.
-    """
-    monitored = {
-        str(c.monitor).removeprefix("merged/"): c.mode
-        for c in trainer.callbacks  # type: ignore[attr-defined]
-        if getattr(c, "monitor", None) and getattr(c, "mode", None) in ("min", "max")
-    }
-    return lambda name: monitored.get(name) or ("min" if _sounds_like_loss(name) else "max")
-
-
-_LOWER_IS_BETTER = {"loss", "nll", "ce", "xent", "perplexity", "ppl", "error", "err", "bpb", "bpc", "bpt"}
-_LOWER_IS_BETTER |= {
-    "mse",
-    "rmse",
-    "mae",
-    "mape",
-    "wer",
-    "cer",
-    "kl",
-    "divergence",
-    "distance",
-    "entropy",
-    "brier",
-}
-
-
-def _sounds_like_loss(name: str) -> bool:
-    words = "".join(c.lower() if c.isalnum() else " " for c in name).split()
-    return any(w in _LOWER_IS_BETTER or w.endswith(("loss", "error", "entropy", "perplexity")) for w in words)

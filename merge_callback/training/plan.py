@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from lightning.pytorch import Trainer
 
 from merge_callback.options import Options
-from merge_callback.snapshots.storage import free_bytes
+from merge_callback.snapshots.storage import SnapshotStore, free_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,25 @@ class Plan:
     folder: Path | None
     free: int
     methods: dict[str, str]
+
+    @classmethod
+    def of(cls, options: Options, store: SnapshotStore, trainer: Trainer) -> Plan:
+        """The plan for a trainer's run.
+
+        Raises:
+            ValueError: where a full window does not fit the room.
+        """
+        return cls(
+            window=options.window,
+            every=options.every,
+            unit=options.unit,
+            total_steps=total_steps(trainer),
+            snapshot_bytes=store.layout.nbytes,
+            storage=options.storage,
+            folder=store.folder,
+            free=check_room(options, store),
+            methods={phase: method.name for phase, method in options.methods.items()},
+        )
 
     def lines(self) -> list[str]:
         """The plan at the start of fit."""
@@ -107,7 +125,7 @@ def total_steps(trainer: Trainer) -> int | None:
     return None if steps == float("inf") or steps < 0 else int(steps)
 
 
-def check_room(options: Options, snapshot_bytes: int, folder: Path | None, device: torch.device) -> int:
+def check_room(options: Options, store: SnapshotStore) -> int:
     """Makes sure that a full window fits where it is to lie, and says how much room is free there.
 
     The window's files that are there already (of a resumed run) count as free.
@@ -115,15 +133,15 @@ def check_room(options: Options, snapshot_bytes: int, folder: Path | None, devic
     Raises:
         ValueError: says how much is needed and free, and what to choose instead.
     """
-    own = sum(path.stat().st_size for path in folder.iterdir()) if folder else 0
-    free = free_bytes("disk", folder, device) + own if options.storage == "disk" else 0
-    if options.storage != "disk":
-        free = free_bytes(options.storage, folder, device)
-        _check_fits(options.storage, (options.window + 1) * snapshot_bytes, free)
-    if folder is not None:
-        # One more than the window: the newest is written before the oldest goes.
-        room = free_bytes("disk", folder, device) + own
-        _check_fits("disk", (options.window + 1) * snapshot_bytes, room)
+    # One more than the window: the newest is written before the oldest goes.
+    needed = (options.window + 1) * store.layout.nbytes
+    free = free_bytes(options.storage, store.folder, store.device)
+    if store.folder is not None:
+        own = sum(path.stat().st_size for path in store.folder.iterdir())
+        disk = free_bytes("disk", store.folder, store.device) + own
+        _check_fits("disk", needed, disk)
+        free = disk if options.storage == "disk" else free
+    _check_fits(options.storage, needed, free)
     return free
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from lightning.pytorch import Trainer
@@ -22,8 +21,9 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float | Tensor]) -> None
         logger.log_metrics(scalars, step=step)
 
 
-def gains(live: Mapping[str, Any], merged: Mapping[str, Any], mode_of: Any) -> dict[str, float]:
+def gains(trainer: Trainer, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
     """How much better the merged weights score, by metric: positive is better whichever way it improves."""
+    mode_of = metric_modes(trainer)
     return {
         f"merge/gain/{name}": float(live[name] - value)
         if mode_of(name) == "min"
@@ -48,7 +48,42 @@ def advice(phase: Phase, since: int, change_percent: float | None, given: list[s
     if change_percent is not None and change_percent <= -90 and "spent" not in given:
         given.append("spent")
         return (
-            f"merge: the snapshots' diversity has fallen by {-change_percent:.0f} %: merging has stopped "
-            "paying, the live weights are as good as their mean."
+            f"merge: the snapshots lie {-change_percent:.0f} % closer together than at first: merging has little "
+            "left to gain, the live weights score about the same."
         )
     return None
+
+
+def metric_modes(trainer: Trainer) -> Callable[[str], str]:
+    """Which way each metric improves: ``"min"`` or ``"max"`` for a live metric's name.
+
+    What a callback monitors with an explicit mode counts first (``ModelCheckpoint(monitor="val_f1",
+    mode="max")``); then the name: a loss, error, perplexity or distance is better when lower.
+    """
+    monitored = {
+        str(c.monitor).removeprefix("merged/"): c.mode
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+        if getattr(c, "monitor", None) and getattr(c, "mode", None) in ("min", "max")
+    }
+    return lambda name: monitored.get(name) or ("min" if _sounds_like_loss(name) else "max")
+
+
+_LOWER_IS_BETTER = {"loss", "nll", "ce", "xent", "perplexity", "ppl", "error", "err", "bpb", "bpc", "bpt"}
+_LOWER_IS_BETTER |= {
+    "mse",
+    "rmse",
+    "mae",
+    "mape",
+    "wer",
+    "cer",
+    "kl",
+    "divergence",
+    "distance",
+    "entropy",
+    "brier",
+}
+
+
+def _sounds_like_loss(name: str) -> bool:
+    words = "".join(c.lower() if c.isalnum() else " " for c in name).split()
+    return any(w in _LOWER_IS_BETTER or w.endswith(("loss", "error", "entropy", "perplexity")) for w in words)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
@@ -18,14 +17,14 @@ from merge_callback.options import Options
 from merge_callback.publish import Naming, Publisher, publish_merge
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import NonFiniteSnapshotError, Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.applied_lr import AppliedLR
-from merge_callback.training.evaluation import metric_modes, validate_with
+from merge_callback.training.evaluation import MergedValidation
 from merge_callback.training.lr_phase import LRPhaseDetector
-from merge_callback.training.plan import Plan, check_room, total_steps
-from merge_callback.training.reporting import advice, gains, log_metrics
+from merge_callback.training.plan import Plan, total_steps
+from merge_callback.training.reporting import advice, log_metrics
 from merge_callback.training.token_clock import TokenClock, crossed
 
 log = logging.getLogger(__name__)
@@ -61,17 +60,17 @@ class MergeSession:
         folder = self.dirpath / "window" if options.durable else None
         store = SnapshotStore(layout, options.storage, folder, module.device)
         self.window = Window(options.window, store, resume.get("run_id") or uuid.uuid4().hex)
-        self.merger = WindowMerger(
-            self.window, options.methods, min(options.diversity_lag, options.window - 1)
-        )
+        lag = max(1, min(options.diversity_lag, options.window - 1))
+        self.merger = WindowMerger(self.window, options.methods, lag)
         self.step = trainer.global_step  # the last optimizer step seen
         self.mark = self.progress  # how far the run had come then, in the interval's unit
-        self.taken, self.evaluated_step = 0, -1
-        self.merged_metrics: dict[str, float] = {}
+        self.validation = MergedValidation(trainer, module)
+        self.taken = 0
         self.advised: list[str] = []
         self.lock = self._claim_folder()
         try:
-            self._announce(layout)
+            self.plan = Plan.of(options, store, trainer)
+            _tell(self.plan.lines(), self.plan.warnings())
             if resume:
                 self._load_state_dict(resume)
         except BaseException:
@@ -157,19 +156,8 @@ class MergeSession:
             )
 
     def evaluate(self) -> None:
-        """Validates the merge if it is new, and makes ``merged/…`` known to callbacks that monitor it."""
-        merge = self.merger.current(self._copied(ModelTensors.of(self.module)))
-        live = {
-            k: v for k, v in self.trainer.callback_metrics.items() if not k.startswith(("merge/", "merged/"))
-        }
-        if merge is None:
-            # A monitor must find its key from the first validation on: so far the merge is the model itself.
-            metrics = {f"merged/{name}": value for name, value in live.items()}
-            self.trainer.callback_metrics.update({**metrics, **_tensors(self.merged_metrics)})
-        elif merge.step == self.evaluated_step:
-            self.trainer.callback_metrics.update(_tensors(self.merged_metrics))
-        else:
-            self._evaluate(merge, live)
+        """Validates the merge of the window as it is, if that is new."""
+        self.validation.update(self.merger.current(self._copied(ModelTensors.of(self.module))))
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
@@ -195,8 +183,7 @@ class MergeSession:
             "step": self.step,
             "mark": self.mark,
             "taken": self.taken,
-            "evaluated_step": self.evaluated_step,
-            "merged_metrics": self.merged_metrics,
+            "validation": self.validation.state_dict(),
             "advised": list(self.advised),
             "published": list(self.publisher.published),
             "phases": self.phases.state_dict(),
@@ -207,12 +194,26 @@ class MergeSession:
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.clock.tokens, self.step, self.mark = state["tokens"], state["step"], state["mark"]
-        self.taken, self.evaluated_step = state["taken"], state["evaluated_step"]
-        self.merged_metrics, self.advised = dict(state["merged_metrics"]), list(state["advised"])
+        self.taken, self.advised = state["taken"], list(state["advised"])
+        self.validation.load_state_dict(state["validation"])
         self.publisher.published = list(state["published"])
         self.phases.load_state_dict(state["phases"])
         self.merger.metric.first, self.merger.diversity = state["first_diversity"], state["diversity"]
-        for problem in self.window.restore(state["window"], self.trainer.global_step):
+        self._restore_window(state["window"], Path(state["dirpath"]))
+
+    def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
+        if different := self.window.layout_difference(state):
+            if dirpath == self.dirpath.absolute():
+                raise ValueError(
+                    f"the run that is resumed kept a window of another model in dirpath={str(dirpath)!r}: "
+                    f"{different}; resume with the model, precision and snapshot_dtype it was kept with, "
+                    "or give a new dirpath to begin with an empty window"
+                )
+            rank_zero_warn(
+                f"merge: the window begins empty, the resumed one is of another model: {different}"
+            )
+            return
+        for problem in self.window.restore(state, self.trainer.global_step):
             rank_zero_warn(f"merge: left out of the restored window: {problem}")
 
     def _claim_folder(self) -> IO[str] | None:
@@ -272,37 +273,11 @@ class MergeSession:
         if line := advice(self.phases.phase, self.phases.since, change, self.advised):
             rank_zero_info(line)
 
-    def _evaluate(self, merge: Merge, live: Mapping[str, torch.Tensor]) -> None:
-        try:
-            merged = validate_with(self.trainer, self.module, merge.arena)
-        except Exception:
-            log.exception("merge: validation with the merged weights failed; the live weights are back")
-            return
-        self.evaluated_step = merge.step
-        self.merged_metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-        log_metrics(self.trainer, {**self.merged_metrics, **gains(live, merged, metric_modes(self.trainer))})
-
     def _report_tokens_per_step(self) -> None:
         steps = self.step - self._first[0]
         if self.options.unit == "tokens" and steps == _MEASURED_OVER:
             per_step = (self.clock.tokens - self._first[1]) / steps
             _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
-
-    def _announce(self, layout: Layout) -> None:
-        options, folder = self.options, self.window.store.folder
-        free = check_room(options, layout.nbytes, folder, self.window.store.device)
-        self.plan = Plan(
-            window=options.window,
-            every=options.every,
-            unit=options.unit,
-            total_steps=total_steps(self.trainer),
-            snapshot_bytes=layout.nbytes,
-            storage=options.storage,
-            folder=folder,
-            free=free,
-            methods={phase: method.name for phase, method in options.methods.items()},
-        )
-        _tell(self.plan.lines(), self.plan.warnings())
 
 
 def _default_dirpath(trainer: Trainer) -> Path:
@@ -316,10 +291,6 @@ def _check_patterns(option: str, patterns: tuple[str, ...], model: ModelTensors)
                 f"{option}={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
                 f"names look like {next(iter(model.tensors), None)!r}"
             )
-
-
-def _tensors(metrics: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value) for name, value in metrics.items()}
 
 
 def _tell(lines: list[str], warnings: list[str]) -> None:
