@@ -96,7 +96,6 @@ class CheckpointMergeCallback(Callback):
         self.options = Options.resolve(**given)
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
-        self._counting_checked = False
 
     @property
     def state_key(self) -> str:
@@ -125,9 +124,8 @@ class CheckpointMergeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Makes sure that batches can be counted, before the first step is spent."""
-        if self.session and not self._counting_checked:
+        if self.session:
             self.session.check_countable(batch)
-            self._counting_checked = True
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
@@ -140,8 +138,10 @@ class CheckpointMergeCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Advances the clock and the phase; takes a snapshot where one is due."""
-        if self.session and self.session.end_batch(batch):
-            self.session.take_snapshot()
+        if self.session:
+            if self.session.end_batch(batch):
+                self.session.take_snapshot()
+            self.session.note_random_state()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""

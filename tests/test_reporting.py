@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from merge_callback.training.lr_phase import Phase
-from merge_callback.training.reporting import advice, metric_modes
+from merge_callback.training.reporting import advice, lower_is_better
 
 
 def test_the_decay_is_announced_once_per_segment():
@@ -44,9 +44,9 @@ def test_there_is_no_advice_while_merging_pays(phase):
     ],
 )
 def test_names_tell_which_way_a_metric_improves(name, mode):
-    assert metric_modes(SimpleNamespace(callbacks=[]))(name) == mode
+    assert lower_is_better(name, SimpleNamespace(callbacks=[]), {}) == (mode == "min")
 
 
 def test_a_monitor_with_a_mode_knows_better_than_the_name():
     monitor = SimpleNamespace(monitor="merged/weird_loss_score", mode="max")
-    assert metric_modes(SimpleNamespace(callbacks=[monitor]))("weird_loss_score") == "max"
+    assert not lower_is_better("weird_loss_score", SimpleNamespace(callbacks=[monitor]), {})

@@ -39,13 +39,24 @@ class Naming:
                 f"its first is {next(iter(ModelTensors.of(module).tensors), None)!r}"
             )
         found = find_pretrained(module)
-        if found is None or strip_prefix not in (None, found[0]):
-            return cls(strip_prefix or "")
-        return cls(found[0], partial(write_config, found[1]))
+        prefix = strip_prefix if strip_prefix is not None else found[0] if found else ""
+        if _names_meet(module, prefix):
+            if strip_prefix:
+                raise ValueError(
+                    f"strip_prefix={strip_prefix!r} would give two tensors of this model one name"
+                )
+            return cls()  # a second head beside the Hugging Face model's own, say
+        add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
+        return cls(prefix, add_files)
 
     def published(self, name: str) -> str:
         """A tensor's name in the emission."""
         return name.removeprefix(self.prefix)
+
+
+def _names_meet(module: nn.Module, prefix: str) -> bool:
+    names = ModelTensors.of(module).tensors
+    return len({name.removeprefix(prefix) for name in names}) < len(names)
 
 
 def publish_merge(

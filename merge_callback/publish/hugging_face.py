@@ -37,6 +37,7 @@ def write_config(model: Any, folder: Path) -> None:
     """Writes ``config.json`` (and ``generation_config.json``) as ``save_pretrained`` would."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
     config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)

@@ -47,30 +47,45 @@ class Arena:
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrites the arena with ``tensors`` (all names of the layout), casting to the stored dtypes."""
+        """Overwrites the arena with ``tensors``, casting to the stored dtypes.
+
+        Raises:
+            ValueError: where a tensor of the layout is missing or has another shape; it is named.
+        """
         for name, view in self.tensors().items():
+            if name not in tensors or tensors[name].shape != view.shape:
+                found = tuple(tensors[name].shape) if name in tensors else "gone"
+                raise ValueError(f"tensor {name!r} is {found}, expected shape {tuple(view.shape)}")
             view.copy_(tensors[name])
 
     @torch.no_grad()
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrites ``tensors`` in place with the arena, casting to their dtypes."""
         for name, view in self.tensors().items():
-            tensors[name].copy_(view)
+            distinct = _distinct(tensors[name])
+            tensors[name][distinct].copy_(view[distinct])
 
     def non_finite(self) -> list[str]:
         """Names of the floating-point tensors that hold NaN or Inf."""
         return [
             segment.name
             for group in self.layout.groups
-            if group.dtype.is_floating_point and not _all_finite(self.flat(group))
+            if group.dtype.is_floating_point and not all_finite(self.flat(group))
             for segment in group.segments
-            if not _all_finite(self.flat(group)[segment.start : segment.stop])
+            if not all_finite(self.flat(group)[segment.start : segment.stop])
         ]
 
 
-def _all_finite(flat: Tensor, block: int = 1 << 20) -> bool:
+def _distinct(tensor: Tensor) -> tuple[slice, ...]:
+    """Selects each memory location of an expanded tensor once: as a whole it can't be written to."""
+    return tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
+
+
+def all_finite(tensor: Tensor, block: int = 1 << 20) -> bool:
+    """Whether no element is NaN or Inf (integers always are finite)."""
     # In blocks, so that the mask stays in cache: isfinite of a whole arena would write a quarter of it.
     # float8 has no isfinite kernel, hence the cast.
+    flat = tensor.reshape(-1)
     starts = range(0, flat.numel(), block)
     return all(bool(torch.isfinite(_wide(flat[i : i + block])).all()) for i in starts)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from merge_callback.merging import matches_any
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Name parts that ``torch.compile``, activation checkpointing and FSDP put in: no part of the model."""
@@ -17,14 +19,20 @@ class ModelTensors:
     """The tensors of a module that are saved: parameters and persistent buffers, each once.
 
     ``tensors`` maps a clean name to the live tensor, ``tied`` maps every further name of a shared tensor
-    to the name it is kept under, ``frozen`` names the parameters that take no gradient now, ``transient``
-    holds the buffers that are not saved (caches and masks).
+    to the name it is kept under. ``frozen`` names the parameters that take no gradient now, ``buffers`` the
+    persistent buffers; ``transient`` holds the buffers that are not saved (caches and masks).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
+    buffers: set[str] = field(default_factory=set)
     transient: list[Tensor] = field(default_factory=list)
+
+    def matching(self, patterns: Sequence[str]) -> set[str]:
+        """Names of the tensors that match a pattern under any of their names."""
+        aliases = [*((name, name) for name in self.tensors), *self.tied.items()]
+        return {kept for name, kept in aliases if matches_any(name, patterns)}
 
     @classmethod
     def of(cls, module: nn.Module) -> ModelTensors:
@@ -45,9 +53,13 @@ class ModelTensors:
             if first != name:
                 found.tied[name] = first
                 continue
-            found.tensors[name] = tensor.detach()
+            # Not detach(): that one shares the version counter, and a graph kept across a merged
+            # validation would no longer run backward, though every bit is back.
+            found.tensors[name] = tensor.data
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 found.frozen.add(name)
+            if not isinstance(tensor, nn.Parameter):
+                found.buffers.add(name)
         found.transient = [b for part in module.modules() for b in _transient_buffers(part)]
         return found
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_callback.diversity import RMSDiversity
 from merge_callback.merging import LinearMethod, MergeMethod
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Group
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
@@ -41,7 +43,7 @@ class WindowMerger:
         window: the snapshots.
         methods: the method of each phase, by the phase's name.
         diversity_lag: how many snapshots apart the pair lies whose distance is measured.
-        first_diversity: the first value of the run, after a resume.
+        exclude: patterns of names that are copied, not averaged.
     """
 
     def __init__(
@@ -49,39 +51,32 @@ class WindowMerger:
         window: Window,
         methods: Mapping[str, MergeMethod],
         diversity_lag: int,
-        first_diversity: float | None = None,
+        exclude: Sequence[str] = (),
     ) -> None:
-        self.window, self.methods, self.lag = window, methods, diversity_lag
+        self.window, self.methods, self.lag, self.exclude = window, methods, diversity_lag, exclude
         self.metric = RMSDiversity({})
-        self.metric.first = first_diversity
         self.diversity: dict[str, Any] | None = None
         self._merge: Merge | None = None
         self._out: Arena | None = None
 
-    def measure(self, copied: Collection[str], merge: bool) -> None:
-        """Reads the window once after an append: the diversity of its newest pair and, if asked, the merge.
-
-        Args:
-            copied: names of tensors that are taken from the newest snapshot and count for no distance.
-            merge: whether the merge is wanted as well.
-        """
+    def measure(self, model: ModelTensors, merge: bool) -> None:
+        """Reads the window once after an append: the newest pair's diversity and, if asked, the merge."""
         self._merge = self.diversity = None
         pair = self.window.pair(self.lag)
-        merged = self._merged(copied, pair) if merge else None
-        if merged is None and pair is not None:
-            merged = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena), copied=copied)
-        if pair is not None and merged is not None:
-            self._record_diversity(merged, pair)
+        squares = self._merged(model, pair) if merge else None
+        if squares is None and pair is not None:
+            squares = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena))
+        if squares is not None and pair is not None:
+            ignored = self._copied(model, *pair) | model.buffers
+            self._record_diversity({n: v for n, v in squares.items() if n not in ignored}, pair)
 
-    def current(self, copied: Collection[str]) -> Merge | None:
+    def current(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` with fewer than two snapshots to merge."""
         if self._merge is None:
-            self._merged(copied, None)
+            self._merged(model, None)
         return self._merge
 
-    def _merged(
-        self, copied: Collection[str], pair: tuple[Snapshot, Snapshot] | None
-    ) -> dict[str, float] | None:
+    def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
         """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
         snapshots = self.window.segment()
         if len(snapshots) < 2:
@@ -93,9 +88,21 @@ class WindowMerger:
             self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
         arenas = [snapshot.arena for snapshot in snapshots]
         both = None if pair is None else (pair[0].arena, pair[1].arena)
+        copied = self._copied(model, snapshots[0], snapshots[-1])
         squares = merge_arenas(weights, arenas, self._out, copied, both)
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
+
+    def _copied(self, model: ModelTensors, oldest: Snapshot, newest: Snapshot) -> set[str]:
+        """Names of the tensors that are taken from the newest snapshot: the excluded and the constant ones.
+
+        Frozen parameters and buffers that do not change keep their bits: the mean of equal values is not
+        always that value in floating point, and a mask of infinities has none.
+        """
+        before, after = oldest.arena.tensors(), newest.arena.tensors()
+        still = (model.frozen | model.buffers) & before.keys()
+        constant = {name for name in still if torch.equal(before[name], after[name])}
+        return constant | model.matching(self.exclude)
 
     def _record_diversity(self, squares: Mapping[str, float], pair: tuple[Snapshot, Snapshot]) -> None:
         if set(squares) != set(self.metric.names):  # the first pair, or parameters were (un)frozen
@@ -144,7 +151,7 @@ def merge_arenas(
         pair: two arenas whose squared distance is wanted, or ``None``.
 
     Returns:
-        Σ (a − b)² of each floating-point tensor that is not in ``copied``; empty without ``pair``.
+        Σ (a − b)² of each floating-point tensor; empty without ``pair``.
     """
     layout = (pair or arenas)[0].layout
     outputs = {group.dtype: group for group in out.layout.groups} if out is not None else {}
@@ -157,7 +164,7 @@ def merge_arenas(
             target.copy_(arenas[-1].flat(group))
         if target is not None:
             _copy_named(group, arenas[-1], target, copied)
-    return {name: value for name, value in squares.items() if name not in copied}
+    return squares
 
 
 def _reduce_group(

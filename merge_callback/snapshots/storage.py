@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -65,18 +65,25 @@ class SnapshotStore:
             ``"device"`` keep arenas in memory.
         folder: for the snapshot files; ``None`` keeps snapshots in memory only.
         device: of the live model, for ``"device"``.
+        masks: names of buffers that may hold Inf (attention masks do).
 
     Raises:
         ValueError: for ``"disk"`` without a folder.
     """
 
     def __init__(
-        self, layout: Layout, storage: Storage, folder: Path | None, device: torch.device | str = "cpu"
+        self,
+        layout: Layout,
+        storage: Storage,
+        folder: Path | None,
+        device: torch.device | str = "cpu",
+        masks: Collection[str] = (),
     ) -> None:
         if storage == "disk" and folder is None:
             raise ValueError("storage='disk' needs a folder; keep durable=True, or choose storage='cpu'")
         self.layout, self.storage, self.folder = layout, storage, folder
         self.device = torch.device(device if storage == "device" else "cpu")
+        self.masks = masks
         self._free: list[Arena] = []
 
     def put(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
@@ -84,11 +91,16 @@ class SnapshotStore:
 
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf. Nothing is kept.
+            ValueError: where the model's tensors have changed. Nothing is kept.
             OSError: where the file can't be written. In memory the snapshot stays usable.
         """
         arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
-        arena.copy_from(tensors)
-        if bad := arena.non_finite():
+        try:
+            arena.copy_from(tensors)
+        except ValueError:
+            self._free.append(arena)
+            raise
+        if bad := [name for name in arena.non_finite() if name not in self.masks]:
             self._free.append(arena)
             raise NonFiniteSnapshotError(
                 f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"

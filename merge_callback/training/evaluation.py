@@ -2,7 +2,7 @@
 
 ``trainer.validate()`` inside fit corrupts the loops' state, so this runs Lightning's own evaluation loop
 beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, no other
-callbacks, and a logger connector that logs nothing.
+callbacks, and loggers that log nothing.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
-from torchmetrics import Metric, MetricCollection
+from torch import Tensor
 
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import Merge
+from merge_callback.training.kept_state import RandomState, kept_python_state, kept_weights, reset_metrics
 from merge_callback.training.reporting import gains, log_metrics
 
 log = logging.getLogger(__name__)
@@ -38,21 +37,32 @@ class MergedValidation:
         self.trainer, self.module = trainer, module
         self.step = -1
         self.metrics: dict[str, float] = {}
+        self._random: RandomState | None = None
+
+    def note_random_state(self) -> None:
+        """Before a live validation: keeps the generators, so that the merged one draws the same numbers.
+
+        Else the gain would compare two weights on two samples wherever data is shuffled or masked at random.
+        """
+        loop = self.trainer.fit_loop
+        coming = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+        self._random = RandomState(self.trainer) if coming else None
 
     def update(self, merge: Merge | None) -> None:
         """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on."""
-        live = dict(self.trainer.callback_metrics)
+        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        live = _epoch_metrics(results, self.trainer.callback_metrics)
         if merge is not None and merge.step != self.step:
             try:
-                merged = validate_with(self.trainer, self.module, merge.arena)
+                merged = validate_with(self.trainer, self.module, merge.arena, self._random)
             except Exception:
                 log.exception("merge: validation with the merged weights failed; the live weights are back")
             else:
                 self.step = merge.step
                 self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-                log_metrics(self.trainer, {**self.metrics, **gains(self.trainer, live, merged)})
+                log_metrics(self.trainer, {**self.metrics, **gains(self.trainer, results, live, merged)})
         # A monitor must find its key from the first validation on: so far the merge is the model itself.
-        known = {f"merged/{k}": v for k, v in live.items() if not k.startswith(("merge/", "merged/"))}
+        known = {f"merged/{name}": value for name, value in live.items()}
         known |= {name: torch.tensor(value) for name, value in self.metrics.items()}
         self.trainer.callback_metrics.update(known)
 
@@ -65,11 +75,19 @@ class MergedValidation:
         self.step, self.metrics = state["step"], dict(state["metrics"])
 
 
-def validate_with(trainer: Trainer, module: LightningModule, merged: Arena) -> dict[str, Tensor]:
+def validate_with(
+    trainer: Trainer, module: LightningModule, merged: Arena, random: RandomState | None = None
+) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
 
-    To be called from ``on_validation_end``. Whatever happens inside, the live weights, all buffers, the
-    module's torchmetrics and every random generator come back bit for bit.
+    To be called from ``on_validation_end``. Whatever happens inside, the live weights, the module's Python
+    state and torchmetrics, schedulers, and every random generator come back bit for bit.
+
+    Args:
+        trainer: in fit, at the end of a validation.
+        module: its module.
+        merged: weights in the model's layout and dtypes.
+        random: the generators to begin with; default: as they are.
 
     Returns:
         Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
@@ -77,21 +95,26 @@ def validate_with(trainer: Trainer, module: LightningModule, merged: Arena) -> d
     Raises:
         Exception: whatever the module's validation raises.
     """
-    loop = _BesideLoop(trainer)
-    silent = _SilentLoggerConnector(trainer)
+    loop, connector = _BesideLoop(trainer), _LoggerConnector(trainer)
+    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
     with ExitStack() as stack:
         # This hook runs under the outer loop's inference mode, whose tensors could never be trained on.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(isolate_rng(include_cuda=torch.cuda.is_available()))
-        stack.enter_context(_kept_generators(trainer))
-        stack.enter_context(_kept_metrics(module))
-        stack.enter_context(_swapped_weights(module, merged))
+        stack.callback(RandomState(trainer).restore)
+        stack.enter_context(kept_python_state(trainer, module))
+        tensors = stack.enter_context(kept_weights(module, merged.buffer.device))
         stack.enter_context(_replaced(trainer, "callbacks", []))
-        stack.enter_context(_replaced(trainer, "_logger_connector", silent))
+        stack.enter_context(_replaced(trainer, "loggers", [DummyLogger() for _ in trainer.loggers]))
+        stack.enter_context(_replaced(trainer, "should_stop", trainer.should_stop))
+        stack.enter_context(_replaced(trainer, "_logger_connector", connector))
         stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
+        merged.copy_to(tensors)
+        reset_metrics(module)
+        if random is not None:
+            random.restore()
         loop.run()
-    return dict(silent._callback_metrics)
+    return _epoch_metrics(loop._results, connector._callback_metrics)
 
 
 class _BesideLoop(_EvaluationLoop):
@@ -113,67 +136,10 @@ class _BesideLoop(_EvaluationLoop):
         self._seen_batches_per_dataloader = defaultdict(int)
 
 
-class _SilentLoggerConnector(_LoggerConnector):
-    """Collects metrics as ever; sends nothing to the loggers."""
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        pass
-
-
-@contextmanager
-def _swapped_weights(module: LightningModule, merged: Arena) -> Iterator[None]:
-    model = ModelTensors.of(module)
-    tensors = model.tensors
-    live = Arena.empty(Layout.of(tensors), merged.buffer.device)
-    live.copy_from(tensors)
-    transient = [(buffer, buffer.clone()) for buffer in model.transient]
-    try:
-        merged.copy_to(tensors)
-        yield
-    finally:
-        live.copy_to(tensors)
-        for buffer, kept in transient:
-            buffer.copy_(kept)
-
-
-@contextmanager
-def _kept_metrics(module: nn.Module) -> Iterator[None]:
-    """The module's torchmetrics start empty and end as they were, down to the states they share."""
-    metrics = [part for part in module.modules() if isinstance(part, Metric)]
-    collections = [part for part in module.modules() if isinstance(part, MetricCollection)]
-    kept = [(owner, dict(vars(owner))) for owner in (*metrics, *collections)]
-    for metric in metrics:
-        for name, default in metric._defaults.items():
-            if isinstance(default, list):
-                setattr(metric, name, [])  # reset() would clear the live list itself
-        metric.reset()
-    for collection in collections:
-        collection._state_is_copy = True  # makes it link the states of its compute groups again
-    try:
-        yield
-    finally:
-        for owner, attributes in kept:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-
-
-@contextmanager
-def _kept_generators(trainer: Trainer) -> Iterator[None]:
-    """Generators that a dataloader or its sampler owns: drawn from, they would shift later validations."""
-    loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    owners = [o for dl in (loader.flattened if loader else []) for o in _owners(dl)]
-    generators = [g for o in owners if isinstance(g := getattr(o, "generator", None), torch.Generator)]
-    kept = [(g, g.get_state()) for g in generators]
-    try:
-        yield
-    finally:
-        for generator, state in kept:
-            generator.set_state(state)
-
-
-def _owners(dataloader: Any) -> list[Any]:
-    sampler, batches = getattr(dataloader, "sampler", None), getattr(dataloader, "batch_sampler", None)
-    return [dataloader, sampler, getattr(batches, "sampler", None)]
+def _epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the ``known`` metrics that a validation logged for its epoch."""
+    names = [n for r in results.values() if r.meta.on_epoch for n in results._forked_name(r, on_step=False)]
+    return {name: known[name] for name in names if name in known}
 
 
 @contextmanager

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor
 
 from merge_callback.training.lr_phase import Phase
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float | Tensor]) -> None:
-    """Sends scalars to every logger at the trainer's current step, and to ``trainer.callback_metrics``."""
-    scalars = {name: float(value) for name, value in metrics.items()}
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
-    # The step on which Lightning logs what the module logs now, so that all curves share one axis.
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Sends scalars to every logger and to ``trainer.callback_metrics``.
+
+    All curves share one axis: the step Lightning logs the module's metrics at now, or what the module itself
+    logs as ``step``.
+    """
+    known = trainer.callback_metrics
+    step = int(known.get("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
+    known.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=step)
+        logger.log_metrics(dict(metrics), step=step)
+        logger.save()
 
 
-def gains(trainer: Trainer, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
+def gains(
+    trainer: Trainer, results: _ResultCollection, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+) -> dict[str, float]:
     """How much better the merged weights score, by metric: positive is better whichever way it improves."""
-    mode_of = metric_modes(trainer)
+    better_lower = {name: lower_is_better(name, trainer, results) for name in merged if name in live}
     return {
-        f"merge/gain/{name}": float(live[name] - value)
-        if mode_of(name) == "min"
-        else float(value - live[name])
-        for name, value in merged.items()
-        if name in live
+        f"merge/gain/{name}": float(live[name] - merged[name]) * (1 if lower else -1)
+        for name, lower in better_lower.items()
     }
 
 
@@ -48,42 +54,30 @@ def advice(phase: Phase, since: int, change_percent: float | None, given: list[s
     if change_percent is not None and change_percent <= -90 and "spent" not in given:
         given.append("spent")
         return (
-            f"merge: the snapshots lie {-change_percent:.0f} % closer together than at first: merging has little "
-            "left to gain, the live weights score about the same."
+            f"merge: the snapshots lie {-change_percent:.0f} % closer together than at first: merging has "
+            "little left to gain, the live weights score about the same."
         )
     return None
 
 
-def metric_modes(trainer: Trainer) -> Callable[[str], str]:
-    """Which way each metric improves: ``"min"`` or ``"max"`` for a live metric's name.
+def lower_is_better(name: str, trainer: Trainer, results: Mapping[str, Any]) -> bool:
+    """Which way a metric improves.
 
     What a callback monitors with an explicit mode counts first (``ModelCheckpoint(monitor="val_f1",
-    mode="max")``); then the name: a loss, error, perplexity or distance is better when lower.
+    mode="max")``), then a torchmetrics object's ``higher_is_better``, then what the name sounds like.
     """
-    monitored = {
-        str(c.monitor).removeprefix("merged/"): c.mode
-        for c in trainer.callbacks  # type: ignore[attr-defined]
-        if getattr(c, "monitor", None) and getattr(c, "mode", None) in ("min", "max")
-    }
-    return lambda name: monitored.get(name) or ("min" if _sounds_like_loss(name) else "max")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if str(getattr(callback, "monitor", None)).removeprefix("merged/") == name:
+            return bool(callback.mode == "min")
+    for result in results.values():
+        higher = getattr(result.value, "higher_is_better", None)
+        if result.meta.name == name.split("/dataloader_idx_")[0] and higher is not None:
+            return not higher
+    return bool(_SOUNDS_LIKE_LOSS.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
 
 
-_LOWER_IS_BETTER = {"loss", "nll", "ce", "xent", "perplexity", "ppl", "error", "err", "bpb", "bpc", "bpt"}
-_LOWER_IS_BETTER |= {
-    "mse",
-    "rmse",
-    "mae",
-    "mape",
-    "wer",
-    "cer",
-    "kl",
-    "divergence",
-    "distance",
-    "entropy",
-    "brier",
-}
-
-
-def _sounds_like_loss(name: str) -> bool:
-    words = "".join(c.lower() if c.isalnum() else " " for c in name).split()
-    return any(w in _LOWER_IS_BETTER or w.endswith(("loss", "error", "entropy", "perplexity")) for w in words)
+_SOUNDS_LIKE_LOSS = re.compile(
+    r"(?<![a-z])(\w*loss|losses|\w*errors?|err|\w*entropy|xent|ce|nll|neg(ative)?_log_likelihood"
+    r"|\w*perplexity|ppl"
+    r"|bp[bct]|bits_per_\w+|r?mse|mae|mape|wer|cer|fid|kl|\w*divergence|distance|brier)(?![a-z])"
+)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,13 +12,13 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from merge_callback.merging import matches_any
 from merge_callback.options import Options
 from merge_callback.publish import Naming, Publisher, publish_merge
+from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
-from merge_callback.snapshots.storage import NonFiniteSnapshotError, Snapshot, SnapshotStore
+from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.evaluation import MergedValidation
@@ -51,17 +51,19 @@ class MergeSession:
         self.options, self.trainer, self.module = options, trainer, module
         self.dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
         self.naming = Naming.of(module, options.strip_prefix)
-        self.clock, self.countable = TokenClock(options.count_tokens), True
+        self.clock = TokenClock(options.count_tokens)
+        self.countable: bool | None = None  # not known before the first batch
         self.applied, self.phases = AppliedLR(), LRPhaseDetector(total_steps(trainer))
         self.publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
         model = ModelTensors.of(module)
-        _check_patterns("exclude", options.exclude, model)
+        _check_exclude(options.exclude, model)
         layout = Layout.of(model.tensors, options.snapshot_dtype)
         folder = self.dirpath / "window" if options.durable else None
-        store = SnapshotStore(layout, options.storage, folder, module.device)
+        masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
+        store = SnapshotStore(layout, options.storage, folder, module.device, masks)
         self.window = Window(options.window, store, resume.get("run_id") or uuid.uuid4().hex)
         lag = max(1, min(options.diversity_lag, options.window - 1))
-        self.merger = WindowMerger(self.window, options.methods, lag)
+        self.merger = WindowMerger(self.window, options.methods, lag, options.exclude)
         self.step = trainer.global_step  # the last optimizer step seen
         self.mark = self.progress  # how far the run had come then, in the interval's unit
         self.validation = MergedValidation(trainer, module)
@@ -89,12 +91,14 @@ class MergeSession:
         Raises:
             ValueError: where they can't and the interval is in tokens.
         """
-        try:
-            self.clock.count(batch)
-        except ValueError:
-            if self.options.unit == "tokens":
-                raise
-            self.countable = False
+        if self.countable is None and batch is not None:
+            try:
+                self.clock.count(batch)
+                self.countable = True
+            except ValueError:
+                if self.options.unit == "tokens":
+                    raise
+                self.countable = False
 
     def note_learning_rates(self, optimizer: Optimizer) -> None:
         """Notes the rates of the optimizer step that comes now."""
@@ -106,8 +110,8 @@ class MergeSession:
         Returns:
             Whether a snapshot is due.
         """
-        if self.countable:
-            self.clock.add(batch)
+        if self.countable is not False:
+            self._count(batch)
         if self.trainer.global_step == self.step:
             return False  # gradients are being accumulated
         self.step = self.trainer.global_step
@@ -116,6 +120,11 @@ class MergeSession:
         due = crossed(self.mark, self.progress, self.options.every)
         self.mark = self.progress
         return due
+
+    def note_random_state(self) -> None:
+        """Remembers, before a validation, where the random generators stand."""
+        if self.options.evaluate:
+            self.validation.note_random_state()
 
     def take_snapshot(self) -> None:
         """Adds the live weights to the window, then measures, merges, publishes and logs.
@@ -128,7 +137,7 @@ class MergeSession:
         self.taken += 1
         emit = self.options.emit_every > 0 and self.taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.trainer.enable_validation
-        self.merger.measure(self._copied(model), merge=emit or evaluate)
+        self.merger.measure(model, merge=emit or evaluate)
         if emit:
             self.emit()
         self._log_snapshot()
@@ -136,7 +145,7 @@ class MergeSession:
     def emit(self) -> None:
         """Publishes the merge of the window as it is, if there is something to merge."""
         model = ModelTensors.of(self.module)
-        merge = self.merger.current(self._copied(model))
+        merge = self.merger.current(model)
         if merge is None:
             return
         try:
@@ -157,7 +166,7 @@ class MergeSession:
 
     def evaluate(self) -> None:
         """Validates the merge of the window as it is, if that is new."""
-        self.validation.update(self.merger.current(self._copied(ModelTensors.of(self.module))))
+        self.validation.update(self.merger.current(ModelTensors.of(self.module)))
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
@@ -225,6 +234,13 @@ class MergeSession:
             reason, mend = str(error), "name a folder that can be written"
         raise ValueError(f"dirpath={str(self.dirpath)!r} can't be used: {reason}; {mend}")
 
+    def _count(self, batch: Any) -> None:
+        try:
+            self.clock.add(batch)
+        except ValueError as error:
+            self.countable = self.options.unit == "tokens"  # no token count is better than a wrong one
+            rank_zero_warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
+
     def _observe_learning_rates(self) -> None:
         segment = (self.phases.phase, self.phases.since)
         self.phases.observe(self.applied.rates, self.applied.sizes)
@@ -244,17 +260,11 @@ class MergeSession:
         )
         try:
             self.window.append(snapshot, model.tensors)
-        except NonFiniteSnapshotError as error:
+        except ValueError as error:  # not finite, or the model has changed
             rank_zero_warn(f"merge: no snapshot at step {self.step}: {error}")
         except OSError as error:
             rank_zero_warn(f"merge: the snapshot of step {self.step} could not be kept in a file ({error})")
-        except KeyError as error:
-            rank_zero_warn(f"merge: no snapshot at step {self.step}: tensor {error} is gone from the model")
         return bool(self.window.snapshots) and self.window.snapshots[-1] is snapshot
-
-    def _copied(self, model: ModelTensors) -> set[str]:
-        """Names of the tensors that are taken from the newest snapshot instead of averaged."""
-        return model.frozen | {name for name in model.tensors if matches_any(name, self.options.exclude)}
 
     def _log_snapshot(self) -> None:
         diversity = self.merger.diversity
@@ -284,11 +294,11 @@ def _default_dirpath(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "merges"
 
 
-def _check_patterns(option: str, patterns: tuple[str, ...], model: ModelTensors) -> None:
+def _check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
     for pattern in patterns:
-        if not any(matches_any(name, [pattern]) for name in model.tensors):
+        if not model.matching([pattern]):
             raise ValueError(
-                f"{option}={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
+                f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
                 f"names look like {next(iter(model.tensors), None)!r}"
             )
 

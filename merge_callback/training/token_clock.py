@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,17 +53,16 @@ def crossed(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
-def _token_ids(batch: Any) -> Tensor | None:
+def _token_ids(batch: Any, depth: int = 4) -> Tensor | None:
+    """The first tensor inside ``batch``, those under a usual name first; looks ``depth`` levels in."""
     if isinstance(batch, Tensor):
         return batch
+    if depth == 0 or isinstance(batch, str):
+        return None
     if isinstance(batch, Mapping):
-        named = (batch[key] for key in _TOKEN_KEYS if key in batch)
-        first = _first(named)
-        return _first(batch.values()) if first is None else first
-    if isinstance(batch, (list, tuple)):
-        return _first(batch)
-    return _first(vars(batch).values()) if hasattr(batch, "__dict__") else None
-
-
-def _first(values: Iterable[Any]) -> Tensor | None:
-    return next((ids for value in values if (ids := _token_ids(value)) is not None), None)
+        values = [*(batch[key] for key in _TOKEN_KEYS if key in batch), *batch.values()]
+    elif isinstance(batch, (list, tuple)):
+        values = list(batch)
+    else:
+        return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else None
+    return next((ids for value in values if (ids := _token_ids(value, depth - 1)) is not None), None)

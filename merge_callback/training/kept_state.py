@@ -1,0 +1,148 @@
+"""Everything a validation may change, kept and put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric, MetricCollection
+
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.layout import Layout
+
+_PLAIN_TENSOR = 1 << 20  # elements; a larger plain attribute is a cache or a data set, and not copied
+
+Restore = Callable[[], object]
+
+
+class RandomState:
+    """The global random generators and those that the validation dataloaders own, as they are now."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._states = _collect_rng_states(include_cuda=torch.cuda.is_available())
+        loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        owners = [
+            o for dataloader in (loader.flattened if loader is not None else []) for o in _owners(dataloader)
+        ]
+        self._restores = [r for o in owners if (r := _generator_restore(getattr(o, "generator", None)))]
+
+    def restore(self) -> None:
+        """Sets all of them back."""
+        _set_rng_states(self._states)
+        for restore in self._restores:
+            restore()
+
+
+@contextmanager
+def kept_weights(module: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Hands out the live tensors; on exit they and all other buffers have their bits back."""
+    model = ModelTensors.of(module)
+    live = Arena.empty(Layout.of(model.tensors), device)
+    live.copy_from(model.tensors)
+    transient = [(buffer, buffer.clone()) for buffer in model.transient]
+    try:
+        yield model.tensors
+    finally:
+        live.copy_to(model.tensors)
+        for buffer, kept in transient:
+            if not torch.equal(
+                buffer, kept
+            ):  # an expanded buffer can't be written to, nor can it have changed
+                buffer.copy_(kept)
+
+
+@contextmanager
+def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[None]:
+    """On exit all Python state of the module, its optimizers and schedulers is as it was.
+
+    That is attributes, the containers in them, metrics and generators: hooks count validations, keep the
+    best one, or step a scheduler.
+    """
+    restores: list[Restore] = []
+    seen: set[int] = set()
+    for owner in (*trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs)):
+        _keep(vars(owner), restores, seen)
+    for part in module.modules():
+        _keep(vars(part), restores, seen)
+        if not isinstance(part, Metric):  # a metric is reset before it is used, which replaces its tensors
+            _keep_plain_tensors(part, restores)
+    try:
+        yield
+    finally:
+        for restore in restores:
+            restore()
+
+
+def reset_metrics(module: nn.Module) -> None:
+    """Empties the module's torchmetrics."""
+    for part in module.modules():
+        if isinstance(part, Metric):
+            part.reset()
+        if isinstance(part, MetricCollection):
+            part._state_is_copy = True  # makes it link the states of its compute groups again
+
+
+def _keep(value: Any, restores: list[Restore], seen: set[int]) -> None:
+    """Notes how to restore a container, a scheduler and all they hold, or a generator."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, (dict, list, set, deque)):
+        restores.append(_container_restore(value))
+    elif restore := _generator_restore(value):
+        restores.append(restore)
+    if isinstance(value, (dict, list, set, deque, tuple)):
+        for item in list(value.values()) if isinstance(value, dict) else list(value):
+            _keep(item, restores, seen)
+    elif isinstance(value, LRScheduler):  # chained schedulers hold others
+        _keep(vars(value), restores, seen)
+
+
+def _container_restore(container: Any) -> Restore:
+    kept = copy.copy(container)
+
+    def restore() -> None:
+        container.clear()
+        container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
+
+    return restore
+
+
+def _generator_restore(value: Any) -> Restore | None:
+    if isinstance(value, torch.Generator):
+        state = value.get_state()
+        return lambda: value.set_state(state)
+    if isinstance(value, random.Random):
+        internal = value.getstate()
+        return lambda: value.setstate(internal)
+    if isinstance(value, np.random.Generator):
+        bits = value.bit_generator.state
+        return lambda: setattr(value.bit_generator, "state", bits)
+    return None
+
+
+def _keep_plain_tensors(part: nn.Module, restores: list[Restore]) -> None:
+    for value in vars(part).values():
+        if isinstance(value, Tensor) and value.numel() <= _PLAIN_TENSOR:
+            restores.append(_tensor_restore(value.data))
+
+
+def _tensor_restore(tensor: Tensor) -> Restore:
+    kept = tensor.clone()
+    return lambda: tensor.copy_(kept)
+
+
+def _owners(dataloader: Any) -> list[Any]:
+    sampler, batches = getattr(dataloader, "sampler", None), getattr(dataloader, "batch_sampler", None)
+    return [dataloader, sampler, batches, getattr(batches, "sampler", None)]
