@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import Optimizer
 
@@ -96,6 +96,7 @@ class CheckpointMergeCallback(Callback):
         self.options = Options.resolve(**given)
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
+        self._loaded = False
 
     @property
     def state_key(self) -> str:
@@ -110,14 +111,17 @@ class CheckpointMergeCallback(Callback):
         if stage == "fit":
             _check_strategy(trainer)
             _check_folders(trainer)
-            _run_before_early_stopping(trainer, self)
+            # First in the list: what monitors merged/… or saves a checkpoint then finds this step's state.
+            others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+            self._loaded = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Builds or restores the window: here every strategy has set up, moved and restored the model."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if trainer.global_step == 0:
-            self._resume = {}  # the same callback in a new run
+        if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
+            self._resume = {}  # another run's, left from this callback's last fit
         self.session = MergeSession(self.options, trainer, pl_module, self._resume)
 
     def on_train_batch_start(
@@ -160,6 +164,7 @@ class CheckpointMergeCallback(Callback):
         if self.session:
             self._resume = self.session.state_dict()
             self.session.close()
+            self.session = None
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, phase, and the records of the window's snapshots, as primitives."""
@@ -168,6 +173,7 @@ class CheckpointMergeCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training starts, when there is a model to restore the window for."""
         self._resume = state_dict
+        self._loaded = True
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -177,6 +183,11 @@ class CheckpointMergeCallback(Callback):
         kin = [key for key in states if key.startswith(type(self).__qualname__)]
         if self.state_key not in states and len(kin) == 1:
             self.load_state_dict(states[kin[0]])
+        elif self.state_key not in states and kin:
+            rank_zero_warn(
+                f"merge: the checkpoint holds the states of {kin}, none of them with dirpath="
+                f"{str(self.options.dirpath)!r}: this window begins empty"
+            )
 
 
 def _check_strategy(trainer: Trainer) -> None:
@@ -196,13 +207,3 @@ def _check_folders(trainer: Trainer) -> None:
                 f"{folders.count(folder)} CheckpointMergeCallbacks share dirpath={folder and str(folder)!r}; "
                 "give each its own dirpath"
             )
-
-
-def _run_before_early_stopping(trainer: Trainer, callback: Callback) -> None:
-    """Moves the callback before any that may monitor ``merged/…``; checkpoints come last anyway."""
-    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
-    first = next((i for i, c in enumerate(callbacks) if isinstance(c, EarlyStopping)), len(callbacks))
-    if callbacks.index(callback) > first:
-        callbacks.remove(callback)
-        callbacks.insert(first, callback)
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from merge_callback.merging import MergeMethod, resolve_method
+from merge_callback.merging import MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.storage import Storage
 from merge_callback.training.token_clock import TokenCounter
 
@@ -66,7 +66,7 @@ class Options:
             every=every,
             unit=unit,
             count_tokens=given["count_tokens"],
-            methods=resolve_methods(given["method"]),
+            methods=resolve_methods(given["method"], given["window"]),
             storage=resolve_storage(given["storage"], given["durable"]),
             durable=given["durable"],
             snapshot_dtype=resolve_dtype(given["snapshot_dtype"]),
@@ -98,13 +98,14 @@ def resolve_interval(
     return positive("every_n_tokens", DEFAULT_TOKENS if every_n_tokens is None else every_n_tokens), "tokens"
 
 
-def resolve_methods(method: MethodOption) -> dict[str, MergeMethod]:
+def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]:
     """The method of each phase.
 
     ``"auto"`` is ``sma`` in both phases; a mapping may leave a phase to ``auto``.
 
     Raises:
-        ValueError: for an unknown phase, method or option.
+        ValueError: for an unknown phase, method or option, or given weights that can't serve a window that
+            is filling up or full.
     """
     if not isinstance(method, Mapping):
         method = dict.fromkeys(MERGED_PHASES, method)
@@ -114,7 +115,14 @@ def resolve_methods(method: MethodOption) -> dict[str, MergeMethod]:
             f"the phases that are merged are {', '.join(MERGED_PHASES)}"
         )
     chosen = {phase: method.get(phase, "auto") for phase in MERGED_PHASES}
-    return {phase: resolve_method("sma" if m == "auto" else m) for phase, m in chosen.items()}
+    methods = {phase: resolve_method("sma" if m == "auto" else m) for phase, m in chosen.items()}
+    for weighted in (m for m in methods.values() if isinstance(m, Weighted)):
+        for size in range(2, window + 1):
+            try:
+                weighted.normalised_weights([float(i) for i in range(size)])
+            except ValueError as error:
+                raise ValueError(f"method={weighted!r} does not serve window={window}: {error}") from None
+    return methods
 
 
 def resolve_storage(storage: str, durable: bool) -> Storage:
@@ -159,10 +167,14 @@ def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
     if dirpath is None:
         return None
     path = Path(dirpath).expanduser()
-    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
+    try:
+        existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+        is_folder, writable = existing.is_dir(), os.access(existing, os.W_OK | os.X_OK)
+    except PermissionError as error:
+        raise ValueError(f"dirpath={str(dirpath)!r} can't be written: {error}; name another folder") from None
+    if not is_folder:
         raise ValueError(f"dirpath={str(dirpath)!r}: {existing} is a file; name a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not writable:
         raise ValueError(f"dirpath={str(dirpath)!r}: {existing} can't be written; name another folder")
     return path
 

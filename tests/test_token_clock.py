@@ -1,5 +1,6 @@
 """What counts as tokens in a batch, and when an interval has passed."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -40,7 +41,7 @@ def test_token_ids_are_found(batch):
     ids=["floats", "images and labels", "labels", "strings", "nothing"],
 )
 def test_what_is_no_token_batch_is_refused_with_the_way_out(batch):
-    with pytest.raises(ValueError, match="count_tokens=.*every_n_steps="):
+    with pytest.raises(ValueError, match=r"count_tokens=.*every_n_steps="):
         count_tokens(batch)
 
 
@@ -53,5 +54,5 @@ def test_an_own_counter_is_asked():
 
 def test_an_interval_is_crossed_once_however_large_the_steps():
     marks = [0, 3, 9, 10, 11, 35, 40]
-    due = [crossed(before, after, 10) for before, after in zip(marks, marks[1:], strict=False)]
+    due = [crossed(before, after, 10) for before, after in pairwise(marks)]
     assert due == [False, False, True, False, True, True]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.snapshots.safetensors_file import (
-    read_header,
+    file_checksum,
     sync,
     tensors_header,
     write_file,
@@ -40,6 +40,14 @@ class Publisher:
     def __init__(self, folder: Path, keep_last: int | None, max_shard_bytes: int) -> None:
         self.folder, self.keep_last, self.max_shard_bytes = folder, keep_last, max_shard_bytes
         self.published: list[str] = []
+
+    def sweep(self) -> None:
+        """Removes what a killed process left half written. Only for the one run that uses the folder."""
+        for path in (*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def publish(
         self,
@@ -73,13 +81,15 @@ class Publisher:
             if add_files is not None:
                 add_files(draft)
             files = self._write_weights(draft, tensors, tied or {})
+            files |= {p.name: file_checksum(p) for p in draft.iterdir() if p.name not in files}
             write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
             target = self._place(draft, name, files)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-        self._point_latest(target.name)
-        self.published = [*(p for p in self.published if p != target.name), target.name]
-        self._retain()
+        if _read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
+            self.published = [*(p for p in self.published if p != target.name), target.name]
+        if self._point_latest(target.name):
+            self._retain()
         return target
 
     def _write_weights(
@@ -110,7 +120,7 @@ class Publisher:
         sync(draft)
         target, version = self.folder / name, 0
         while target.exists():
-            if _published_files(target) == files:
+            if _holds(target, files):
                 return target
             version += 1
             target = self.folder / f"{name}-v{version}"
@@ -118,14 +128,20 @@ class Publisher:
         sync(self.folder)
         return target
 
-    def _point_latest(self, name: str) -> None:
+    def _point_latest(self, name: str) -> bool:
         pointer = self.folder / f".{LATEST}.{os.getpid()}.tmp"
         pointer.unlink(missing_ok=True)
         try:
             pointer.symlink_to(name, target_is_directory=True)
             os.replace(pointer, self.folder / LATEST)
         except OSError as error:
-            log.warning("could not point %s at %s: %s", self.folder / LATEST, name, error)
+            with contextlib.suppress(OSError):
+                pointer.unlink()
+            log.warning("merge: could not point %s at %s: %s", self.folder / LATEST, name, error)
+            return not (
+                self.folder / LATEST
+            ).is_symlink()  # it still points at an older merge: that one stays
+        return True
 
     def _retain(self) -> None:
         if self.keep_last is None:
@@ -158,10 +174,8 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(files):
         tensors |= load_file(path / file)
-    for file in sorted(files):
-        metadata = read_header(path / file)[0].get("__metadata__", {})
-        tensors |= {alias: tensors[kept] for alias, kept in metadata.items() if kept in tensors}
-    return tensors
+    tied = json.loads((path / PROVENANCE).read_text())["tied"]
+    return tensors | {alias: tensors[kept] for alias, kept in tied.items()}
 
 
 def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -177,8 +191,16 @@ def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tens
     return shards
 
 
-def _published_files(folder: Path) -> object:
+def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / PROVENANCE).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        record = json.loads((folder / PROVENANCE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _holds(folder: Path, files: Mapping[str, str]) -> bool:
+    """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
+    if _read_record(folder).get("files") != files:
+        return False
+    return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)

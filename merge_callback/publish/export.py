@@ -40,10 +40,11 @@ class Naming:
             )
         found = find_pretrained(module)
         prefix = strip_prefix if strip_prefix is not None else found[0] if found else ""
-        if _names_meet(module, prefix):
+        if met := _names_that_meet(module, prefix):
             if strip_prefix:
                 raise ValueError(
-                    f"strip_prefix={strip_prefix!r} would give two tensors of this model one name"
+                    f"strip_prefix={strip_prefix!r} would give two tensors of this model one name: "
+                    f"{met[:3]}; publish with the full names, or rename one of each"
                 )
             return cls()  # a second head beside the Hugging Face model's own, say
         add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
@@ -54,9 +55,10 @@ class Naming:
         return name.removeprefix(self.prefix)
 
 
-def _names_meet(module: nn.Module, prefix: str) -> bool:
+def _names_that_meet(module: nn.Module, prefix: str) -> list[str]:
     names = ModelTensors.of(module).tensors
-    return len({name.removeprefix(prefix) for name in names}) < len(names)
+    stripped = [name.removeprefix(prefix) for name in names if prefix and name.startswith(prefix)]
+    return [name for name in stripped if name in names]
 
 
 def publish_merge(

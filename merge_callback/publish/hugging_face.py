@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from torch import nn
 
 from merge_callback.snapshots.capture import clean_name
+
+log = logging.getLogger(__name__)
 
 
 def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
@@ -34,10 +37,17 @@ def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
 
 
 def write_config(model: Any, folder: Path) -> None:
-    """Writes ``config.json`` (and ``generation_config.json``) as ``save_pretrained`` would."""
+    """Writes ``config.json`` (and ``generation_config.json``) as ``save_pretrained`` would.
+
+    A configuration that its library refuses to save is reported; the weights are published without it.
+    """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
-    config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    configs = [config, model.generation_config if model.can_generate() else None]
+    for part in configs:
+        try:
+            if part is not None:
+                part.save_pretrained(folder)
+        except ValueError as error:
+            log.warning("merge: published without %s: %s", type(part).__name__, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -54,6 +55,7 @@ def _weighted(snapshot: Snapshot, weight: float) -> dict[str, Any]:
     return {**record, "weight": weight}
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in ("merge-callback", "torch", "lightning", "safetensors"):

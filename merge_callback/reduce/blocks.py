@@ -52,7 +52,7 @@ def one_pass(
             blocks = [source[start:stop] for source in sources]
             _weighted_sum(blocks, weights, out[start:stop], accumulator[: stop - start], scratch)
         if pair is not None:
-            difference = _difference(pair[0][start:stop], pair[1][start:stop], scratch)
+            difference = _difference(pair[0][start:stop], pair[1][start:stop], scratch, accumulator)
             _add_squares(squares, difference, bounds, start)
     return None if pair is None else squares.cpu()
 
@@ -83,11 +83,8 @@ def _widened(block: Tensor, scratch: Tensor) -> Tensor:
     return block if block.dtype == scratch.dtype else scratch[: block.numel()].copy_(block)
 
 
-def _difference(a: Tensor, b: Tensor, scratch: Tensor) -> Tensor:
-    difference = scratch[: a.numel()]
-    if a.dtype == scratch.dtype == b.dtype:
-        return torch.sub(a, b, out=difference)
-    return difference.copy_(a).sub_(b)
+def _difference(a: Tensor, b: Tensor, scratch: Tensor, free: Tensor) -> Tensor:
+    return torch.sub(_widened(a, scratch), _widened(b, free), out=scratch[: a.numel()])
 
 
 def _add_squares(squares: Tensor, difference: Tensor, bounds: Sequence[int], start: int) -> None:

@@ -62,8 +62,9 @@ class Arena:
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrites ``tensors`` in place with the arena, casting to their dtypes."""
         for name, view in self.tensors().items():
-            distinct = _distinct(tensors[name])
-            tensors[name][distinct].copy_(view[distinct])
+            tensor, distinct = tensors[name], _distinct(tensors[name])
+            with torch.inference_mode(tensor.is_inference()):  # a buffer made in a validation before the fit
+                tensor[distinct].copy_(view[distinct])
 
     def non_finite(self) -> list[str]:
         """Names of the floating-point tensors that hold NaN or Inf."""

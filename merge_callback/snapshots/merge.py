@@ -70,6 +70,10 @@ class WindowMerger:
             ignored = self._copied(model, *pair) | model.buffers
             self._record_diversity({n: v for n, v in squares.items() if n not in ignored}, pair)
 
+    def forget(self) -> None:
+        """Drops the merge that was made: the window's snapshots turned out to be of another segment."""
+        self._merge = None
+
     def current(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` with fewer than two snapshots to merge."""
         if self._merge is None:

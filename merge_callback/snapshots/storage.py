@@ -86,34 +86,55 @@ class SnapshotStore:
         self.masks = masks
         self._free: list[Arena] = []
 
-    def put(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
-        """Copies ``tensors`` into ``snapshot``; with a folder, its file is durable on return.
+    def capture(self, tensors: Mapping[str, Tensor]) -> Arena:
+        """A copy of ``tensors`` in an arena of this storage (in host memory, for ``"disk"``).
 
         Raises:
-            NonFiniteSnapshotError: where a tensor holds NaN or Inf. Nothing is kept.
-            ValueError: where the model's tensors have changed. Nothing is kept.
-            OSError: where the file can't be written. In memory the snapshot stays usable.
+            NonFiniteSnapshotError: where a tensor holds NaN or Inf.
+            ValueError: where the model's tensors have changed.
         """
         arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
         try:
             arena.copy_from(tensors)
+            if bad := [name for name in arena.non_finite() if name not in self.masks]:
+                raise NonFiniteSnapshotError(
+                    f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
+                )
         except ValueError:
             self._free.append(arena)
             raise
-        if bad := [name for name in arena.non_finite() if name not in self.masks]:
-            self._free.append(arena)
-            raise NonFiniteSnapshotError(
-                f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
-            )
+        return arena
+
+    def write(self, snapshot: Snapshot, arena: Arena) -> None:
+        """Makes a captured snapshot durable, where there is a folder.
+
+        Raises:
+            OSError: where its file can't be written; nothing is left of it.
+        """
+        if self.folder is None:
+            return
+        # The name ends in the checksum: two timelines of one run can never take each other's file.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.folder / f".step={snapshot.step:08d}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
+        metadata["layout"] = self.layout.hash
+        checksum = write_file(temporary, arena_header(self.layout), [arena.buffer.cpu()], metadata)
+        file = f"step={snapshot.step:08d}-{checksum[:12]}.safetensors"
+        os.replace(temporary, self.folder / file)
+        sync(self.folder)
+        snapshot.file, snapshot.checksum = file, checksum
+
+    def keep(self, snapshot: Snapshot, arena: Arena) -> bool:
+        """Gives a snapshot its place in this storage; says whether it has one (on disk: a file)."""
         if self.storage != "disk":
             snapshot.arena = arena
-            if self.folder is not None:
-                self._write(snapshot, arena, self.folder)
-            return
+            return True
         self._free.append(arena)  # the staging buffer of the next snapshot
-        assert self.folder is not None
-        self._write(snapshot, arena, self.folder)
+        if not snapshot.file or self.folder is None:
+            return False
         snapshot.arena = map_arena(self.folder / snapshot.file, self.layout)
+        return True
 
     def load(self, snapshot: Snapshot, path: Path) -> None:
         """Fills ``snapshot`` from its file at ``path``, which is verified first.
@@ -135,18 +156,6 @@ class SnapshotStore:
         """Gives an evicted snapshot's memory to the next one. Its file is the window's to remove."""
         if self.storage != "disk":
             self._free.append(snapshot.arena)
-
-    def _write(self, snapshot: Snapshot, arena: Arena, folder: Path) -> None:
-        # The name ends in the checksum: two timelines of one run can never take each other's file.
-        temporary = folder / f".step={snapshot.step:08d}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
-        metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
-        metadata["layout"] = self.layout.hash
-        checksum = write_file(temporary, arena_header(self.layout), [arena.buffer.cpu()], metadata)
-        file = f"step={snapshot.step:08d}-{checksum[:12]}.safetensors"
-        os.replace(temporary, folder / file)
-        sync(folder)
-        snapshot.file, snapshot.checksum = file, checksum
 
 
 def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:

@@ -7,17 +7,20 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import count, groupby
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
     arena_header,
     difference,
     read_header,
+    sync,
     write_json,
 )
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
@@ -55,10 +58,11 @@ class Window:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf; the window is unchanged.
             OSError: where a file can't be written. In memory the snapshot is admitted all the same.
         """
+        arena = self.store.capture(tensors)
         try:
-            self.store.put(snapshot, tensors)
+            self._write(snapshot, arena)
         finally:
-            if snapshot.arena is not None:
+            if self.store.keep(snapshot, arena):
                 self.snapshots.append(snapshot)
                 while len(self.snapshots) > self.size:
                     self.store.release(self.snapshots.pop(0))
@@ -71,11 +75,16 @@ class Window:
                 snapshot.phase, snapshot.since = phase, since
 
     def segment(self) -> list[Snapshot]:
-        """The snapshots a merge may hold: those of the newest one's phase, never any of the warm-up."""
-        if not self.snapshots or self.snapshots[-1].phase == "warmup":
-            return []
-        newest = self.snapshots[-1]
-        return [s for s in self.snapshots if (s.phase, s.since) == (newest.phase, newest.since)]
+        """The snapshots to merge: the newest two or more of one segment, none of the warm-up.
+
+        The first snapshot of a decay has nothing to be merged with; until the second one comes, the merge
+        is the last one of the stable phase.
+        """
+        for _, group in groupby(reversed(self.snapshots), key=lambda s: (s.phase, s.since)):
+            snapshots = list(group)[::-1]
+            if len(snapshots) > 1 and snapshots[0].phase != "warmup":
+                return snapshots
+        return []
 
     def pair(self, lag: int) -> tuple[Snapshot, Snapshot] | None:
         """The newest snapshot and the one ``lag`` before it, if both come after the warm-up."""
@@ -87,11 +96,14 @@ class Window:
         """The window as primitives: its snapshots' records. From now on a checkpoint needs their files."""
         files = [s.file for s in self.snapshots]
         self._saved = [*(saved for saved in self._saved if saved != files), files][-2:]
+        with contextlib.suppress(OSError):  # only a later resume from an older checkpoint would miss it
+            self._write_manifest()
         return {
             "run_id": self.run_id,
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
             "layout": self.store.layout.hash,
             "snapshots": [s.record() for s in self.snapshots],
+            "saved": [list(files) for files in self._saved],
         }
 
     def layout_difference(self, state: Mapping[str, Any]) -> str:
@@ -101,9 +113,10 @@ class Window:
             return ""
         for record in state["snapshots"]:
             with contextlib.suppress(OSError, CorruptFileError):
-                header, _ = read_header(self._find(record["file"], state["folder"]))
-                header.pop("__metadata__", None)
-                return difference(header, arena_header(layout)) or "the order of the tensors"
+                for path in self._files(record["file"], state["folder"]):
+                    header, _ = read_header(path)
+                    header.pop("__metadata__", None)
+                    return difference(header, arena_header(layout)) or "the order of the tensors"
         return "their layouts have different hashes"
 
     def restore(self, state: Mapping[str, Any], last_step: int) -> list[str]:
@@ -126,7 +139,10 @@ class Window:
             else:
                 self.snapshots.append(snapshot)
         self.snapshots = self.snapshots[-self.size :]
-        self._saved = [[record["file"] for record in state["snapshots"]]]
+        # Also what newer checkpoints need: this one may be an older one, taken by mistake.
+        newer = _read_manifest(self.store.folder).get("saved", []) if self.store.folder else []
+        self._saved = [files for files in newer if files not in state["saved"]]
+        self._saved += [list(files) for files in state["saved"]]
         self._commit()
         return problems
 
@@ -134,99 +150,132 @@ class Window:
         """Drops the snapshots newer than optimizer step ``last_step``."""
         self.snapshots = [s for s in self.snapshots if s.step <= last_step]
 
-    def claim_folder(self) -> IO[str] | None:
-        """Makes the folder this run's own; another run's window in it is moved aside.
-
-        Returns:
-            The open lock file (closing it lets go), or ``None`` without a folder.
+    def claim_folder(self) -> None:
+        """Makes the folder this run's own; a window in it that is not this run's is moved aside.
 
         Raises:
-            BlockingIOError: where another callback, in this process or another, is using the folder.
             OSError: where the folder can't be created or written.
         """
         folder = self.store.folder
         if folder is None:
-            return None
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder.parent / f".{folder.name}.lock")
-        owner = _read_manifest(folder).get("run_id")
-        if owner not in (None, self.run_id):
-            aside = next(p for p in _aside(folder) if not p.exists())
+            return
+        strange = any(folder.glob("*.safetensors")) and _read_manifest(folder).get("run_id") != self.run_id
+        if strange or (folder.exists() and not folder.is_dir()):
+            aside = next(p for k in count(1) if not (p := _aside(folder, k)).exists())
             os.replace(folder, aside)
-            log.warning("%s holds the window of another run; it was moved to %s", folder, aside)
-        folder.mkdir(exist_ok=True)
-        return lock
+            log.warning("merge: %s holds the window of another run; it was moved to %s", folder, aside)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def drop_damaged(self) -> list[str]:
+        """Drops snapshots whose mapped file was cut: reading past its end would kill the process.
+
+        Returns:
+            One line for each.
+        """
+        if self.store.storage != "disk" or self.store.folder is None:
+            return []
+        lines = []
+        for snapshot in list(self.snapshots):
+            with contextlib.suppress(OSError):  # a removed file stays readable through its map
+                if (self.store.folder / snapshot.file).stat().st_size < self.store.layout.nbytes:
+                    self.snapshots.remove(snapshot)
+                    lines.append(f"snapshot of step {snapshot.step}: {snapshot.file} was cut")
+        return lines
 
     def _load(self, snapshot: Snapshot, recorded_folder: str) -> None:
-        """Loads a snapshot's file from the own folder, or takes it over from where it was written."""
+        """Loads a snapshot from the first sound file of its name, taking it over into the own folder."""
+        problem: Exception = FileNotFoundError(f"{Path(recorded_folder) / snapshot.file} is gone")
+        if not snapshot.file:
+            problem = FileNotFoundError("it lived in memory only and ended with its process")
         folder = self.store.folder
-        found = self._find(snapshot.file, recorded_folder)
-        if folder is not None and found.parent != folder:
-            _link_or_copy(found, folder / snapshot.file)
-            found = folder / snapshot.file
-        self.store.load(snapshot, found)
+        for path in self._files(snapshot.file, recorded_folder):
+            try:
+                if folder is not None and path.parent != folder:
+                    _link_or_copy(path, folder / snapshot.file)
+                    path = folder / snapshot.file
+                return self.store.load(snapshot, path)
+            except (CorruptFileError, OSError) as error:
+                problem = error
+        raise problem
 
-    def _find(self, file: str, recorded_folder: str) -> Path:
+    def _files(self, file: str, recorded_folder: str) -> Iterator[Path]:
+        """Where a snapshot's file may lie: here, in a window that was moved aside, or as recorded."""
         if not file:
-            raise FileNotFoundError("it lived in memory only and ended with its process")
+            return
         own = self.store.folder
-        places = [own, *(p for p in _aside(own) if p.exists())] if own is not None else []
-        places.append(Path(recorded_folder))
-        for place in places:
+        places = [] if own is None else [own, *sorted(own.parent.glob(f"{own.name}.old-*"))]
+        for place in (*places, Path(recorded_folder)):
             if (place / file).is_file():
-                return place / file
-        raise FileNotFoundError(f"{Path(recorded_folder) / file} is gone")
+                yield place / file
+
+    def _write(self, snapshot: Snapshot, arena: Arena) -> None:
+        """Writes a snapshot's file; on a full disk at the cost of files that only checkpoints need."""
+        while True:
+            try:
+                return self.store.write(snapshot, arena)
+            except OSError as error:
+                if not self._saved:
+                    raise
+                files = self._saved.pop(0)
+                log.warning(
+                    "merge: %s: giving up the window of an earlier checkpoint (%s …)", error, files[:1]
+                )
+                self._prune()
 
     def _commit(self) -> None:
         """Writes the manifest, then removes the files nobody needs: a kill in between loses nothing."""
+        try:
+            self._write_manifest()
+        except OSError:  # a full disk, as a rule: what nobody needs makes room
+            self._prune()
+            self._write_manifest()
+        self._prune()
+
+    def _write_manifest(self) -> None:
         folder = self.store.folder
         if folder is None:
             return
+        folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "format": 1,
             "run_id": self.run_id,
             "layout": self.store.layout.hash,
             "snapshots": [s.record() for s in self.snapshots],
+            "saved": self._saved,
         }
         write_json(folder / MANIFEST, manifest)
+
+    def _prune(self) -> None:
+        folder = self.store.folder
+        if folder is None or not folder.is_dir():
+            return
         needed = {MANIFEST, *(s.file for s in self.snapshots), *(f for files in self._saved for f in files)}
-        for path in folder.iterdir():
+        for path in (*folder.glob("*.safetensors"), *folder.glob(".*.tmp")):
             if path.name not in needed:
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    """A folder's manifest; empty where it has none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        return {}
     except (OSError, ValueError):
-        return {"run_id": "unreadable"}
-    return manifest if isinstance(manifest, dict) else {"run_id": "unreadable"}
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
-def _aside(folder: Path) -> Sequence[Path]:
-    return [folder.with_name(f"{folder.name}.old-{k}") for k in range(1, 100)]
+def _aside(folder: Path, number: int) -> Path:
+    return folder.with_name(f"{folder.name}.old-{number}")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
     # A hard link costs no room, and snapshot files are only ever removed, never written to.
-    target.unlink(missing_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    draft.unlink(missing_ok=True)
     try:
-        os.link(source, target)
+        os.link(source, draft)
     except OSError:
-        shutil.copyfile(source, target)
-
-
-def _lock(path: Path) -> IO[str]:
-    file = open(path, "w")  # noqa: SIM115 - held for as long as the run uses the folder
-    try:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    except (ImportError, OSError):  # no such locks on this platform or file system
-        pass
-    return file
+        shutil.copyfile(source, draft)
+        sync(draft)
+    os.replace(draft, target)

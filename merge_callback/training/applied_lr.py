@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -12,29 +13,39 @@ class AppliedLR:
 
     A rate that is a tensor on an accelerator (``capturable`` optimizers) costs one wait a step: keep such
     rates on the CPU, as ``torch.optim`` recommends.
+
+    Args:
+        optimizers: all of the run's, in the trainer's order. They may take turns.
     """
 
-    def __init__(self) -> None:
-        self._rates: dict[int, list[float]] = {}
-        self._sizes: dict[int, list[int]] = {}
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = list(optimizers)
+        self._groups: dict[int, list[tuple[float, int]]] = {}  # (rate, parameters) by optimizer
 
     def note(self, optimizer: Optimizer) -> None:
         """Reads the groups of an optimizer that is about to step."""
-        groups = optimizer.param_groups
-        key = id(groups)
-        self._rates[key] = [float(group["lr"]) for group in groups]
-        if len(self._sizes.get(key, ())) != len(groups):
-            self._sizes[key] = [_numel(group) for group in groups]
+        index = next((i for i, known in enumerate(self._optimizers) if known is optimizer), -1)
+        known, groups = self._groups.get(index, []), optimizer.param_groups
+        sizes = [n for _, n in known] if len(known) == len(groups) else [_numel(group) for group in groups]
+        self._groups[index] = [(float(group["lr"]), n) for group, n in zip(groups, sizes, strict=True)]
 
     @property
     def rates(self) -> list[float]:
         """The last noted rate of every group of every optimizer."""
-        return [rate for rates in self._rates.values() for rate in rates]
+        return [rate for groups in self._groups.values() for rate, _ in groups]
 
     @property
     def sizes(self) -> list[int]:
         """The number of parameters in each of those groups."""
-        return [size for sizes in self._sizes.values() for size in sizes]
+        return [size for groups in self._groups.values() for _, size in groups]
+
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """What was last noted, as primitives."""
+        return {str(index): [list(group) for group in groups] for index, groups in self._groups.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
+        """Goes on from a ``state_dict``."""
+        self._groups = {int(i): [(rate, int(n)) for rate, n in groups] for i, groups in state.items()}
 
 
 def _numel(group: dict[str, Any]) -> int:

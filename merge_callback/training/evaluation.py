@@ -139,7 +139,7 @@ class _BesideLoop(_EvaluationLoop):
 def _epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of the ``known`` metrics that a validation logged for its epoch."""
     names = [n for r in results.values() if r.meta.on_epoch for n in results._forked_name(r, on_step=False)]
-    return {name: known[name] for name in names if name in known}
+    return {name: known[name] for name in names if name in known and name != "step"}  # an axis, no metric
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 
 _PLAIN_TENSOR = 1 << 20  # elements; a larger plain attribute is a cache or a data set, and not copied
+_LOOKED_INTO = 10_000  # items; of a larger container only the container itself is kept
+# Exact types: a subclass may refuse to be written to (Hugging Face's ModelOutput does).
+_CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter, AttributeDict)
 
 Restore = Callable[[], object]
 
@@ -56,10 +60,7 @@ def kept_weights(module: nn.Module, device: torch.device) -> Iterator[dict[str, 
     finally:
         live.copy_to(model.tensors)
         for buffer, kept in transient:
-            if not torch.equal(
-                buffer, kept
-            ):  # an expanded buffer can't be written to, nor can it have changed
-                buffer.copy_(kept)
+            _put_back(buffer, kept)
 
 
 @contextmanager
@@ -77,11 +78,10 @@ def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[None]:
         _keep(vars(part), restores, seen)
         if not isinstance(part, Metric):  # a metric is reset before it is used, which replaces its tensors
             _keep_plain_tensors(part, restores)
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:  # restores the rest where one fails
         for restore in restores:
-            restore()
+            stack.callback(restore)
+        yield
 
 
 def reset_metrics(module: nn.Module) -> None:
@@ -98,11 +98,11 @@ def _keep(value: Any, restores: list[Restore], seen: set[int]) -> None:
     if id(value) in seen:
         return
     seen.add(id(value))
-    if isinstance(value, (dict, list, set, deque)):
+    if type(value) in _CONTAINERS:
         restores.append(_container_restore(value))
     elif restore := _generator_restore(value):
         restores.append(restore)
-    if isinstance(value, (dict, list, set, deque, tuple)):
+    if type(value) in (*_CONTAINERS, tuple) and len(value) <= _LOOKED_INTO:
         for item in list(value.values()) if isinstance(value, dict) else list(value):
             _keep(item, restores, seen)
     elif isinstance(value, LRScheduler):  # chained schedulers hold others
@@ -126,6 +126,9 @@ def _generator_restore(value: Any) -> Restore | None:
     if isinstance(value, random.Random):
         internal = value.getstate()
         return lambda: value.setstate(internal)
+    if isinstance(value, np.random.RandomState):
+        legacy = value.get_state()
+        return lambda: value.set_state(legacy)
     if isinstance(value, np.random.Generator):
         bits = value.bit_generator.state
         return lambda: setattr(value.bit_generator, "state", bits)
@@ -140,7 +143,15 @@ def _keep_plain_tensors(part: nn.Module, restores: list[Restore]) -> None:
 
 def _tensor_restore(tensor: Tensor) -> Restore:
     kept = tensor.clone()
-    return lambda: tensor.copy_(kept)
+    return lambda: _put_back(tensor, kept)
+
+
+def _put_back(tensor: Tensor, kept: Tensor) -> None:
+    # An expanded tensor can't be written to, nor can it have changed. One that was made in a validation
+    # before the fit is an inference tensor.
+    if not torch.equal(tensor, kept):
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.copy_(kept)
 
 
 def _owners(dataloader: Any) -> list[Any]:

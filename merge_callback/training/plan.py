@@ -137,7 +137,7 @@ def check_room(options: Options, store: SnapshotStore) -> int:
     needed = (options.window + 1) * store.layout.nbytes
     free = free_bytes(options.storage, store.folder, store.device)
     if store.folder is not None:
-        own = sum(path.stat().st_size for path in store.folder.iterdir())
+        own = sum(path.lstat().st_size for path in store.folder.glob("*.safetensors"))
         disk = free_bytes("disk", store.folder, store.device) + own
         _check_fits("disk", needed, disk)
         free = disk if options.storage == "disk" else free

@@ -21,7 +21,10 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
     logs as ``step``.
     """
     known = trainer.callback_metrics
-    step = int(known.get("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
+    results: Mapping[str, Any] = trainer._results or {}
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
+    if any(r.meta.name == "step" and not r.has_reset for r in results.values()):  # of the loop that runs now
+        step = int(known["step"])
     known.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)

@@ -16,8 +16,9 @@ from merge_callback.options import Options
 from merge_callback.publish import Naming, Publisher, publish_merge
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.folder_lock import lock_folder
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.applied_lr import AppliedLR
@@ -53,7 +54,7 @@ class MergeSession:
         self.naming = Naming.of(module, options.strip_prefix)
         self.clock = TokenClock(options.count_tokens)
         self.countable: bool | None = None  # not known before the first batch
-        self.applied, self.phases = AppliedLR(), LRPhaseDetector(total_steps(trainer))
+        self.applied, self.phases = AppliedLR(trainer.optimizers), LRPhaseDetector(total_steps(trainer))
         self.publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
         model = ModelTensors.of(module)
         _check_exclude(options.exclude, model)
@@ -67,10 +68,12 @@ class MergeSession:
         self.step = trainer.global_step  # the last optimizer step seen
         self.mark = self.progress  # how far the run had come then, in the interval's unit
         self.validation = MergedValidation(trainer, module)
-        self.taken = 0
+        self.taken, self.emitted_step = 0, -1
         self.advised: list[str] = []
-        self.lock = self._claim_folder()
+        self.lock = self._lock_folder()
         try:
+            self.window.claim_folder()
+            self.publisher.sweep()
             self.plan = Plan.of(options, store, trainer)
             _tell(self.plan.lines(), self.plan.warnings())
             if resume:
@@ -131,12 +134,18 @@ class MergeSession:
 
         What fails here is logged; the run goes on.
         """
-        model = ModelTensors.of(self.module)
+        try:
+            self._take_snapshot(ModelTensors.of(self.module))
+        except Exception:
+            log.exception("merge: the snapshot of step %s failed; training goes on", self.step)
+
+    def _take_snapshot(self, model: ModelTensors) -> None:
         if not self._append(model):
             return
         self.taken += 1
         emit = self.options.emit_every > 0 and self.taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.trainer.enable_validation
+        self._warn_of_damage()
         self.merger.measure(model, merge=emit or evaluate)
         if emit:
             self.emit()
@@ -144,44 +153,42 @@ class MergeSession:
 
     def emit(self) -> None:
         """Publishes the merge of the window as it is, if there is something to merge."""
-        model = ModelTensors.of(self.module)
-        merge = self.merger.current(model)
-        if merge is None:
+        merge = self._current_merge()
+        if merge is None or merge.step == self.emitted_step:
             return
         try:
-            path = publish_merge(
+            publish_merge(
                 self.publisher,
                 merge,
-                model.tied,
+                ModelTensors.of(self.module).tied,
                 self.naming,
                 diversity=self.merger.diversity,
                 layout=self.window.store.layout.hash,
                 run_id=self.window.run_id,
             )
-            log.info("merge: published %s", path)
-        except OSError as error:
+            self.emitted_step = merge.step
+        except Exception as error:
             rank_zero_warn(
-                f"merge: the merge of step {merge.step} could not be published ({error}); training goes on"
+                f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on"
             )
 
     def evaluate(self) -> None:
         """Validates the merge of the window as it is, if that is new."""
-        self.validation.update(self.merger.current(ModelTensors.of(self.module)))
+        self.validation.update(self._current_merge())
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
-        if not self.window.segment():
+        self.emit()
+        if not self.publisher.published:
             rank_zero_warn(
-                f"merge: no snapshot after the warm-up in {self.step} steps, so no merge was published"
+                f"merge: nothing was published: {len(self.window)} snapshots in {self.step} steps, and a "
+                "merge takes two of one phase after the warm-up"
             )
-        elif self.options.emit_every == 0 or self.taken % self.options.emit_every:
-            self.emit()
         self.close()
 
     def close(self) -> None:
         """Lets go of the folder."""
-        if self.lock is not None:
-            self.lock.close()
+        self.lock.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the weights stay in the window's files."""
@@ -192,9 +199,11 @@ class MergeSession:
             "step": self.step,
             "mark": self.mark,
             "taken": self.taken,
+            "emitted_step": self.emitted_step,
             "validation": self.validation.state_dict(),
             "advised": list(self.advised),
             "published": list(self.publisher.published),
+            "learning_rates": self.applied.state_dict(),
             "phases": self.phases.state_dict(),
             "window": self.window.state_dict(),
             "first_diversity": self.merger.metric.first,
@@ -203,9 +212,11 @@ class MergeSession:
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.clock.tokens, self.step, self.mark = state["tokens"], state["step"], state["mark"]
-        self.taken, self.advised = state["taken"], list(state["advised"])
+        self.taken, self.emitted_step = state["taken"], state["emitted_step"]
+        self.advised = list(state["advised"])
         self.validation.load_state_dict(state["validation"])
         self.publisher.published = list(state["published"])
+        self.applied.load_state_dict(state["learning_rates"])
         self.phases.load_state_dict(state["phases"])
         self.merger.metric.first, self.merger.diversity = state["first_diversity"], state["diversity"]
         self._restore_window(state["window"], Path(state["dirpath"]))
@@ -225,9 +236,9 @@ class MergeSession:
         for problem in self.window.restore(state, self.trainer.global_step):
             rank_zero_warn(f"merge: left out of the restored window: {problem}")
 
-    def _claim_folder(self) -> IO[str] | None:
+    def _lock_folder(self) -> IO[str]:
         try:
-            return self.window.claim_folder()
+            return lock_folder(self.dirpath)
         except BlockingIOError:
             reason, mend = "another run is using it", "give each run its own"
         except OSError as error:
@@ -241,11 +252,24 @@ class MergeSession:
             self.countable = self.options.unit == "tokens"  # no token count is better than a wrong one
             rank_zero_warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
 
+    def _current_merge(self) -> Merge | None:
+        try:
+            self._warn_of_damage()
+            return self.merger.current(ModelTensors.of(self.module))
+        except Exception:
+            log.exception("merge: the window could not be merged at step %s; training goes on", self.step)
+            return None
+
+    def _warn_of_damage(self) -> None:
+        for line in self.window.drop_damaged():
+            rank_zero_warn(f"merge: left out of the window: {line}")
+
     def _observe_learning_rates(self) -> None:
         segment = (self.phases.phase, self.phases.since)
         self.phases.observe(self.applied.rates, self.applied.sizes)
         if segment != (self.phases.phase, self.phases.since):
             self.window.relabel(self.phases.phase.value, self.phases.since)
+            self.merger.forget()
 
     def _append(self, model: ModelTensors) -> bool:
         """Captures the live weights; says whether the window took them."""
@@ -260,7 +284,7 @@ class MergeSession:
         )
         try:
             self.window.append(snapshot, model.tensors)
-        except ValueError as error:  # not finite, or the model has changed
+        except (ValueError, RuntimeError, MemoryError) as error:  # not finite, a changed model, no memory
             rank_zero_warn(f"merge: no snapshot at step {self.step}: {error}")
         except OSError as error:
             rank_zero_warn(f"merge: the snapshot of step {self.step} could not be kept in a file ({error})")

@@ -1,0 +1,130 @@
+"""Batches for the demo: crops of the corpus, which a resumed run sees exactly as an unbroken one would."""
+
+from collections.abc import Iterator, Sequence
+from typing import TypedDict
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from merge_callback.demo.text import load_corpus
+
+
+class Batch(TypedDict):
+    """Tokens and what follows each of them; both `(batch, context)` int64."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+def cut(text: Tensor, starts: Tensor, context: int) -> Batch:
+    """Cuts one crop of `text` per start, `context` tokens long, with labels one token ahead."""
+    crops = text[starts[:, None] + torch.arange(context + 1)].long()
+    return {"input_ids": crops[:, :-1], "labels": crops[:, 1:]}
+
+
+class RandomCrops:
+    """A stateful loader of random crops: batch number i depends on (key, i) alone.
+
+    Lightning saves and restores its one number, `position`, with every checkpoint. Each iterator starts there
+    and hands out `len(self)` batches; Lightning itself ends a resumed epoch, part of which is over, in time.
+    """
+
+    def __init__(
+        self, text: Tensor, batch_size: int, context: int, batches: int, key: Sequence[int] = (0,)
+    ) -> None:
+        self.text = text
+        self.batch_size = batch_size
+        self.context = context
+        self.batches = batches
+        self.key = tuple(key)
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        # Without a length Lightning prefetches one batch, and a saved position would be one too far.
+        return self.batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(len(self)):
+            # Advance before handing out: a checkpoint written while this batch is in use must count it.
+            self.position += 1
+            yield self.draw(self.position - 1)
+
+    def draw(self, index: int) -> Batch:
+        """Draws batch number `index` of the run, whatever was drawn before."""
+        generator = np.random.default_rng((*self.key, index))
+        starts = generator.integers(len(self.text) - self.context, size=self.batch_size)
+        return cut(self.text, torch.from_numpy(starts), self.context)
+
+    def state_dict(self) -> dict[str, int]:
+        """Returns the number of batches handed out."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continues after the batches that were handed out when `state_dict` was taken."""
+        self.position = state_dict["position"]
+
+
+class SpacedCrops:
+    """The same evenly spaced crops every time, so that any two validations and any two seeds compare."""
+
+    def __init__(self, text: Tensor, batch_size: int, context: int, starts: Tensor) -> None:
+        self.text = text
+        self.context = context
+        self.starts = torch.split(starts, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (cut(self.text, starts, self.context) for starts in self.starts)
+
+
+class DemoData(LightningDataModule):
+    """The Python standard library's source text, byte by byte.
+
+    Args:
+        batch_size: Sequences per batch and process.
+        context: Tokens per sequence.
+        seed: Of the order of the training crops.
+        epoch_batches: Batches per epoch; an epoch of random crops is only a unit for the progress bar.
+        validation_batches: Batches per validation, all processes together.
+        max_bytes: Read no more text than this.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 16,
+        context: int = 128,
+        seed: int = 0,
+        epoch_batches: int = 5400,
+        validation_batches: int = 24,
+        max_bytes: int = 8_000_000,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.context = context
+        self.seed = seed
+        self.epoch_batches = epoch_batches
+        self.validation_batches = validation_batches
+        self.max_bytes = max_bytes
+
+    def setup(self, stage: str) -> None:
+        """Reads the text; some tens of milliseconds."""
+        self.corpus = load_corpus(self.max_bytes)
+
+    def train_dataloader(self) -> RandomCrops:
+        """Makes the stateful training loader; each process draws its own crops."""
+        rank = self.trainer.global_rank if self.trainer else 0
+        key = (self.seed, rank)
+        return RandomCrops(self.corpus.train, self.batch_size, self.context, self.epoch_batches, key)
+
+    def val_dataloader(self) -> SpacedCrops:
+        """Makes the validation loader; the processes share its crops out."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        text = self.corpus.validation
+        crops = self.validation_batches * self.batch_size
+        starts = torch.linspace(0, len(text) - self.context - 1, crops, dtype=torch.float64).long()
+        return SpacedCrops(text, self.batch_size, self.context, starts[rank::world])

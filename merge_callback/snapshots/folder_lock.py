@@ -1,0 +1,32 @@
+"""One run at a time in a folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Takes the folder for this process until the returned file is closed or the process ends.
+
+    Where platform or file system know no such locks, nothing is locked.
+
+    Raises:
+        BlockingIOError: where another run has it, in this process or another.
+        OSError: where the folder can't be created or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")  # noqa: SIM115 - held for as long as the run uses the folder
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    except (ImportError, OSError):
+        pass
+    # Forked children (data workers) share the lock, and may outlive a run that is killed.
+    os.register_at_fork(after_in_child=file.close)
+    return file

@@ -1,0 +1,758 @@
+"""The window's files: what is in them, which stay, and what happens where they can't be written or read."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from killed_run import (
+    STEPS,
+    At,
+    Keeper,
+    SaveAt,
+    StopError,
+    Tiny,
+    Tokens,
+    checksum,
+    damage,
+    emissions,
+    fit,
+    leftovers,
+    window,
+)
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from merge_callback import CheckpointMergeCallback, load_merge
+from merge_callback.merging import LinearMethod, Weighted
+
+LAST = [20, 22, 24, 26]
+"""The steps of the window at the end of a run of `killed_run.fit`."""
+
+
+def steps(folder):
+    """The steps of the snapshots in a run's window."""
+    return [record["step"] for record in window(folder / "merges")["snapshots"]]
+
+
+def files(folder):
+    """The window's files by the step of their snapshot."""
+    return {int(path.name[5:13]): path for path in (folder / "merges/window").glob("step=*.safetensors")}
+
+
+def quiet(**trainer):
+    """A trainer that logs nothing, so that a full disk is ours alone."""
+    return {"logger": False, **trainer}
+
+
+# --- content ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run with a checkpoint every 5 steps, and its weights after each step."""
+    folder, keeper = tmp_path_factory.mktemp("finished"), Keeper()
+    save = ModelCheckpoint(folder / "c", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    fit(folder, callbacks=[keeper, save])
+    return folder, keeper.weights
+
+
+def test_a_snapshot_file_holds_the_live_weights_of_its_step(finished):
+    folder, weights = finished
+    for step, path in files(folder).items():
+        found = load_file(path)
+        assert found.keys() == weights[step].keys()
+        for name, tensor in weights[step].items():
+            assert torch.equal(found[name], tensor), (step, name)
+            assert found[name].dtype == tensor.dtype
+
+
+def test_a_snapshot_file_says_what_it_is(finished):
+    folder, _ = finished
+    manifest = window(folder / "merges")
+    for record in manifest["snapshots"]:
+        with safe_open(files(folder)[record["step"]], "pt") as file:
+            metadata = file.metadata()
+        assert metadata["format"] == "pt"
+        assert metadata["layout"] == manifest["layout"]
+        for key in ("step", "tokens"):
+            assert metadata[key] == str(record[key])
+        assert float(metadata["lr"]) == record["lr"]
+
+
+def test_the_manifest_names_the_checksum_of_every_file(finished):
+    folder, _ = finished
+    for record in window(folder / "merges")["snapshots"]:
+        assert checksum(folder / "merges/window" / record["file"]) == record["checksum"]
+
+
+class Zoo(Tiny):
+    """Tensors of every kind that a module may save."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(1)
+        for dtype in (torch.float64, torch.float16, torch.bfloat16):
+            self.register_buffer(f"a_{str(dtype)[6:]}", torch.randn(3, 5, generator=draw).to(dtype))
+        for dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+            self.register_buffer(f"a_{str(dtype)[6:]}", torch.randint(2, (7,), generator=draw).to(dtype))
+        for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+            self.register_buffer(f"a_{str(dtype)[6:]}", torch.randn(11, generator=draw).to(dtype))
+        self.register_buffer("a_scalar", torch.tensor(2.5))
+        self.register_buffer("transposed", torch.randn(4, 3, generator=draw).T)
+        self.register_buffer("not_saved", torch.ones(2), persistent=False)
+        self.frozen = nn.Parameter(torch.randn(2, 2, generator=draw), requires_grad=False)
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_every_kind_of_tensor_survives_in_a_snapshot_file(tmp_path, storage):
+    keeper = Keeper()
+    fit(tmp_path, module=Zoo, callbacks=[keeper], storage=storage, trainer={"max_steps": 8})
+
+    for step, path in files(tmp_path).items():
+        found = load_file(path)
+        assert found.keys() == keeper.weights[step].keys()
+        for name, tensor in keeper.weights[step].items():
+            assert found[name].dtype == tensor.dtype, name
+            assert found[name].shape == tensor.shape, name
+            assert torch.equal(
+                found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)
+            ), name
+
+
+def test_an_empty_tensor_is_kept_and_spoils_no_number(tmp_path):
+    class WithNothing(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("nothing", torch.empty(0, 3))
+            self.no_weights = nn.Parameter(torch.empty(0))
+
+    fit(tmp_path, module=WithNothing)
+
+    assert load_file(files(tmp_path)[26])["nothing"].shape == (0, 3)
+    assert load_merge(tmp_path / "merges/latest")["no_weights"].shape == (0,)
+    record = json.loads((tmp_path / "merges/latest/merge.json").read_text())
+    assert 0 < record["diversity"]["rms"] < 1
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp64"])
+def test_a_snapshot_dtype_casts_floats_only(tmp_path, dtype):
+    keeper = Keeper()
+    fit(tmp_path, callbacks=[keeper], snapshot_dtype=dtype, trainer={"max_steps": 6})
+
+    wanted = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}[dtype]
+    for name, tensor in load_file(files(tmp_path)[6]).items():
+        live = keeper.weights[6][name]
+        assert torch.equal(tensor, live.to(wanted) if live.is_floating_point() else live), name
+
+
+# --- which files stay ---------------------------------------------------------------------------------------
+
+
+def needed_by(checkpoint):
+    """The window files that a checkpoint names."""
+    states = torch.load(checkpoint, weights_only=True)["callbacks"]
+    (state,) = (states[key] for key in states if key.startswith("CheckpointMergeCallback"))
+    return {record["file"] for record in state["window"]["snapshots"]}
+
+
+def test_files_of_the_last_two_checkpoints_and_of_the_window_stay_and_others_go(finished):
+    folder, _ = finished
+    current = {record["file"] for record in window(folder / "merges")["snapshots"]}
+    older, newer = needed_by(folder / "c/step=20.ckpt"), needed_by(folder / "c/step=25.ckpt")
+
+    assert {path.name for path in files(folder).values()} == current | older | newer
+
+
+def test_without_checkpoints_only_the_window_stays(tmp_path):
+    fit(tmp_path)
+
+    assert sorted(files(tmp_path)) == LAST
+
+
+def test_after_a_resume_the_files_of_the_last_two_checkpoints_stay(tmp_path):
+    save = ModelCheckpoint(tmp_path / "c", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    with pytest.raises(StopError):
+        fit(tmp_path, callbacks=[save, SaveAt(tmp_path / "unused.ckpt", 99, stop=16), StopsAt(16)])
+
+    with pytest.raises(StopError):
+        fit(tmp_path, tmp_path / "c/step=15.ckpt", [StopsAt(18)])
+
+    kept = {path.name for path in files(tmp_path).values()}
+    assert needed_by(tmp_path / "c/step=15.ckpt") <= kept
+    assert needed_by(tmp_path / "c/step=10.ckpt") <= kept
+
+
+class StopsAt(Callback):
+    """Ends a run after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise StopError
+
+
+def test_checkpoints_between_two_snapshots_count_once(tmp_path):
+    save = ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    with pytest.raises(StopError):
+        fit(tmp_path, callbacks=[save, StopsAt(15)])
+
+    # When snapshot 14 came, the last two windows saved were those of steps 12, 13 and of steps 10, 11.
+    assert sorted(files(tmp_path)) == [4, 6, 8, 10, 12, 14]
+
+
+# --- snapshots that are no use ------------------------------------------------------------------------------
+
+
+def poison(value, name="head.weight"):
+    """Puts a value into a tensor's first element."""
+
+    def put(module):
+        with torch.no_grad():
+            tensor = module.get_parameter(name) if name.endswith("weight") else module.get_buffer(name)
+            module.healthy = tensor.flatten()[0].clone()
+            tensor.view(-1)[0] = value
+
+    return put
+
+
+def heal(name="head.weight"):
+    """Puts the value back that `poison` replaced."""
+
+    def put(module):
+        with torch.no_grad():
+            tensor = module.get_parameter(name) if name.endswith("weight") else module.get_buffer(name)
+            tensor.view(-1)[0] = module.healthy
+
+    return put
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu", "device"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_a_snapshot_with_a_number_that_is_none_is_named_and_not_admitted(tmp_path, value, storage):
+    with pytest.warns(UserWarning, match=r"no snapshot at step 20: head.weight hold NaN or Inf"):
+        fit(
+            tmp_path,
+            before=[At(step20=poison(value))],
+            callbacks=[At(step20=heal())],
+            storage=storage,
+        )
+
+    assert steps(tmp_path) == [18, 22, 24, 26]
+    assert sorted(files(tmp_path)) == [18, 22, 24, 26]
+
+
+def test_a_run_that_stays_broken_keeps_its_last_good_window(tmp_path):
+    with pytest.warns(UserWarning, match="step 26"):
+        fit(tmp_path, before=[At(step15=poison(float("nan")))], trainer={"limit_val_batches": 0})
+
+    assert steps(tmp_path) == [8, 10, 12, 14]
+    assert not damage(tmp_path / "merges")
+
+
+def test_a_mask_of_minus_infinities_does_not_keep_snapshots_out(tmp_path):
+    class Masked(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+
+    fit(tmp_path, module=Masked)
+
+    assert steps(tmp_path) == LAST
+    merged = load_merge(tmp_path / "merges/latest")
+    assert torch.equal(merged["mask"], torch.full((4, 4), -torch.inf).triu(1))
+    record = json.loads((tmp_path / "merges/latest/merge.json").read_text())
+    assert 0 < record["diversity"]["rms"] < 1
+
+
+# --- no room ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def largest_file(size):
+    """Within, a write beyond `size` bytes of a file fails with EFBIG: a full disk that needs no root."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Full(Callback):
+    """Limits the size of files from one step to another. Put it before the merging callback."""
+
+    acts_first = True
+
+    def __init__(self, size, first, last):
+        self.size, self.first, self.last = size, first, last
+        self.limit = largest_file(size)
+        self.during = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.first:
+            self.limit.__enter__()
+        if self.first < trainer.global_step <= self.last:
+            window = Path(trainer.default_root_dir) / "merges/window"
+            self.during.append(json.loads((window / "manifest.json").read_text()))
+        if trainer.global_step == self.last:
+            self.limit.__exit__(None, None, None)
+
+    def on_train_end(self, trainer, module):
+        if self.last > trainer.global_step:
+            self.limit.__exit__(None, None, None)
+
+
+@pytest.fixture(autouse=True)
+def unlimited():
+    """Whatever a failed test did, the next may write."""
+    limits = {what: resource.getrlimit(what) for what in (resource.RLIMIT_FSIZE, resource.RLIMIT_AS)}
+    yield
+    for what, limit in limits.items():
+        resource.setrlimit(what, limit)
+
+
+def assert_nothing_is_half_there(folder):
+    merges = folder / "merges"
+    assert not damage(merges)
+    assert not leftovers(merges)
+    for path in files(folder).values():
+        assert load_file(path)
+    named = {record["file"]: record["checksum"] for record in window(merges)["snapshots"] if record["file"]}
+    for name, expected in named.items():
+        assert checksum(merges / "window" / name) == expected
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_a_disk_full_while_a_snapshot_is_written_costs_that_snapshots_file_only(tmp_path, storage):
+    fit(tmp_path / "unbroken", storage=storage, keep_last=None)
+    full = Full(3000, 10, 14)  # a snapshot takes 5 kB
+
+    with pytest.warns(UserWarning, match="the snapshot of step 12 could not be kept in a file"):
+        fit(tmp_path, before=[full], storage=storage, keep_last=None, trainer=quiet())
+
+    assert_nothing_is_half_there(tmp_path)
+    assert steps(tmp_path) == LAST
+    assert [record["step"] for record in full.during[-1]["snapshots"]] == [2, 4, 6, 8]
+    expected, found = (
+        {p.name: p for p in emissions(f / "merges")} for f in (tmp_path / "unbroken", tmp_path)
+    )
+    if storage == "cpu":  # in memory nothing was lost; merge 12 found no room either
+        assert expected.keys() - found.keys() == {"step=00000012-tokens=288-sma"}
+        for name, path in found.items():
+            assert checksum(path / "model.safetensors") == checksum(expected[name] / "model.safetensors")
+
+
+def test_a_disk_full_while_the_manifest_is_written_loses_no_snapshot(tmp_path):
+    full = Full(5500, 17, 24)  # a snapshot takes 5.3 kB, a record in the manifest 0.3 kB
+
+    with pytest.warns(UserWarning, match="step 23"):
+        fit(tmp_path, before=[full], window=30, every_n_steps=1, trainer=quiet())
+
+    assert_nothing_is_half_there(tmp_path)
+    assert steps(tmp_path) == list(range(1, STEPS + 1))
+    seen = [len(manifest["snapshots"]) for manifest in full.during]
+    assert seen[0] >= 10
+    assert seen[-1] == seen[-4]  # the last complete one stayed
+
+
+def wide():
+    """A model whose merge is larger than its snapshot in bf16."""
+    return Tiny(width=64)
+
+
+def test_a_disk_full_while_a_merge_is_published_costs_that_emission_only(tmp_path):
+    options = {"module": wide, "snapshot_dtype": "bf16", "keep_last": None}
+    fit(tmp_path / "unbroken", **options)
+    full = Full(11_000, 10, 14)  # a snapshot takes 8.8 kB, a merge 13.4 kB
+
+    with pytest.warns(UserWarning, match="the merge of step 12 was not published"):
+        fit(tmp_path, before=[full], trainer=quiet(), **options)
+
+    assert_nothing_is_half_there(tmp_path)
+    expected, found = (
+        {p.name: p for p in emissions(f / "merges")} for f in (tmp_path / "unbroken", tmp_path)
+    )
+    assert expected.keys() - found.keys() == {"step=00000012-tokens=288-sma"}
+    for name, path in found.items():
+        assert checksum(path / "model.safetensors") == checksum(expected[name] / "model.safetensors")
+
+
+def test_a_merge_that_found_no_room_is_published_at_the_end_if_there_is_room_then(tmp_path):
+    full = Full(11_000, 26, 27)
+
+    with pytest.warns(UserWarning, match="the merge of step 26 was not published"):
+        fit(tmp_path, before=[full], module=wide, snapshot_dtype="bf16", emit_every=1, trainer=quiet())
+
+    assert os.readlink(tmp_path / "merges/latest") == "step=00000026-tokens=624-sma"
+
+
+needs_root = pytest.mark.skipif(
+    os.geteuid() != 0, reason="mounts a small disk; full disks are tested above too"
+)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a disk of a few pages in memory; `small_disk(pages)` returns its folder."""
+    mounted = []
+
+    def mount(pages, inodes=1000):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        options = f"size={pages * 4096},nr_inodes={inodes}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip(f"can't mount: {done.stderr.decode()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder, leave=0):
+    """Takes all room on a disk but `leave` pages."""
+
+    def write(module=None):
+        disk = os.statvfs(folder)
+        (folder / "fill").write_bytes(b"\1" * (disk.f_bavail - leave) * disk.f_frsize)
+
+    return write
+
+
+def free(folder):
+    """Gives back the room that `fill` took."""
+    return lambda module=None: (folder / "fill").unlink()
+
+
+@needs_root
+@pytest.mark.parametrize("leave", range(8))
+def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, small_disk, leave):
+    disk = small_disk(100)
+    holes = At(step9=fill(disk, leave), step17=free(disk))
+
+    fit(tmp_path, before=[holes], dirpath=disk / "merges", trainer=quiet())
+
+    (tmp_path / "merges").symlink_to(disk / "merges")
+    assert_nothing_is_half_there(tmp_path)
+    assert steps(tmp_path) == LAST
+
+
+@needs_root
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_a_disk_with_room_for_the_window_and_one_more_snapshot_never_jams(tmp_path, small_disk, storage):
+    disk = small_disk(100)
+    # Room for a snapshot, not for its manifest; what the window drops would make room for both.
+    jam = At(step9=fill(disk, leave=2))
+
+    fit(
+        tmp_path,
+        before=[jam],
+        dirpath=disk / "merges",
+        emit_every=0,
+        storage=storage,
+        trainer=quiet(),
+    )
+
+    (tmp_path / "merges").symlink_to(disk / "merges")
+    assert steps(tmp_path) == LAST
+
+
+@contextmanager
+def no_permission(folder):
+    """Within, nothing can be written below `folder`."""
+    if os.geteuid() == 0:  # may write everywhere, so be somebody else
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+        return
+    parts = [folder, *(p for p in folder.rglob("*") if p.is_dir())]
+    for part in parts:
+        part.chmod(0o555)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.chmod(0o755)
+
+
+def test_a_folder_that_can_not_be_written_is_named_before_training_starts(tmp_path):
+    (tmp_path / "closed").mkdir()
+    if os.geteuid() == 0:
+        tmp_path.chmod(0o755)
+    refused = pytest.raises(ValueError, match=r"dirpath='.*merges'.* can't be written")
+    with no_permission(tmp_path / "closed"), refused:
+        CheckpointMergeCallback(dirpath=tmp_path / "closed/merges")
+
+
+def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path):
+    locked = no_permission(tmp_path / "merges")
+    change = At(step9=lambda m: locked.__enter__(), step17=lambda m: locked.__exit__(None, None, None))
+
+    with pytest.warns(UserWarning, match="the snapshot of step 12 could not be kept in a file"):
+        fit(tmp_path, before=[change], trainer=quiet())
+
+    assert_nothing_is_half_there(tmp_path)
+    assert steps(tmp_path) == LAST
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_a_window_that_can_not_fit_is_refused_with_its_size_and_a_way_out(tmp_path, storage):
+    with pytest.raises(ValueError, match=r"needs 1\d+\.\d TB of .* free: choose .*snapshot_dtype='bf16'"):
+        fit(tmp_path, window=100_000_000_000, storage=storage)
+
+
+class StopsAtOnce(Callback):
+    """Ends a run before its first batch."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        raise StopError
+
+
+@needs_root
+def test_a_resumed_run_counts_the_room_of_its_own_window_as_free(tmp_path, small_disk):
+    disk = small_disk(60)
+    options = {"dirpath": disk / "merges", "emit_every": 0, "trainer": quiet()}
+    with pytest.raises(StopError):
+        fit(tmp_path, callbacks=[SaveAt(tmp_path / "c.ckpt", 13, stop=13)], **options)
+    fill(disk, leave=1)()  # a full window and one more snapshot need 6 kB
+
+    with pytest.raises(StopError):
+        fit(tmp_path, tmp_path / "c.ckpt", [StopsAtOnce()], **options)
+    with pytest.raises(ValueError, match=r"needs 6.* kB"):
+        fit(tmp_path / "fresh", dirpath=disk / "fresh", trainer=quiet())
+
+
+@needs_root
+def test_a_run_that_was_not_refused_has_room_for_the_files_its_checkpoints_keep(
+    tmp_path, small_disk, recwarn
+):
+    disk = small_disk(100)
+    fill(disk, leave=5 * 2 + 4)()  # five snapshot files, the folders and two manifests
+    save = ModelCheckpoint(tmp_path / "c", every_n_train_steps=8, save_top_k=-1)
+    with suppress(ValueError):  # which would be fine: it was told before it trained
+        fit(tmp_path, callbacks=[save], dirpath=disk / "merges", emit_every=0, trainer=quiet())
+
+    assert not [w for w in recwarn.list if "could not be kept" in str(w.message)]
+
+
+# --- files that go while the run goes on --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_a_snapshot_file_deleted_while_the_run_goes_on_changes_no_merge(tmp_path, storage):
+    fit(tmp_path / "unbroken", storage=storage, keep_last=None)
+
+    fit(
+        tmp_path,
+        callbacks=[At(step11=lambda module: files(tmp_path)[10].unlink())],
+        storage=storage,
+        keep_last=None,
+    )
+
+    for path in emissions(tmp_path / "unbroken/merges"):
+        again = tmp_path / "merges" / path.name
+        assert checksum(again / "model.safetensors") == checksum(path / "model.safetensors")
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+@pytest.mark.parametrize("what", ["merges/window", "merges"])
+def test_a_folder_deleted_while_the_run_goes_on_is_made_again(tmp_path, storage, what):
+    fit(tmp_path, callbacks=[At(step11=lambda module: shutil.rmtree(tmp_path / what))], storage=storage)
+
+    assert steps(tmp_path) == LAST
+    assert_nothing_is_half_there(tmp_path)
+
+
+# --- what else may fail -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fails(LinearMethod):
+    """Raises on the third merge."""
+
+    error: str = "ours"
+
+    def raw_weights(self, positions):
+        if len(positions) == 4:
+            raise ZeroDivisionError(self.error)
+        return [1.0] * len(positions)
+
+
+def test_a_method_that_fails_costs_its_merges_only(tmp_path):
+    trainer, _, _ = fit(tmp_path, method=Fails())
+
+    assert trainer.global_step == STEPS
+    assert steps(tmp_path) == LAST
+
+
+@pytest.mark.filterwarnings("ignore:weights")
+@pytest.mark.parametrize("weights", [(0.4, 0.6), (1.0, 1.0, 1.0, -1.0)], ids=str)
+def test_weights_that_can_not_serve_the_window_are_refused_before_the_first_step(tmp_path, weights):
+    keeper = Keeper()
+
+    with pytest.raises(ValueError, match="weight"):
+        fit(tmp_path, method=Weighted(weights), callbacks=[keeper])
+    assert not keeper.weights, "it trained before it was refused"
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_a_tensor_that_changes_its_shape_costs_snapshots_only(tmp_path, storage):
+    def grow(module):
+        head = nn.Linear(8, 24)
+        head.requires_grad_(True)
+        module.head = head
+
+    with pytest.warns(UserWarning, match=r"no snapshot at step 12.*head"):
+        trainer, _, _ = fit(tmp_path, callbacks=[At(step11=grow)], storage=storage)
+
+    assert trainer.global_step == STEPS
+    assert steps(tmp_path) == [4, 6, 8, 10]
+
+
+def test_a_tensor_that_goes_costs_snapshots_only(tmp_path):
+    class Optional(Tiny):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(2, 2)
+
+    def drop(module):
+        del module.extra
+
+    with pytest.warns(UserWarning, match=r"no snapshot at step 12: .*extra.weight"):
+        trainer, _, _ = fit(tmp_path, module=Optional, callbacks=[At(step11=drop)])
+
+    assert trainer.global_step == STEPS
+    assert steps(tmp_path) == [4, 6, 8, 10]
+
+
+def test_memory_that_runs_out_costs_a_snapshot_only(tmp_path):
+    class Heavy(Tiny):
+        def __init__(self):
+            super().__init__()
+            # 100 MB that only a snapshot asks for: no freed gradient is large enough to hold it.
+            self.register_buffer("ballast", torch.zeros(25_000_000))
+
+    def tighten(module):
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (20 << 20), resource.RLIM_INFINITY))
+
+    def loosen(module):
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    with pytest.warns(UserWarning, match="no snapshot at step 4"):
+        trainer, _, callback = fit(
+            tmp_path,
+            module=Heavy,
+            before=[At(step4=tighten)],
+            callbacks=[At(step4=loosen)],
+            storage="cpu",
+            durable=False,
+            evaluate=False,
+            emit_every=0,
+            trainer={"max_steps": 8, "limit_val_batches": 0},
+        )
+
+    assert trainer.global_step == 8
+    assert [s["step"] for s in callback.state_dict()["window"]["snapshots"]] == [2, 6, 8]
+
+
+def test_batches_that_lose_their_tokens_do_not_end_a_run_whose_interval_is_in_steps(tmp_path):
+    class Mixed(Tokens):
+        def draw(self, index):
+            batch = super().draw(index)
+            return batch if index % 7 else {"pixels": batch["input_ids"].float()}
+
+    class OnMixed(Tiny):
+        def loss(self, batch):
+            batch = batch if "input_ids" in batch else {"input_ids": batch["pixels"].long()}
+            return super().loss(batch)
+
+    trainer, _, _ = fit(tmp_path, module=OnMixed, data=Mixed())
+
+    assert trainer.global_step == STEPS
+    assert steps(tmp_path) == LAST
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+class Footprint(Callback):
+    """Notes the resident memory and the open files after each of some steps."""
+
+    def __init__(self):
+        self.memory, self.files = {}, {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step % 2:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            self.memory[trainer.global_step] = resident
+            self.files[trainer.global_step] = len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_memory_and_open_files_do_not_grow_with_the_snapshots_taken(tmp_path, storage):
+    seen = Footprint()
+
+    fit(
+        tmp_path,
+        module=lambda: Tiny(width=1 << 16),  # 9 MB a snapshot
+        callbacks=[seen],
+        window=2,
+        emit_every=4,
+        keep_last=1,
+        storage=storage,
+        trainer={"max_steps": 50, "val_check_interval": 25, "max_epochs": -1},
+    )
+
+    snapshot = 9 << 20
+    early, late = (max(seen.memory[step] for step in steps) for steps in (range(13, 22, 2), range(41, 50, 2)))
+    assert late - early < 4 * snapshot  # the 14 snapshots in between would be 126 MB
+    assert seen.files[49] == seen.files[13]
+
+
+def test_a_run_leaves_no_file_open(tmp_path):
+    fit(tmp_path / "first")
+    before = len(os.listdir("/proc/self/fd"))
+
+    fit(tmp_path / "second")
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- folders ------------------------------------------------------------------------------------------------
+
+
+def test_a_file_where_the_folder_should_be_is_named(tmp_path):
+    (tmp_path / "merges").write_text("")
+
+    with pytest.raises(ValueError, match=r"dirpath='.*merges': .* is a file"):
+        CheckpointMergeCallback(dirpath=tmp_path / "merges")
+
+
+def test_a_file_where_the_window_should_be_is_moved_aside(tmp_path):
+    (tmp_path / "merges").mkdir()
+    (tmp_path / "merges/window").write_text("a note")
+
+    fit(tmp_path)
+
+    assert steps(tmp_path) == LAST
+    notes = [p.read_text() for p in (tmp_path / "merges").glob("window*") if p.is_file()]
+    assert notes == ["a note"]
