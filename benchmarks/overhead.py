@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class StepTimes(Callback):
 
     def median(self, warmup: int) -> float:
         ends = self.ends[warmup:]
-        return statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
+        return statistics.median(b - a for a, b in pairwise(ends))
 
 
 class HookTimes(CheckpointMergeCallback):

@@ -196,14 +196,19 @@ class SaveAt(Checkpoint):
 
 def precede(callback, others):
     """Has others act before `callback`, which puts itself first in the trainer's list."""
-    for hook in ("on_train_batch_end", "on_train_end"):
 
-        def first(*args, own=getattr(callback, hook), hook=hook):
+    def preceded(hook):
+        own = getattr(callback, hook)
+
+        def act(*args):
             for other in others:
                 getattr(other, hook)(*args)
             own(*args)
 
-        setattr(callback, hook, first)
+        return act
+
+    callback.on_train_batch_end = preceded("on_train_batch_end")
+    callback.on_train_end = preceded("on_train_end")
 
 
 def fit(

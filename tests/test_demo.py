@@ -27,15 +27,6 @@ DENSE, MOE = GPTConfig(), GPTConfig(experts=4)
 EXPERT = {"width": 8, "hidden": 16, "experts": 4, "experts_per_token": 2}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # Threads that spin while they wait make these small models slow wherever another test runs.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Text
 
 
