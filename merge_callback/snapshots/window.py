@@ -146,10 +146,6 @@ class Window:
         self._commit()
         return problems
 
-    def truncate(self, last_step: int) -> None:
-        """Drops the snapshots newer than optimizer step ``last_step``."""
-        self.snapshots = [s for s in self.snapshots if s.step <= last_step]
-
     def claim_folder(self) -> None:
         """Makes the folder this run's own; a window in it that is not this run's is moved aside.
 
