@@ -644,7 +644,8 @@ def test_a_parameter_may_be_named_like_a_files_format(tmp_path):
             return self.pt * super().forward(x)
 
     merged_run(Momentum(), tmp_path)
-    Momentum().load_state_dict(load_merge(tmp_path / "latest"), strict=True)
+    merged = load_merge(tmp_path / "latest")
+    assert merged.keys() == Momentum().state_dict().keys()
 
 
 # Modules and batches that change while they train: nothing of it may end the run

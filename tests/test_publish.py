@@ -160,11 +160,10 @@ def test_the_provenance_names_the_options_of_the_method_and_what_was_copied(tmp_
 def test_the_provenance_is_json_that_other_languages_read(every_merge):
     folder, _, _, _ = every_merge
 
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
     for path in emissions(folder / "merges"):
-        json.loads((path / "merge.json").read_text(), parse_constant=refuse)
+        constants: list[str] = []  # NaN and Infinity, which only Python's json knows
+        json.loads((path / "merge.json").read_text(), parse_constant=constants.append)
+        assert not constants
 
 
 # --- when, and which stay -----------------------------------------------------------------------------------

@@ -583,6 +583,8 @@ def test_a_hundred_fresh_runs_over_one_folder_start(tmp_path):
 
     fit(tmp_path, trainer={"max_steps": 2})
 
+    assert list((tmp_path / "merges/window.old-100").glob("*.safetensors"))
+
 
 def test_two_callbacks_with_one_folder_are_refused_by_name(tmp_path):
     with pytest.raises(Exception, match=r"dirpath=.*merges"):

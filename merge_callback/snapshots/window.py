@@ -99,7 +99,6 @@ class Window:
         with contextlib.suppress(OSError):  # only a later resume from an older checkpoint would miss it
             self._write_manifest()
         return {
-            "run_id": self.run_id,
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
             "layout": self.store.layout.hash,
             "snapshots": [s.record() for s in self.snapshots],
