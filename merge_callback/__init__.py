@@ -9,12 +9,16 @@ if TYPE_CHECKING:
     from merge_callback.callback import CheckpointMergeCallback
     from merge_callback.diversity import RMSDiversity
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
+    from merge_callback.options import SpikeOptions
     from merge_callback.publish import load_merge
+    from merge_callback.training.spike_watch import TrainingDivergedError
 
 __all__ = [
     "METHODS",
     "CheckpointMergeCallback",
     "RMSDiversity",
+    "SpikeOptions",
+    "TrainingDivergedError",
     "load_merge",
     "merge_state_dicts",
     "register_method",
@@ -24,6 +28,8 @@ _HOMES = {
     "CheckpointMergeCallback": "callback",
     "METHODS": "merging",
     "RMSDiversity": "diversity",
+    "SpikeOptions": "options",
+    "TrainingDivergedError": "training.spike_watch",
     "load_merge": "publish",
     "merge_state_dicts": "merging",
     "register_method": "merging",

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from merge_callback.merging import MergeMethod
-from merge_callback.options import Options
+from merge_callback.options import Options, SpikeOptions
 from merge_callback.training.session import MergeSession
 
 
@@ -91,6 +91,7 @@ class CheckpointMergeCallback(Callback):
         evaluate: bool = True,
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
+        spike: SpikeOptions | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.options = Options.resolve(**given)
@@ -136,14 +137,14 @@ class CheckpointMergeCallback(Callback):
     ) -> None:
         """Notes the learning rates of this step; after it the schedulers have moved on."""
         if self.session:
-            self.session.note_learning_rates(optimizer)
+            self.session.note_step(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advances the clock and the phase; takes a snapshot where one is due."""
+        """Advances the clock and the phase, acts on a spike, takes a snapshot where one is due."""
         if self.session:
-            if self.session.end_batch(batch):
+            if self.session.end_batch(outputs, batch):
                 self.session.take_snapshot()
             self.session.note_random_state()
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.optim import Optimizer
 
-from merge_callback.merging import MergeMethod, Weighted, resolve_method
+from merge_callback.merging import LinearMethod, MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.storage import Storage
 from merge_callback.training.token_clock import TokenCounter
 
@@ -29,6 +30,86 @@ SNAPSHOT_DTYPES: dict[str, torch.dtype] = {
 }
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class SpikeOptions:
+    """What is a loss spike, and what is done about it.
+
+    A spike is a loss that is not finite, or ``patience`` losses in a row above
+    ``median + max(threshold · 1.4826 · MAD, floor · |median|)`` of the last 128 losses that were not.
+
+    Raises:
+        ValueError: for an option that makes no sense; the message names it, its value and the mend.
+    """
+
+    action: Literal["restore", "warn", "off"] = "restore"
+    """``"restore"`` the run from the merge of the snapshots before the spike and go on; ``"warn"`` only; or
+    don't look at all."""
+    threshold: float = 6.0
+    """How many robust standard deviations above the median an outlier lies."""
+    floor: float = 0.05
+    """How far above the median an outlier lies at least, as a share of it."""
+    patience: int = 5
+    """Outliers in a row that make a spike; fewer heal by themselves. A NaN is one at once."""
+    grad_norm: bool = False
+    """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
+    pma_window: int = 3
+    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5)."""
+    guard: int = 10
+    """Optimizer steps before the first outlier from which on no snapshot is trusted: the damage is older than
+    the loss shows (1 to 8 steps, arXiv 2304.13013 section 3.4)."""
+    method: str | MergeMethod = "sma"
+    """How they are merged."""
+    optimizer: Literal["reset", "keep", "scale"] | Callable[[Optimizer], None] = "reset"
+    """``"reset"`` the optimizers' state in place, ``"keep"`` it where it is finite, ``"scale"`` its moments
+    as if all gradients had been ``optimizer_scale`` times as large; or a function of the optimizer."""
+    optimizer_scale: float = 0.1
+    """See ``optimizer``."""
+    rewarm_steps: int = 100
+    """Optimizer steps over which the learning rate ramps up again, from 0 to where the schedule then is."""
+    lr_factor: float = 1.0
+    """Multiplies the learning rate for good, at each restore."""
+    cooldown: int | None = None
+    """Optimizer steps after a restore within which another spike means that it did not help: the next restore
+    is from older snapshots, those after it halve the learning rate. Default: ten times ``rewarm_steps``."""
+    max_restores: int = 5
+    """Restores in a row, each within the cooldown of the one before; a further one stops the run."""
+    no_snapshot: Literal["warn", "stop"] = "warn"
+    """What to do about a spike before there is a snapshot old enough to restore."""
+
+    def __post_init__(self) -> None:
+        one_of("spike.action", self.action, ("restore", "warn", "off"))
+        one_of("spike.no_snapshot", self.no_snapshot, ("warn", "stop"))
+        if not callable(self.optimizer):
+            one_of("spike.optimizer", self.optimizer, ("reset", "keep", "scale"))
+        for option in ("patience", "pma_window", "max_restores"):
+            positive(f"spike.{option}", getattr(self, option))
+        for option in ("guard", "rewarm_steps", "cooldown"):
+            if getattr(self, option) not in (0, None):
+                positive(f"spike.{option}", getattr(self, option))
+        for option in ("threshold", "floor", "lr_factor", "optimizer_scale"):
+            value = getattr(self, option)
+            if not 0 < value < float("inf"):
+                raise ValueError(f"spike.{option}={value!r} must be a positive number")
+        self.merging.normalised_weights([float(i) for i in range(self.pma_window)])
+
+    @property
+    def merging(self) -> LinearMethod:
+        """The method.
+
+        Raises:
+            ValueError: for an unknown one, or one that is not linear.
+        """
+        method = resolve_method(self.method)
+        if not isinstance(method, LinearMethod):
+            raise ValueError(f"spike.method={self.method!r} must be a linear method, e.g. 'sma'")
+        return method
+
+    @property
+    def cooldown_steps(self) -> int:
+        """The cooldown in optimizer steps."""
+        return 10 * self.rewarm_steps if self.cooldown is None else self.cooldown
 
 
 @dataclass(frozen=True)
@@ -51,6 +132,7 @@ class Options:
     evaluate: bool
     diversity_lag: int
     exclude: tuple[str, ...]
+    spike: SpikeOptions
 
     @classmethod
     def resolve(cls, **given: Any) -> Options:
@@ -78,6 +160,7 @@ class Options:
             evaluate=given["evaluate"],
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             exclude=patterns("exclude", given["exclude"]),
+            spike=resolve_spike(given["spike"]),
         )
 
 
@@ -179,6 +262,17 @@ def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
     return path
 
 
+def resolve_spike(spike: SpikeOptions | None) -> SpikeOptions:
+    """The defaults where nothing is given.
+
+    Raises:
+        ValueError: for anything that is not a ``SpikeOptions``.
+    """
+    if spike is not None and not isinstance(spike, SpikeOptions):
+        raise ValueError(f"spike={spike!r} must be a SpikeOptions, e.g. SpikeOptions(action='warn')")
+    return spike or SpikeOptions()
+
+
 def resolve_size(max_shard_size: int | str) -> int:
     """``"5GB"`` (or a number of bytes) in bytes.
 
@@ -208,6 +302,16 @@ def positive(option: str, value: float) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{option}={value!r} must be a positive whole number")
     return value
+
+
+def one_of(option: str, value: str, choices: Sequence[str]) -> None:
+    """Makes sure that ``value`` is one of ``choices``.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if value not in choices:
+        raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, choices))}")
 
 
 def patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:

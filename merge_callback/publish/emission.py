@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,6 +92,14 @@ class Publisher:
         if self._point_latest(target.name):
             self._retain()
         return target
+
+    def newest_up_to(self, step: int) -> Path | None:
+        """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
+        for name in reversed(self.published):
+            found = re.match(r"step=(\d+)", name)
+            if found and int(found[1]) <= step and (self.folder / name).is_dir():
+                return self.folder / name
+        return None
 
     def _write_weights(
         self, draft: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str]

@@ -80,12 +80,19 @@ class WindowMerger:
             self._merged(model, None)
         return self._merge
 
-    def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
-        """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
-        snapshots = self.window.segment()
-        if len(snapshots) < 2:
-            return None
-        method = self.methods[snapshots[-1].phase]
+    def merge(
+        self,
+        model: ModelTensors,
+        snapshots: list[Snapshot],
+        method: MergeMethod,
+        pair: tuple[Snapshot, Snapshot] | None = None,
+    ) -> tuple[Merge, dict[str, float]]:
+        """Merges any snapshots, into the one buffer that all merges share: the merge before is lost.
+
+        Returns:
+            The merge, and the squared distances of ``pair``.
+        """
+        self.forget()
         assert isinstance(method, LinearMethod)
         weights = method.normalised_weights(positions(snapshots))
         if self._out is None:
@@ -94,7 +101,14 @@ class WindowMerger:
         both = None if pair is None else (pair[0].arena, pair[1].arena)
         copied = self._copied(model, snapshots[0], snapshots[-1])
         squares = merge_arenas(weights, arenas, self._out, copied, both)
-        self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
+        return Merge(self._out, method, snapshots, weights, sorted(copied)), squares
+
+    def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
+        """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
+        snapshots = self.window.segment()
+        if len(snapshots) < 2:
+            return None
+        self._merge, squares = self.merge(model, snapshots, self.methods[snapshots[-1].phase], pair)
         return squares
 
     def _copied(self, model: ModelTensors, oldest: Snapshot, newest: Snapshot) -> set[str]:

@@ -36,8 +36,9 @@ class Snapshot:
 
     ``phase`` and ``since`` name the segment of the learning-rate schedule it was taken in; only snapshots of
     one segment may be merged. ``since`` and ``lr_step`` count the steps whose learning rate was read: before
-    the segment, and up to the snapshot. ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the
-    file) are empty for a snapshot that lives in memory only.
+    the segment, and up to the snapshot. ``in_spike`` tells that the loss was an outlier around that step.
+    ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the file) are empty for a snapshot that
+    lives in memory only.
     """
 
     step: int
@@ -47,6 +48,7 @@ class Snapshot:
     phase: str
     since: int
     lr_step: int
+    in_spike: bool = False
     file: str = ""
     checksum: str = ""
     arena: Arena = field(default=None, repr=False, compare=False)  # type: ignore[assignment]

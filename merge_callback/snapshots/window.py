@@ -86,6 +86,35 @@ class Window:
                 return snapshots
         return []
 
+    def before_spike(self, last_step: int, count: int) -> list[Snapshot]:
+        """The last ``count`` snapshots up to ``last_step`` fit to restore: of one segment, oldest first.
+
+        None of the warm-up, and none that was taken while the loss was an outlier.
+        """
+        sound = [s for s in self.snapshots if s.step <= last_step and not s.in_spike and s.phase != "warmup"]
+        kept = [s for s in sound if (s.phase, s.since) == (sound[-1].phase, sound[-1].since)]
+        return kept[-count:]
+
+    def mark_in_spike(self, step: int) -> None:
+        """Notes that the loss of optimizer step ``step`` was an outlier.
+
+        That loss is of the weights before the step, so it tells against the snapshot of the step before, too.
+        """
+        for snapshot in self.snapshots[-2:]:
+            snapshot.in_spike |= step - 1 <= snapshot.step <= step
+
+    def drop_newer(self, step: int) -> None:
+        """Drops the snapshots taken after ``step``: the run goes on from earlier weights.
+
+        Their files stay for as long as one of the trainer's last two checkpoints needs them.
+
+        Raises:
+            OSError: where the manifest can't be written. The window is right all the same.
+        """
+        while self.snapshots and self.snapshots[-1].step > step:
+            self.store.release(self.snapshots.pop())
+        self._commit()
+
     def pair(self, lag: int) -> tuple[Snapshot, Snapshot] | None:
         """The newest snapshot and the one ``lag`` before it, if both come after the warm-up."""
         if len(self.snapshots) <= lag or self.snapshots[-1 - lag].phase == "warmup":

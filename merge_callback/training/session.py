@@ -23,9 +23,10 @@ from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.evaluation import MergedValidation
-from merge_callback.training.lr_phase import LRPhaseDetector
+from merge_callback.training.lr_phase import LRPhaseDetector, Phase
 from merge_callback.training.plan import Plan, total_steps
 from merge_callback.training.reporting import advice, log_metrics
+from merge_callback.training.spike_watch import SpikeWatch
 from merge_callback.training.token_clock import TokenClock, crossed
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,7 @@ class MergeSession:
         self.step = trainer.global_step  # the last optimizer step seen
         self.mark = self.progress  # how far the run had come then, in the interval's unit
         self.validation = MergedValidation(trainer, module)
+        self.spikes = self._watch_for_spikes()
         self.taken, self.emitted_step = 0, -1
         self.advised: list[str] = []
         self.lock = self._lock_folder()
@@ -103,18 +105,25 @@ class MergeSession:
                     raise
                 self.countable = False
 
-    def note_learning_rates(self, optimizer: Optimizer) -> None:
-        """Notes the rates of the optimizer step that comes now."""
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Notes the learning rates and gradients of the optimizer step that comes now."""
         self.applied.note(optimizer)
+        if self.spikes:
+            self.spikes.note_gradients(optimizer)
 
-    def end_batch(self, batch: Any) -> bool:
-        """Counts a batch and, where an optimizer step was taken with it, the step.
+    def end_batch(self, outputs: Any, batch: Any) -> bool:
+        """Counts a batch and, where an optimizer step was taken with it, the step; restores after a spike.
 
         Returns:
-            Whether a snapshot is due.
+            Whether a snapshot is due. Of weights that were just restored none is: they are a merge.
+
+        Raises:
+            TrainingDivergedError: where the run is to stop after a spike.
         """
         if self.countable is not False:
             self._count(batch)
+        if self.spikes:
+            self.spikes.add_batch(outputs)
         if self.trainer.global_step == self.step:
             return False  # gradients are being accumulated
         self.step = self.trainer.global_step
@@ -122,7 +131,9 @@ class MergeSession:
         self._report_tokens_per_step()
         due = crossed(self.mark, self.progress, self.options.every)
         self.mark = self.progress
-        return due
+        warming_up = self.phases.phase is Phase.WARMUP
+        restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up)
+        return due and not restored
 
     def note_random_state(self) -> None:
         """Remembers, before a validation, where the random generators stand."""
@@ -144,6 +155,7 @@ class MergeSession:
             return
         self.taken += 1
         emit = self.options.emit_every > 0 and self.taken % self.options.emit_every == 0
+        emit &= self.spikes is None or self.spikes.calm
         evaluate = self.options.evaluate and self.trainer.enable_validation
         self._warn_of_damage()
         self.merger.measure(model, merge=emit or evaluate)
@@ -187,7 +199,9 @@ class MergeSession:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Lets go of the folder, and of the learning rates."""
+        if self.spikes:
+            self.spikes.close()
         self.lock.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -208,6 +222,7 @@ class MergeSession:
             "window": self.window.state_dict(),
             "first_diversity": self.merger.metric.first,
             "diversity": self.merger.diversity,
+            "spikes": self.spikes.state_dict() if self.spikes else None,
         }
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,6 +235,8 @@ class MergeSession:
         self.phases.load_state_dict(state["phases"])
         self.merger.metric.first, self.merger.diversity = state["first_diversity"], state["diversity"]
         self._restore_window(state["window"], Path(state["dirpath"]))
+        if self.spikes and state.get("spikes"):
+            self.spikes.load_state_dict(state["spikes"])
 
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
         if different := self.window.layout_difference(state):
@@ -235,6 +252,14 @@ class MergeSession:
             return
         for problem in self.window.restore(state, self.trainer.global_step):
             rank_zero_warn(f"merge: left out of the restored window: {problem}")
+
+    def _watch_for_spikes(self) -> SpikeWatch | None:
+        options = self.options.spike
+        if options.action == "off":
+            return None
+        return SpikeWatch(
+            options, self.trainer, self.module, self.merger, self.dirpath, self.publisher.newest_up_to
+        )
 
     def _lock_folder(self) -> IO[str]:
         try:
@@ -276,7 +301,7 @@ class MergeSession:
         snapshot = Snapshot(
             step=self.step,
             tokens=self.clock.tokens if self.countable else None,
-            lr=max(self.applied.rates, default=0.0),
+            lr=max(self.applied.rates, default=0.0) * self._lr_factor(),
             lr_ratio=self.phases.lr_ratio,
             phase=self.phases.phase.value,
             since=self.phases.since,
@@ -289,6 +314,10 @@ class MergeSession:
         except OSError as error:
             rank_zero_warn(f"merge: the snapshot of step {self.step} could not be kept in a file ({error})")
         return bool(self.window.snapshots) and self.window.snapshots[-1] is snapshot
+
+    def _lr_factor(self) -> float:
+        """What the rates of the newest step were scaled by, after a restore."""
+        return self.spikes.recovery.lr.factor(self.step - 1) if self.spikes else 1.0
 
     def _log_snapshot(self) -> None:
         diversity = self.merger.diversity

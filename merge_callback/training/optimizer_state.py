@@ -1,0 +1,120 @@
+"""Setting an optimizer's state back in place, when the weights it was gathered for are gone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import (
+    SGD,
+    Adadelta,
+    Adafactor,
+    Adagrad,
+    Adam,
+    Adamax,
+    AdamW,
+    NAdam,
+    Optimizer,
+    RAdam,
+    RMSprop,
+    SparseAdam,
+)
+
+_ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "step": 0}
+
+_MOMENTS: dict[type[Optimizer], dict[str, int]] = {
+    SGD: {"momentum_buffer": 1},
+    Adam: _ADAM,
+    AdamW: _ADAM,
+    NAdam: {**_ADAM, "mu_product": 0},
+    RAdam: _ADAM,
+    SparseAdam: _ADAM,
+    Adamax: {"exp_avg": 1, "exp_inf": 1, "step": 0},
+    Adagrad: {"sum": 2, "step": 0},
+    Adadelta: {"square_avg": 2, "acc_delta": 0, "step": 0},
+    RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0, "step": 0},
+    Adafactor: {"row_var": 2, "col_var": 2, "variance": 2, "step": 0},
+}
+"""Every entry of an optimizer's state, with the power of the gradient it grows with."""
+
+if hasattr(torch.optim, "Muon"):
+    _MOMENTS[torch.optim.Muon] = {"momentum_buffer": 1}
+
+
+def is_known(optimizer: object) -> bool:
+    """Whether the state of this optimizer can be set back: it runs the ``step`` of one in ``torch.optim``.
+
+    Not those whose state is no set of moments (LBFGS, Rprop, ASGD).
+    """
+    return _moments(optimizer) is not None
+
+
+@torch.no_grad()
+def reset(optimizer: Optimizer) -> None:
+    """Sets all state to what it starts from, in place; ``step`` too.
+
+    In place, since clearing ``optimizer.state`` is unsafe beside distributed checkpointing. With ``step``,
+    since Adam's bias correction would otherwise make the first update (1−β1)/√(1−β2) of a normal one: 3.2
+    times at β2 = .999.
+
+    Raises:
+        ValueError: where there is state that this kind of optimizer has not.
+    """
+    _scale(optimizer, 0.0)
+
+
+@torch.no_grad()
+def scale(optimizer: Optimizer, factor: float) -> None:
+    """Shrinks the moments in place as if all gradients so far had been ``factor`` times as large.
+
+    First moments by ``factor``, second ones by its square; ``step`` stays.
+
+    Raises:
+        ValueError: where there is state that this kind of optimizer has not.
+    """
+    _scale(optimizer, factor)
+
+
+def is_finite(optimizer: Optimizer) -> bool:
+    """Whether all of its state is."""
+    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def _moments(optimizer: object) -> Mapping[str, int] | None:
+    # By the function, not the class: a subclass that has a step() of its own may keep anything as state.
+    step = inspect.unwrap(type(optimizer).step) if isinstance(optimizer, Optimizer) else None
+    return next((found for kind, found in _MOMENTS.items() if inspect.unwrap(kind.step) is step), None)
+
+
+def _scale(optimizer: Optimizer, factor: float) -> None:
+    """Scales all moments; a factor of 0 sets everything to what it starts from."""
+    powers = _moments(optimizer)
+    if powers is None:
+        raise ValueError(f"the state of {type(optimizer).__name__} is not known")
+    entries = [
+        (state, name, _initial(group, name), powers.get(name))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if (state := optimizer.state.get(parameter)) is not None
+        for name in state
+    ]
+    if strange := sorted({name for _, name, _, power in entries if power is None}):
+        raise ValueError(f"{type(optimizer).__name__} keeps {strange}, which is not known")
+    for state, name, initial, power in entries:
+        value = state[name]
+        if factor == 0 and isinstance(value, Tensor):
+            value.fill_(initial)
+        elif factor == 0 and value is not None:
+            state[name] = type(value)(initial)
+        elif power and isinstance(value, Tensor):
+            value.mul_(factor**power)
+
+
+def _initial(group: Mapping[str, Any], name: str) -> float:
+    if name == "mu_product":  # a product of momenta
+        return 1.0
+    return float(group["initial_accumulator_value"]) if name == "sum" else 0.0

@@ -1,0 +1,98 @@
+"""Restoring a live run from the merge of earlier snapshots (PMA-init, arXiv 2505.12082 section 4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from merge_callback.options import SpikeOptions
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.storage import Snapshot
+from merge_callback.training import optimizer_state
+from merge_callback.training.lr_scale import LRScale
+
+
+class Recovery:
+    """Puts earlier weights into the live model, and everything that was gathered for the others right.
+
+    Args:
+        options: how.
+        trainer: in fit.
+        module: its module.
+        merger: of the window.
+
+    Raises:
+        ValueError: where an optimizer's state can't be set back.
+    """
+
+    def __init__(
+        self, options: SpikeOptions, trainer: Trainer, module: LightningModule, merger: WindowMerger
+    ) -> None:
+        self.options, self.trainer, self.module, self.merger = options, trainer, module, merger
+        self.lr = LRScale(trainer.optimizers, lambda: trainer.global_step)
+        self.scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # what a run begins with
+        if options.action == "restore" and not callable(options.optimizer):
+            for optimizer in trainer.optimizers:
+                _check_known(optimizer)
+
+    def restore(self, snapshots: list[Snapshot], step: int, lasting: float) -> Merge:
+        """Restores the run from the merge of ``snapshots``.
+
+        In place: parameters and buffers, gradients, optimizer state, loss scale. The schedulers, the step
+        count, the data and the token clock go on from where they are.
+
+        Args:
+            snapshots: of one segment, oldest first.
+            step: optimizer steps taken so far.
+            lasting: what the learning rate is multiplied by from now on, once it is warm again.
+
+        Raises:
+            ValueError: where an optimizer's state is not what it should be; the weights are untouched.
+        """
+        model = ModelTensors.of(self.module)
+        merge, _ = self.merger.merge(model, snapshots, self.options.merging)
+        for optimizer in self.trainer.optimizers:
+            self._set_back(optimizer)
+        merge.arena.copy_to(model.tensors)
+        self.module.zero_grad(set_to_none=False)
+        self._reset_loss_scale()
+        self.lr.rewarm(step, self.options.rewarm_steps, lasting)
+        return merge
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learning rate's factor and the first loss scale, as primitives."""
+        return {"lr": self.lr.state_dict(), "loss_scale": self._loss_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``."""
+        self.lr.load_state_dict(state["lr"])
+        self._loss_scale = state["loss_scale"]
+
+    def _set_back(self, optimizer: Optimizer) -> None:
+        policy = self.options.optimizer
+        if callable(policy):
+            policy(optimizer)
+        elif policy == "reset" or not optimizer_state.is_finite(optimizer):
+            optimizer_state.reset(optimizer)
+        elif policy == "scale":
+            optimizer_state.scale(optimizer, self.options.optimizer_scale)
+
+    def _reset_loss_scale(self) -> None:
+        if self.scaler and (state := self.scaler.state_dict()):  # empty where it is disabled
+            self.scaler.load_state_dict({**state, "scale": self._loss_scale, "_growth_tracker": 0})
+
+
+def _check_known(optimizer: Any) -> None:
+    if not optimizer_state.is_known(optimizer):
+        name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise ValueError(
+            f"after a loss spike the state of {name} would have to be reset, and how is not known: pass "
+            "spike=SpikeOptions(optimizer=…) a function that is handed the optimizer and resets its state, "
+            "or spike=SpikeOptions(action='warn') to be told of spikes only"
+        )

@@ -1,0 +1,87 @@
+"""What is told and kept of a spike: a line for people, a line of JSON, and curves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import Trainer
+
+from merge_callback.snapshots.safetensors_file import sync
+
+log = logging.getLogger(__name__)
+
+RECORD = "spikes.jsonl"
+
+
+def announce(trainer: Trainer, record: Mapping[str, Any]) -> None:
+    """Warns of an event, and shows it as text in every logger that can (TensorBoard)."""
+    text = sentence(record)
+    rank_zero_warn(text)
+    for logger in trainer.loggers:
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_text"):
+            experiment.add_text("merge/spike", text, record["step"])  # type: ignore[union-attr]
+
+
+def append(folder: Path, record: Mapping[str, Any]) -> None:
+    """Adds the event to the folder's ``spikes.jsonl``, durably. A full disk is reported; the run goes on."""
+    path = folder / RECORD
+    line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False)
+    try:
+        new = not path.exists()
+        # A line that a kill cut off must not swallow this one.
+        torn = not new and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
+        with path.open("a") as file:
+            file.write(f"{chr(10) if torn else ''}{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if new:
+            sync(folder)
+    except OSError as error:
+        log.warning("merge: the event could not be written to %s (%s): %s", path, error, line)
+
+
+def sentence(record: Mapping[str, Any]) -> str:
+    """The event for people.
+
+    >>> event = {"event": "warn", "step": 12, "onset": 8, "trigger": "loss", "values": [3.0] * 5}
+    >>> print(sentence({**event, "baseline": 2.0, "threshold": 2.5, "reason": "told only"}))
+    merge: loss spike: 5 outliers from step 8 to 12, the last 3 (baseline 2, threshold 2.5); told only
+    """
+    values, watched = record["values"], record["trigger"]
+    what = (
+        f"{len(values)} outlier{'s' * (len(values) > 1)} from step {record['onset']} to {record['step']}, "
+        f"the last {values[-1]:.4g} (baseline {record['baseline']:.4g}, threshold {record['threshold']:.4g})"
+    )
+    head = "loss shift" if record["event"] == "shift" else f"{watched} spike"
+    return f"merge: {head}: {what}; {_outcome(record)}"
+
+
+def _outcome(record: Mapping[str, Any]) -> str:
+    if record["event"] == "shift":
+        return "this is the new baseline"
+    if record["event"] != "restore":
+        return str(record.get("reason", "nothing is done about it"))
+    steps = ", ".join(str(s["step"]) for s in record["snapshots"])
+    factor = "" if record["lr_factor"] == 1 else f" to {record['lr_factor']:g} of the schedule"
+    return (
+        f"restored the {record['method']} of the snapshots of steps {steps} in {record['seconds']:.2f} s "
+        f"(number {record['in_a_row']} in a row); optimizer: {record['optimizer']}, the learning rate warms "
+        f"up again over {record['rewarm_steps']} steps{factor}"
+    )
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they become strings, which ``float`` reads."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return {k: _json(v) for k, v in value.items()} if isinstance(value, Mapping) else value

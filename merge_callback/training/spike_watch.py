@@ -1,0 +1,266 @@
+"""From each step's loss to a decision, and from the decision to a restored run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from merge_callback.options import SpikeOptions
+from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.storage import Snapshot
+from merge_callback.training.recovery import Recovery
+from merge_callback.training.reporting import log_metrics
+from merge_callback.training.spike import SpikeDetector, SpikeEvent
+from merge_callback.training.spike_record import RECORD, announce, append
+from merge_callback.training.step_statistics import Statistics, StepStatistics
+
+log = logging.getLogger(__name__)
+
+_LOWER = 0.5
+"""What the learning rate is multiplied by where older snapshots did not help."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The run keeps diverging, or diverged with nothing to restore; the message says what to try."""
+
+
+@dataclass
+class _Restores:
+    """What was restored so far."""
+
+    count: int = 0
+    in_a_row: int = 0  # each within the cooldown of the one before
+    step: int | None = None  # of the last one
+    used: list[int] = field(default_factory=list)  # steps of its snapshots
+
+
+class SpikeWatch:
+    """Watches the loss of one fit, and restores the run after a spike.
+
+    Args:
+        options: what is a spike and what is done about it.
+        trainer: in fit.
+        module: its module.
+        merger: of the window.
+        dirpath: for the record of events.
+        last_good_merge: finds the newest published merge that holds no snapshot after a step.
+
+    Raises:
+        ValueError: where an optimizer's state can't be set back.
+    """
+
+    def __init__(
+        self,
+        options: SpikeOptions,
+        trainer: Trainer,
+        module: LightningModule,
+        merger: WindowMerger,
+        dirpath: Path,
+        last_good_merge: Callable[[int], Path | None],
+    ) -> None:
+        self.options, self.trainer, self.module = options, trainer, module
+        self.window, self.dirpath, self.last_good_merge = merger.window, dirpath, last_good_merge
+        self.statistics = StepStatistics()
+        rule = (options.threshold, options.floor, options.patience)
+        self.loss = SpikeDetector(*rule)
+        self.grad_norm = SpikeDetector(*rule, watched="gradient norm") if options.grad_norm else None
+        self.recovery = Recovery(options, trainer, module, merger)
+        self.restores = _Restores()
+        self._told = False  # that there is no loss to watch
+
+    @property
+    def calm(self) -> bool:
+        """Whether the newest loss that was read is no outlier."""
+        return self.loss.onset is None and (self.grad_norm is None or self.grad_norm.onset is None)
+
+    def note_gradients(self, optimizer: Optimizer) -> None:
+        """Notes the norm of the gradients an optimizer is about to apply, if it is watched."""
+        if self.grad_norm is not None:
+            self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+
+    def add_batch(self, outputs: Any) -> None:
+        """Notes the loss of a micro-batch, as Lightning hands it to ``on_train_batch_end``."""
+        automatic = self.module.automatic_optimization
+        self.statistics.add_loss(outputs, self.trainer.accumulate_grad_batches if automatic else 1)
+
+    def end_step(self, step: int, warming_up: bool) -> bool:
+        """Ends an optimizer step: reads the loss of the one before it, and acts on that.
+
+        Args:
+            step: optimizer steps taken so far.
+            warming_up: whether the learning rate is.
+
+        Returns:
+            Whether the live weights were replaced.
+
+        Raises:
+            TrainingDivergedError: where the options say to stop the run.
+        """
+        self.recovery.lr.end_step(step)
+        scaler = self.recovery.scaler
+        statistics = self.statistics.end_step(step, scaler._scale if scaler else None)
+        restored = False
+        if statistics is not None:
+            event = self._observe(statistics, warming_up)
+            restored = event is not None and self._act(event, step)
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0 and not restored:
+            self._log(0.0 if self.calm else 1.0)
+        return restored
+
+    def close(self) -> None:
+        """Sets the learning rates back to the schedule's."""
+        self.recovery.lr.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives."""
+        return {
+            "statistics": self.statistics.state_dict(),
+            "loss": self.loss.state_dict(),
+            "grad_norm": self.grad_norm.state_dict() if self.grad_norm else None,
+            "recovery": self.recovery.state_dict(),
+            "restores": asdict(self.restores),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict`` as if there had been no break."""
+        self.statistics.load_state_dict(state["statistics"])
+        self.loss.load_state_dict(state["loss"])
+        if self.grad_norm and state["grad_norm"]:
+            self.grad_norm.load_state_dict(state["grad_norm"])
+        self.recovery.load_state_dict(state["recovery"])
+        self.restores = _Restores(**{**state["restores"], "used": list(state["restores"]["used"])})
+
+    def _observe(self, seen: Statistics, warming_up: bool) -> SpikeEvent | None:
+        if seen.loss is None and not self._told:
+            self._told = True
+            rank_zero_warn(
+                "merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}"
+            )
+        events = []
+        if seen.loss is not None:
+            events.append(self.loss.observe(seen.step, seen.loss, not warming_up, seen.skipped))
+        if self.grad_norm is not None and seen.grad_norm is not None and not seen.skipped:
+            events.append(self.grad_norm.observe(seen.step, seen.grad_norm, not warming_up))
+        if not self.calm:
+            self.window.mark_in_spike(seen.step)
+        return next((event for event in events if event is not None), None)
+
+    def _act(self, event: SpikeEvent, step: int) -> bool:
+        """Does what the options say about an event; says whether the live weights were replaced."""
+        if event.kind == "spike" and self.options.action == "restore":
+            return self._restore(event, step)
+        self._report(event, "shift" if event.kind == "shift" else "warn")
+        return False
+
+    def _restore(self, event: SpikeEvent, step: int) -> bool:
+        in_a_row = self.restores.in_a_row + 1 if self._is_cooling(event.onset) else 1
+        if in_a_row > self.options.max_restores:
+            self._stop(event, f"{in_a_row - 1} restores in a row did not help")
+        snapshots, lower = self._choose(event.onset, in_a_row)
+        if not snapshots:
+            return self._give_up(event)
+        lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
+        start = time.perf_counter()
+        try:
+            merge = self.recovery.restore(snapshots, step, lasting)
+        except Exception:
+            log.exception("merge: the run could not be restored at step %s; training goes on as it is", step)
+            return False
+        seconds = time.perf_counter() - start
+        used = [snapshot.step for snapshot in snapshots]
+        self.restores = _Restores(self.restores.count + 1, in_a_row, step, used)
+        self._forget_the_spike(used[-1])
+        self._report(
+            event,
+            "restore",
+            restored_at=step,
+            snapshots=[
+                {"step": s.step, "tokens": s.tokens, "file": s.file, "weight": w}
+                for s, w in zip(snapshots, merge.weights, strict=True)
+            ],
+            method=merge.method.name,
+            optimizer=getattr(self.options.optimizer, "__name__", self.options.optimizer),
+            rewarm_steps=self.options.rewarm_steps,
+            lr_factor=lasting,
+            in_a_row=in_a_row,
+            restores=self.restores.count,
+            seconds=seconds,
+        )
+        return True
+
+    def _is_cooling(self, onset: int) -> bool:
+        last = self.restores.step
+        return last is not None and onset <= last + self.options.cooldown_steps
+
+    def _choose(self, onset: int, in_a_row: int) -> tuple[list[Snapshot], bool]:
+        """The snapshots to restore, and whether to lower the learning rate.
+
+        The second restore in a row goes one window older; those after it, or where there is nothing older,
+        stay there and lower the learning rate. None uses a snapshot that was taken since the first one.
+        """
+        newest, count = onset - self.options.guard, self.options.pma_window
+        if in_a_row == 1:
+            return self.window.before_spike(newest, count), False
+        used = self.restores.used
+        if in_a_row == 2 and (older := self.window.before_spike(used[0] - 1, count)):
+            return older, False
+        return self.window.before_spike(min(newest, used[-1]), count), True
+
+    def _forget_the_spike(self, last_step: int) -> None:
+        """Goes on as from clean weights: what was seen of the others is dropped."""
+        self.statistics.forget()
+        for detector in (self.loss, self.grad_norm):
+            if detector is not None:
+                detector.restored()
+        try:
+            self.window.drop_newer(last_step)
+        except OSError as error:
+            rank_zero_warn(f"merge: the window's manifest could not be written ({error}); training goes on")
+
+    def _give_up(self, event: SpikeEvent) -> bool:
+        reason = f"no clean snapshot is older than step {event.onset - self.options.guard}"
+        if self.options.no_snapshot == "stop":
+            self._stop(event, reason)
+        self._report(event, "warn", reason=f"{reason}, so there is nothing to restore; training goes on")
+        return False
+
+    def _stop(self, event: SpikeEvent, reason: str) -> None:
+        merge = self.last_good_merge(event.onset - self.options.guard)
+        self._report(event, "stop", reason=f"{reason}: stopped", last_good_merge=merge and str(merge))
+        good = (
+            f"the last good merge is {merge}" if merge else f"the snapshots are in {self.dirpath / 'window'}"
+        )
+        raise TrainingDivergedError(
+            f"the {event.trigger} left its baseline of {event.baseline:.4g} at step {event.onset} (the last "
+            f"value is {event.values[-1]:.4g}, the threshold {event.threshold:.4g}) and {reason}; {good}. "
+            "Try a lower learning rate, gradient clipping, qk-norm or z-loss, or other data from there; "
+            f"{self.dirpath / RECORD} has the whole story"
+        )
+
+    def _report(self, event: SpikeEvent, outcome: str, **more: Any) -> None:
+        record = {"event": outcome, "trigger": event.trigger, **asdict(event), **more}
+        del record["kind"]
+        append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
+        announce(self.trainer, record)
+        self._log(1.0)
+
+    def _log(self, spike: float) -> None:
+        metrics = {"merge/spike": spike, "merge/restores": float(self.restores.count)}
+        if not math.isnan(self.loss.threshold):
+            metrics |= {
+                "merge/loss_baseline": self.loss.baseline,
+                "merge/loss_threshold": self.loss.threshold,
+            }
+        if self.restores.count:
+            metrics["merge/lr_factor"] = self.recovery.lr.factor(self.trainer.global_step)
+        log_metrics(self.trainer, metrics)
