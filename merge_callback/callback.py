@@ -19,19 +19,25 @@ from merge_callback.training.session import MergeSession
 
 
 class CheckpointMergeCallback(Callback):
-    """Keeps a rolling window of weight snapshots, merges them, and shows what the merge is worth.
+    """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
     Every interval the callback takes a snapshot of the weights, measures how far it lies from the one before
     the last (RMS diversity), merges the snapshots of the current learning-rate phase, publishes the merge as
-    safetensors and, after each validation, evaluates it on the same validation data. The live weights are
-    never touched: training with the callback is bit for bit training without it.
+    safetensors and, after each validation, evaluates it on the same validation data.
+
+    It watches the loss of every optimizer step, too. When that spikes (is NaN, or an outlier for several
+    steps in a row), the live weights are restored from the mean of the last snapshots before the spike
+    (PMA-init), the optimizer's state is reset, the learning rate warms up again, and training goes on with
+    the data that come next. But for that, the live weights are never touched: training with the callback is
+    bit for bit training without it.
 
     In the stable phase of a schedule a merge scores about what the model would score after annealing
     (arXiv 2505.12082); in the decay the gain fades. The phase is read off the learning rates that were really
     applied; a merge never crosses phases and never holds snapshots of the warm-up.
 
     Everything lands in ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its window
-    back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them.
+    back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
+    ``spikes.jsonl`` has one line for each spike and what was done about it.
 
     Note:
         One process on one device so far. The module's validation hooks run a second time for the merged
@@ -68,9 +74,11 @@ class CheckpointMergeCallback(Callback):
         diversity_lag: how many snapshots apart the two lie whose distance is the diversity.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters always are.
+        spike: what is a loss spike, and whether to restore the run, to warn, or not to look.
 
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the mend.
+        TrainingDivergedError: while training, where restoring did not help and the options say to stop.
     """
 
     def __init__(

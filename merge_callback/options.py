@@ -84,15 +84,15 @@ class SpikeOptions:
         if not callable(self.optimizer):
             one_of("spike.optimizer", self.optimizer, ("reset", "keep", "scale"))
         for option in ("patience", "pma_window", "max_restores"):
-            positive(f"spike.{option}", getattr(self, option))
+            object.__setattr__(self, option, positive(f"spike.{option}", getattr(self, option)))
         for option in ("guard", "rewarm_steps", "cooldown"):
-            if getattr(self, option) not in (0, None):
-                positive(f"spike.{option}", getattr(self, option))
+            if option != "cooldown" or self.cooldown is not None:
+                object.__setattr__(self, option, not_negative(f"spike.{option}", getattr(self, option)))
         for option in ("threshold", "floor", "lr_factor", "optimizer_scale"):
             value = getattr(self, option)
-            if not 0 < value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"spike.{option}={value!r} must be a positive number")
-        self.merging.normalised_weights([float(i) for i in range(self.pma_window)])
+        self._check_merging()
 
     @property
     def merging(self) -> LinearMethod:
@@ -103,13 +103,23 @@ class SpikeOptions:
         """
         method = resolve_method(self.method)
         if not isinstance(method, LinearMethod):
-            raise ValueError(f"spike.method={self.method!r} must be a linear method, e.g. 'sma'")
+            raise ValueError("it must be a linear method, e.g. 'sma'")
         return method
 
     @property
     def cooldown_steps(self) -> int:
         """The cooldown in optimizer steps."""
         return 10 * self.rewarm_steps if self.cooldown is None else self.cooldown
+
+    def _check_merging(self) -> None:
+        """Makes sure that the method serves as many snapshots as there may be."""
+        try:
+            for size in range(1, self.pma_window + 1):
+                self.merging.normalised_weights([float(i) for i in range(size)])
+        except ValueError as error:
+            raise ValueError(
+                f"spike.method={self.method!r} does not serve spike.pma_window={self.pma_window}: {error}"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,15 @@ def positive(option: str, value: float) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{option}={value!r} must be a positive whole number")
     return value
+
+
+def not_negative(option: str, value: float) -> int:
+    """``value`` if it is 0 or a positive whole number.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    return 0 if value == 0 and value is not False else positive(option, value)
 
 
 def one_of(option: str, value: str, choices: Sequence[str]) -> None:

@@ -64,3 +64,20 @@ class WSDSchedule:
     def factor(self, step: int) -> float:
         """Computes the share of the peak learning rate after `step` steps; see `wsd_factor`."""
         return wsd_factor(step, self.warmup, self.stable, self.decay, self.shape)
+
+
+@dataclass(frozen=True)
+class ExcessiveSchedule(WSDSchedule):
+    """A schedule that goes wrong for a while, as after a restart with a wrong flag."""
+
+    excess: float = 25.0
+    """What the learning rate is multiplied by then."""
+    excess_from: int = 800
+    """The first step of it."""
+    excess_steps: int = 40
+    """For how long."""
+
+    def factor(self, step: int) -> float:
+        """Computes the share of the peak learning rate after `step` steps."""
+        wrong = self.excess_from <= step < self.excess_from + self.excess_steps
+        return super().factor(step) * (self.excess if wrong else 1.0)

@@ -41,6 +41,11 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_demo)
+    parser.add_argument(
+        "--spike",
+        action="store_true",
+        help="break the run by an excessive learning rate, and see it restored",
+    )
     parser.add_argument("--moe", action="store_true", help="train the mixture-of-experts variant")
     parser.add_argument(
         "--output", default="demo_run", metavar="DIR", help="where runs are kept (%(default)s)"
@@ -59,6 +64,11 @@ def _demo(parsed: argparse.Namespace) -> int:
     # it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take 27 ms a
     # step when idle; with both cores taken 100 to 1200 and about 100; never spinning takes 44 even when idle.
     os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    if parsed.spike:
+        from merge_callback.demo.spike import SpikePlan, run_spike_demo
+
+        run_spike_demo(parsed.output, SpikePlan.scaled(parsed.steps_scale), parsed.moe, parsed.seed)
+        return 0
     from merge_callback.demo.run import DemoPlan, run_demo
 
     plan = DemoPlan.scaled(parsed.steps_scale)

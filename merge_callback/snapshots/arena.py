@@ -62,9 +62,7 @@ class Arena:
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrites ``tensors`` in place with the arena, casting to their dtypes."""
         for name, view in self.tensors().items():
-            tensor, distinct = tensors[name], _distinct(tensors[name])
-            with torch.inference_mode(tensor.is_inference()):  # a buffer made in a validation before the fit
-                tensor[distinct].copy_(view[distinct])
+            overwrite(tensors[name], view)
 
     def non_finite(self) -> list[str]:
         """Names of the floating-point tensors that hold NaN or Inf."""
@@ -75,6 +73,13 @@ class Arena:
             for segment in group.segments
             if not all_finite(self.flat(group)[segment.start : segment.stop])
         ]
+
+
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Overwrites a live tensor in place with ``values`` of the same shape, casting to its dtype."""
+    distinct = _distinct(tensor)
+    with torch.inference_mode(tensor.is_inference()):  # a buffer made in a validation before the fit
+        tensor[distinct].copy_(values[distinct])
 
 
 def _distinct(tensor: Tensor) -> tuple[slice, ...]:

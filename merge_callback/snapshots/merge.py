@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_callback.diversity import RMSDiversity
 from merge_callback.merging import LinearMethod, MergeMethod
 from merge_callback.reduce import one_pass
-from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.arena import Arena, overwrite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Group
 from merge_callback.snapshots.storage import Snapshot
@@ -80,19 +80,21 @@ class WindowMerger:
             self._merged(model, None)
         return self._merge
 
-    def merge(
-        self,
-        model: ModelTensors,
-        snapshots: list[Snapshot],
-        method: MergeMethod,
-        pair: tuple[Snapshot, Snapshot] | None = None,
-    ) -> tuple[Merge, dict[str, float]]:
-        """Merges any snapshots, into the one buffer that all merges share: the merge before is lost.
+    def merge_into(
+        self, model: ModelTensors, snapshots: Sequence[Snapshot], method: LinearMethod
+    ) -> list[float]:
+        """Overwrites the live model with the merge of ``snapshots``; returns the normalised weights."""
+        weights = method.normalised_weights(positions(snapshots))
+        copied = self._copied(model, snapshots[0], snapshots[-1])
+        merge_into(weights, [snapshot.arena for snapshot in snapshots], model.tensors, copied)
+        return weights
 
-        Returns:
-            The merge, and the squared distances of ``pair``.
-        """
-        self.forget()
+    def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
+        """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
+        snapshots = self.window.segment()
+        if len(snapshots) < 2:
+            return None
+        method = self.methods[snapshots[-1].phase]
         assert isinstance(method, LinearMethod)
         weights = method.normalised_weights(positions(snapshots))
         if self._out is None:
@@ -101,14 +103,7 @@ class WindowMerger:
         both = None if pair is None else (pair[0].arena, pair[1].arena)
         copied = self._copied(model, snapshots[0], snapshots[-1])
         squares = merge_arenas(weights, arenas, self._out, copied, both)
-        return Merge(self._out, method, snapshots, weights, sorted(copied)), squares
-
-    def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
-        """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
-        snapshots = self.window.segment()
-        if len(snapshots) < 2:
-            return None
-        self._merge, squares = self.merge(model, snapshots, self.methods[snapshots[-1].phase], pair)
+        self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
 
     def _copied(self, model: ModelTensors, oldest: Snapshot, newest: Snapshot) -> set[str]:
@@ -183,6 +178,40 @@ def merge_arenas(
         if target is not None:
             _copy_named(group, arenas[-1], target, copied)
     return squares
+
+
+def merge_into(
+    weights: Sequence[float],
+    arenas: Sequence[Arena],
+    tensors: Mapping[str, Tensor],
+    copied: Collection[str] = (),
+) -> None:
+    """Merges arenas straight into live tensors, in place: each is written once, and there is no buffer.
+
+    Args:
+        weights: one normalised weight an arena.
+        arenas: oldest first, of one layout.
+        tensors: by name, in any dtypes and memory formats, on any device.
+        copied: names of tensors that are taken from the newest arena, as integer ones always are.
+    """
+    for group in arenas[0].layout.groups:
+        flats = [arena.flat(group) for arena in arenas]
+        for segment in group.segments:
+            sources = [flat[segment.start : segment.stop] for flat in flats]
+            tensor = tensors[segment.name]
+            if segment.name in copied or not group.dtype.is_floating_point:
+                overwrite(tensor, sources[-1].view(segment.shape))
+            elif _is_flat(tensor, sources[0].device):
+                one_pass(sources, weights, tensor.view(-1))
+            else:
+                merged = torch.empty_like(sources[0], dtype=tensor.dtype)
+                one_pass(sources, weights, merged)
+                overwrite(tensor, merged.view(segment.shape))
+
+
+def _is_flat(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a live tensor can be written to as flat memory."""
+    return tensor.is_contiguous() and tensor.device == device and not tensor.is_inference()
 
 
 def _reduce_group(

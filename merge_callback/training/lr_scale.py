@@ -17,6 +17,8 @@ class LRScale:
     after it. So it works with every scheduler, also with those that compute the next rate from the present
     one, and the schedule itself never notices. While there is nothing to scale, no hook is installed.
 
+    An optimizer that reads its rate before it calls the closure is not slowed (of torch's: LBFGS).
+
     Args:
         optimizers: all of the run's.
         current_step: gives the number of optimizer steps taken so far.
@@ -65,8 +67,10 @@ class LRScale:
     def _install(self) -> None:
         if not self._handles:
             for optimizer in self._optimizers:
-                self._handles.append(optimizer.register_step_pre_hook(self._before))
-                self._handles.append(optimizer.register_step_post_hook(self._after))
+                after = optimizer.register_step_post_hook(self._after)
+                hooks: Any = optimizer._optimizer_step_post_hooks
+                hooks.move_to_end(after.id, last=False)  # before everybody's
+                self._handles += [optimizer.register_step_pre_hook(self._before), after]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Scales the rates; after the closure, in which the user's hooks read and set them."""
@@ -76,16 +80,20 @@ class LRScale:
             return None
 
         def closure_then_scale() -> Any:
+            self._restore(optimizer)  # LBFGS calls it several times a step
             result = closure()
             self._apply(optimizer)
             return result
 
-        return args[:1], {**kwargs, "closure": closure_then_scale}
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_scale}
+        return (args[0], closure_then_scale, *args[2:]), kwargs
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._restore(optimizer)
 
     def _apply(self, optimizer: Optimizer) -> None:
+        self._restore(optimizer)  # a step() that calls super().step() comes here twice
         factor, groups = self.factor(self._current_step()), optimizer.param_groups
         rates = [group["lr"] for group in groups]
         self._scheduled[optimizer] = [rate.clone() if isinstance(rate, Tensor) else rate for rate in rates]

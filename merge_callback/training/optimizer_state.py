@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,7 +80,8 @@ def scale(optimizer: Optimizer, factor: float) -> None:
 def is_finite(optimizer: Optimizer) -> bool:
     """Whether all of its state is."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
+    return all(bool(torch.isfinite(t).all()) for t in dense)
 
 
 def _moments(optimizer: object) -> Mapping[str, int] | None:
@@ -96,7 +96,7 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
     if powers is None:
         raise ValueError(f"the state of {type(optimizer).__name__} is not known")
     entries = [
-        (state, name, _initial(group, name), powers.get(name))
+        (state, name, _initial(optimizer, name), powers.get(name))
         for group in optimizer.param_groups
         for parameter in group["params"]
         if (state := optimizer.state.get(parameter)) is not None
@@ -107,14 +107,15 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
     for state, name, initial, power in entries:
         value = state[name]
         if factor == 0 and isinstance(value, Tensor):
-            value.fill_(initial)
+            value.fill_(initial) if initial else value.zero_()  # SGD's may be sparse: those only take zeros
         elif factor == 0 and value is not None:
             state[name] = type(value)(initial)
         elif power and isinstance(value, Tensor):
             value.mul_(factor**power)
 
 
-def _initial(group: Mapping[str, Any], name: str) -> float:
+def _initial(optimizer: Optimizer, name: str) -> float:
     if name == "mu_product":  # a product of momenta
         return 1.0
-    return float(group["initial_accumulator_value"]) if name == "sum" else 0.0
+    # Adagrad's, which goes by the default also where a group names another.
+    return float(optimizer.defaults.get("initial_accumulator_value", 0.0)) if name == "sum" else 0.0

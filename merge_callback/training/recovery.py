@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from merge_callback.options import SpikeOptions
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.training import optimizer_state
 from merge_callback.training.lr_scale import LRScale
@@ -41,7 +41,7 @@ class Recovery:
             for optimizer in trainer.optimizers:
                 _check_known(optimizer)
 
-    def restore(self, snapshots: list[Snapshot], step: int, lasting: float) -> Merge:
+    def restore(self, snapshots: list[Snapshot], step: int, lasting: float) -> list[float]:
         """Restores the run from the merge of ``snapshots``.
 
         In place: parameters and buffers, gradients, optimizer state, loss scale. The schedulers, the step
@@ -52,18 +52,20 @@ class Recovery:
             step: optimizer steps taken so far.
             lasting: what the learning rate is multiplied by from now on, once it is warm again.
 
+        Returns:
+            The normalised weight of each snapshot.
+
         Raises:
             ValueError: where an optimizer's state is not what it should be; the weights are untouched.
         """
-        model = ModelTensors.of(self.module)
-        merge, _ = self.merger.merge(model, snapshots, self.options.merging)
         for optimizer in self.trainer.optimizers:
             self._set_back(optimizer)
-        merge.arena.copy_to(model.tensors)
+        weights = self.merger.merge_into(ModelTensors.of(self.module), snapshots, self.options.merging)
+        self.merger.forget()
         self.module.zero_grad(set_to_none=False)
         self._reset_loss_scale()
         self.lr.rewarm(step, self.options.rewarm_steps, lasting)
-        return merge
+        return weights
 
     def state_dict(self) -> dict[str, Any]:
         """The learning rate's factor and the first loss scale, as primitives."""

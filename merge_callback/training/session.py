@@ -111,6 +111,10 @@ class MergeSession:
         if self.spikes:
             self.spikes.note_gradients(optimizer)
 
+    def lr_factor(self, step: int) -> float:
+        """What the rates of the update after ``step`` optimizer steps are scaled by, since a restore."""
+        return self.spikes.recovery.lr.factor(step) if self.spikes else 1.0
+
     def end_batch(self, outputs: Any, batch: Any) -> bool:
         """Counts a batch and, where an optimizer step was taken with it, the step; restores after a spike.
 
@@ -301,7 +305,7 @@ class MergeSession:
         snapshot = Snapshot(
             step=self.step,
             tokens=self.clock.tokens if self.countable else None,
-            lr=max(self.applied.rates, default=0.0) * self._lr_factor(),
+            lr=max(self.applied.rates, default=0.0) * self.lr_factor(self.step - 1),
             lr_ratio=self.phases.lr_ratio,
             phase=self.phases.phase.value,
             since=self.phases.since,
@@ -314,10 +318,6 @@ class MergeSession:
         except OSError as error:
             rank_zero_warn(f"merge: the snapshot of step {self.step} could not be kept in a file ({error})")
         return bool(self.window.snapshots) and self.window.snapshots[-1] is snapshot
-
-    def _lr_factor(self) -> float:
-        """What the rates of the newest step were scaled by, after a restore."""
-        return self.spikes.recovery.lr.factor(self.step - 1) if self.spikes else 1.0
 
     def _log_snapshot(self) -> None:
         diversity = self.merger.diversity

@@ -6,7 +6,6 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from statistics import median
 from typing import Any, Literal
 
 HISTORY = 128
@@ -140,7 +139,9 @@ class SpikeDetector:
     def restored(self) -> None:
         """Ends the streak: the weights are now those of a merge of clean snapshots."""
         trace = self._trace
-        trace.worse_than = median(trace.outliers) if all(map(math.isfinite, trace.outliers)) else math.inf
+        if trace.outliers:  # it may be another number that gave the spike away
+            finite = all(map(math.isfinite, trace.outliers))
+            trace.worse_than = _height(trace.outliers) if finite else math.inf
         trace.outliers, trace.onset, trace.reported = [], None, False
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +168,8 @@ class SpikeDetector:
             return True
         if len(trace.outliers) < self.patience:
             return False
-        return trace.worse_than is None or median(trace.outliers[-self.patience :]) > trace.worse_than
+        height = _height(trace.outliers[-self.patience :])
+        return trace.worse_than is None or height > trace.worse_than or math.isinf(height)
 
     def _is_shift(self) -> bool:
         outliers = self._trace.outliers
@@ -192,6 +194,11 @@ class SpikeDetector:
         onset = step if trace.onset is None else trace.onset
         values = list(trace.outliers)
         return SpikeEvent(kind, self.watched, onset, step, values, self.baseline, self.threshold)
+
+
+def _height(outliers: list[float]) -> float:
+    """Their median, a NaN taken for the highest."""
+    return _middle(sorted(value if math.isfinite(value) else math.inf for value in outliers))
 
 
 def _middle(ordered: list[float]) -> float:

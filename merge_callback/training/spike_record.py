@@ -33,7 +33,7 @@ def announce(trainer: Trainer, record: Mapping[str, Any]) -> None:
 def append(folder: Path, record: Mapping[str, Any]) -> None:
     """Adds the event to the folder's ``spikes.jsonl``, durably. A full disk is reported; the run goes on."""
     path = folder / RECORD
-    line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False)
+    line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False, default=str)
     try:
         new = not path.exists()
         # A line that a kill cut off must not swallow this one.
@@ -60,8 +60,8 @@ def sentence(record: Mapping[str, Any]) -> str:
         f"{len(values)} outlier{'s' * (len(values) > 1)} from step {record['onset']} to {record['step']}, "
         f"the last {values[-1]:.4g} (baseline {record['baseline']:.4g}, threshold {record['threshold']:.4g})"
     )
-    head = "loss shift" if record["event"] == "shift" else f"{watched} spike"
-    return f"merge: {head}: {what}; {_outcome(record)}"
+    kind = "shift" if record["event"] == "shift" else "spike"
+    return f"merge: {watched} {kind}: {what}; {_outcome(record)}"
 
 
 def _outcome(record: Mapping[str, Any]) -> str:

@@ -166,13 +166,15 @@ class SpikeWatch:
         in_a_row = self.restores.in_a_row + 1 if self._is_cooling(event.onset) else 1
         if in_a_row > self.options.max_restores:
             self._stop(event, f"{in_a_row - 1} restores in a row did not help")
+        for line in self.window.drop_damaged():  # reading past the end of a cut file would kill the process
+            rank_zero_warn(f"merge: left out of the window: {line}")
         snapshots, lower = self._choose(event.onset, in_a_row)
         if not snapshots:
             return self._give_up(event)
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
         start = time.perf_counter()
         try:
-            merge = self.recovery.restore(snapshots, step, lasting)
+            weights = self.recovery.restore(snapshots, step, lasting)
         except Exception:
             log.exception("merge: the run could not be restored at step %s; training goes on as it is", step)
             return False
@@ -186,9 +188,9 @@ class SpikeWatch:
             restored_at=step,
             snapshots=[
                 {"step": s.step, "tokens": s.tokens, "file": s.file, "weight": w}
-                for s, w in zip(snapshots, merge.weights, strict=True)
+                for s, w in zip(snapshots, weights, strict=True)
             ],
-            method=merge.method.name,
+            method=self.options.merging.name,
             optimizer=getattr(self.options.optimizer, "__name__", self.options.optimizer),
             rewarm_steps=self.options.rewarm_steps,
             lr_factor=lasting,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class StepStatistics:
     def __init__(self) -> None:
         self._losses: list[float | Tensor] = []
         self._square_norms: list[float | Tensor] = []
-        self._scale: float | None = None  # the loss scale after the last step that was read
+        self._scale: float | None = None  # after the last step that was read; None where that is not known
         self._last: _Pending | None = None
 
     def add_loss(self, outputs: Any, divided_by: int) -> None:
@@ -54,7 +55,7 @@ class StepStatistics:
     @torch.no_grad()
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Notes the norm of the gradients that one optimizer is about to apply."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
         if gradients:
             self._square_norms.append(_own(torch.nn.utils.get_total_norm(gradients), 1) ** 2)
 
@@ -72,11 +73,9 @@ class StepStatistics:
         return None if last is None else self._read(last)
 
     def forget(self) -> None:
-        """Drops what is not read yet: it is about weights that are no longer there."""
+        """Drops what is not read yet: it is about weights, and a loss scale, that are no longer there."""
         self._losses, self._square_norms = [], []
-        if self._last is not None:
-            self._scale = self._last.read()[2]
-        self._last = None
+        self._scale, self._last = None, None
 
     def state_dict(self) -> dict[str, Any]:
         """What is noted, as primitives."""
@@ -105,9 +104,16 @@ class StepStatistics:
 
     def _read(self, pending: _Pending) -> Statistics:
         loss, norm, scale = pending.read()
-        skipped = scale is not None and self._scale is not None and scale < self._scale
+        skipped = self._was_skipped(loss, norm, scale)
         self._scale = scale
         return Statistics(pending.step, loss, norm, skipped)
+
+    def _was_skipped(self, loss: float | None, norm: float | None, scale: float | None) -> bool:
+        if scale is None:
+            return False
+        if self._scale is None:  # the first step, or the first after a restore: only an overflow can tell
+            return not all(math.isfinite(number) for number in (loss, norm) if number is not None)
+        return scale < self._scale
 
 
 class _Pending:
@@ -146,10 +152,14 @@ class _Pending:
         self._copied.record(torch.cuda.current_stream(device))
 
 
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
 def _own(value: Tensor | float, factor: int) -> Tensor | float:
     """A copy that no later step writes over, times ``factor``: a number where that takes no waiting."""
     if isinstance(value, Tensor) and value.is_cuda:
         return value.detach().double().mean() * factor
     if isinstance(value, Tensor):
-        return float(value.detach().double().mean()) * factor
+        return (value if value.numel() == 1 else value.detach().double().mean()).item() * factor
     return value * factor

@@ -1,0 +1,356 @@
+"""Does the detector see every real divergence, and nothing else? Against three published rules.
+
+    python benchmarks/spike_detection.py            # judges the recorded loss curves
+    python benchmarks/spike_detection.py --record   # trains for them again: half an hour on two cores
+
+The curves are losses of real runs of the demo model, in ``results/loss_curves.npz``:
+
+* *healthy*: warmup-stable-decay runs of several seeds, learning rates, batch sizes and shapes, dense and
+  mixture of experts, trained with the callback on, which may not restore any of them;
+* *diverged*: without qk-norm, the learning rate 15 to 30 times too high for a while or for good;
+* *healing*: one to four corrupted batches, or an excessive learning rate for one step;
+* *shift*: from some step on, other text (Python's documentation instead of its source);
+* *one nan*: a healthy curve with one loss replaced by NaN, as a bad batch whose update is skipped leaves it;
+* *nan*: a healthy curve that turns NaN for good, as weights that did leave it.
+
+A rule has to raise an alarm within 100 steps of the onset of a divergence or a lasting NaN, and nowhere else.
+The rules are written down from their definitions: Lightning's ``SpikeDetection`` (2.6: off the running mean
+over 10 values by twice that, and rising), OLMo-core's skip rule (more than 6 standard deviations off the mean
+of the last 128), llm-foundry's ``KillLossSpike`` (more than 4 in a row above twice the mean of the last 100).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import statistics
+import tempfile
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from record import RESULTS, write
+from torch import Tensor
+
+from merge_callback import CheckpointMergeCallback
+from merge_callback.demo.crops import Batch, DemoData, RandomCrops, cut
+from merge_callback.demo.gpt import GPTConfig
+from merge_callback.demo.module import DemoModule
+from merge_callback.demo.schedule import ExcessiveSchedule, WSDSchedule
+from merge_callback.training.spike import SpikeDetector
+
+CURVES = RESULTS / "loss_curves.npz"
+WARMUP = 100
+"""Steps of every run's warm-up, in which no rule is asked."""
+NOTICED_WITHIN = 100
+"""Steps from the onset of a divergence within which an alarm counts."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train one run."""
+
+    kind: str
+    seed: int
+    steps: int = 1000
+    onset: int | None = None  # first step that is not as it should be
+    learning_rate: float = 8e-3
+    batch_size: int = 16
+    moe: bool = False
+    qk_norm: bool = True
+    decay: int = 0
+    shape: str = "1-sqrt"
+    excess: float = 1.0
+    excess_steps: int = 0
+    corrupted: int = 0  # batches
+    other_text: bool = False
+
+    @property
+    def name(self) -> str:
+        size = f"b{self.batch_size}-lr{self.learning_rate:g}{'-moe' if self.moe else ''}"
+        how = f"-x{self.excess:g}-{self.excess_steps}" if self.excess != 1 else f"-c{self.corrupted}"
+        return f"{self.kind}-{size}-{self.shape}{self.decay}{how}-s{self.seed}"
+
+    @property
+    def schedule(self) -> WSDSchedule:
+        stable = self.steps - WARMUP - self.decay
+        first = self.onset if self.onset is not None else 0
+        return ExcessiveSchedule(
+            WARMUP,
+            stable,
+            self.decay,
+            self.shape,  # type: ignore[arg-type]
+            excess=self.excess,
+            excess_from=first,
+            excess_steps=self.excess_steps,
+        )
+
+
+def recipes() -> Iterator[Recipe]:
+    """Every run that is recorded."""
+    for seed in range(56):  # with every mix of the rest, the decay included
+        yield Recipe(
+            "healthy",
+            seed,
+            steps=1000,
+            decay=250,
+            learning_rate=(4e-3, 8e-3, 1.6e-2)[seed % 3],
+            batch_size=(4, 16)[seed % 2],
+            moe=seed % 4 == 3,
+            qk_norm=seed % 5 != 4,
+            shape=("1-sqrt", "linear", "cosine")[seed % 7 % 3],
+        )
+    for seed, (excess, length) in enumerate([(25, 40), (25, 40), (30, 80), (15, 400), (20, 400), (25, 20)]):
+        broken = Recipe("diverged", seed, onset=600, qk_norm=False, excess=excess, excess_steps=length)
+        yield broken
+        yield replace(broken, moe=True)
+    for seed in range(6):
+        yield Recipe("healing", seed, onset=500, corrupted=1 + seed % 4, steps=700)
+        yield Recipe("healing", seed, onset=500, qk_norm=False, excess=20, excess_steps=1, steps=700)
+        yield Recipe("shift", seed, onset=500, other_text=True, steps=900, moe=seed % 2 == 1)
+
+
+class OtherCrops(RandomCrops):
+    """Crops whose bytes are noise, or from another text, from one batch on."""
+
+    recipe: Recipe
+    other: Tensor
+
+    def draw(self, index: int) -> Batch:
+        batch = super().draw(index)
+        since = index - (self.recipe.onset or 0)
+        generator = np.random.default_rng((*self.key, index, 1))
+        if self.recipe.other_text and since >= 0:
+            starts = generator.integers(len(self.other) - self.context, size=self.batch_size)
+            return cut(self.other, torch.from_numpy(starts), self.context)
+        if 0 <= since < self.recipe.corrupted:
+            noise = torch.from_numpy(generator.integers(256, size=(self.batch_size, self.context + 1)))
+            return {"input_ids": noise[:, :-1], "labels": noise[:, 1:]}
+        return batch
+
+
+class RecipeData(DemoData):
+    """The demo's data, but for what the recipe changes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__(recipe.batch_size, seed=recipe.seed, epoch_batches=recipe.steps)
+        self.recipe = recipe
+
+    def train_dataloader(self) -> RandomCrops:
+        crops = OtherCrops(self.corpus.train, self.batch_size, self.context, self.epoch_batches, (self.seed,))
+        crops.recipe, crops.other = self.recipe, documentation()
+        return crops
+
+
+def documentation() -> Tensor:
+    """The text of Python's language reference, as ``help()`` shows it."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics.values()).encode()
+    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
+
+
+class Losses(Callback):
+    """Notes the loss of every step."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
+        self.values.append(float(outputs["loss"]))
+
+
+def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
+    """Trains one run; returns its losses and the restores of the callback, which only healthy runs have."""
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    seed_everything(recipe.seed, verbose=False)
+    losses = Losses()
+    with tempfile.TemporaryDirectory() as folder:
+        merging = CheckpointMergeCallback(
+            every_n_steps=40, dirpath=folder, evaluate=False, emit_every=0, durable=False
+        )
+        healthy = recipe.kind == "healthy"
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=recipe.steps,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[merging, losses] if healthy else [losses],
+        )
+        gpt = GPTConfig(qk_norm=recipe.qk_norm, experts=4 if recipe.moe else 0)
+        trainer.fit(DemoModule(gpt, recipe.schedule, recipe.learning_rate), datamodule=RecipeData(recipe))
+        record = Path(folder) / "spikes.jsonl"
+        restores = len(record.read_text().splitlines()) if record.exists() else 0
+    return recipe, losses.values, restores
+
+
+# --- the rules: each gives the steps at which it raises an alarm --------------------------------------------
+
+Rule = Callable[[list[float]], list[int]]
+
+
+def ours(losses: list[float]) -> list[int]:
+    """Steps at which the detector reports a spike."""
+    detector = SpikeDetector()
+    events = [detector.observe(step, loss, active=step >= WARMUP) for step, loss in enumerate(losses)]
+    return [event.step for event in events if event is not None and event.kind == "spike"]
+
+
+def lightning(losses: list[float], window: int = 10, rtol: float = 2.0) -> list[int]:
+    """``SpikeDetection`` by default: NaN, or above the last value and off the mean by ``rtol`` of it."""
+    seen: deque[float] = deque(maxlen=window)
+    last, alarms = 0.0, []
+    for step, loss in enumerate(losses):
+        mean = statistics.fmean(seen) if seen else math.nan
+        off = loss > last and abs(loss - mean) >= abs(rtol * mean)
+        if step >= WARMUP and (not math.isfinite(loss) or off):
+            alarms.append(step)
+            continue
+        seen.append(loss)
+        last = loss
+    return alarms
+
+
+def olmo(losses: list[float], window: int = 128, sigma: float = 6.0) -> list[int]:
+    """``SkipStepOptimizer``: skips what lies more than 6 standard deviations off; all enters the window.
+
+    A step is taken where the comparison is true, and with NaN it never is: one NaN in the window skips all.
+    """
+    seen: deque[float] = deque(maxlen=window)
+    alarms = []
+    for step, loss in enumerate(losses):
+        if len(seen) >= window // 2 and step >= WARMUP:
+            values = torch.tensor(list(seen))
+            if not abs(loss - float(values.mean())) / float(values.std()) <= sigma:
+                alarms.append(step)
+        seen.append(loss)
+    return alarms
+
+
+def llm_foundry(
+    losses: list[float], window: int = 100, multiple: float = 2.0, patience: int = 4
+) -> list[int]:
+    """``KillLossSpike``: more than ``patience`` in a row at or above twice the mean of the last 100."""
+    seen: deque[float] = deque(maxlen=window)
+    count, alarms = 0, []
+    for step, loss in enumerate(losses):
+        if len(seen) == window:
+            count = count + 1 if loss >= multiple * statistics.fmean(seen) else 0
+            if count > patience:
+                alarms.append(step)
+        seen.append(loss)
+    return alarms
+
+
+RULES: dict[str, Rule] = {
+    "ours": ours,
+    "Lightning": lightning,
+    "OLMo-core": olmo,
+    "llm-foundry": llm_foundry,
+}
+
+
+# --- the judgement ------------------------------------------------------------------------------------------
+
+
+def curves() -> Iterator[tuple[str, str, int | None, list[float]]]:
+    """Name, kind, onset and losses of every curve; the NaN ones are made of healthy ones."""
+    with np.load(CURVES) as file:
+        recorded = {name: file[name].astype(float).tolist() for name in file.files}
+    for name, values in recorded.items():
+        onset, losses = int(values[0]), values[1:]
+        kind = name.split("-")[0]
+        yield name, kind, onset if onset >= 0 else None, losses
+        if kind == "healthy" and int(name.rsplit("-s", 1)[1]) < 6:
+            yield f"{name}, one NaN", "one nan", 500, [*losses[:500], math.nan, *losses[501:]]
+            yield f"{name}, NaN", "nan", 500, [*losses[:500], *[math.nan] * (len(losses) - 500)]
+
+
+def judge(rule: Rule) -> dict[str, Any]:
+    """What a rule made of all curves."""
+    found: Counter[str] = Counter()
+    delays, by_kind = [], {}
+    for _, kind, onset, losses in curves():
+        alarms = rule(losses)
+        must_see = kind in ("diverged", "nan")
+        # NaN or not, a loss that is NaN deserves one look: an alarm at that very step is no false one.
+        excused = {onset} if kind == "one nan" else set()
+        seen = [a for a in alarms if must_see and onset is not None and onset <= a <= onset + NOTICED_WITHIN]
+        until = onset if must_see and onset is not None else len(losses)
+        false = [a for a in alarms if a < until and a not in excused]
+        found["curves to see"] += must_see
+        found["seen"] += bool(seen)
+        found["curves with false alarms"] += bool(false)
+        found["false alarms"] += len(false)
+        delays += [seen[0] - onset] if seen and onset is not None else []
+        entry = by_kind.setdefault(kind, {"curves": 0, "with an alarm": 0, "alarms": 0})
+        entry["curves"] += 1
+        entry["with an alarm"] += bool(alarms)
+        entry["alarms"] += len(alarms)
+    seen_curves, wrong = found["seen"], found["curves with false alarms"]
+    return {
+        "precision": seen_curves / (seen_curves + wrong) if seen_curves + wrong else None,
+        "recall": seen_curves / found["curves to see"],
+        "median_delay_steps": statistics.median(delays) if delays else None,
+        **found,
+        "by_kind": by_kind,
+    }
+
+
+def record_all(workers: int) -> dict[str, int]:
+    """Trains every recipe and keeps the losses; returns what the callback did in the healthy ones."""
+    kept, restores, steps = {}, 0, 0
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for recipe, losses, restored in pool.map(record, recipes()):
+            print(f"{recipe.name:48} last loss {statistics.median(losses[-25:]):.3f}", flush=True)
+            onset = -1 if recipe.onset is None else recipe.onset
+            kept[recipe.name] = np.array([onset, *losses], dtype=np.float32)
+            restores += restored
+            steps += len(losses) if recipe.kind == "healthy" else 0
+    RESULTS.mkdir(exist_ok=True)
+    np.savez_compressed(CURVES, **kept)
+    return {"healthy_steps": steps, "events_in_healthy_runs": restores}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", action="store_true", help="train the runs again")
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    trained = record_all(options.workers) if options.record else {}
+    verdicts = {name: judge(rule) for name, rule in RULES.items()}
+    print(f"{'rule':12} precision  recall  median delay  false alarms (curves)")
+    for name, v in verdicts.items():
+        precision = "        –" if v["precision"] is None else f"{v['precision']:9.2f}"  # noqa: RUF001
+        delay = "–" if v["median_delay_steps"] is None else f"{v['median_delay_steps']:.0f} steps"  # noqa: RUF001
+        print(
+            f"{name:12} {precision}  {v['recall']:6.2f}  {delay:>12}  "
+            f"{v['false alarms']:5} ({v['curves with false alarms']})"
+        )
+    for kind in verdicts["ours"]["by_kind"]:
+        counts = {name: v["by_kind"][kind] for name, v in verdicts.items()}
+        alarmed = ", ".join(f"{name} {c['with an alarm']} ({c['alarms']})" for name, c in counts.items())
+        print(f"{kind}: {counts['ours']['curves']} curves; with an alarm (alarms): {alarmed}")
+    print(write("spike_detection", {"curves": len(list(curves())), **trained, "rules": verdicts}))
+
+
+if __name__ == "__main__":
+    main()

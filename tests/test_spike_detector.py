@@ -1,0 +1,285 @@
+"""What a spike is: the threshold against independent arithmetic, and when what is reported."""
+
+import math
+
+import numpy as np
+import pytest
+from detector_curves import healthy, kinds, warm, watch
+
+from merge_callback.training.spike import ACTIVE_FROM, HISTORY, SpikeDetector
+
+NAN, INF = math.nan, math.inf
+
+
+def threshold_by_numpy(clean, k, floor):
+    last = np.asarray(clean[-HISTORY:], dtype=np.float64)
+    middle = np.median(last)
+    return middle + max(k * 1.4826 * np.median(np.abs(last - middle)), floor * abs(middle))
+
+
+# --- the threshold ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("k", "floor"), [(6.0, 0.05), (3.0, 1e-9), (0.1, 0.5)])
+@pytest.mark.parametrize("level", [2.0, 0.0, -5.0, 1e30, 1e-30])
+def test_threshold_is_that_of_the_last_128_clean_values(k, floor, level):
+    rng = np.random.default_rng(1)
+    detector, clean = SpikeDetector(k, floor), []
+    for step in range(400):
+        value = float(level + (abs(level) or 1.0) * 0.2 * rng.standard_t(3))
+        if len(clean) >= ACTIVE_FROM:
+            expected = threshold_by_numpy(clean, k, floor)
+            # The same sums in the same precision, up to the order within a median's mean of two.
+            assert detector.threshold == pytest.approx(expected, rel=1e-12)
+            outlier = value > expected
+        else:
+            assert math.isnan(detector.threshold)
+            outlier = False
+        detector.observe(step, value)
+        assert (detector.onset is not None) == outlier
+        if not outlier:
+            clean.append(value)
+    assert detector.baseline == pytest.approx(np.median(clean[-HISTORY:]), rel=1e-12)
+
+
+def test_a_value_on_the_threshold_is_no_outlier():
+    detector = warm([2.0] * 100)
+    assert detector.threshold == 2.1
+    detector.observe(100, detector.threshold)
+    assert detector.onset is None
+    detector.observe(101, math.nextafter(2.1, 3))
+    assert detector.onset == 101
+
+
+def test_nothing_finite_is_an_outlier_before_64_clean_values():
+    detector = SpikeDetector()
+    assert not watch(detector, [2.0] * (ACTIVE_FROM - 7) + [1e6] * 6)
+    assert detector.onset is None
+    assert math.isnan(detector.threshold)
+    assert math.isnan(SpikeDetector().baseline)
+    detector.observe(63, 2.0)
+    assert detector.threshold == 2.1
+    detector.observe(64, 1e6)
+    assert detector.onset == 64
+
+
+def test_a_downward_outlier_is_none():
+    detector = warm()
+    assert not watch(detector, [0.0, -1e9, 1e-9] * 3, start=200)
+    assert detector.onset is None
+
+
+@pytest.mark.parametrize("level", [2.0, -2.0])
+def test_without_noise_the_floor_alone_decides(level):
+    detector = warm([level] * 100)
+    assert detector.threshold == level + 0.1
+    assert not watch(detector, [level + 0.099] * 20, start=100)
+    assert kinds(watch(warm([level] * 100), [level + 0.101] * 5, start=100)) == [(104, "spike", 100)]
+
+
+def test_a_baseline_of_zero_is_judged_by_its_noise_alone():
+    rng = np.random.default_rng(2)
+    detector = warm(rng.standard_normal(200) / 100)
+    assert 0.04 < detector.threshold < 0.09  # six times a standard deviation of .01
+    assert kinds(watch(detector, [0.1] * 5, start=200)) == [(204, "spike", 200)]
+
+
+# --- what is reported, and when ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patience", [1, 2, 5, 20])
+def test_a_spike_is_patience_outliers_in_a_row_and_dates_from_the_first(patience):
+    detector = warm(patience=patience)
+    baseline, threshold = detector.baseline, detector.threshold
+    events = watch(detector, [3.0 + i for i in range(60)], start=200)
+    assert kinds(events) == [(199 + patience, "spike", 200)]  # once, however long it lasts
+    event = events[199 + patience]
+    assert event.values == [3.0 + i for i in range(patience)]
+    assert (event.baseline, event.threshold) == (baseline, threshold)
+    assert (event.trigger, event.watched) == ("loss", "loss")
+
+
+def test_a_spike_that_heals_by_itself_is_never_reported():
+    detector = warm()
+    assert not watch(detector, ([9.0] * 4 + [2.0]) * 50, start=200)
+
+
+def test_each_streak_is_reported_once():
+    detector = warm()
+    events = watch(detector, ([9.0] * 7 + [2.0]) * 3, start=200)
+    assert kinds(events) == [(204, "spike", 200), (212, "spike", 208), (220, "spike", 216)]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_non_finite_value_is_a_spike_at_once(bad):
+    events = watch(warm(), [2.0, bad, bad, bad], start=200)
+    assert kinds(events) == [(201, "spike", 201)]
+    assert events[201].trigger == "non-finite loss"
+    assert SpikeDetector().observe(0, bad).onset == 0  # also as the first value of all
+
+
+def test_a_nan_amid_outliers_fires_at_once_and_dates_from_the_first_of_them():
+    assert kinds(watch(warm(), [9.0, 9.0, NAN, 9.0], start=200)) == [(202, "spike", 200)]
+
+
+def test_the_number_watched_is_named():
+    event = watch(warm(watched="gradient norm"), [NAN], start=200)[200]
+    assert event.trigger == "non-finite gradient norm"
+
+
+def test_while_the_rate_warms_up_only_non_finite_values_count():
+    detector = warm()
+    assert not watch(detector, [9.0] * 50, start=200, active=False)
+    assert detector.onset is None
+    assert kinds(watch(detector, [NAN], start=250, active=False)) == [(250, "spike", 250)]
+
+
+def test_a_warm_up_that_begins_amid_outliers_ends_the_streak():
+    detector = warm()
+    watch(detector, [9.0] * 4, start=200)
+    assert not watch(detector, [9.0], start=204, active=False)
+    assert detector.onset is None
+
+
+# --- the baseline can't be poisoned -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [[NAN], [INF], [-INF], [1e30] * 127, [NAN, 9.0, INF] * 100])
+def test_outliers_leave_no_trace_in_the_baseline(bad):
+    detector, unharmed = warm(), warm()
+    watch(detector, bad, start=200)
+    for step, value in enumerate(healthy(300, seed=3), 700):
+        assert detector.observe(step, value) == unharmed.observe(step, value)
+        assert (detector.baseline, detector.threshold) == (unharmed.baseline, unharmed.threshold)
+
+
+# --- a shift of the data ----------------------------------------------------------------------------------
+
+
+def test_128_outliers_in_a_row_are_the_new_normal():
+    detector = warm()
+    events = watch(detector, healthy(300, level=3.0, seed=5), start=200)
+    assert kinds(events) == [(204, "spike", 200), (327, "shift", 200)]
+    assert len(events[327].values) == HISTORY
+    assert events[327].baseline == events[204].baseline  # that which they were judged by
+    assert detector.baseline == pytest.approx(3.0, abs=0.01)
+    assert kinds(watch(detector, [9.0] * 5, start=500)) == [(504, "spike", 500)]
+
+
+def test_a_shift_needs_128_finite_values_in_a_row():
+    detector = warm()
+    curve = [9.0] * 127 + [NAN] + [9.0] * 127 + [2.0] + [9.0] * 127
+    assert [event.kind for event in watch(detector, curve, start=200).values()] == ["spike", "spike"]
+    assert kinds(watch(detector, [9.0], start=200 + len(curve))) == [(583, "shift", 456)]
+
+
+def test_a_nan_that_began_the_streak_holds_a_shift_up_by_no_more_than_itself():
+    events = watch(warm(), [NAN] + [9.0] * 128, start=200)
+    assert kinds(events) == [(200, "spike", 200), (328, "shift", 200)]
+    assert events[328].values == [9.0] * HISTORY
+
+
+def test_a_report_holds_the_last_128_values_at_most():
+    detector = restored(30.0, 30.0, 30.0, 30.0, 30.0)
+    detector.observe(300, INF, skipped=True)
+    values = [8.0 + i / 1000 for i in range(100)] + [40.0] * 3  # too low to be reported, at first
+    assert watch(detector, values, start=301)[403].values == [INF, *values]
+    detector = restored(30.0, 30.0, 30.0, 30.0, 30.0)
+    watch(detector, [INF] * 2, start=300, skipped=True)
+    assert not watch(detector, [8.0] * 126, start=302)
+    assert watch(detector, [-INF], start=428)[428].values == [INF, *[8.0] * 126, -INF]
+
+
+# --- after a restore --------------------------------------------------------------------------------------
+
+
+def restored(*outliers):
+    """A detector whose run was restored after these; the next step is 300."""
+    detector = warm()
+    watch(detector, outliers, start=200)
+    detector.restored()
+    return detector
+
+
+def test_a_restore_ends_the_streak():
+    detector = restored(9.0, 9.0, 9.0, 9.0, 9.0)
+    assert detector.onset is None
+    assert not watch(detector, healthy(50), start=300)
+
+
+@pytest.mark.parametrize("height", [8.0, 9.0])
+def test_outliers_right_after_a_restore_are_not_the_weights_fault(height):
+    detector = restored(9.0, 9.0, 9.0, 9.0, 9.0)
+    assert not watch(detector, [height] * 100, start=300)
+    assert detector.onset == 300  # but no snapshot should be taken
+    assert kinds(watch(detector, [height] * 28, start=400)) == [(427, "shift", 300)]
+    assert kinds(watch(detector, [12.0] * 5, start=428)) == [(432, "spike", 428)]
+
+
+def test_worse_than_before_the_restore_is_reported():
+    detector = restored(9.0, 9.0, 9.0, 9.0, 9.0)
+    events = watch(detector, [8.0] * 10 + [10.0] * 10, start=300)
+    assert kinds(events) == [(312, "spike", 300)]  # where the median of five is above that of before
+
+
+def test_one_clean_value_after_a_restore_and_a_streak_counts_again():
+    detector = restored(9.0, 9.0, 9.0, 9.0, 9.0)
+    events = watch(detector, [8.0] * 10 + [2.0] + [3.0] * 5, start=300)
+    assert kinds(events) == [(315, "spike", 311)]
+
+
+def test_a_second_restore_compares_with_the_outliers_of_its_own_streak():
+    detector = restored(9.0, 9.0, 9.0, 9.0, 9.0)
+    assert watch(detector, [20.0] * 5, start=300)
+    detector.restored()
+    assert not watch(detector, [15.0] * 50, start=400)
+    assert watch(detector, [25.0] * 5, start=450)
+
+
+def test_finite_outliers_after_a_restore_from_nan_are_better():
+    assert not watch(restored(9.0, 9.0, 9.0, NAN), [30.0] * 100, start=300)
+
+
+@pytest.mark.parametrize("before", [(9.0,) * 5, (NAN,)])
+def test_a_nan_after_a_restore_fires_at_once(before):
+    assert kinds(watch(restored(*before), [8.0, 8.0, NAN], start=300)) == [(302, "spike", 300)]
+
+
+def test_a_restore_that_another_number_called_for_changes_nothing():
+    detector = restored()  # the gradient norm was an outlier, the loss was none
+    assert kinds(watch(detector, [9.0] * 5, start=300)) == [(304, "spike", 300)]
+
+
+# --- fp16 -------------------------------------------------------------------------------------------------
+
+
+def test_finite_values_of_skipped_steps_are_not_there():
+    detector, unharmed = warm(), warm()
+    assert not watch(detector, [9.0, 1.0, 1e30] * 50, start=200, skipped=True)
+    assert detector.state_dict() == unharmed.state_dict()
+    watch(detector, [9.0] * 3, start=350)
+    watch(detector, [2.0, 9.0], start=353, skipped=True)  # neither ends a streak nor goes on with it
+    assert kinds(watch(detector, [9.0] * 2, start=355)) == [(356, "spike", 350)]
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_non_finite_values_of_skipped_steps_are_a_spike_in_a_row_only(bad):
+    detector = warm()
+    for start in range(200, 300, 5):
+        assert not watch(detector, [bad] * 4, start=start, skipped=True)
+        assert not watch(detector, [2.0], start=start + 4)
+    assert kinds(watch(detector, [bad] * 9, start=300, skipped=True)) == [(304, "spike", 300)]
+
+
+@pytest.mark.parametrize("before", [(9.0,) * 5, (NAN,)])
+def test_steps_that_overflow_for_ever_after_a_restore_are_a_spike(before):
+    events = watch(restored(*before), [NAN] * 9, start=300, skipped=True)
+    assert kinds(events) == [(304, "spike", 300)]
+
+
+@pytest.mark.parametrize("order", [(NAN, 8.0, 8.0, 8.0, 8.0), (8.0, 8.0, 8.0, 8.0, NAN)])
+def test_one_skipped_nan_among_tolerated_outliers_stays_one_outlier(order):
+    detector = restored(9.0, 9.0, 9.0, 9.0, 9.0)
+    for step, value in enumerate(order, 300):
+        assert detector.observe(step, value, skipped=not math.isfinite(value)) is None
+    assert not watch(detector, [8.0] * 20, start=305)
