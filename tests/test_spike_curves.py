@@ -94,7 +94,7 @@ def rough_curve(n, rng):
 def act(detector, step, value, active, skipped, restore):
     event = detector.observe(step, value, active, skipped)
     if restore:
-        detector.restored()
+        detector.restored(5)
     # repr, since NaN is not equal to itself
     return repr((event, detector.onset, detector.baseline, detector.threshold))
 

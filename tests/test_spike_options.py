@@ -17,7 +17,7 @@ from merge_callback.training.spike import SpikeDetector
         ({"action": "stop"}, "spike.action='stop'.*'restore', 'warn', 'off'"),
         ({"action": None}, "spike.action=None.*'restore'"),
         ({"no_snapshot": "raise"}, "spike.no_snapshot='raise'.*'warn', 'stop'"),
-        ({"optimizer": "clear"}, "spike.optimizer='clear'.*'reset', 'keep', 'scale'"),
+        ({"optimizer": "clear"}, "spike.optimizer='clear'.*'keep', 'reset', 'scale'"),
         ({"optimizer": None}, "spike.optimizer=None"),
         ({"patience": 0}, "spike.patience=0 must be a positive whole number"),
         ({"patience": True}, "spike.patience=True"),
@@ -40,6 +40,8 @@ from merge_callback.training.spike import SpikeDetector
         ({"floor": -0.1}, "spike.floor=-0.1"),
         ({"floor": math.nan}, "spike.floor=nan"),
         ({"lr_factor": math.inf}, "spike.lr_factor=inf"),
+        ({"lr_factor": 1.5}, "spike.lr_factor=1.5 must be a positive number of at most 1"),
+        ({"optimizer_scale": 2}, "spike.optimizer_scale=2 must be a positive number of at most 1"),
         ({"lr_factor": True}, "spike.lr_factor=True"),
         ({"optimizer_scale": 0.0}, "spike.optimizer_scale=0.0"),
         ({"method": "mean"}, "spike.method='mean'.*sma"),
@@ -60,7 +62,7 @@ def test_weights_must_serve_fewer_snapshots_too():
 
 def test_the_defaults_are_those_that_are_documented():
     options = SpikeOptions()
-    assert (options.action, options.optimizer, options.no_snapshot) == ("restore", "reset", "warn")
+    assert (options.action, options.optimizer, options.no_snapshot) == ("restore", "keep", "warn")
     assert (options.threshold, options.floor, options.patience) == (6.0, 0.05, 5)
     detector = SpikeDetector()
     assert (detector.k, detector.floor, detector.patience) == (6.0, 0.05, 5)
@@ -90,9 +92,10 @@ def test_numbers_may_come_from_numpy():
     assert SpikeOptions(threshold=np.float64(3.0)).threshold == 3.0
 
 
-def test_the_cooldown_is_ten_times_the_re_warm_up_unless_given():
-    assert SpikeOptions().cooldown_steps == 1000
-    assert SpikeOptions(rewarm_steps=7).cooldown_steps == 70
+def test_the_cooldown_is_five_times_the_re_warm_up_unless_given():
+    assert SpikeOptions().cooldown_steps == 500
+    assert SpikeOptions(rewarm_steps=7).cooldown_steps == 128
+    assert SpikeOptions(rewarm_steps=0).cooldown_steps == 128
     assert SpikeOptions(rewarm_steps=7, cooldown=0).cooldown_steps == 0
     assert SpikeOptions(rewarm_steps=7, cooldown=5).cooldown_steps == 5
 

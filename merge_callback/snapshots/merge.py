@@ -83,7 +83,12 @@ class WindowMerger:
     def merge_into(
         self, model: ModelTensors, snapshots: Sequence[Snapshot], method: LinearMethod
     ) -> list[float]:
-        """Overwrites the live model with the merge of ``snapshots``; returns the normalised weights."""
+        """Overwrites the live model with the merge of ``snapshots``; returns the normalised weights.
+
+        Raises:
+            ValueError: where the model's tensors are others by now; none is overwritten.
+        """
+        snapshots[-1].arena.check(model.tensors)
         weights = method.normalised_weights(positions(snapshots))
         copied = self._copied(model, snapshots[0], snapshots[-1])
         merge_into(weights, [snapshot.arena for snapshot in snapshots], model.tensors, copied)

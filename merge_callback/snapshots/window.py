@@ -75,33 +75,50 @@ class Window:
                 snapshot.phase, snapshot.since = phase, since
 
     def segment(self) -> list[Snapshot]:
-        """The snapshots to merge: the newest two or more of one segment, none of the warm-up.
+        """The snapshots to merge: the newest two or more of one segment, none of the warm-up or a spike.
 
         The first snapshot of a decay has nothing to be merged with; until the second one comes, the merge
         is the last one of the stable phase.
         """
-        for _, group in groupby(reversed(self.snapshots), key=lambda s: (s.phase, s.since)):
-            snapshots = list(group)[::-1]
+        for snapshots in self._segments():
             if len(snapshots) > 1 and snapshots[0].phase != "warmup":
                 return snapshots
         return []
 
-    def before_spike(self, last_step: int, count: int) -> list[Snapshot]:
-        """The last ``count`` snapshots up to ``last_step`` fit to restore: of one segment, oldest first.
+    def before_spike(self, last_step: int) -> list[Snapshot]:
+        """The snapshots up to ``last_step`` fit to restore: of one segment, oldest first.
 
-        None of the warm-up, and none that was taken while the loss was an outlier.
+        None that was taken while the loss was an outlier. Of the warm-up, during which the weights move too
+        far for a mean, the newest one alone, and only where there is nothing else.
         """
-        sound = [s for s in self.snapshots if s.step <= last_step and not s.in_spike and s.phase != "warmup"]
-        kept = [s for s in sound if (s.phase, s.since) == (sound[-1].phase, sound[-1].since)]
-        return kept[-count:]
+        segments = list(self._segments(last_step))
+        settled = next((snapshots for snapshots in segments if snapshots[0].phase != "warmup"), [])
+        return settled or [snapshots[-1] for snapshots in segments[:1]]
 
-    def mark_in_spike(self, step: int) -> None:
-        """Notes that the loss of optimizer step ``step`` was an outlier.
+    def _segments(self, last_step: float = float("inf")) -> Iterator[list[Snapshot]]:
+        """The clean snapshots up to ``last_step`` by segment, the newest segment first, each oldest first."""
+        clean = [s for s in reversed(self.snapshots) if s.step <= last_step and not s.in_spike]
+        for _, group in groupby(clean, key=lambda s: (s.phase, s.since)):
+            yield list(group)[::-1]
 
-        That loss is of the weights before the step, so it tells against the snapshot of the step before, too.
+    def mark_in_spike(self, before: int, step: int) -> bool:
+        """Notes that the loss of an optimizer step was an outlier; says whether a snapshot was taken there.
+
+        That loss is of the weights before the step, so it tells against the snapshot taken then, too.
+
+        Args:
+            before: the count of optimizer steps before it.
+            step: the count after it.
         """
-        for snapshot in self.snapshots[-2:]:
-            snapshot.in_spike |= step - 1 <= snapshot.step <= step
+        marked = [s for s in self.snapshots if before <= s.step <= step and not s.in_spike]
+        for snapshot in marked:
+            snapshot.in_spike = True
+        return bool(marked)
+
+    def clear_in_spike(self, onset: int) -> None:
+        """Takes back what was noted from step ``onset`` on: it was no spike, the data changed."""
+        for snapshot in self.snapshots:
+            snapshot.in_spike &= snapshot.step < onset - 1
 
     def drop_newer(self, step: int) -> None:
         """Drops the snapshots taken after ``step``: the run goes on from earlier weights.

@@ -22,6 +22,8 @@ from torch.optim import (
     SparseAdam,
 )
 
+from merge_callback.snapshots.arena import all_finite
+
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "step": 0}
 
 _MOMENTS: dict[type[Optimizer], dict[str, int]] = {
@@ -81,7 +83,7 @@ def is_finite(optimizer: Optimizer) -> bool:
     """Whether all of its state is."""
     tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
-    return all(bool(torch.isfinite(t).all()) for t in dense)
+    return all(map(all_finite, dense))
 
 
 def _moments(optimizer: object) -> Mapping[str, int] | None:

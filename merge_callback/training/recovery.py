@@ -56,13 +56,17 @@ class Recovery:
             The normalised weight of each snapshot.
 
         Raises:
-            ValueError: where an optimizer's state is not what it should be; the weights are untouched.
+            ValueError: where the model or an optimizer's state is not what it should be. The run is as it
+                was, but for the state of further optimizers, if there are any.
         """
+        model = ModelTensors.of(self.module)
+        snapshots[-1].arena.check(model.tensors)
         for optimizer in self.trainer.optimizers:
             self._set_back(optimizer)
-        weights = self.merger.merge_into(ModelTensors.of(self.module), snapshots, self.options.merging)
+        weights = self.merger.merge_into(model, snapshots, self.options.merging)
         self.merger.forget()
-        self.module.zero_grad(set_to_none=False)
+        # Where Lightning is about to drop the gradients, zeros would only be written.
+        self.module.zero_grad(set_to_none=self.module.automatic_optimization)
         self._reset_loss_scale()
         self.lr.rewarm(step, self.options.rewarm_steps, lasting)
         return weights

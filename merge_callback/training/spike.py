@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from bisect import bisect_left, insort
 from collections.abc import Mapping
@@ -9,10 +10,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 HISTORY = 128
-"""Clean values that make the baseline; and outliers in a row after which they are the new normal."""
+"""Clean values that make the baseline; and values after which most being outliers is the new normal."""
 
 ACTIVE_FROM = 64
 """Clean values from which a finite value can be an outlier."""
+
+_FIRST = 16  # values after a restore by which changed data are judged
+
+_MOSTLY = 0.75  # the share of outliers that makes a shift
 
 _SIGMA = 1.4826  # the standard deviation of normal noise in units of its median absolute deviation
 
@@ -22,8 +27,8 @@ class SpikeEvent:
     """What a detector has to say: a spike, or a shift that it now takes for the new normal.
 
     ``onset`` is the step of the first outlier, ``step`` the one whose value settled it, ``values`` are the
-    outliers (the last 128). ``baseline`` and ``threshold`` are those the outliers were judged by, NaN where
-    there were too few clean values for one.
+    outliers (of a shift those among its 128 values, of a spike the last 128). ``baseline`` and ``threshold``
+    are those the outliers were judged by, NaN where there were too few clean values for one.
     """
 
     kind: Literal["spike", "shift"]
@@ -49,7 +54,10 @@ class _Trace:
     outliers: list[float] = field(default_factory=list)  # of the current streak, oldest first
     onset: int | None = None  # step of the streak's first outlier
     reported: bool = False  # whether this streak was reported
-    worse_than: float | None = None  # since a restore, until a clean value: the outliers' median before it
+    trouble: list[tuple[int, float]] = field(default_factory=list)  # the last 128, from an outlier on
+    first: list[float] | None = None  # values since a restore, while the data may have changed
+    unmoved: int = 1  # how many of them are of weights as they were restored
+    clean_in_a_row: int = 0
 
 
 class SpikeDetector:
@@ -61,10 +69,11 @@ class SpikeDetector:
     * A finite **spike** is ``patience`` outliers in a row: most spikes heal by themselves.
     * A **non-finite** value is a spike at once; after a step that fp16 loss scaling skipped, in a row only.
     * Each streak is reported once.
-    * A **shift**: 128 finite outliers in a row are the new baseline. A change of the data ends so.
-    * After a restore, the first loss is that of weights known to be good. If it is an outlier all the same,
-      and so are the next, the weights are not the cause: nothing is reported, unless the outliers are
-      higher than those before the restore, until one value is clean or the shift is complete.
+    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline. A
+      change of the data ends so.
+    * After a restore, the first values are those of weights known to be good. If more than a quarter of
+      them are outliers all the same, the data are the cause, and the first 16 values are what a spike is
+      judged by, until 16 in a row are clean by the old measure again or the shift is complete.
 
     Args:
         k: how many robust standard deviations above the median an outlier lies.
@@ -96,12 +105,8 @@ class SpikeDetector:
 
     @property
     def threshold(self) -> float:
-        """What a value must exceed to be an outlier; NaN before there are 64 clean values."""
-        if len(self._sorted) < ACTIVE_FROM:
-            return math.nan
-        middle = self.baseline
-        deviation = _middle(sorted([abs(value - middle) for value in self._sorted]))
-        return middle + max(self.k * _SIGMA * deviation, self.floor * abs(middle))
+        """What a value must exceed to be an outlier; NaN before 64 clean values, or where most are 0."""
+        return self._limit(self._sorted) if len(self._sorted) >= ACTIVE_FROM else math.nan
 
     def observe(
         self, step: int, value: float, active: bool = True, skipped: bool = False
@@ -121,28 +126,31 @@ class SpikeDetector:
         trace = self._trace
         if skipped and math.isfinite(value):
             return None
-        if not self._is_outlier(value, active):
-            trace.outliers, trace.onset, trace.reported, trace.worse_than = [], None, False, None
+        outlier = self._is_outlier(value, active)
+        self._note_trouble(step, value, outlier, active)
+        self._note_first(value, outlier)
+        if not outlier:
+            trace.outliers, trace.onset, trace.reported = [], None, False
             self._admit(value)
             return None
         if trace.onset is None:
             trace.onset = step
         trace.outliers = [*trace.outliers[1 - HISTORY :], value]
-        event = self._event("spike", step)
-        if self._is_shift():
-            return self._settle(step)
+        if len(trace.trouble) == HISTORY and (event := self._settle(step)):
+            return event
         if not trace.reported and self._is_spike(skipped):
             trace.reported = True
-            return event
+            return self._event("spike", step, trace.onset, list(trace.outliers))
         return None
 
-    def restored(self) -> None:
-        """Ends the streak: the weights are now those of a merge of clean snapshots."""
-        trace = self._trace
-        if trace.outliers:  # it may be another number that gave the spike away
-            finite = all(map(math.isfinite, trace.outliers))
-            trace.worse_than = _height(trace.outliers) if finite else math.inf
-        trace.outliers, trace.onset, trace.reported = [], None, False
+    def restored(self, unmoved: int) -> None:
+        """Ends the streak: the weights are now those of a merge of clean snapshots.
+
+        Args:
+            unmoved: the coming values that are of these weights, but for the noise of a few small updates.
+        """
+        clean = self._trace.clean
+        self._trace = _Trace(clean=clean, first=[], unmoved=min(unmoved, self.patience))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as JSON types (NaN and infinities as Python's ``json`` writes them)."""
@@ -150,8 +158,8 @@ class SpikeDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict`` as if there had been no break."""
-        self._trace = _Trace(**state)
-        self._trace.clean, self._trace.outliers = list(state["clean"]), list(state["outliers"])
+        self._trace = _Trace(**copy.deepcopy(dict(state)))
+        self._trace.trouble = [(step, value) for step, value in state["trouble"]]
         self._sorted = sorted(self._trace.clean)
 
     def _is_outlier(self, value: float, active: bool) -> bool:
@@ -163,23 +171,60 @@ class SpikeDetector:
         return value > middle + self.floor * abs(middle) and value > self.threshold
 
     def _is_spike(self, skipped: bool) -> bool:
-        trace = self._trace
-        if not math.isfinite(trace.outliers[-1]) and not skipped:
-            return True
-        if len(trace.outliers) < self.patience:
-            return False
-        height = _height(trace.outliers[-self.patience :])
-        return trace.worse_than is None or height > trace.worse_than or math.isinf(height)
-
-    def _is_shift(self) -> bool:
         outliers = self._trace.outliers
-        return len(outliers) == HISTORY and all(map(math.isfinite, outliers))
+        if not math.isfinite(outliers[-1]) and not skipped:
+            return True
+        ceiling = self._ceiling
+        return len(outliers) >= self.patience and not any(v <= ceiling for v in outliers[-self.patience :])
 
-    def _settle(self, step: int) -> SpikeEvent:
-        """Takes the outliers for the new baseline."""
-        event = self._event("shift", step)
-        self._trace = _Trace(clean=event.values)
-        self._sorted = sorted(event.values)
+    @property
+    def _ceiling(self) -> float:
+        """What a spike must exceed: the threshold, or what it would be for changed data."""
+        first, threshold = self._trace.first, self.threshold
+        if not first:
+            return threshold
+        if len(first) == _FIRST:
+            return max(threshold, self._limit(sorted(first)))
+        top, baseline = max(first[: self._trace.unmoved]), self.baseline
+        return top + (threshold - baseline) * (max(1.0, top / baseline) if baseline > 0 else 1.0)
+
+    def _limit(self, ordered: list[float]) -> float:
+        """The threshold that these values make; NaN where most are 0: that has no scale."""
+        middle = _middle(ordered)
+        deviation = _middle(sorted([abs(value - middle) for value in ordered]))
+        return middle + (max(self.k * _SIGMA * deviation, self.floor * abs(middle)) or math.nan)
+
+    def _note_first(self, value: float, outlier: bool) -> None:
+        trace = self._trace
+        if trace.first is None or not math.isfinite(value):
+            return
+        trace.clean_in_a_row = 0 if outlier else trace.clean_in_a_row + 1
+        if len(trace.first) < _FIRST:
+            trace.first.append(value)
+        unchanged = (
+            len(trace.first) == trace.unmoved and sorted(trace.first)[trace.unmoved // 4] <= self.threshold
+        )
+        if unchanged or trace.clean_in_a_row == _FIRST:
+            trace.first = None
+
+    def _note_trouble(self, step: int, value: float, outlier: bool, active: bool) -> None:
+        trace = self._trace
+        if not active or not math.isfinite(value):
+            trace.trouble = []
+        elif outlier or trace.trouble:
+            trace.trouble = [*trace.trouble[1 - HISTORY :], (step, value)]
+            while trace.trouble and trace.trouble[0][1] <= self.threshold:
+                del trace.trouble[0]
+
+    def _settle(self, step: int) -> SpikeEvent | None:
+        """Takes the outliers for the new baseline, where they are the rule by now."""
+        (onset, _), threshold = self._trace.trouble[0], self.threshold
+        outliers = [value for _, value in self._trace.trouble if value > threshold]
+        if len(outliers) < _MOSTLY * HISTORY:
+            return None
+        event = self._event("shift", step, onset, outliers)
+        self._trace = _Trace(clean=list(outliers))
+        self._sorted = sorted(outliers)
         return event
 
     def _admit(self, value: float) -> None:
@@ -189,16 +234,10 @@ class SpikeDetector:
         if len(clean) > HISTORY:
             del self._sorted[bisect_left(self._sorted, clean.pop(0))]
 
-    def _event(self, kind: Literal["spike", "shift"], step: int) -> SpikeEvent:
-        trace = self._trace
-        onset = step if trace.onset is None else trace.onset
-        values = list(trace.outliers)
+    def _event(
+        self, kind: Literal["spike", "shift"], step: int, onset: int, values: list[float]
+    ) -> SpikeEvent:
         return SpikeEvent(kind, self.watched, onset, step, values, self.baseline, self.threshold)
-
-
-def _height(outliers: list[float]) -> float:
-    """Their median, a NaN taken for the highest."""
-    return _middle(sorted(value if math.isfinite(value) else math.inf for value in outliers))
 
 
 def _middle(ordered: list[float]) -> float:

@@ -25,9 +25,12 @@ def announce(trainer: Trainer, record: Mapping[str, Any]) -> None:
     text = sentence(record)
     rank_zero_warn(text)
     for logger in trainer.loggers:
-        experiment = getattr(logger, "experiment", None)
-        if hasattr(experiment, "add_text"):
-            experiment.add_text("merge/spike", text, record["step"])  # type: ignore[union-attr]
+        try:
+            experiment = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_text"):
+                experiment.add_text("merge/spike", text, record["step"])  # type: ignore[union-attr]
+        except Exception:
+            log.exception("merge: %s could not show the event; training goes on", type(logger).__name__)
 
 
 def append(folder: Path, record: Mapping[str, Any]) -> None:

@@ -29,6 +29,10 @@ _LOWER = 0.5
 """What the learning rate is multiplied by where older snapshots did not help."""
 
 
+_UNMOVED = 20
+"""In this fraction of a re-warm-up the weights are as they were restored, as far as the loss can tell."""
+
+
 class TrainingDivergedError(RuntimeError):
     """The run keeps diverging, or diverged with nothing to restore; the message says what to try."""
 
@@ -68,13 +72,15 @@ class SpikeWatch:
         last_good_merge: Callable[[int], Path | None],
     ) -> None:
         self.options, self.trainer, self.module = options, trainer, module
-        self.window, self.dirpath, self.last_good_merge = merger.window, dirpath, last_good_merge
+        self.merger, self.window = merger, merger.window
+        self.dirpath, self.last_good_merge = dirpath, last_good_merge
         self.statistics = StepStatistics()
         rule = (options.threshold, options.floor, options.patience)
         self.loss = SpikeDetector(*rule)
         self.grad_norm = SpikeDetector(*rule, watched="gradient norm") if options.grad_norm else None
         self.recovery = Recovery(options, trainer, module, merger)
         self.restores = _Restores()
+        self._seen = trainer.global_step  # the last step whose loss was read
         self._told = False  # that there is no loss to watch
 
     @property
@@ -110,8 +116,8 @@ class SpikeWatch:
         statistics = self.statistics.end_step(step, scaler._scale if scaler else None)
         restored = False
         if statistics is not None:
-            event = self._observe(statistics, warming_up)
-            restored = event is not None and self._act(event, step)
+            for event in self._observe(statistics, warming_up):
+                restored = restored or self._act(event, step)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0 and not restored:
             self._log(0.0 if self.calm else 1.0)
@@ -129,6 +135,7 @@ class SpikeWatch:
             "grad_norm": self.grad_norm.state_dict() if self.grad_norm else None,
             "recovery": self.recovery.state_dict(),
             "restores": asdict(self.restores),
+            "seen": self._seen,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -139,8 +146,10 @@ class SpikeWatch:
             self.grad_norm.load_state_dict(state["grad_norm"])
         self.recovery.load_state_dict(state["recovery"])
         self.restores = _Restores(**{**state["restores"], "used": list(state["restores"]["used"])})
+        self._seen = state["seen"]
 
-    def _observe(self, seen: Statistics, warming_up: bool) -> SpikeEvent | None:
+    def _observe(self, seen: Statistics, warming_up: bool) -> list[SpikeEvent]:
+        """What the detectors have to say of a step, spikes first."""
         if seen.loss is None and not self._told:
             self._told = True
             rank_zero_warn(
@@ -151,13 +160,17 @@ class SpikeWatch:
             events.append(self.loss.observe(seen.step, seen.loss, not warming_up, seen.skipped))
         if self.grad_norm is not None and seen.grad_norm is not None and not seen.skipped:
             events.append(self.grad_norm.observe(seen.step, seen.grad_norm, not warming_up))
-        if not self.calm:
-            self.window.mark_in_spike(seen.step)
-        return next((event for event in events if event is not None), None)
+        if not self.calm and self.window.mark_in_spike(self._seen, seen.step):
+            self.merger.forget()
+        self._seen = seen.step
+        return sorted((event for event in events if event), key=lambda event: event.kind == "shift")
 
     def _act(self, event: SpikeEvent, step: int) -> bool:
         """Does what the options say about an event; says whether the live weights were replaced."""
-        if event.kind == "spike" and self.options.action == "restore":
+        if event.kind == "shift":
+            self.window.clear_in_spike(event.onset)
+            self.restores.in_a_row = 0  # it was not the weights
+        elif self.options.action == "restore":
             return self._restore(event, step)
         self._report(event, "shift" if event.kind == "shift" else "warn")
         return False
@@ -170,18 +183,19 @@ class SpikeWatch:
             rank_zero_warn(f"merge: left out of the window: {line}")
         snapshots, lower = self._choose(event.onset, in_a_row)
         if not snapshots:
-            return self._give_up(event)
+            newest = event.onset - self.options.guard
+            return self._give_up(event, f"no clean snapshot is older than step {newest}, nothing to restore")
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
         start = time.perf_counter()
         try:
             weights = self.recovery.restore(snapshots, step, lasting)
-        except Exception:
-            log.exception("merge: the run could not be restored at step %s; training goes on as it is", step)
-            return False
+        except Exception as error:
+            log.exception("merge: the run could not be restored at step %s", step)
+            return self._give_up(event, f"the restore failed ({error!r})")
         seconds = time.perf_counter() - start
         used = [snapshot.step for snapshot in snapshots]
         self.restores = _Restores(self.restores.count + 1, in_a_row, step, used)
-        self._forget_the_spike(used[-1])
+        self._forget_the_spike(used[-1], step)
         self._report(
             event,
             "restore",
@@ -208,40 +222,47 @@ class SpikeWatch:
         """The snapshots to restore, and whether to lower the learning rate.
 
         The second restore in a row goes one window older; those after it, or where there is nothing older,
-        stay there and lower the learning rate. None uses a snapshot that was taken since the first one.
+        stay there and lower the learning rate. Snapshots taken since the first one are not used; unless no
+        other is left: then the oldest ones are, which are a window older as a rule.
         """
         newest, count = onset - self.options.guard, self.options.pma_window
         if in_a_row == 1:
-            return self.window.before_spike(newest, count), False
+            return self.window.before_spike(newest)[-count:], False
         used = self.restores.used
-        if in_a_row == 2 and (older := self.window.before_spike(used[0] - 1, count)):
-            return older, False
-        return self.window.before_spike(min(newest, used[-1]), count), True
+        older = self.window.before_spike(used[0] - 1)
+        if in_a_row == 2 and older and older[-1].phase != "warmup":
+            return older[-count:], False
+        if known := self.window.before_spike(min(newest, used[-1])):
+            return known[-count:], True
+        since = self.window.before_spike(newest)
+        return since[:count], in_a_row > 2 or len(since) <= count
 
-    def _forget_the_spike(self, last_step: int) -> None:
+    def _forget_the_spike(self, last_step: int, step: int) -> None:
         """Goes on as from clean weights: what was seen of the others is dropped."""
         self.statistics.forget()
+        self._seen = step
+        unmoved = max(1, self.options.rewarm_steps // _UNMOVED)
         for detector in (self.loss, self.grad_norm):
             if detector is not None:
-                detector.restored()
+                detector.restored(unmoved)
         try:
             self.window.drop_newer(last_step)
         except OSError as error:
             rank_zero_warn(f"merge: the window's manifest could not be written ({error}); training goes on")
 
-    def _give_up(self, event: SpikeEvent) -> bool:
-        reason = f"no clean snapshot is older than step {event.onset - self.options.guard}"
+    def _give_up(self, event: SpikeEvent, reason: str) -> bool:
         if self.options.no_snapshot == "stop":
             self._stop(event, reason)
-        self._report(event, "warn", reason=f"{reason}, so there is nothing to restore; training goes on")
+        self._report(event, "warn", reason=f"{reason}; training goes on as it is")
         return False
 
     def _stop(self, event: SpikeEvent, reason: str) -> None:
         merge = self.last_good_merge(event.onset - self.options.guard)
         self._report(event, "stop", reason=f"{reason}: stopped", last_good_merge=merge and str(merge))
-        good = (
-            f"the last good merge is {merge}" if merge else f"the snapshots are in {self.dirpath / 'window'}"
-        )
+        folder = self.window.store.folder
+        good = f"the last good merge is {merge}" if merge else "no good merge was published"
+        if folder is not None and self.window.snapshots:
+            good += f", the last snapshots are in {folder}"
         raise TrainingDivergedError(
             f"the {event.trigger} left its baseline of {event.baseline:.4g} at step {event.onset} (the last "
             f"value is {event.values[-1]:.4g}, the threshold {event.threshold:.4g}) and {reason}; {good}. "
@@ -254,7 +275,7 @@ class SpikeWatch:
         del record["kind"]
         append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
         announce(self.trainer, record)
-        self._log(1.0)
+        self._log(0.0 if outcome == "shift" else 1.0)
 
     def _log(self, spike: float) -> None:
         metrics = {"merge/spike": spike, "merge/restores": float(self.restores.count)}
