@@ -346,3 +346,34 @@ def test_a_loaded_state_is_a_copy() -> None:
     twin.load_state_dict(state)
     twin.observe([1.0])
     assert detector.state_dict() == state
+
+
+def warming_up(rates: Iterable[float]) -> list[int]:
+    detector = LRPhaseDetector(total_steps=1000)
+    found = []
+    for step, rate in enumerate(rates):
+        detector.observe([rate])
+        if detector.is_warming_up:
+            found.append(step)
+    return found
+
+
+RAMP = [i / 100 for i in range(1, 101)]
+
+
+def test_a_warmup_is_over_where_the_phase_says_so():
+    assert warming_up(RAMP + [1.0] * 20) == list(
+        range(1, 99 + 4)
+    )  # known at the fifth step without a new high
+
+
+def test_a_rate_above_any_since_the_warmup_is_no_warmup():
+    assert max(warming_up(RAMP + [1.0] * 100 + [1.05] * 5 + [30.0] * 5 + [1.0] * 300 + [2.0] * 300)) < 105
+
+
+@pytest.mark.parametrize("top", [1.0, 0.5])
+def test_a_restart_is_a_warmup_for_as_long_as_the_rate_stays_up(top):
+    cosine = [top * 0.5 * (1 + math.cos(math.pi * i / 200)) for i in range(200)]
+    assert [step for step in warming_up(RAMP + [1.0] * 50 + cosine + cosine) if step > 150] == [350]
+    held = [top] * 100
+    assert [step for step in warming_up(RAMP + cosine + held) if step > 150] == [300, 301, 302, 303]

@@ -194,11 +194,14 @@ def test_the_outliers_of_a_shift_lie_among_finite_values():
     assert kinds(watch(warm(), curve, start=200)) == [(204, "spike", 200), (455, "shift", 328)]
 
 
-def test_a_warm_up_ends_the_count_towards_a_shift():
+def test_a_warm_up_begins_a_new_baseline():
     detector = warm()
-    watch(detector, [9.0] * 127, start=200)
-    watch(detector, [9.0], start=327, active=False)
-    assert kinds(watch(detector, [9.0] * 128, start=328)) == [(332, "spike", 328), (455, "shift", 328)]
+    assert watch(detector, [9.0] * 127, start=200)
+    assert not watch(detector, [9.0] * 10, start=327, active=False)
+    assert not watch(detector, [9.0] * 53, start=337)
+    assert math.isnan(detector.threshold)
+    assert not watch(detector, [9.0] * 100, start=390)
+    assert (detector.baseline, detector.onset) == (9.0, None)
 
 
 def test_a_report_holds_the_last_128_values_at_most():

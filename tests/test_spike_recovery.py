@@ -350,7 +350,10 @@ def test_a_learning_rate_that_makes_a_run_diverge_is_survived(tmp_path, foot):
     assert math.isnan(late(plain(Batches(), 250, lambda: Bare(foot, 30.0))))
     unbroken = plain(Batches(), 250, lambda: Bare(foot, 1.0))
     assert late(run) == pytest.approx(late(unbroken), rel=0.02)  # what the callback promises
-    assert len(run.restores) == 1
+    (event,) = run.restores
+    # The first two losses that a raised rate had a part in rise little. Where the rate never changed
+    # before, a rise is taken for the warm-up, and for its three steps nothing is judged.
+    assert event["onset"] <= 104 + (3 if foot == 1 else 0)
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])

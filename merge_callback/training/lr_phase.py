@@ -41,6 +41,7 @@ class _Trace:
     since: int = 0
     rate: float = 0.0  # newest rate, not its log
     peak: float = 0.0  # highest rate of the run, not its log
+    settled: float = 0.0  # highest rate outside warmups, once there was one; not its log
     begun: bool = False  # whether there was a first rate
     level: float = 0.0  # of the current hold, which is a run of equal rates
     level_since: int = 0
@@ -122,6 +123,17 @@ class LRPhaseDetector:
         """The newest rate over the highest of the run, 0 to 1."""
         return self._trace.rate / self._trace.peak if self._trace.peak > 0 else 0.0
 
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the rate is rising, or just rose, to where it was before or for the first time.
+
+        Then the loss can't be judged by what it was. Not so where a rate rises a tenth above any since the
+        first warmup, or fell back again: what that does to the loss is no warmup's doing.
+        """
+        trace = self._trace
+        uncharted = 0 < 1.1 * trace.settled < trace.rate
+        return trace.phase is Phase.WARMUP and trace.level >= trace.high and not uncharted
+
     def observe(self, lrs: Sequence[float], weights: Sequence[float] | None = None) -> Phase:
         """Read the learning rates of one optimizer step; call it once per step.
 
@@ -138,6 +150,8 @@ class LRPhaseDetector:
         if math.isfinite(rate):
             trace.rate, trace.peak = rate, max(rate, trace.peak)
             self._read(now, math.log(max(rate, _FLOOR * trace.peak, 1e-30)))
+            if trace.phase is not Phase.WARMUP and trace.since > 0:
+                trace.settled = max(trace.settled, rate)
         return trace.phase
 
     def state_dict(self) -> dict[str, Any]:

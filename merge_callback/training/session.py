@@ -23,7 +23,7 @@ from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.evaluation import MergedValidation
-from merge_callback.training.lr_phase import LRPhaseDetector, Phase
+from merge_callback.training.lr_phase import LRPhaseDetector
 from merge_callback.training.plan import Plan, total_steps
 from merge_callback.training.reporting import advice, log_metrics
 from merge_callback.training.spike_watch import SpikeWatch
@@ -135,8 +135,7 @@ class MergeSession:
         self._report_tokens_per_step()
         due = crossed(self.mark, self.progress, self.options.every)
         self.mark = self.progress
-        warming_up = self.phases.phase is Phase.WARMUP
-        restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up)
+        restored = self.spikes is not None and self.spikes.end_step(self.step, self.phases.is_warming_up)
         return due and not restored
 
     def note_random_state(self) -> None:

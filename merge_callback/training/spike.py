@@ -52,6 +52,7 @@ class _Trace:
 
     clean: list[float] = field(default_factory=list)  # the baseline, oldest first
     outliers: list[float] = field(default_factory=list)  # of the current streak, oldest first
+    active: bool = True  # whether the last value was judged
     onset: int | None = None  # step of the streak's first outlier
     reported: bool = False  # whether this streak was reported
     trouble: list[tuple[int, float]] = field(default_factory=list)  # the last 128, from an outlier on
@@ -116,7 +117,8 @@ class SpikeDetector:
         Args:
             step: the optimizer step; only ever grows.
             value: its loss, or gradient norm.
-            active: ``False`` while the learning rate warms up: a finite value is then never an outlier.
+            active: ``False`` while the learning rate warms up: a finite value is then never an outlier, and
+                those before, at another rate, are forgotten.
             skipped: whether the step was skipped because its scaled fp16 gradients overflowed. That is how
                 loss scaling works, and no spike.
 
@@ -126,6 +128,9 @@ class SpikeDetector:
         trace = self._trace
         if skipped and math.isfinite(value):
             return None
+        if trace.active and not active:
+            trace.clean, self._sorted = [], []
+        trace.active = active
         outlier = self._is_outlier(value, active)
         self._note_trouble(step, value, outlier, active)
         self._note_first(value, outlier)
@@ -149,8 +154,8 @@ class SpikeDetector:
         Args:
             unmoved: the coming values that are of these weights, but for the noise of a few small updates.
         """
-        clean = self._trace.clean
-        self._trace = _Trace(clean=clean, first=[], unmoved=min(unmoved, self.patience))
+        clean, active = self._trace.clean, self._trace.active
+        self._trace = _Trace(clean, active=active, first=[], unmoved=min(unmoved, self.patience))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as JSON types (NaN and infinities as Python's ``json`` writes them)."""
