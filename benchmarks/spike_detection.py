@@ -6,7 +6,8 @@
 The curves are losses of real runs of the demo model, in ``results/loss_curves.npz``:
 
 * *healthy*: warmup-stable-decay runs of several seeds, learning rates, batch sizes and shapes, dense and
-  mixture of experts, trained with the callback on, which may not restore any of them;
+  mixture of experts, trained with the callback on, which may not restore any of them (nor any of some more
+  runs with warm restarts, whose curves are not kept: the other rules know nothing of learning rates);
 * *diverged*: without qk-norm, the learning rate 15 to 30 times too high for a while or for good;
 * *healing*: one to four corrupted batches, or an excessive learning rate for one step;
 * *shift*: from some step on, other text (Python's documentation instead of its source);
@@ -45,7 +46,7 @@ from merge_callback import CheckpointMergeCallback
 from merge_callback.demo.crops import Batch, DemoData, RandomCrops, cut
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
-from merge_callback.demo.schedule import ExcessiveSchedule, WSDSchedule
+from merge_callback.demo.schedule import ExcessiveSchedule, WSDSchedule, wsd_factor
 from merge_callback.training.spike import SpikeDetector
 
 CURVES = RESULTS / "loss_curves.npz"
@@ -73,6 +74,7 @@ class Recipe:
     excess_steps: int = 0
     corrupted: int = 0  # batches
     other_text: bool = False
+    period: int = 0  # of warm restarts
 
     @property
     def name(self) -> str:
@@ -82,6 +84,8 @@ class Recipe:
 
     @property
     def schedule(self) -> WSDSchedule:
+        if self.period:
+            return Restarting(WARMUP, decay=self.period, shape="cosine")
         stable = self.steps - WARMUP - self.decay
         first = self.onset if self.onset is not None else 0
         return ExcessiveSchedule(
@@ -93,6 +97,14 @@ class Recipe:
             excess_from=first,
             excess_steps=self.excess_steps,
         )
+
+
+class Restarting(WSDSchedule):
+    """Decays again and again, each time from the peak."""
+
+    def factor(self, step: int) -> float:
+        again = self.warmup + (step - self.warmup) % self.decay if step >= self.warmup else step
+        return wsd_factor(again, self.warmup, 0, self.decay, self.shape)
 
 
 def recipes() -> Iterator[Recipe]:
@@ -108,6 +120,10 @@ def recipes() -> Iterator[Recipe]:
             moe=seed % 4 == 3,
             qk_norm=seed % 5 != 4,
             shape=("1-sqrt", "linear", "cosine")[seed % 7 % 3],
+        )
+    for seed in range(8):
+        yield Recipe(
+            "restarts", seed, period=(150, 300, 450)[seed % 3], moe=seed % 4 == 3, qk_norm=seed % 2 == 0
         )
     for seed, (excess, length) in enumerate([(25, 40), (25, 40), (30, 80), (15, 400), (20, 400), (25, 20)]):
         broken = Recipe("diverged", seed, onset=600, qk_norm=False, excess=excess, excess_steps=length)
@@ -170,7 +186,7 @@ class Losses(Callback):
 
 
 def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
-    """Trains one run; returns its losses and the restores of the callback, which only healthy runs have."""
+    """Trains one run; returns its losses and the callback's events: only healthy runs have the callback."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
@@ -180,7 +196,7 @@ def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
         merging = CheckpointMergeCallback(
             every_n_steps=40, dirpath=folder, evaluate=False, emit_every=0, durable=False
         )
-        healthy = recipe.kind == "healthy"
+        healthy = recipe.kind in ("healthy", "restarts")
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -196,8 +212,8 @@ def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
         gpt = GPTConfig(qk_norm=recipe.qk_norm, experts=4 if recipe.moe else 0)
         trainer.fit(DemoModule(gpt, recipe.schedule, recipe.learning_rate), datamodule=RecipeData(recipe))
         record = Path(folder) / "spikes.jsonl"
-        restores = len(record.read_text().splitlines()) if record.exists() else 0
-    return recipe, losses.values, restores
+        events = len(record.read_text().splitlines()) if record.exists() else 0
+    return recipe, losses.values, events
 
 
 # --- the rules: each gives the steps at which it raises an alarm --------------------------------------------
@@ -315,17 +331,18 @@ def judge(rule: Rule) -> dict[str, Any]:
 
 def record_all(workers: int) -> dict[str, int]:
     """Trains every recipe and keeps the losses; returns what the callback did in the healthy ones."""
-    kept, restores, steps = {}, 0, 0
+    kept, runs, steps, events = {}, 0, 0, 0
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for recipe, losses, restored in pool.map(record, recipes()):
+        for recipe, losses, told in pool.map(record, recipes()):
             print(f"{recipe.name:48} last loss {statistics.median(losses[-25:]):.3f}", flush=True)
             onset = -1 if recipe.onset is None else recipe.onset
-            kept[recipe.name] = np.array([onset, *losses], dtype=np.float32)
-            restores += restored
-            steps += len(losses) if recipe.kind == "healthy" else 0
+            if recipe.kind != "restarts":
+                kept[recipe.name] = np.array([onset, *losses], dtype=np.float32)
+            if recipe.kind in ("healthy", "restarts"):
+                runs, steps, events = runs + 1, steps + len(losses), events + told
     RESULTS.mkdir(exist_ok=True)
     np.savez_compressed(CURVES, **kept)
-    return {"healthy_steps": steps, "events_in_healthy_runs": restores}
+    return {"healthy_runs": runs, "healthy_steps": steps, "events_in_healthy_runs": events}
 
 
 def main() -> None:
