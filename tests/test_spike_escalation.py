@@ -205,6 +205,7 @@ def test_a_change_of_the_data_that_is_far_above_the_noise_is_accepted(tmp_path):
     assert [event["event"] for event in run.events] == ["warn", "shift"]
     assert run.watch.metrics[240]["merge/spike"] == 0
     assert run.watch.metrics[240]["merge/loss_baseline"] > 5000
+    assert not any(snapshot["in_spike"] for snapshot in run.window)  # they are of healthy weights after all
 
 
 # --- what is told and kept ----------------------------------------------------------------------------------
@@ -226,6 +227,25 @@ def test_the_record_says_all_in_plain_json(tmp_path):
     assert all(value > first["threshold"] > first["baseline"] for value in first["values"])
     assert [s["file"][:13] for s in first["snapshots"]] == [f"step={step:08d}" for step in USED]
     assert (second["trigger"], second["values"]) == ("non-finite loss", ["nan"])
+
+
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, caplog):
+    class Full(CSVLogger):
+        @property
+        def experiment(self):
+            experiment = super().experiment
+
+            def add_text(*_):
+                raise OSError("no space left")
+
+            experiment.add_text = add_text
+            return experiment
+
+    run = spiking(tmp_path / "merges", fit={"logger": Full(tmp_path), "log_every_n_steps": 5})
+
+    assert len(run.restores) == 1
+    assert run.trainer.global_step == 100
+    assert "Full could not show the event" in caplog.text
 
 
 def test_every_logger_shows_the_spike(tmp_path):
@@ -291,6 +311,12 @@ def test_a_restore_that_fails_does_not_end_the_run(tmp_path):
     assert not run.restores
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.02
     assert_same_bits(run.watch.weights, plain(Batches(bad=BURST)).watch.weights)
+
+
+def test_a_restore_that_fails_stops_the_run_if_asked(tmp_path):
+    spike = {"optimizer": lambda optimizer: 1 / 0, "no_snapshot": "stop"}
+    with pytest.raises(TrainingDivergedError, match=r"the restore failed \(ZeroDivisionError"):
+        spiking(tmp_path, spike=spike)
 
 
 def test_a_restore_that_fails_is_in_the_record(tmp_path):

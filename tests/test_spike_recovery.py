@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import math
 
 import pytest
@@ -270,6 +271,22 @@ def test_the_window_goes_on_from_the_snapshots_that_were_restored(tmp_path):
 
     # Neither those taken since, nor one of the restored weights, which are no point of the trajectory.
     assert [s["step"] for s in run.window] == [*range(40, 75, EVERY), 90, 95, 100]
+
+
+def test_snapshots_of_a_streak_that_healed_are_never_merged(tmp_path):
+    def slow():
+        return Line(lr=1e-3)
+
+    data = Batches(bad=[74, 75, 76])
+    run = spiking(tmp_path, data, 90, slow, durable=True, emit_every=1, keep_last=None)
+
+    assert not run.events
+    assert [s["step"] for s in run.window if s["in_spike"]] == [75]
+    merges = [json.loads(path.read_text()) for path in tmp_path.glob("step=*/merge.json")]
+    # The one emitted at step 75, before anybody knew of its loss, stays; none was emitted while it was known.
+    late = [[s["step"] for s in merge["snapshots"]] for merge in merges if merge["step"] > 75]
+    assert late
+    assert not any(75 in steps for steps in late)
 
 
 def test_the_next_emission_after_a_restore_holds_nothing_of_the_spike(tmp_path):
