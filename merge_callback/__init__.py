@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from merge_callback.callback import CheckpointMergeCallback
     from merge_callback.diversity import RMSDiversity
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
-    from merge_callback.options import SpikeOptions
     from merge_callback.publish import load_merge
+    from merge_callback.spike_options import SpikeOptions
     from merge_callback.training.spike_watch import TrainingDivergedError
 
 __all__ = [
@@ -28,7 +28,7 @@ _HOMES = {
     "CheckpointMergeCallback": "callback",
     "METHODS": "merging",
     "RMSDiversity": "diversity",
-    "SpikeOptions": "options",
+    "SpikeOptions": "spike_options",
     "TrainingDivergedError": "training.spike_watch",
     "load_merge": "publish",
     "merge_state_dicts": "merging",

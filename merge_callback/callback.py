@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim import Optimizer
 
 from merge_callback.merging import MergeMethod
-from merge_callback.options import Options, SpikeOptions
+from merge_callback.options import Options
+from merge_callback.spike_options import SpikeOptions
 from merge_callback.training.session import MergeSession
 
 
@@ -27,9 +28,8 @@ class CheckpointMergeCallback(Callback):
 
     It watches the loss of every optimizer step, too. When that spikes (is NaN, or an outlier for several
     steps in a row), the live weights are restored from the mean of the last snapshots before the spike
-    (PMA-init), the optimizer's state is reset, the learning rate warms up again, and training goes on with
-    the data that come next. But for that, the live weights are never touched: training with the callback is
-    bit for bit training without it.
+    (PMA-init), the learning rate warms up again, and training goes on with the data that come next. But for
+    that, the live weights are never touched: training with the callback is bit for bit training without it.
 
     In the stable phase of a schedule a merge scores about what the model would score after annealing
     (arXiv 2505.12082); in the decay the gain fades. The phase is read off the learning rates that were really

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from merge_callback.merging import Ema, MergeMethod, Sma, Weighted
-from merge_callback.options import SpikeOptions, resolve_spike
+from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.training.spike import SpikeDetector
 
 

@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from merge_callback.options import SpikeOptions
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
+from merge_callback.spike_options import SpikeOptions
 from merge_callback.training import optimizer_state
 from merge_callback.training.lr_scale import LRScale
 

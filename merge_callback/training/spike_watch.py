@@ -14,9 +14,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
-from merge_callback.options import SpikeOptions
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
+from merge_callback.spike_options import SpikeOptions
 from merge_callback.training.recovery import Recovery
 from merge_callback.training.reporting import log_metrics
 from merge_callback.training.spike import SpikeDetector, SpikeEvent
