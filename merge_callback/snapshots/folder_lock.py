@@ -13,9 +13,18 @@ def lock_folder(folder: Path) -> IO[str]:
     Where platform or file system know no such locks, nothing is locked.
 
     Raises:
-        BlockingIOError: where another run has it, in this process or another.
-        OSError: where the folder can't be created or written.
+        ValueError: where another run has it, in this process or another, or it can't be created or written.
     """
+    try:
+        return _lock(folder)
+    except BlockingIOError:
+        reason, mend = "another run is using it", "give each run its own"
+    except OSError as error:
+        reason, mend = str(error), "name a folder that can be written"
+    raise ValueError(f"dirpath={str(folder)!r} can't be used: {reason}; {mend}")
+
+
+def _lock(folder: Path) -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / ".lock", "w")  # noqa: SIM115 - held for as long as the run uses the folder
     try:

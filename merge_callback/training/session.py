@@ -6,7 +6,7 @@ import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
@@ -72,7 +72,7 @@ class MergeSession:
         self.spikes = self._watch_for_spikes()
         self.taken, self.emitted_step = 0, -1
         self.advised: list[str] = []
-        self.lock = self._lock_folder()
+        self.lock = lock_folder(self.dirpath)
         try:
             self.window.claim_folder()
             self.publisher.sweep()
@@ -263,15 +263,6 @@ class MergeSession:
         return SpikeWatch(
             options, self.trainer, self.module, self.merger, self.dirpath, self.publisher.newest_up_to
         )
-
-    def _lock_folder(self) -> IO[str]:
-        try:
-            return lock_folder(self.dirpath)
-        except BlockingIOError:
-            reason, mend = "another run is using it", "give each run its own"
-        except OSError as error:
-            reason, mend = str(error), "name a folder that can be written"
-        raise ValueError(f"dirpath={str(self.dirpath)!r} can't be used: {reason}; {mend}")
 
     def _count(self, batch: Any) -> None:
         try:
