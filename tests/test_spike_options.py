@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 import numpy as np
 import pytest
 
-from merge_callback.merging import Ema, MergeMethod, Sma, Weighted
+from merge_callback.merging import Ema, Sma, Ties, Weighted
 from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.training.spike import SpikeDetector
 
@@ -46,7 +46,7 @@ from merge_callback.training.spike import SpikeDetector
         ({"optimizer_scale": 0.0}, "spike.optimizer_scale=0.0"),
         ({"method": "mean"}, "spike.method='mean'.*sma"),
         ({"method": Weighted(weights=[0.5, 0.5])}, r"spike.method=Weighted.*spike.pma_window=3: .*2 weights"),
-        ({"method": MergeMethod()}, "spike.method=.*must be a linear method, e.g. 'sma'"),
+        ({"method": Ties()}, "spike.method=.*must be a linear method, e.g. 'sma'"),
     ],
 )
 def test_wrong_options_name_themselves(options, named):

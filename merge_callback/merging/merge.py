@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.merging.linear import Weighted
-from merge_callback.merging.method import LinearMethod, MergeMethod, resolve_method
-from merge_callback.reduce import one_pass
+from merge_callback.merging.method import Inputs, MergeMethod, Trajectory, resolve_method
 
 
 @torch.no_grad()
@@ -20,18 +19,22 @@ def merge_state_dicts(
     method: str | MergeMethod = "sma",
     *,
     positions: Sequence[float] | None = None,
+    steps: Sequence[int] | None = None,
+    base: Mapping[str, Tensor] | None = None,
     exclude: Sequence[str] = (),
     **options: Any,
 ) -> dict[str, Tensor]:
     """Merges state dicts of one model into a new one.
 
-    Sums in fp32 (fp64 for fp64 tensors) with one cast at the end. Integer and boolean tensors, and those
+    Computes in fp32 (fp64 for fp64 tensors) with one cast at the end. Integer and boolean tensors, and those
     whose name matches a pattern of ``exclude``, are copied from the last state dict.
 
     Args:
         state_dicts: oldest first; equal names, shapes and dtypes. They may lie on any device.
         method: a registered name, or a method object. ``weights=[…]`` alone means ``"weighted"``.
         positions: tokens (or steps) of each, for methods that use the spacing (``wsm``); default: even.
+        steps: optimizer steps of each, which randomness is keyed on; default: 0, 1, 2, ….
+        base: θ_init of the methods on task vectors; default: the first state dict. It takes no other part.
         exclude: ``fnmatch`` patterns of names that are copied, not averaged.
         **options: the method's own options, e.g. ``alpha=0.1`` for ``ema``.
 
@@ -40,7 +43,7 @@ def merge_state_dicts(
 
     Raises:
         ValueError: for no state dicts, names, shapes or dtypes that differ (the tensor is named), an
-            unknown method, or options it does not have.
+            unknown method, options it does not have, or a base that it does not use.
 
     Example::
 
@@ -49,15 +52,22 @@ def merge_state_dicts(
     if method == "sma" and "weights" in options:
         method = "weighted"
     resolved = resolve_method(method, **options)
-    _check_alike(state_dicts)
-    weights = _weights(resolved, positions, len(state_dicts))
+    bases = [] if base is None else [("the base", base)]
+    check_alike([*bases, *((f"state dict {i}", state_dict) for i, state_dict in enumerate(state_dicts))])
+    trajectory = _trajectory(resolved, positions, steps, len(state_dicts))
+    if base is not None and "task vectors" not in resolved.needs:
+        raise ValueError(f"method {resolved.name!r} uses no base; leave it out")
     newest = state_dicts[-1]
-    return {
-        name: newest[name].clone()
-        if not _averaged(newest[name]) or matches_any(name, exclude)
-        else _merge_tensor([sd[name].to(newest[name].device) for sd in state_dicts], weights)
-        for name in newest
+    kept = {n for n, t in newest.items() if not _averaged(t) or matches_any(n, exclude)}
+    merged = {
+        n: t.clone() if n in kept else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        for n, t in newest.items()
     }
+    model = [_inputs(name, state_dicts, base) for name in newest if name not in kept]
+    survey = resolved.survey(model, trajectory)
+    for inputs in model:
+        resolved.merge(inputs, _flat(merged[inputs.name]), trajectory, survey)
+    return merged
 
 
 def matches_any(name: str, patterns: Sequence[str]) -> bool:
@@ -65,46 +75,60 @@ def matches_any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _weights(method: MergeMethod, positions: Sequence[float] | None, count: int) -> list[float]:
-    if positions is not None and len(positions) != count:
-        raise ValueError(
-            f"positions={list(positions)} must name one position for each of {count} state dicts"
-        )
+def _trajectory(
+    method: MergeMethod, positions: Sequence[float] | None, steps: Sequence[int] | None, count: int
+) -> Trajectory:
+    for option, given in (("positions", positions), ("steps", steps)):
+        if given is not None and len(given) != count:
+            raise ValueError(f"{option}={list(given)} must name one for each of {count} state dicts")
     if isinstance(method, Weighted) and len(method.weights) != count:
         raise ValueError(
             f"weights={list(method.weights)} must name one weight for each of {count} state dicts"
         )
-    assert isinstance(method, LinearMethod)
-    return method.normalised_weights(list(range(count)) if positions is None else positions)
+    even = Trajectory.even(count)
+    return Trajectory(positions or even.positions, steps or even.steps)
 
 
 def _averaged(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _merge_tensor(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    if tensors[-1].is_complex():
-        return torch.view_as_complex(_merge_tensor([torch.view_as_real(t) for t in tensors], weights))
-    out = torch.empty(tensors[-1].shape, dtype=tensors[-1].dtype, device=tensors[-1].device)
-    one_pass([t.detach().reshape(-1) for t in tensors], weights, out.view(-1))
-    return out
+def _inputs(
+    name: str, state_dicts: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None
+) -> Inputs:
+    device = state_dicts[-1][name].device
+    tensors = [_flat(state_dict[name].detach().to(device)) for state_dict in state_dicts]
+    return Inputs(name, tensors, None if base is None else _flat(base[name].detach().to(device)))
 
 
-def _check_alike(state_dicts: Sequence[Mapping[str, Tensor]]) -> None:
-    if not state_dicts:
-        raise ValueError("merge_state_dicts needs at least one state dict, got none")
-    last = state_dicts[-1]
-    for index, other in enumerate(state_dicts[:-1]):
+def _flat(tensor: Tensor) -> Tensor:
+    """All numbers of a tensor in one dimension; a complex one is two real ones."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+
+
+def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
+    """Makes sure that models have the same tensors.
+
+    Args:
+        models: what each is called, and its tensors by name.
+
+    Raises:
+        ValueError: for no models, or names, shapes or dtypes that differ; the tensor is named.
+    """
+    if not models:
+        raise ValueError("a merge needs at least one model, got none")
+    newest, last = models[-1]
+    for label, other in models[:-1]:
         if other.keys() != last.keys():
             raise ValueError(
-                f"state dict {index} and the last one have different names: "
-                f"only in {index} {sorted(other.keys() - last.keys())[:5]}, "
-                f"only in the last {sorted(last.keys() - other.keys())[:5]}"
+                f"{label} and {newest} have different names: "
+                f"only in the former {sorted(other.keys() - last.keys())[:5]}, "
+                f"only in the latter {sorted(last.keys() - other.keys())[:5]}"
             )
         for name, tensor in other.items():
             for what in ("shape", "dtype"):
                 if getattr(tensor, what) != getattr(last[name], what):
                     raise ValueError(
-                        f"tensor {name!r}: {what} {getattr(tensor, what)} in state dict {index}, but "
-                        f"{getattr(last[name], what)} in the last; merge checkpoints of one model only"
+                        f"tensor {name!r}: {what} {getattr(tensor, what)} in {label}, but "
+                        f"{getattr(last[name], what)} in {newest}; merge checkpoints of one model only"
                     )

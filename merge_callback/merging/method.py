@@ -5,35 +5,103 @@ from __future__ import annotations
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, TypeVar
+
+from torch import Tensor
+
+from merge_callback.reduce import one_pass
+
+Need = Literal["pairs", "task vectors", "randomness", "global sums"]
 
 METHODS: dict[str, type[MergeMethod]] = {}
 """Every registered method by its name."""
 
 
-class MergeMethod:
-    """A way to merge snapshots: a dataclass of options with a name and a source.
+@dataclass(frozen=True)
+class Inputs:
+    """One tensor of every snapshot.
 
-    Register an own one in five lines::
+    Args:
+        name: of the tensor.
+        tensors: flat, oldest snapshot first; one floating-point dtype, size and device. Never written to.
+        base: the same tensor of another θ_init, where one was given.
+    """
+
+    name: str
+    tensors: Sequence[Tensor]
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Where the snapshots lie along their run, oldest first.
+
+    Args:
+        positions: tokens (or steps), ascending.
+        steps: what randomness is keyed on.
+    """
+
+    positions: Sequence[float]
+    steps: Sequence[int]
+
+    @classmethod
+    def even(cls, count: int) -> Trajectory:
+        """Snapshots of which nothing is known."""
+        return cls(list(range(count)), list(range(count)))
+
+
+class MergeMethod(ABC):
+    """A way to merge snapshots: a dataclass of options with a name, a source, and what it needs.
+
+    Register an own one in five lines; for one that is a weighted sum::
 
         @register_method("middle", reference="our lab notes, 2026")
         @dataclass(frozen=True)
         class Middle(LinearMethod):
             def raw_weights(self, positions):
                 return [float(i == len(positions) // 2) for i in range(len(positions))]
+
+    and for any other::
+
+        @register_method("median", reference="our lab notes, 2026")
+        @dataclass(frozen=True)
+        class Median(MergeMethod):
+            def merge(self, inputs, out, trajectory, survey=None):
+                out.copy_(torch.stack(list(inputs.tensors)).float().median(0).values)
     """
 
     name: ClassVar[str] = ""
     reference: ClassVar[str] = ""
+    needs: ClassVar[tuple[Need, ...]] = ()
+
+    def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
+        """Reads the whole model first, where one tensor's merge depends on the others; as a rule it does not.
+
+        Args:
+            model: every tensor that is going to be merged; may be iterated several times.
+            trajectory: of the snapshots.
+        """
+        return None
+
+    @abstractmethod
+    def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
+        """Writes the merge of one tensor.
+
+        Args:
+            inputs: the tensor of every snapshot.
+            out: flat, of the same size; any floating-point dtype. Receives one final cast.
+            trajectory: of the snapshots.
+            survey: what ``survey`` returned.
+        """
 
     def options(self) -> dict[str, Any]:
         """The options as primitives, for provenance."""
         return {key: v if _is_primitive(v) else repr(v) for key, v in asdict(self).items()}  # type: ignore[call-overload]
 
 
-class LinearMethod(MergeMethod, ABC):
+class LinearMethod(MergeMethod):
     """A method that is one weighted sum: ``Σ w̃_i θ_i`` with ``w̃ = w / Σw``, oldest snapshot first."""
 
     @abstractmethod
@@ -53,6 +121,10 @@ class LinearMethod(MergeMethod, ABC):
         if not positions:
             raise ValueError(f"method {self.name!r} needs at least one snapshot to merge, got none")
         return normalised(self.raw_weights(positions))
+
+    def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
+        """The weighted sum, in fp32 (fp64 for fp64 tensors)."""
+        one_pass(inputs.tensors, self.normalised_weights(trajectory.positions), out)
 
 
 M = TypeVar("M", bound=type[MergeMethod])

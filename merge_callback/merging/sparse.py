@@ -1,0 +1,260 @@
+"""Methods that thin the task vectors out before they combine them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_callback.merging.method import Inputs, MergeMethod, Need, Trajectory, register_method
+from merge_callback.merging.randomness import Stream
+from merge_callback.merging.task_vectors import TaskVectors, in_ranges, warn_of_plain_sum
+from merge_callback.merging.threshold import Part, Threshold, kth_largest, tie_ends
+
+
+@register_method("ties", reference="arXiv 2306.01708; Practical Guidelines (ACL 2026), appendix B.2")
+@dataclass(frozen=True)
+class Ties(MergeMethod):
+    """Trim, elect, and average what agrees: ``θ_init + λ · mean of the entries of the elected sign``.
+
+    Each task vector keeps its ``max(1, ⌊d·n⌋)`` entries of largest magnitude; among equal ones those of the
+    lowest indices. An element's elected sign is that of the sum of its kept entries, where 0 counts as +. The
+    kept entries of this sign are averaged over their number.
+
+    Nothing of the tensor's size is made: the thresholds take one or two passes over blocks of the task
+    vectors (one more where several entries equal one), the merge another, which writes each block of ``out``
+    once.
+
+    Args:
+        density: d, the share of the entries that is kept.
+        scale: λ.
+        scope: the largest of each tensor, or with ``"global"`` of the whole model, as the authors' code.
+
+    Raises:
+        ValueError: for a ``density`` outside (0, 1], a ``scale`` that is not finite, an unknown ``scope``.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("task vectors", "global sums")
+
+    density: float = 0.8
+    scale: float = 1.0
+    scope: Literal["tensor", "global"] = "tensor"
+
+    def __post_init__(self) -> None:
+        _check("ties", self.density, self.scale)
+        if self.scope not in ("tensor", "global"):
+            raise ValueError(f"ties: scope={self.scope!r} must be 'tensor' or 'global'")
+
+    def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
+        """With ``scope="global"`` what each task vector of each tensor keeps, by the tensor's name."""
+        if self.scope == "tensor":
+            return None
+        return kept_of_all({inputs.name: TaskVectors(inputs) for inputs in model}, self.density)
+
+    def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
+        """Trims and elects block by block."""
+        vectors = TaskVectors(inputs, hold=True)
+        whole = kept_of_all({inputs.name: vectors}, self.density) if survey is None else survey
+        kept = whole[inputs.name]
+
+        def trim(which: int, block: Tensor, begin: int) -> Tensor:
+            return kept[which].trim(block, begin)
+
+        _combine(vectors, out, self.scale, lambda: Election(vectors), trim)
+
+
+@register_method("dare", reference="arXiv 2311.03099, section 3")
+@dataclass(frozen=True)
+class Dare(MergeMethod):
+    """Drop and rescale: drop each entry of a task vector with probability ``1 − d``, divide the rest by d.
+
+    What is left is combined as in ``task_arithmetic``, or elected and averaged as in ``ties``. Which entries
+    are dropped depends on the seed, the snapshot's step, the tensor's name and the element alone.
+
+    Args:
+        density: d, the share of the entries that is kept on average. The paper names no default; this is that
+            of ``ties``.
+        scale: λ.
+        normalize: the mean of the task vectors; ``False``: their plain sum. Without meaning for ``ties``.
+        ties: elect signs.
+        seed: of the choice.
+
+    Raises:
+        ValueError: for a ``density`` outside (0, 1], a ``scale`` that is not finite, ``ties`` with
+            ``normalize=False``.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("task vectors", "randomness")
+
+    density: float = 0.8
+    scale: float = 1.0
+    normalize: bool = True
+    ties: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check("dare", self.density, self.scale)
+        if self.ties and not self.normalize:
+            raise ValueError(
+                "dare: normalize=False has no meaning with ties=True, which averages; leave it out"
+            )
+        if not self.normalize:
+            warn_of_plain_sum("dare")
+
+    def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
+        """Drops, rescales and combines block by block."""
+        vectors = TaskVectors(inputs)
+        streams = [Stream(self.seed, step, inputs.name) for step in vectors.steps(trajectory)]
+
+        def thin(which: int, block: Tensor, begin: int) -> Tensor:
+            drawn = streams[which].uniform(begin, begin + len(block)).to(block.device)
+            return block.mul_(drawn.lt_(self.density)).div_(self.density)
+
+        _combine(
+            vectors, out, self.scale, lambda: Election(vectors) if self.ties else self._sum(vectors), thin
+        )
+
+    def _sum(self, vectors: TaskVectors) -> Sum:
+        return Sum(vectors, over=len(vectors) if self.normalize else 1)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a task vector keeps: entries larger than ``magnitude``, and those equal to it before ``end``."""
+
+    magnitude: float
+    end: int
+
+    def trim(self, block: Tensor, begin: int) -> Tensor:
+        """Zeroes, in place, what is not kept of the block that begins at element ``begin``."""
+        below, at_most = _largest(self.magnitude, block.dtype)
+        cut = min(max(0, self.end - begin), len(block))
+        for piece, dropped in ((block[:cut], below), (block[cut:], at_most)):
+            if len(piece):
+                torch.hardshrink(piece, dropped, out=piece)
+        return block
+
+
+def kept_of_all(vectors: Mapping[str, TaskVectors], density: float) -> dict[str, list[Kept]]:
+    """What each task vector of each tensor keeps, by its name, with one threshold for all of the tensors."""
+    total = sum(v.size for v in vectors.values())
+    k = max(1, math.floor(density * total))
+    kept: dict[str, list[Kept]] = {name: [] for name in vectors}
+    for which in range(max(map(len, vectors.values()), default=0)):
+        parts = _parts(vectors.values(), which)
+        # All of them: what is 0 adds nothing.
+        threshold = kth_largest(parts, k) if k < total else Threshold(0.0, 0, 0)
+        for name, end in zip(vectors, tie_ends(parts, threshold), strict=True):
+            kept[name].append(Kept(threshold.magnitude, end))
+    return kept
+
+
+class Election:
+    """Averages the entries of each element that have its elected sign.
+
+    Positive and negative entries are summed and counted apart, one task vector after the other: the order,
+    and so the last bit, depends on nothing else. The sign is that of both sums' sum.
+    """
+
+    def __init__(self, vectors: TaskVectors) -> None:
+        self._all = [vectors.scratch() for _ in range(5)]
+
+    def open(self, size: int) -> None:
+        """Begins a block of ``size`` elements."""
+        self._for, self._ayes, self._against, self._noes, self._free = (full[:size] for full in self._all)
+        for total in (self._for, self._ayes, self._against, self._noes):
+            total.zero_()
+
+    def add(self, entries: Tensor) -> None:
+        """Adds one task vector's entries, those that are not kept being 0."""
+        # Signs, not comparisons: a result of another dtype takes four times as long.
+        positive = torch.clamp(entries, min=0, out=self._free)
+        self._for.add_(positive)
+        self._ayes.add_(positive.sign_())
+        negative = entries.clamp_(max=0)
+        self._against.add_(negative)
+        self._noes.sub_(negative.sign_())
+
+    def result(self) -> Tensor:
+        """The averages; 0 where nothing was kept."""
+        elected = torch.add(self._for, self._against, out=self._free).ge_(0)
+        self._for.mul_(elected)
+        self._ayes.mul_(elected)
+        lost = elected.neg_().add_(1)
+        self._for.add_(self._against.mul_(lost))
+        self._ayes.add_(self._noes.mul_(lost))
+        return self._for.div_(self._ayes.clamp_(min=1))
+
+
+class Sum:
+    """Adds the entries of each element, and divides by ``over``."""
+
+    def __init__(self, vectors: TaskVectors, over: int) -> None:
+        self._whole, self._over = vectors.scratch(), max(1, over)
+
+    def open(self, size: int) -> None:
+        """Begins a block of ``size`` elements."""
+        self._total = self._whole[:size].zero_()
+
+    def add(self, entries: Tensor) -> None:
+        """Adds one task vector's entries."""
+        self._total.add_(entries)
+
+    def result(self) -> Tensor:
+        """The sum, divided."""
+        return self._total.div_(self._over)
+
+
+def _combine(
+    vectors: TaskVectors,
+    out: Tensor,
+    scale: float,
+    combination: Callable[[], Election | Sum],
+    thin: Callable[[int, Tensor, int], Tensor],
+) -> None:
+    """Writes ``θ_init + λ · combination`` of what ``thin(which, block, begin)`` leaves of task vectors."""
+
+    def merge_range(start: int, stop: int) -> None:
+        combined, initial, difference = combination(), vectors.scratch(), vectors.scratch()
+        for begin, end in vectors.spans(start, stop):
+            here = vectors.initial_block(begin, end, initial)
+            combined.open(end - begin)
+            for which in range(len(vectors)):
+                combined.add(thin(which, vectors.block(which, begin, end, here, difference), begin))
+            # Not add_ with alpha: whether that rounds once or twice depends on the place within the block.
+            out[begin:end].copy_(combined.result().mul_(scale).add_(here))
+
+    in_ranges(vectors.size, vectors.device, merge_range)
+
+
+def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
+    """The ``which``-th task vector of every tensor, all in the widest dtype."""
+    wide = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
+    return [Part(v.size, wide, v.device, partial(_widened, v, which, wide)) for v in vectors]
+
+
+def _widened(vectors: TaskVectors, which: int, dtype: torch.dtype, start: int, stop: int) -> Iterator[Tensor]:
+    return (block.to(dtype) for block in vectors.blocks(which, start, stop))
+
+
+def _largest(magnitude: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The largest numbers of ``dtype`` below the magnitude (which may be of a wider one), and up to it."""
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    at_most = kind(magnitude)
+    if float(at_most) > magnitude:  # float(): NumPy would compare in the narrower dtype
+        at_most = np.nextafter(at_most, kind(0))
+    below = at_most if float(at_most) < magnitude else np.nextafter(at_most, kind(0))
+    return float(below), float(at_most)
+
+
+def _check(name: str, density: float, scale: float) -> None:
+    if not 0 < density <= 1:
+        raise ValueError(f"{name}: density={density} must lie in (0, 1]; the papers use 0.8 and less")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name}: scale={scale} must be a finite number")

@@ -1,0 +1,189 @@
+"""The k-th largest magnitude against sorting everything."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from merge_callback.merging import task_vectors, threshold
+from merge_callback.merging.threshold import Part, Threshold, kth_largest, tie_ends
+
+
+def part(vector, block=1000):
+    """A part whose blocks are copies that the reader may spoil."""
+
+    def blocks(start, stop):
+        return (vector[i : min(i + block, stop)].clone() for i in range(start, stop, block))
+
+    return Part(len(vector), vector.dtype, vector.device, blocks)
+
+
+def by_sorting(vector, k):
+    """The definition: order by magnitude, equal ones by index; take the first k."""
+    magnitudes = vector.abs()
+    order = torch.sort(magnitudes, descending=True, stable=True).indices
+    kth = magnitudes[order[k - 1]].item()
+    return Threshold(kth, int((magnitudes[order[:k]] == kth).sum()), int((magnitudes == kth).sum()))
+
+
+def random(n, seed, dtype=torch.float32):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+VECTORS = {
+    "normal": lambda n, seed: random(n, seed),
+    "fp64": lambda n, seed: random(n, seed, torch.float64),
+    "32 magnitudes": lambda n, seed: (random(n, seed) * 8).round(),
+    "mostly zeros": lambda n, seed: random(n, seed).clamp(min=1.5) - 1.5,
+    "all equal": lambda n, seed: torch.full((n,), -3.5),
+    "all zero": lambda n, seed: torch.zeros(n, dtype=torch.float64),
+    "differences of bf16": lambda n, seed: (
+        (a := random(n, seed).bfloat16()).float() - (a + random(n, seed + 1) / 64).bfloat16().float()
+    ),
+    "all orders of magnitude": lambda n, seed: (
+        random(n, seed) * 10 ** (30 * random(n, seed + 1)).clamp(-44, 38)
+    ),
+    "subnormal": lambda n, seed: random(n, seed) * 1e-41,
+    "ascending": lambda n, seed: torch.arange(n, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("sample", [1 << 16, 64], ids=["wholly sampled", "barely sampled"])
+@pytest.mark.parametrize("build", VECTORS.values(), ids=VECTORS)
+def test_the_threshold_and_its_ties_are_those_of_a_stable_sort(build, sample, monkeypatch):
+    monkeypatch.setattr(threshold, "_SAMPLE", sample)
+    monkeypatch.setattr(threshold, "_RUN", 4)
+    for n in (1, 2, 3, 10, 9876):
+        vector = build(n, n)
+        for k in {1, 2, n // 5, n // 2, int(0.8 * n), n - 1, n}:
+            if 1 <= k <= n:
+                assert kth_largest([part(vector)], k) == by_sorting(vector, k)
+
+
+@pytest.mark.parametrize("low_bits", [2, 5, 20])
+def test_however_few_bins_a_pass_has_the_result_is_exact(low_bits, monkeypatch):
+    monkeypatch.setattr(threshold, "_BINS", low_bits)
+    monkeypatch.setattr(threshold, "_SAMPLE", 128)
+    for dtype in (torch.float32, torch.float64):
+        vector = random(3000, 3, dtype)
+        assert kth_largest([part(vector)], 2400) == by_sorting(vector, 2400)
+
+
+def test_a_sample_that_misleads_costs_a_pass_but_not_the_result(monkeypatch):
+    """The sampled runs hold nothing but zeros, all the rest nothing but large numbers."""
+    monkeypatch.setattr(threshold, "_SAMPLE", 1000)
+    monkeypatch.setattr(threshold, "_RUN", 10)
+    vector = random(20_000, 0) + 10
+    vector.view(-1, 200)[:, :10] = 0
+    passes = []
+    census = threshold._census
+    monkeypatch.setattr(threshold, "_census", lambda *a: passes.append(a) or census(*a))
+    assert kth_largest([part(vector)], 10_000) == by_sorting(vector, 10_000)
+    assert passes[0][2] == 0  # the highest bits it believed in: those of zero
+
+
+def test_one_pass_is_enough_for_a_normal_vector(monkeypatch):
+    passes = []
+    census = threshold._census
+    monkeypatch.setattr(threshold, "_census", lambda *a: passes.append(a) or census(*a))
+    vector = random(1 << 22, 0)
+    found = kth_largest([part(vector, 1 << 15)], 3 << 20)
+    assert found.magnitude == vector.abs().kthvalue((1 << 20) + 1).values.item()
+    assert len(passes) == 1
+
+
+@pytest.mark.parametrize("build", VECTORS.values(), ids=VECTORS)
+def test_several_parts_have_the_threshold_of_all_their_elements(build, monkeypatch):
+    monkeypatch.setattr(threshold, "_SAMPLE", 500)
+    whole = build(9000, 5)
+    pieces = whole.split([1, 0, 4000, 37, 4962])
+    for k in (1, 1800, 7200, 9000):
+        assert kth_largest(map_parts(pieces), k) == by_sorting(whole, k)
+
+
+@pytest.mark.parametrize("window", [100, 1 << 22])
+@pytest.mark.parametrize("block", [1, 7, 1000])
+@pytest.mark.parametrize("k", [1, 150, 300, 377])
+def test_of_equal_magnitudes_the_lower_indices_are_kept(k, block, window, monkeypatch):
+    monkeypatch.setattr(threshold, "_WINDOW", window)
+    whole = (random(400, 2) * 2).round()
+    pieces = whole.split([100, 0, 50, 250])
+    found = kth_largest(map_parts(pieces, block), k)
+    kept = torch.cat(
+        [
+            (piece.abs() > found.magnitude)
+            | ((piece.abs() == found.magnitude) & (torch.arange(len(piece)) < end))
+            for piece, end in zip(pieces, tie_ends(map_parts(pieces, block), found), strict=True)
+        ]
+    )
+    order = torch.sort(whole.abs(), descending=True, stable=True).indices
+    assert kept.nonzero().flatten().tolist() == sorted(order[:k].tolist())
+
+
+def test_nothing_is_read_for_ties_that_are_all_kept():
+    def unread(start, stop):
+        raise AssertionError("read")
+
+    parts = [Part(5, torch.float32, torch.device("cpu"), unread)]
+    assert list(tie_ends(parts, Threshold(1.0, kept=3, equal=3))) == [5]
+
+
+def test_no_elements_have_the_threshold_zero():
+    assert kth_largest([], 1) == Threshold(0.0, 0, 0)
+    assert kth_largest([part(torch.empty(0))], 1) == Threshold(0.0, 0, 0)
+
+
+def test_threads_do_not_change_the_counts(monkeypatch):
+    monkeypatch.setattr(task_vectors, "_SHARE", 1000)
+    vector = (random(200_000, 7) * 64).round()
+    alone = kth_largest([part(vector)], 160_000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert kth_largest([part(vector)], 160_000) == alone == by_sorting(vector, 160_000)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+# What is read is made up block by block, so that the memory is the search's own.
+MEASURE = """
+import sys, threading, time, torch
+from merge_callback.merging.threshold import Part, kth_largest
+torch.set_num_threads(2)
+kind, n = sys.argv[1], 1 << 24
+whole = torch.randn(1 << 15, generator=torch.Generator().manual_seed(0))
+whole = {"normal": whole, "few": (whole * 4).round(), "zeros": whole.clamp(min=2) - 2}[kind]
+def blocks(start, stop):
+    return (whole[: min(i + (1 << 15), stop) - i].clone() for i in range(start, stop, 1 << 15))
+def own():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+find = lambda n: kth_largest([Part(n, torch.float32, torch.device("cpu"), blocks)], n * 4 // 5)
+find(1 << 12)
+before, peak, done = own(), [0], threading.Event()
+def watch():
+    while not done.wait(0.001):
+        peak[0] = max(peak[0], own())
+watcher = threading.Thread(target=watch)
+watcher.start()
+find(n)
+done.set()
+watcher.join()
+print(max(peak[0], own()) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads Linux's memory accounts")
+@pytest.mark.parametrize("kind", ["normal", "few", "zeros"])
+def test_the_memory_of_a_search_is_bounded(kind):
+    """64 MiB of elements are searched; a histogram of 8 MiB, its sums and the sample may be held."""
+    found = subprocess.run([sys.executable, "-c", MEASURE, kind], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 32 * 1024  # KiB: the histogram and its sums, twice over
+
+
+def map_parts(pieces, block=1000):
+    return [part(piece, block) for piece in pieces]
