@@ -56,7 +56,7 @@ class CheckpointMergeCallback(Callback):
         every_n_steps: optimizer steps between snapshots, instead. Needs no tokens to be countable.
         count_tokens: tokens of one batch; default: the size of its ``input_ids`` (or first integer tensor).
         method: a method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
-            either. ``"auto"`` is the simple mean (``sma``).
+            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay.
         storage: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory; ``"auto"`` is
             ``"disk"``, or ``"cpu"`` where the window is not durable.
         durable: keeps every snapshot in a file as well, so that the window survives the process.

@@ -4,6 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
+DTYPES: dict[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
 
 def positive(option: str, value: float) -> int:
     """``value`` if it is a positive whole number.
@@ -47,3 +58,35 @@ def patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if not all(isinstance(pattern, str) for pattern in found):
         raise ValueError(f"{option}={value!r} must be a list of name patterns, e.g. ['*.router.bias']")
     return found
+
+
+def resolve_dtype(option: str, dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A floating-point dtype by its short name (``"bf16"``) or itself.
+
+    Raises:
+        ValueError: for any other name or dtype.
+    """
+    found = dtype
+    if isinstance(dtype, str):
+        found = DTYPES.get(dtype, getattr(torch, dtype.removeprefix("torch."), None))
+    if found is not None and found in DTYPES.values():
+        return found  # type: ignore[return-value]
+    if dtype is None:
+        return None
+    raise ValueError(f"{option}={dtype!r} must be one of {', '.join(DTYPES)}, or None")
+
+
+def resolve_size(option: str, size: int | str) -> int:
+    """``"5GB"`` (or a number of bytes) in bytes.
+
+    Raises:
+        ValueError: for any other text, or a size that is not positive.
+    """
+    if isinstance(size, str):
+        text = size.upper().replace(" ", "")
+        unit = next((u for u in ("TB", "GB", "MB", "KB", "B") if text.endswith(u)), "")
+        try:
+            size = int(float(text.removesuffix(unit)) * _UNITS[unit or "B"])
+        except ValueError:
+            raise ValueError(f"{option}={size!r} must be a size like '5GB', or bytes") from None
+    return positive(option, size)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from merge_callback.checks import patterns, positive
+from merge_callback.checks import patterns, positive, resolve_dtype, resolve_size
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.storage import Storage
 from merge_callback.spike_options import SpikeOptions, resolve_spike
@@ -19,18 +19,12 @@ from merge_callback.training.token_clock import TokenCounter
 DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
 
-MERGED_PHASES = ("stable", "decay")
+AUTO = {"stable": "sma", "decay": "ties"}
+"""The method of each phase that is merged, where none is given."""
+
+MERGED_PHASES = tuple(AUTO)
 
 MethodOption = str | MergeMethod | Mapping[str, str | MergeMethod]
-
-SNAPSHOT_DTYPES: dict[str, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -72,12 +66,12 @@ class Options:
             methods=resolve_methods(given["method"], given["window"]),
             storage=resolve_storage(given["storage"], given["durable"]),
             durable=given["durable"],
-            snapshot_dtype=resolve_dtype(given["snapshot_dtype"]),
+            snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
             dirpath=resolve_dirpath(given["dirpath"]),
             emit_every=0 if emit_every == 0 else positive("emit_every", emit_every),
             keep_last=None if keep_last is None else positive("keep_last", keep_last),
             strip_prefix=given["strip_prefix"],
-            max_shard_bytes=resolve_size(given["max_shard_size"]),
+            max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
             evaluate=given["evaluate"],
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             exclude=patterns("exclude", given["exclude"]),
@@ -105,7 +99,8 @@ def resolve_interval(
 def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]:
     """The method of each phase.
 
-    ``"auto"`` is ``sma`` in both phases; a mapping may leave a phase to ``auto``.
+    ``"auto"`` is ``sma`` in the stable phase and ``ties`` in the decay (Practical Guidelines, table 3); a
+    mapping may leave a phase to ``auto``.
 
     Raises:
         ValueError: for an unknown phase, method or option, or given weights that can't serve a window that
@@ -119,7 +114,7 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
             f"the phases that are merged are {', '.join(MERGED_PHASES)}"
         )
     chosen = {phase: method.get(phase, "auto") for phase in MERGED_PHASES}
-    methods = {phase: resolve_method("sma" if m == "auto" else m) for phase, m in chosen.items()}
+    methods = {phase: resolve_method(AUTO[phase] if m == "auto" else m) for phase, m in chosen.items()}
     for weighted in (m for m in methods.values() if isinstance(m, Weighted)):
         for size in range(2, window + 1):
             try:
@@ -146,22 +141,6 @@ def resolve_storage(storage: str, durable: bool) -> Storage:
     return storage  # type: ignore[return-value]
 
 
-def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """A floating-point dtype by its short name (``"bf16"``) or itself.
-
-    Raises:
-        ValueError: for any other name or dtype.
-    """
-    found = dtype
-    if isinstance(dtype, str):
-        found = SNAPSHOT_DTYPES.get(dtype, getattr(torch, dtype.removeprefix("torch."), None))
-    if found is not None and found in SNAPSHOT_DTYPES.values():
-        return found  # type: ignore[return-value]
-    if dtype is None:
-        return None
-    raise ValueError(f"snapshot_dtype={dtype!r} must be one of {', '.join(SNAPSHOT_DTYPES)}, or None")
-
-
 def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
     """The folder as a path.
 
@@ -181,21 +160,3 @@ def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
     if not writable:
         raise ValueError(f"dirpath={str(dirpath)!r}: {existing} can't be written; name another folder")
     return path
-
-
-def resolve_size(max_shard_size: int | str) -> int:
-    """``"5GB"`` (or a number of bytes) in bytes.
-
-    Raises:
-        ValueError: for any other text, or a size that is not positive.
-    """
-    if isinstance(max_shard_size, str):
-        text = max_shard_size.upper().replace(" ", "")
-        unit = next((u for u in ("TB", "GB", "MB", "KB", "B") if text.endswith(u)), "")
-        try:
-            max_shard_size = int(float(text.removesuffix(unit)) * _UNITS[unit or "B"])
-        except ValueError:
-            raise ValueError(
-                f"max_shard_size={max_shard_size!r} must be a size like '5GB', or bytes"
-            ) from None
-    return positive("max_shard_size", max_shard_size)

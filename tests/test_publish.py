@@ -5,6 +5,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import killed_run
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +17,6 @@ from killed_run import (
     checksum,
     damage,
     emissions,
-    fit,
     leftovers,
     window,
 )
@@ -27,6 +27,11 @@ from torch.nn.functional import linear
 from merge_callback import load_merge, merge_state_dicts
 from merge_callback.merging import Ema
 from merge_callback.publish import Publisher
+
+
+def fit(folder, **options):
+    """A run that merges by the mean in both phases, unless told otherwise."""
+    return killed_run.fit(folder, **{"method": "sma", **options})
 
 
 def record(path):
@@ -65,6 +70,33 @@ def test_an_emission_is_the_mean_of_the_snapshots_it_names(every_merge):
         for name, tensor in expected.items():
             assert found[name].dtype == tensor.dtype
             assert torch.equal(found[name], tensor), (path.name, name)
+
+
+def test_the_decay_is_merged_by_ties_unless_told_otherwise(tmp_path):
+    keeper = Keeper()
+    fit(tmp_path, method="auto", callbacks=[keeper], emit_every=1, keep_last=None)
+    methods = set()
+    for path in emissions(tmp_path / "merges"):
+        said = record(path)
+        methods.add((said["phase"], said["method"]["name"]))
+        steps = [s["step"] for s in said["snapshots"]]
+        expected = merge_state_dicts([keeper.weights[s] for s in steps], said["method"]["name"])
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_merge(path).items())
+    assert methods == {("stable", "sma"), ("decay", "ties")}
+
+
+@pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "dare", "noise", "dropout", "meta"])
+def test_every_method_merges_a_window_as_it_merges_state_dicts(tmp_path, method):
+    keeper = Keeper()
+    fit(tmp_path, method=method, callbacks=[keeper], keep_last=1)
+    said = record(tmp_path / "merges/latest")
+    steps = [s["step"] for s in said["snapshots"]]
+    positions = [s["tokens"] for s in said["snapshots"]]
+    dicts = [keeper.weights[step] for step in steps]
+    expected = merge_state_dicts(dicts, method, positions=positions, steps=steps)
+    found = load_merge(tmp_path / "merges/latest")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    assert said["diversity"]["rms"] > 0
 
 
 def test_integer_buffers_come_from_the_newest_snapshot(every_merge):

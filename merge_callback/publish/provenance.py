@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import repeat
 from typing import Any
 
 from merge_callback.merging import MergeMethod
@@ -16,7 +17,7 @@ from merge_callback.snapshots.storage import Snapshot
 def provenance(
     method: MergeMethod,
     snapshots: Sequence[Snapshot],
-    weights: Sequence[float],
+    weights: Sequence[float] | None,
     diversity: Mapping[str, Any] | None,
     **more: Any,
 ) -> dict[str, Any]:
@@ -25,21 +26,21 @@ def provenance(
     Args:
         method: how the snapshots were merged.
         snapshots: oldest first.
-        weights: the normalised weight of each.
+        weights: the normalised weight of each; ``None`` where the method is not linear.
         diversity: the record of the RMS diversity at the newest snapshot, where one was measured.
         **more: further entries (names copied, layout hash, run id, …).
     """
-    newest = snapshots[-1]
+    newest, shares = snapshots[-1], repeat(None, len(snapshots)) if weights is None else weights
     return {
         "format": 1,
         "method": {"name": method.name, "options": method.options(), "reference": method.reference},
         "step": newest.step,
         "tokens": newest.tokens,
         "phase": newest.phase,
-        "snapshots": [_weighted(s, w) for s, w in zip(snapshots, weights, strict=True)],
+        "snapshots": [_weighted(s, w) for s, w in zip(snapshots, shares, strict=True)],
         "diversity": diversity,
         **more,
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -49,14 +50,15 @@ def emission_name(method: MergeMethod, newest: Snapshot) -> str:
     return f"step={newest.step:08d}{tokens}-{re.sub(r'[^A-Za-z0-9_.]', '_', method.name)}"
 
 
-def _weighted(snapshot: Snapshot, weight: float) -> dict[str, Any]:
+def _weighted(snapshot: Snapshot, weight: float | None) -> dict[str, Any]:
     record = snapshot.record()
     del record["file"]
     return {**record, "weight": weight}
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions."""
     found = {"python": platform.python_version()}
     for package in ("merge-callback", "torch", "lightning", "safetensors"):
         try:

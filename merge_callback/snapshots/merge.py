@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.diversity import RMSDiversity
-from merge_callback.merging import LinearMethod, MergeMethod
+from merge_callback.merging import Inputs, LinearMethod, MergeMethod, Trajectory
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena, overwrite
 from merge_callback.snapshots.capture import ModelTensors
@@ -22,12 +22,15 @@ from merge_callback.snapshots.window import Window
 
 @dataclass
 class Merge:
-    """A merge of part of the window: its weights in the model's dtypes, and how they came about."""
+    """A merge of part of the window: its tensors in the model's dtypes, and how they came about.
+
+    ``weights`` are the snapshots' where the method is linear, else ``None``.
+    """
 
     arena: Arena
     method: MergeMethod
     snapshots: list[Snapshot]
-    weights: list[float]
+    weights: list[float] | None
     copied: list[str]
 
     @property
@@ -100,14 +103,19 @@ class WindowMerger:
         if len(snapshots) < 2:
             return None
         method = self.methods[snapshots[-1].phase]
-        assert isinstance(method, LinearMethod)
-        weights = method.normalised_weights(positions(snapshots))
         if self._out is None:
             self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
         arenas = [snapshot.arena for snapshot in snapshots]
         both = None if pair is None else (pair[0].arena, pair[1].arena)
         copied = self._copied(model, snapshots[0], snapshots[-1])
-        squares = merge_arenas(weights, arenas, self._out, copied, both)
+        trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
+        weights = None
+        if isinstance(method, LinearMethod):
+            weights = method.normalised_weights(trajectory.positions)
+            squares = merge_arenas(weights, arenas, self._out, copied, both)
+        else:
+            merge_tensors(method, arenas, self._out, copied, trajectory)
+            squares = merge_arenas(None, (), pair=both) if both else {}
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
 
@@ -183,6 +191,37 @@ def merge_arenas(
         if target is not None:
             _copy_named(group, arenas[-1], target, copied)
     return squares
+
+
+def merge_tensors(
+    method: MergeMethod,
+    arenas: Sequence[Arena],
+    out: Arena,
+    copied: Collection[str],
+    trajectory: Trajectory,
+) -> None:
+    """Merges arenas into ``out`` tensor by tensor, by any method.
+
+    Integer and boolean tensors, and those named in ``copied``, are taken from the newest arena.
+
+    Args:
+        method: how.
+        arenas: oldest first, of one layout.
+        out: of the same tensors, in any float dtypes.
+        copied: names of tensors that are not averaged.
+        trajectory: where the snapshots lie along the run.
+    """
+    sources, targets = [arena.tensors() for arena in arenas], out.tensors()
+    model = []
+    for group in arenas[0].layout.groups:
+        for name in (segment.name for segment in group.segments):
+            if name in copied or not group.dtype.is_floating_point:
+                targets[name].copy_(sources[-1][name])
+            else:
+                model.append(Inputs(name, [source[name].view(-1) for source in sources]))
+    survey = method.survey(model, trajectory)
+    for inputs in model:
+        method.merge(inputs, targets[inputs.name].view(-1), trajectory, survey)
 
 
 def merge_into(
