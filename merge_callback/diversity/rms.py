@@ -8,36 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from merge_callback.reduce import one_pass
-
-
-def squared_distances(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> dict[str, float]:
-    """Σ (θ₁ − θ₂)² of every floating-point tensor, summed in fp32 blocks and fp64.
-
-    Args:
-        theta_1: tensors by name, any shapes and float dtypes.
-        theta_2: the same names and shapes; each tensor on the device and of the dtype of its twin.
-
-    Raises:
-        ValueError: where names or a shape differ.
-    """
-    if theta_1.keys() != theta_2.keys():
-        raise ValueError(f"the names differ: {sorted(theta_1.keys() ^ theta_2.keys())[:5]}")
-    return {
-        name: _squared_distance(name, t, theta_2[name])
-        for name, t in theta_1.items()
-        if t.is_floating_point()
-    }
-
-
-def rms_per_tensor(squares: Tensor, numel: Tensor) -> Tensor:
-    """RMS(t₁, t₂) = √(Σ (t₁ − t₂)² / n) of each tensor ("Practical Guidelines", App. C.2, eq. 4).
-
-    Args:
-        squares: fp64, one sum of squared differences a tensor.
-        numel: int64, the number of elements of each.
-    """
-    return (squares / numel.clamp(min=1)).sqrt()
+from merge_callback.diversity.distance import rms_per_tensor, squared_distances
 
 
 def rms_diversity(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> float:
@@ -102,12 +73,3 @@ class RMSDiversity(Metric):
         """Percentage change of the model's value from the first one, e.g. −80.0 late in a decay."""
         value = float(self.compute())
         return 100 * (value / self.first - 1) if self.first else 0.0
-
-
-def _squared_distance(name: str, a: Tensor, b: Tensor) -> float:
-    if a.shape != b.shape:
-        raise ValueError(f"tensor {name!r}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
-    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
-    squares = one_pass([], pair=(a, b), bounds=[a.numel()])
-    assert squares is not None
-    return float(squares[0])
