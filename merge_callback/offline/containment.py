@@ -1,0 +1,40 @@
+"""Which files a folder may name: an index, a manifest or a metadata file may come from anywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merge_callback.snapshots.safetensors_file import CorruptFileError
+
+
+def contained(folder: Path, name: object) -> Path:
+    """The file ``name`` of a folder, if it may be read on the word of another file in it.
+
+    A name must be plain: no separators, no ``..``. A symlink must end in the same folder or, as in the cache
+    of Hugging Face (``<repo>/snapshots/<revision>/model.safetensors -> ../../blobs/<hash>``), in the folder
+    ``blobs`` beside the ``snapshots`` that the folder lies in. The path that the user gave may itself be, or
+    lead through, any symlink.
+
+    Raises:
+        CorruptFileError: where the name or the link leaves the folder.
+        FileNotFoundError: where there is no such regular file.
+    """
+    if not isinstance(name, str) or name in {"", ".", ".."} or set(name) & {"/", "\\", "\0"}:
+        raise CorruptFileError(
+            f"{folder}: refers to the file {name!r}, expected a plain name within the folder"
+        )
+    root = folder.resolve()
+    target = (root / name).resolve()
+    if target.parent not in (root, _blobs(root)):
+        raise CorruptFileError(
+            f"{folder / name} is a link to {target}, outside of the folder; "
+            "put the file itself there if it belongs to the checkpoint"
+        )
+    if not target.is_file():
+        raise FileNotFoundError(f"{folder / name} is missing, or no regular file")
+    return folder / name
+
+
+def _blobs(root: Path) -> Path | None:
+    """Where the cache of Hugging Face keeps the files of a snapshot folder, if this is one."""
+    return next((p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"), None)

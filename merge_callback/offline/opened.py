@@ -1,0 +1,68 @@
+"""What an opened checkpoint is, and what the names of files tell."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?(\d+)", re.IGNORECASE)
+_NUMBERED = re.compile(r"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?(\d+)", re.IGNORECASE)
+_WEIGHTS_ALONE = {"model", "pytorch_model", "consolidated"}
+
+
+@dataclass
+class Checkpoint:
+    """The weights of one checkpoint, mapped from its files.
+
+    Args:
+        path: as it was given.
+        tensors: by name, in the order of the file. They are views of memory maps: the page cache holds what
+            is in use, so a checkpoint may be larger than the memory. Not to be written to.
+        tied: further names of shared tensors, each with the name it is kept under.
+        step: optimizer steps taken, where the checkpoint or its name knows.
+        tokens: tokens seen, where the checkpoint knows.
+        files: what was read.
+        extras: what a Hugging Face model's loader wants beside the weights (config, tokenizer).
+        format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor] = field(repr=False)
+    tied: dict[str, str]
+    step: int | None
+    tokens: int | None
+    files: list[Path]
+    extras: list[Path]
+    format: str
+
+
+def step_in_name(path: Path) -> int | None:
+    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``global_step500``, …
+
+    ``model.safetensors`` and its like are asked for their folder's name, symlinks for their target's.
+    """
+    for place in (path, path.resolve()):
+        name = place.parent.name if place.stem in _WEIGHTS_ALONE else place.name
+        if found := _STEP.search(name) or _NUMBERED.search(name):
+            return int(found[1])
+    return None
+
+
+def whole(value: object) -> int | None:
+    """A count from a file's metadata, which knows text only; ``None`` where it is none."""
+    return int(value) if isinstance(value, int | str) and re.fullmatch(r"\d{1,18}", str(value)) else None
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object beside the weights; empty where there is none, or none that can be read."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,189 @@
+"""Lightning's ``.ckpt`` files and other files of ``torch.save``."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import zipfile
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from merge_callback.offline.opened import Checkpoint, step_in_name, whole
+from merge_callback.snapshots.safetensors_file import CorruptFileError
+
+_CALLBACK = "CheckpointMergeCallback"
+
+
+def open_pytorch(path: Path, state_key: str = "state_dict") -> Checkpoint:
+    """The state dict of a file written by ``torch.save``, mapped.
+
+    It is what the file holds under ``state_key``, or the whole content if that maps names to tensors. Entries
+    that ``get_extra_state`` made and that are no tensors are left out.
+
+    Raises:
+        ValueError: where loading would run code, where there is no state dict, or where a tensor is none that
+            can be read as a plain array of its own.
+        CorruptFileError: where the file is cut or altered.
+        OSError: where it can't be opened.
+    """
+    content = load_mapped(path)
+    state = _state_dict(path, content, state_key)
+    named = {name: t for name, t in state.items() if isinstance(t, Tensor) or not _is_extra(name)}
+    for name, tensor in named.items():
+        _check_plain(path, name, tensor)
+    tied = _find_tied(path, named)
+    return Checkpoint(
+        path=path,
+        tensors={name: t.detach() for name, t in named.items() if name not in tied},
+        tied=tied,
+        step=_first(content, "global_step", "step", fallback=step_in_name(path)),
+        tokens=_tokens(content),
+        files=[path],
+        extras=[],
+        format="lightning" if "pytorch-lightning_version" in content else "pytorch",
+    )
+
+
+def load_mapped(path: Path) -> Mapping[Any, Any]:
+    """The content of a ``torch.save`` file, its tensors mapped; never runs code from it.
+
+    Raises:
+        ValueError: where the pickle wants code, or the file is not the kind that can be mapped.
+        CorruptFileError: where the file is cut or altered.
+        OSError: where it can't be opened.
+    """
+    _check_archive(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: loading it would run code, which this tool never does; save a file of tensors, numbers "
+            f"and text only, e.g. torch.save(model.state_dict(), …) ({_reason(error)})"
+        ) from None
+    except RuntimeError as error:
+        raise _unreadable(path, error) from None
+    except (EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise CorruptFileError(f"{path}: its content cannot be read ({error!r:.200})") from None
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def _check_archive(path: Path) -> None:
+    """Makes sure that the tensors lie in the file as they are: not pickled inline, not compressed."""
+    with open(path, "rb") as file:
+        beginning = file.read(4)
+    if beginning != b"PK\x03\x04":
+        raise ValueError(
+            f"{path}: not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the "
+            "torch that wrote it and save it again, without _use_new_zipfile_serialization=False"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
+    if packed:
+        raise CorruptFileError(
+            f"{path}: {packed[0]} in it is compressed, which torch.save never does; "
+            "save it again with torch.save"
+        )
+
+
+def _reason(error: Exception) -> str:
+    """The line of torch's explanation that names what was refused."""
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line]
+    return (lines or [str(error)])[0][:200]
+
+
+def _unreadable(path: Path, error: RuntimeError) -> Exception:
+    if "Cannot allocate memory" in str(error):
+        message = (
+            "the system refuses to map it, as a rule because it is larger than the memory; allow that with "
+            "`sysctl vm.overcommit_memory=1`, or save the weights alone, as safetensors"
+        )
+        return OSError(errno.ENOMEM, message, str(path))
+    return CorruptFileError(f"{path}: cut, altered, or not written by torch.save ({str(error)[:200]})")
+
+
+def _state_dict(path: Path, content: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
+    state = content.get(key, content)
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: its {key!r} is a {type(state).__name__}, expected names mapped to tensors")
+    if state is content and not all(isinstance(t, Tensor) for n, t in state.items() if not _is_extra(n)):
+        keys = ", ".join(repr(k) for k in list(content)[:8])
+        raise ValueError(
+            f"{path}: no {key!r} among its entries ({keys}); say under which of them the weights are"
+        )
+    if not any(isinstance(t, Tensor) for t in state.values()):
+        raise ValueError(f"{path}: the state dict holds no tensors")
+    return state
+
+
+def _is_extra(name: object) -> bool:
+    return isinstance(name, str) and name.endswith("_extra_state")
+
+
+def _check_plain(path: Path, name: object, tensor: object) -> None:
+    where = f"{path}: {name!r}"
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"{where} is no name for a tensor in a safetensors file; rename it")
+    if type(tensor) not in (Tensor, nn.Parameter):
+        raise ValueError(f"{where} is a {type(tensor).__name__}, expected a plain tensor")
+    assert isinstance(tensor, Tensor)
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.device.type != "cpu"
+        or tensor.is_nested
+    ):
+        kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+        raise ValueError(f"{where} is {kind}, expected a dense tensor with values; save it dense")
+
+
+def _find_tied(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The further names of tensors that are one and the same view.
+
+    Raises:
+        ValueError: where two others share memory: what is merged in one would change the other.
+    """
+    kept: dict[tuple[object, ...], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not tensor.numel():
+            continue
+        first = kept.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), name)
+        if first != name:
+            tied[name] = first
+    spans = sorted((*_span(tensors[name]), name) for name in kept.values())
+    for (_, end, name), (begin, _, other) in pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"{path}: {name!r} and {other!r} share memory without being the same tensor; "
+                "save them as tensors of their own (.clone())"
+            )
+    return tied
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
+
+
+def _first(content: Mapping[Any, Any], *keys: str, fallback: int | None) -> int | None:
+    counts = [content[key] for key in keys if isinstance(content.get(key), int)]
+    return next((whole(count) for count in counts), fallback)
+
+
+def _tokens(content: Mapping[Any, Any]) -> int | None:
+    """The token count of our callback, where its state is in the checkpoint."""
+    states = content.get("callbacks")
+    if not isinstance(states, Mapping):
+        return None
+    ours = [s for key, s in states.items() if str(key).startswith(_CALLBACK) and isinstance(s, Mapping)]
+    return whole(ours[0].get("tokens")) or None if ours else None

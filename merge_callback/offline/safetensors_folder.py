@@ -1,0 +1,229 @@
+"""Safetensors files and folders: Hugging Face's, our emissions, our snapshots."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from merge_callback.offline.containment import contained
+from merge_callback.offline.mapped_file import map_safetensors
+from merge_callback.offline.opened import Checkpoint, read_json, step_in_name, whole
+from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
+from merge_callback.snapshots.window import MANIFEST
+
+PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SNAPSHOT_KEYS = {"layout", "lr_step", "phase", "since", "step"}
+_EXTRAS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+)
+
+
+def open_file(path: Path) -> Checkpoint:
+    """One safetensors file, which may be a snapshot of our window.
+
+    Raises:
+        CorruptFileError: where it breaks a rule of the format.
+        OSError: where it can't be opened.
+    """
+    tensors, metadata = map_safetensors(path)
+    snapshot = metadata.keys() >= _SNAPSHOT_KEYS
+    return Checkpoint(
+        path=path,
+        tensors=tensors,
+        tied={} if snapshot else _aliases(tensors, metadata),
+        step=_first(whole(metadata.get("step")), step_in_name(path)),
+        tokens=whole(metadata.get("tokens")),
+        files=[path],
+        extras=[],
+        format="snapshot" if snapshot else "safetensors",
+    )
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """A folder with ``model.safetensors``, or with shards and an index; an emission if it has ``merge.json``.
+
+    Raises:
+        CorruptFileError: where a file is broken, or index and files disagree, or one leads out of the folder.
+        FileNotFoundError: where a file is missing.
+        ValueError: where the folder has both, or neither.
+    """
+    files = weight_files(folder)
+    emission = (folder / PROVENANCE).exists()
+    record = _read_record(folder) if emission else _trainer_record(folder)
+    tensors, aliases = _read_shards(folder, files)
+    return Checkpoint(
+        path=folder,
+        tensors=tensors,
+        tied=_recorded_ties(folder, record, tensors) if emission else aliases,
+        step=_first(whole(record.get("step")), step_in_name(folder)),
+        tokens=whole(record.get("tokens")),
+        files=[folder / file for file in files],
+        extras=_extras(folder),
+        format="emission" if emission else "safetensors",
+    )
+
+
+def weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """The files a folder's weights are in, each with the names an index gives it (``None``: no index).
+
+    Raises:
+        CorruptFileError: where the index is broken.
+        ValueError: where it is not clear which files, or there are none.
+    """
+    indices = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    single = (folder / WEIGHTS).exists()
+    if INDEX in indices or (len(indices) == 1 and not single):
+        files = _read_index(folder, INDEX if INDEX in indices else indices[0])
+        if single and WEIGHTS not in files:
+            raise ValueError(
+                f"{folder}: has both {WEIGHTS} and {INDEX}, of other files; remove the one left over"
+            )
+        return files
+    if single:
+        return {WEIGHTS: None}
+    raise ValueError(f"{folder}: {_whats_wrong(folder, indices)}")
+
+
+def failed_checksums(checkpoint: Checkpoint) -> list[str]:
+    """One line for each file that is not, byte for byte, what an emission or snapshot recorded."""
+    path, problems = checkpoint.path, []
+    if checkpoint.format == "snapshot":
+        recorded = {path.name: _snapshot_checksum(path)}
+        path = path.parent
+    else:
+        recorded = _read_record(path).get("files", {}) if checkpoint.format == "emission" else {}
+    for name, checksum in recorded.items():
+        try:
+            found = file_checksum(contained(path, name) if checkpoint.format == "emission" else path / name)
+        except (OSError, CorruptFileError) as error:
+            problems.append(str(error))
+            continue
+        if not isinstance(checksum, str) or not found.startswith(checksum):
+            problems.append(f"{path / name}: its SHA-256 is {found}, recorded was {checksum}")
+    return problems
+
+
+def recorded_step(folder: Path) -> int | None:
+    """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
+    record = read_json(folder / PROVENANCE) or _trainer_record(folder)
+    return whole(record.get("step"))
+
+
+def _whats_wrong(folder: Path, indices: list[str]) -> str:
+    if len(indices) > 1:
+        return f"has several indices ({', '.join(indices)}), none of them {INDEX}; move the others away"
+    mend = "give a checkpoint file, or a folder with safetensors files or a DCP .metadata"
+    if bins := sorted(path.name for path in folder.glob("*.bin")):
+        mend = f"give the file itself: {folder / bins[0]}"
+    elif any(folder.glob("*.distcp")):
+        mend = "a distributed checkpoint without its .metadata was never finished: use an earlier one"
+    return f"holds neither {WEIGHTS} nor an index of shards; {mend}"
+
+
+def _read_index(folder: Path, name: str) -> dict[str, set[str] | None]:
+    path = contained(folder, name)
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not sound JSON ({error})") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{path}: has no weight_map, which tells the file of each tensor")
+    files: dict[str, set[str]] = {}
+    for tensor, file in weight_map.items():
+        contained(folder, file)
+        files.setdefault(file, set()).add(tensor)
+    return {**files}
+
+
+def _read_shards(
+    folder: Path, files: Mapping[str, set[str] | None]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    for file, expected in files.items():
+        path = contained(folder, file)
+        found, metadata = map_safetensors(path)
+        if expected is not None and found.keys() != expected:
+            missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+            raise CorruptFileError(
+                f"{path}: other tensors than the index names: missing {missing[:3]} ({len(missing)} in all), "
+                f"unexpected {extra[:3]} ({len(extra)} in all); index and shards must be of one save"
+            )
+        tensors |= found
+        aliases |= _aliases(found, metadata)
+    return tensors, {alias: kept for alias, kept in aliases.items() if alias not in tensors}
+
+
+def _aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """Shared names, as ``safetensors.torch.save_model`` notes them: among all else the metadata may say."""
+    return {
+        alias: kept
+        for alias, kept in metadata.items()
+        if kept in tensors and alias not in tensors and alias != "format"
+    }
+
+
+def _read_record(folder: Path) -> Mapping[str, Any]:
+    record = read_json(contained(folder, PROVENANCE))
+    if not record or not isinstance(record.get("files", {}), dict):
+        raise CorruptFileError(f"{folder / PROVENANCE}: not the record of a merge; publish the merge again")
+    return record
+
+
+def _recorded_ties(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    tied = record.get("tied", {})
+    if not isinstance(tied, dict):
+        raise CorruptFileError(
+            f"{folder / PROVENANCE}: 'tied' is {tied!r:.100}, expected names mapped to names"
+        )
+    for alias, kept in tied.items():
+        if alias in tensors or kept not in list(tensors):
+            raise CorruptFileError(
+                f"{folder / PROVENANCE}: ties {alias!r} to {kept!r:.100}, against the files"
+            )
+    return tied
+
+
+def _trainer_record(folder: Path) -> Mapping[str, Any]:
+    state = read_json(folder / "trainer_state.json")
+    return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
+
+
+def _extras(folder: Path) -> list[Path]:
+    names = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in _EXTRAS)]
+    return [contained(folder, name) for name in names if not (folder / name).is_dir()]
+
+
+def _snapshot_checksum(path: Path) -> str:
+    """What the manifest beside a snapshot says, else the twelve digits in its name, else nothing."""
+    records = read_json(path.parent / MANIFEST).get("snapshots", [])
+    for record in records if isinstance(records, list) else []:
+        if isinstance(record, dict) and record.get("file") == path.name:
+            return str(record.get("checksum", ""))
+    found = re.search(r"-([0-9a-f]{12})\.safetensors$", path.name)
+    return found[1] if found else ""
+
+
+def _first(*steps: int | None) -> int | None:
+    return next((step for step in steps if step is not None), None)

@@ -1,0 +1,39 @@
+"""One process of two that save a sharded model and its optimizer: ``sharded_save.py RANK MEETING FOLDER``."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+
+def build() -> torch.nn.Module:
+    """Seven rows, which two processes share unevenly, and one row, of which the second has none."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 1), torch.nn.BatchNorm1d(1))
+
+
+def columns() -> torch.Tensor:
+    return torch.arange(15, dtype=torch.bfloat16).reshape(3, 5)
+
+
+def main(rank: int, meeting: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    model = build()
+    mesh = DeviceMesh("cpu", [0, 1])
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    model(torch.ones(4, 5)).sum().backward()
+    optimizer.step()
+    weights, moments = get_state_dict(model, optimizer)
+    state = {"model": weights, "optim": moments, "columns": distribute_tensor(columns(), mesh, [Shard(1)])}
+    dcp.save(state, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
