@@ -22,17 +22,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["fit"]:  # before argparse: everything after it is LightningCLI's, --help too
         return _fit(arguments[1:])
+    if arguments[:1] == ["demo"]:
+        # Before torch loads OpenMP: by default a thread that waits spins for milliseconds, which starves the
+        # one it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take
+        # 27 ms a step when idle; with both cores taken 100 to 1200 and about 100; never spinning takes 44.
+        os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     parsed = _make_parser().parse_args(arguments)
-    status: int = parsed.run(parsed)
+    try:
+        status: int = parsed.run(parsed)
+    except BrokenPipeError:  # `| head` has seen enough; Python's own flush at exit must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:  # the user's, and told as such
+        print(f"merge-callback: {error}", file=sys.stderr)
+        return 1
     return status
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    from merge_callback.offline.inspect_command import add_inspect
+    from merge_callback.offline.measures import add_diversity, add_interference
+    from merge_callback.offline.merge_command import add_merge, add_methods
+
     parser = argparse.ArgumentParser("merge-callback", description="Merge checkpoints while a model trains.")
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_demo(
         commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")
     )
+    add_merge(commands.add_parser("merge", help="merge checkpoint files, of any size, in little memory"))
+    add_methods(commands.add_parser("methods", help="list the merging methods, their options and sources"))
+    add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
+    add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
+    add_interference(commands.add_parser("interference", help="measure how far task vectors agree"))
     commands.add_parser(
         "fit", help="train from a LightningCLI configuration: fit --config example_configs/….yaml"
     )
@@ -60,10 +81,6 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 def _demo(parsed: argparse.Namespace) -> int:
     if not _has_demo_extra("tensorboard", "matplotlib"):
         return 1
-    # Before torch loads OpenMP: by default a thread that waits spins for milliseconds, which starves the one
-    # it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take 27 ms a
-    # step when idle; with both cores taken 100 to 1200 and about 100; never spinning takes 44 even when idle.
-    os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     if parsed.spike:
         from merge_callback.demo.spike import SpikePlan, run_spike_demo
 

@@ -1,6 +1,5 @@
-"""Merges as files: atomic safetensors emission, provenance, Hugging Face export, retention."""
+"""What a merge becomes on disk: safetensors, a record of how it came about, a loadable folder."""
 
 from merge_callback.publish.emission import Publisher, load_merge
-from merge_callback.publish.export import Naming, publish_merge
 
-__all__ = ["Naming", "Publisher", "load_merge", "publish_merge"]
+__all__ = ["Publisher", "load_merge"]

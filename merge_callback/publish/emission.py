@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,10 @@ class Publisher:
         self, draft: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
     ) -> dict[str, str]:
         """Writes all shards, and the index where there are several; returns the checksum of each file."""
-        shards = _split(tensors, self.max_shard_bytes)
-        names = [_WEIGHTS]
+        shards = split_shards(tensors, self.max_shard_bytes)
+        names = shard_names(len(shards))
         if len(shards) > 1:
-            names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-            weight_map = {t: file for file, shard in zip(names, shards, strict=True) for t in shard}
-            total = sum(tensor.nbytes for tensor in tensors.values())
-            write_json(draft / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_index(draft, names, shards)
         return {
             file: write_file(
                 draft / file,
@@ -187,7 +184,7 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     return tensors | {alias: tensors[kept] for alias, kept in tied.items()}
 
 
-def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
+def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
     """Shards of at most ``max_bytes`` (or one tensor), wider dtypes first so that all stay aligned."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -198,6 +195,22 @@ def _split(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tens
         shards[-1][name] = tensors[name]
         size += tensors[name].nbytes
     return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """The files of a model in ``count`` shards."""
+    return (
+        [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        if count > 1
+        else [_WEIGHTS]
+    )
+
+
+def write_index(folder: Path, names: Sequence[str], shards: Sequence[Mapping[str, Tensor]]) -> None:
+    """Writes which tensor is in which file (Hugging Face's scheme)."""
+    weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

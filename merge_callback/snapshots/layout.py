@@ -85,7 +85,7 @@ class Layout:
         """
         by_dtype: dict[torch.dtype, list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors.items():
-            _check_storable(name, tensor)
+            check_storable(name, tensor)
             by_dtype.setdefault(tensor.dtype, []).append((name, tensor))
         return cls._packed({dtype: _segments(named) for dtype, named in by_dtype.items()}, float_dtype)
 
@@ -136,7 +136,12 @@ def _segments(named: list[tuple[str, Tensor]]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _check_storable(name: str, tensor: Tensor) -> None:
+def check_storable(name: str, tensor: Tensor) -> None:
+    """Makes sure that a safetensors file can hold a tensor.
+
+    Raises:
+        ValueError: for a dtype that it can't, or the name ``__metadata__``.
+    """
     if tensor.dtype not in DTYPE_NAMES:
         raise ValueError(
             f"tensor {name!r} has dtype {tensor.dtype}, which a snapshot cannot hold; "

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,11 @@ def write_file(
     Raises:
         OSError: when the disk is full, read-only or gone; the partial file is removed.
     """
-    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":")).encode()
-    # Padded to a page, so that the mapped data region is aligned for every dtype.
-    text += b" " * (-(8 + len(text)) % _PAGE)
+    text = _header_bytes(header, metadata)
     digest = hashlib.sha256()
     try:
         with open(path, "xb") as file:
-            for piece in _pieces(text, chunks):
+            for piece in chain([text], _pieces(chunks)):
                 file.write(piece)
                 digest.update(piece)
             file.flush()
@@ -80,6 +79,28 @@ def write_file(
         path.unlink(missing_ok=True)
         raise
     return digest.hexdigest()
+
+
+def map_new_file(path: Path, header: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[Tensor, int]:
+    """Makes a safetensors file whose data region is written through a memory map.
+
+    Returns:
+        The data region, 1-D ``uint8``, and its offset in the file.
+
+    Raises:
+        OSError: where there is no room; the file is removed. (Later on, a full disk would kill the process.)
+    """
+    text = _header_bytes(header, metadata)
+    size = len(text) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        with open(path, "xb") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+            file.write(text)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    mapped = torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+    return mapped[len(text) :], len(text)
 
 
 def map_arena(path: Path, layout: Layout) -> Arena:
@@ -164,9 +185,15 @@ def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> 
     return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def _pieces(header: bytes, chunks: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little")
-    yield header
+def _header_bytes(header: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+    """All of a file that comes before its data."""
+    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":")).encode()
+    # Padded to a page, so that the mapped data region is aligned for every dtype.
+    text += b" " * (-(8 + len(text)) % _PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _pieces(chunks: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
     for tensor in chunks:
         flat = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         yield from (flat[i : i + _CHUNK] for i in range(0, len(flat), _CHUNK))

@@ -13,7 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from merge_callback.options import Options
-from merge_callback.publish import Naming, Publisher, publish_merge
+from merge_callback.publish import Publisher
+from merge_callback.publish.export import Naming, publish_merge
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.folder_lock import lock_folder

@@ -1,0 +1,60 @@
+"""A merged model as a Lightning checkpoint, without Lightning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_callback.offline.checkpoint import Checkpoint
+from merge_callback.snapshots.safetensors_file import file_checksum, sync
+
+NAME = "merged.ckpt"
+
+_CARRIED = ("pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
+
+
+def split_dtypes(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """One shard a dtype: ``torch.save`` keeps the memory of a file in one, and refuses two."""
+    shards: dict[torch.dtype, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        shards.setdefault(tensor.dtype, {})[name] = tensor
+    return list(shards.values())
+
+
+def write_lightning(folder: Path, tensors: Mapping[str, Tensor], newest: Checkpoint) -> dict[str, str]:
+    """Turns the files of a model into one Lightning checkpoint.
+
+    ``load_from_checkpoint`` and ``trainer.validate(ckpt_path=…)`` load it. It holds no optimizer state.
+
+    Args:
+        folder: holds the files that ``tensors`` are mapped from; they are removed.
+        tensors: by name; those that share memory do so in the checkpoint.
+        newest: the last of the merged checkpoints, whose hyperparameters go along.
+
+    Returns:
+        The checkpoint's SHA-256, by its name.
+    """
+    drafts = list(folder.iterdir())
+    content = {**_carried(newest), "state_dict": dict(tensors)}
+    torch.save(content, folder / NAME)
+    sync(folder / NAME)
+    for draft in drafts:
+        draft.unlink()
+    return {NAME: file_checksum(folder / NAME)}
+
+
+def _carried(newest: Checkpoint) -> dict[str, Any]:
+    """What a Lightning checkpoint says besides its tensors."""
+    content: dict[str, Any] = {"epoch": 0, "global_step": newest.step or 0}
+    if newest.format == "lightning":
+        source = torch.load(newest.path, map_location="cpu", weights_only=True, mmap=True)
+        return {**content, **{key: source[key] for key in _CARRIED if key in source}}
+    try:
+        return {**content, "pytorch-lightning_version": version("lightning")}
+    except PackageNotFoundError:
+        return {**content, "pytorch-lightning_version": "2.6.0"}

@@ -1,0 +1,154 @@
+"""The commands ``merge`` and ``methods``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from merge_callback.checks import resolve_dtype, resolve_size
+from merge_callback.merging import METHODS, MergeMethod, resolve_method
+from merge_callback.offline import workers
+from merge_callback.offline.merge_files import Job, Naming, merge_files
+from merge_callback.offline.selection import select
+
+_EXAMPLES = """\
+examples:
+  merge-callback merge run/step=*.ckpt --method wma --output merged
+  merge-callback merge run/ --last 10 --method ties --density 0.8 --output merged
+  merge-callback merge run-a/ckpt run-b/ckpt --weights 0.5 0.5 --dtype bf16 --output merged
+  merge-callback merge --config merge.yaml --output merged
+"""
+
+
+def add_merge(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``merge``, the options of every method among them."""
+    parser.set_defaults(run=_merge)
+    parser.epilog, parser.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("checkpoints", nargs="*", metavar="CKPT", help="oldest first; files, folders, or folders of a run")
+    add("--config", type=Path, metavar="FILE", help="YAML with any of these options, by their long names")
+    add("--output", type=Path, metavar="DIR", help="the folder to make")
+    add("--method", default="sma", help="a name that `merge-callback methods` lists (%(default)s)")
+    add("--last", type=int, metavar="N", help="of a run's folder, only the last N checkpoints")
+    add("--every", type=int, default=1, metavar="K", help="of a run's folder, only every K-th, from the last")
+    add("--base", type=Path, metavar="CKPT", help="initial model of the task vectors (the first checkpoint)")
+    add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
+    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names copied from the last checkpoint")
+    add("--strip-prefix", default="", metavar="P", help="taken off the names, e.g. 'model.'")
+    add("--prefix", default="", metavar="P", help="put before the names")
+    add("--shard-size", default="5GB", metavar="SIZE", help="a larger model is split (%(default)s)")
+    add("--as", dest="kind", choices=("safetensors", "lightning"), default="safetensors", help="format")
+    add("--force", action="store_true", help="replace the output folder if it is there")
+    add("--quiet", action="store_true", help="no progress bar")
+    add("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="that register own methods")
+    group = parser.add_argument_group("options of the methods")
+    for name, used_by in _method_options().items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"option_{name}",
+            nargs="+" if name == "weights" else None,
+            type=float if name == "weights" else yaml.safe_load,
+            default=argparse.SUPPRESS,
+            help=", ".join(used_by),
+        )
+
+
+def add_methods(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of ``methods``: there are none."""
+    parser.set_defaults(run=_list_methods)
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    given = {**vars(parsed), **(_read_config(parsed) if parsed.config else {})}
+    for module in given["imports"]:
+        import_module(module)
+    if not given["checkpoints"] or given["output"] is None:
+        raise ValueError("name the checkpoints to merge, and the folder to make with --output")
+    job = _job(given)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # each of the workers
+    try:
+        record = merge_files(job, Path(given["output"]))
+    finally:
+        torch.set_num_threads(threads)
+    method = record["method"]["name"]
+    print(f"{given['output']}: {method} of {len(record['inputs'])} checkpoints", file=sys.stderr)
+    return 0
+
+
+def _job(given: Mapping[str, Any]) -> Job:
+    checkpoints = select([str(path) for path in given["checkpoints"]], given["last"], given["every"])
+    base = given["base"]
+    return Job(
+        checkpoints=checkpoints,
+        method=_method(given),
+        base=None if base is None else Path(base),
+        dtype=resolve_dtype("--dtype", given["dtype"]),
+        exclude=given["exclude"],
+        naming=Naming(given["strip_prefix"], given["prefix"]),
+        max_shard_bytes=resolve_size("--shard-size", given["shard_size"]),
+        kind=given["kind"],
+        force=given["force"],
+        progress=not given["quiet"],
+        workers=workers.available(),
+    )
+
+
+def _method(given: Mapping[str, Any]) -> MergeMethod:
+    options = {key.removeprefix("option_"): v for key, v in given.items() if key.startswith("option_")}
+    name = given["method"]
+    return resolve_method("weighted" if name == "sma" and "weights" in options else name, **options)
+
+
+def _read_config(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The options of a file, where the command line does not give them."""
+    content = yaml.safe_load(parsed.config.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{parsed.config}: expected options and their values")
+    known, options = vars(parsed).keys() - {"run", "config"}, _method_options().keys()
+    found: dict[str, Any] = {}
+    for key, value in content.items():
+        name = {"as": "kind", "import": "imports"}.get(key, str(key).replace("-", "_"))
+        if name not in known and name not in options:
+            raise ValueError(f"{parsed.config}: unknown option {key!r}; see merge-callback merge --help")
+        found[f"option_{name}" if name in options else name] = value
+    untouched = _defaults()  # what the command line gives wins, as far as one can tell
+    return {k: v for k, v in found.items() if getattr(parsed, k, None) == untouched.get(k)}
+
+
+def _defaults() -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    add_merge(parser)
+    return vars(parser.parse_args([]))
+
+
+def _method_options() -> dict[str, list[str]]:
+    """Every option of a method, with the methods that have it."""
+    found: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        for option in fields(method):  # type: ignore[arg-type]
+            found.setdefault(option.name, []).append(name)
+    return found
+
+
+def _list_methods(parsed: argparse.Namespace) -> int:
+    for name, method in METHODS.items():
+        options = ", ".join(f"{f.name}={f.default!r}" for f in fields(method))  # type: ignore[arg-type]
+        print(f"{name:16} {_summary(method)}")
+        facts = {"options": options, "needs": ", ".join(method.needs), "source": method.reference}
+        for label, text in facts.items():
+            if text:
+                print(f"{'':16} {label}: {text}")
+    return 0
+
+
+def _summary(method: type[MergeMethod]) -> str:
+    return (method.__doc__ or "").split("\n")[0].replace("``", "")

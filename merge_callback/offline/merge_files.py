@@ -1,0 +1,299 @@
+"""Merging checkpoint files tensor by tensor: models of any size, in a few megabytes of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from merge_callback.merging import (
+    Inputs,
+    LinearMethod,
+    MergeMethod,
+    Trajectory,
+    Weighted,
+    check_alike,
+    matches_any,
+)
+from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
+from merge_callback.offline.lightning_file import split_dtypes, write_lightning
+from merge_callback.offline.output import ModelFiles, atomic_folder, copy_extras
+from merge_callback.offline.workers import each
+from merge_callback.publish.emission import PROVENANCE, split_shards
+from merge_callback.publish.provenance import versions
+from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.layout import check_storable
+from merge_callback.snapshots.safetensors_file import write_json
+
+
+@dataclass(frozen=True)
+class Naming:
+    """What the merged tensors are called: a prefix taken off, then one put before."""
+
+    strip: str = ""
+    prefix: str = ""
+
+    def published(self, name: str) -> str:
+        """A tensor's name in the output."""
+        return self.prefix + name.removeprefix(self.strip)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Makes sure that every tensor has a name of its own.
+
+        Raises:
+            ValueError: where two would share one, or no name begins with the prefix to take off.
+        """
+        if self.strip and not any(name.startswith(self.strip) for name in names):
+            raise ValueError(
+                f"--strip-prefix {self.strip!r} begins no tensor's name; the first is {names[0]!r}"
+            )
+        published = [self.published(name) for name in names]
+        twice = sorted({name for name in published if published.count(name) > 1}) if self.strip else []
+        if twice or "__metadata__" in published:
+            raise ValueError(f"the prefixes give several tensors one name, or a reserved one: {twice[:3]}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to merge, how, and what to write.
+
+    Args:
+        checkpoints: oldest first.
+        method: how.
+        base: θ_init of the methods on task vectors, if it is not the first checkpoint.
+        dtype: of the merged floating-point tensors; default: that of the last checkpoint.
+        exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
+        naming: of the output's tensors.
+        max_shard_bytes: a larger model is written in several files with an index.
+        kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
+        force: replace what is there.
+        progress: show a bar.
+        workers: processes that merge, one tensor each at a time; 1: this one.
+    """
+
+    checkpoints: Sequence[Path]
+    method: MergeMethod
+    base: Path | None = None
+    dtype: torch.dtype | None = None
+    exclude: Sequence[str] = ()
+    naming: Naming = field(default_factory=Naming)
+    max_shard_bytes: int = 5 * 10**9
+    kind: Literal["safetensors", "lightning"] = "safetensors"
+    force: bool = False
+    progress: bool = False
+    workers: int = 1
+
+
+@torch.no_grad()
+def merge_files(job: Job, output: Path) -> dict[str, Any]:
+    """Merges checkpoints into a new folder, which appears complete or not at all.
+
+    Args:
+        job: what and how.
+        output: the folder.
+
+    Returns:
+        What ``merge.json`` in it says.
+
+    Raises:
+        ValueError: for checkpoints that don't belong together, values that are not finite, or options that
+            don't fit; the tensor is named. Nothing is written.
+        FileExistsError: where the folder is there already.
+        OSError: where a file can't be read or written.
+    """
+    with atomic_folder(output, job.force) as draft:
+        checkpoints = [open_checkpoint(path, spool=draft) for path in job.checkpoints]
+        base = None if job.base is None else open_checkpoint(job.base, spool=draft)
+        merging = _Merging(job, checkpoints, base)
+        tensors, tied = merging.outputs()
+        lightning = job.kind == "lightning"
+        shards = split_dtypes(tensors) if lightning else split_shards(tensors, job.max_shard_bytes)
+        files = ModelFiles(draft, shards, tied)
+        merging.run(files)
+        checksums = files.finish()
+        if lightning:
+            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), checkpoints[-1])
+        else:
+            checksums |= copy_extras({path.name: path for path in checkpoints[-1].extras}, draft)
+        record = {**merging.record(), "tied": tied, "files": checksums}
+        write_json(draft / PROVENANCE, record)
+    return record
+
+
+class _Merging:
+    """One merge of files that were found to belong together."""
+
+    def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+        self.job, self.checkpoints, self.base = job, checkpoints, base
+        self.newest = checkpoints[-1]
+        self.trajectory = trajectory_of(checkpoints)
+        _check(job, checkpoints, base)
+        self.copied = {
+            name
+            for name, tensor in self.newest.tensors.items()
+            if not tensor.is_floating_point() or matches_any(name, job.exclude)
+        }
+
+    def outputs(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The tensors to write, on the meta device, and the further names of shared ones."""
+        published = self.job.naming.published
+        tensors = {
+            published(name): torch.empty(tensor.shape, dtype=self._dtype(tensor), device="meta")
+            for name, tensor in self.newest.tensors.items()
+        }
+        return tensors, {published(alias): published(kept) for alias, kept in self.newest.tied.items()}
+
+    def run(self, files: ModelFiles) -> None:
+        """Merges tensor by tensor, in the order of the files."""
+        names = {self.job.naming.published(name): name for name in self.newest.tensors}
+        total = len(self.checkpoints) * sum(t.nbytes for t in self.newest.tensors.values())
+        survey = self.job.method.survey(_Model(self), self.trajectory)
+
+        def merge(published: str) -> None:
+            self._merge(names[published], files.tensors[published], survey)
+
+        bar = tqdm(total=total, unit="B", unit_scale=True, disable=not self.job.progress)
+        sizes = {published: tensor.nbytes for published, tensor in files.tensors.items()}
+        with bar, closing(each(merge, sizes, self.job.workers)) as merged:
+            for published in merged:
+                files.done(published)
+                bar.update(len(self.checkpoints) * self.newest.tensors[names[published]].nbytes)
+
+    def inputs(self, name: str) -> Inputs:
+        """One tensor of all checkpoints."""
+        tensors = [checkpoint.tensors[name].reshape(-1) for checkpoint in self.checkpoints]
+        return Inputs(name, tensors, None if self.base is None else self.base.tensors[name].reshape(-1))
+
+    def record(self) -> dict[str, Any]:
+        """The provenance."""
+        method = self.job.method
+        linear = isinstance(method, LinearMethod) and self.base is None
+        positions = self.trajectory.positions
+        return {
+            "format": 1,
+            "method": {"name": method.name, "options": method.options(), "reference": method.reference},
+            "inputs": [_described(checkpoint) for checkpoint in self.checkpoints],
+            "weights": method.normalised_weights(positions) if linear else None,  # type: ignore[attr-defined]
+            "base": None if self.base is None else _described(self.base),
+            "positions": list(positions),
+            "step": self.newest.step,
+            "tokens": self.newest.tokens,
+            "copied": sorted(self.copied),
+            "stripped_prefix": self.job.naming.strip,
+            "prefix": self.job.naming.prefix,
+            "versions": versions(),
+        }
+
+    def _merge(self, name: str, out: Tensor, survey: Any) -> None:
+        if name in self.copied:
+            out.copy_(self.newest.tensors[name])
+            return
+        inputs = self.inputs(name)
+        linear = isinstance(self.job.method, LinearMethod)
+        if not linear:  # elsewhere a value that is not finite shows in the sum
+            self._check_finite(inputs)
+        self.job.method.merge(inputs, out.view(-1), self.trajectory, survey)
+        if not all_finite(out):
+            self._check_finite(inputs)
+            raise ValueError(
+                f"tensor {inputs.name!r}: the merge does not fit {out.dtype}; choose a wider --dtype"
+            )
+
+    def _check_finite(self, inputs: Inputs) -> None:
+        sources = [*self.checkpoints, *([self.base] if self.base else [])]
+        tensors = [*inputs.tensors, *([inputs.base] if inputs.base is not None else [])]
+        for checkpoint, tensor in zip(sources, tensors, strict=True):
+            if not all_finite(tensor):
+                raise ValueError(
+                    f"tensor {inputs.name!r} of {checkpoint.path} holds NaN or Inf; leave that checkpoint "
+                    "out, or copy the tensor with --exclude"
+                )
+
+    def _dtype(self, tensor: Tensor) -> torch.dtype:
+        return self.job.dtype if self.job.dtype and tensor.is_floating_point() else tensor.dtype
+
+
+class _Model:
+    """Every tensor that is merged, to be read as often as a method wants."""
+
+    def __init__(self, merging: _Merging) -> None:
+        self.merging = merging
+
+    def __iter__(self) -> Iterator[Inputs]:
+        for name in self.merging.newest.tensors:
+            if name not in self.merging.copied:
+                inputs = self.merging.inputs(name)
+                self.merging._check_finite(inputs)
+                yield inputs
+
+
+def trajectory_of(checkpoints: Sequence[Checkpoint]) -> Trajectory:
+    """Where the checkpoints lie along their run: their tokens, else their steps, else evenly spaced."""
+    even = Trajectory.even(len(checkpoints))
+    steps = _ascending([checkpoint.step for checkpoint in checkpoints])
+    tokens = _ascending([checkpoint.tokens for checkpoint in checkpoints])
+    return Trajectory(tokens or steps or even.positions, steps or even.steps)
+
+
+def _ascending(numbers: Sequence[int | None]) -> list[int] | None:
+    known = [number for number in numbers if number is not None]
+    ascending = len(known) == len(numbers) and all(a < b for a, b in pairwise(known))
+    return known if ascending else None
+
+
+def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
+    """Makes sure that the checkpoints, and the options, belong together."""
+    method, newest = job.method, checkpoints[-1]
+    if base is not None and "task vectors" not in method.needs:
+        raise ValueError(f"method {method.name!r} uses no base; leave --base out")
+    if isinstance(method, Weighted) and len(method.weights) != len(checkpoints):
+        raise ValueError(f"{len(method.weights)} weights for {len(checkpoints)} checkpoints; give one each")
+    everything = [*checkpoints, *([base] if base else [])]
+    check_alike([(str(checkpoint.path), checkpoint.tensors) for checkpoint in everything])
+    for checkpoint in everything:
+        if checkpoint.tied != newest.tied:
+            raise ValueError(f"{checkpoint.path} and {newest.path} share other tensors among themselves")
+    for pattern in job.exclude:
+        if not any(matches_any(name, [pattern]) for name in newest.tensors):
+            raise ValueError(
+                f"--exclude {pattern!r} matches no tensor; the first is {next(iter(newest.tensors))!r}"
+            )
+    job.naming.check([*newest.tensors, *newest.tied])
+    for name, tensor in newest.tensors.items():
+        check_storable(name, tensor)
+        if not tensor.is_floating_point() and not matches_any(name, job.exclude):
+            _check_equal(name, checkpoints)
+
+
+def _check_equal(name: str, checkpoints: Sequence[Checkpoint]) -> None:
+    """Integers have no mean: they must agree, but for single counters (batches tracked, say)."""
+    newest = checkpoints[-1]
+    for checkpoint in checkpoints[:-1]:
+        tensor = checkpoint.tensors[name]
+        if tensor.numel() > 1 and not torch.equal(tensor, newest.tensors[name]):
+            raise ValueError(
+                f"tensor {name!r} holds {tensor.dtype} and differs between {checkpoint.path} and "
+                f"{newest.path}: it has no mean; copy the last checkpoint's with --exclude, if that is right"
+            )
+
+
+def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
+    return {alias: tensors[kept] for alias, kept in tied.items()}
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+    files = {path.name: path.stat().st_size for path in checkpoint.files}
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "step": checkpoint.step,
+        "tokens": checkpoint.tokens,
+        "files": files,
+    }

@@ -1,0 +1,153 @@
+"""A merged model's files, written through memory maps; and their folder, complete or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from merge_callback.publish.emission import shard_names, write_index
+from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, sync, tensors_header
+
+
+class ModelFiles:
+    """The safetensors files of a model of any size: tensors that are written straight into their files.
+
+    The memory is the page cache's, never the process's own. Write the tensors in the order of ``tensors`` and
+    report each by ``done``: the checksums are then computed beside the writing.
+
+    Args:
+        folder: where the files are made; it must exist.
+        shards: for each file its tensors by name, on the meta device: their shapes and dtypes. Where there
+            are several, an index says which tensor is where (Hugging Face's scheme).
+        tied: further names of shared tensors, each with the name it is kept under.
+
+    Raises:
+        OSError: where there is no room.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Mapping[str, Tensor]], tied: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.tensors: dict[str, Tensor] = {}
+        self._files: dict[str, _File] = {}
+        self._places: dict[str, _File] = {}
+        self._hashing = ThreadPoolExecutor(1)
+        names = shard_names(len(shards))
+        for name, shard in zip(names, shards, strict=True):
+            shared = {alias: kept for alias, kept in tied.items() if kept in shard}
+            file = _File(folder / name, shard, {"format": "pt", **shared}, self._hashing)
+            self._files[name] = file
+            self._places |= dict.fromkeys(shard, file)
+            self.tensors |= file.tensors
+        if len(shards) > 1:
+            write_index(folder, names, shards)
+
+    def done(self, name: str) -> None:
+        """Notes that a tensor, and all before it, hold their final values."""
+        self._places[name].done(name)
+
+    def finish(self) -> dict[str, str]:
+        """Makes the files durable; returns the SHA-256 of each, by its name.
+
+        Raises:
+            OSError: where the disk fails.
+        """
+        for file in self._files.values():
+            sync(file.path)
+        found = {name: file.checksum() for name, file in self._files.items()}
+        self._hashing.shutdown()
+        return found
+
+
+class _File:
+    """One safetensors file under construction."""
+
+    def __init__(
+        self,
+        path: Path,
+        shard: Mapping[str, Tensor],
+        metadata: Mapping[str, str],
+        hashing: ThreadPoolExecutor,
+    ) -> None:
+        self.path = path
+        header = tensors_header(shard)
+        self._data, start = map_new_file(path, header, metadata)
+        self._ends = {name: entry["data_offsets"][1] for name, entry in header.items()}
+        self.tensors = {
+            name: self._data[begin:end].view(shard[name].dtype).view(shard[name].shape)
+            for name, (begin, end) in ((n, e["data_offsets"]) for n, e in header.items())
+        }
+        self._hashing, self._hashed = hashing, 0
+        self._digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            self._digest.update(file.read(start))
+        self._pending: list[Future[None]] = []
+
+    def done(self, name: str) -> None:
+        """Hashes what is final by now, in the background."""
+        self._hash(self._ends[name])
+
+    def checksum(self) -> str:
+        """The SHA-256 of the whole file."""
+        self._hash(self._data.numel())
+        for future in self._pending:
+            future.result()
+        return self._digest.hexdigest()
+
+    def _hash(self, end: int) -> None:
+        piece: memoryview = self._data[self._hashed : end].numpy().data
+        self._pending.append(self._hashing.submit(self._digest.update, piece))
+        self._hashed = end
+
+
+@contextmanager
+def atomic_folder(target: Path, force: bool) -> Iterator[Path]:
+    """A folder to fill that takes the place of ``target`` once it is complete, and leaves nothing otherwise.
+
+    Args:
+        target: what is to appear.
+        force: replace what is there.
+
+    Raises:
+        FileExistsError: where something is, and ``force`` is not set.
+        OSError: where it can't be written.
+    """
+    if target.exists() and not force:
+        raise FileExistsError(f"{target} exists; name another folder, or replace it with --force")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    try:
+        yield draft
+        for path in draft.iterdir():
+            sync(path)
+        sync(draft)
+        _swap(draft, target, force)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _swap(draft: Path, target: Path, force: bool) -> None:
+    old = target.with_name(f".{target.name}.{os.getpid()}.old")
+    if force and (target.exists() or target.is_symlink()):
+        os.rename(target, old)
+    os.rename(draft, target)
+    sync(target.parent)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def copy_extras(extras: Mapping[str, Path], folder: Path) -> dict[str, str]:
+    """Copies a model's configuration and tokenizer; returns the SHA-256 of each."""
+    for name, path in extras.items():
+        shutil.copyfile(path, folder / name)
+    return {name: file_checksum(folder / name) for name in extras}

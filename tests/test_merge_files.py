@@ -1,0 +1,449 @@
+"""Merging checkpoint files: what comes out, for whom, in how much memory, and what is refused."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from merge_callback import load_merge, merge_state_dicts
+from merge_callback.offline import merge_files as merging
+from merge_callback.offline import output
+from merge_callback.offline.command_line import main
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """A test process has threads, which a fork would lose; what forks here has a process of its own."""
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+
+
+METHODS = ["sma", "wma", "ema", "slerp", "task_arithmetic", "ties", "dare", "dropout", "noise", "meta", "wsm"]
+
+
+def model(seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "model.embed.weight": torch.randn(50, 8, generator=generator).to(dtype),
+        "model.norm.weight": torch.randn(8, generator=generator),
+        "model.scale": torch.randn((), generator=generator).to(dtype),
+        "model.positions": torch.arange(8),
+        "model.seen": torch.tensor(seed),
+    }
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """Three files, and their state dicts."""
+    paths, dicts = [], [model(seed) for seed in range(3)]
+    for i, state in enumerate(dicts):
+        paths.append(tmp_path / f"run/step={100 * (i + 1)}.safetensors")
+        paths[-1].parent.mkdir(exist_ok=True)
+        save_file(state, paths[-1])
+    return paths, dicts
+
+
+def merge(*arguments):
+    """Runs the command; returns its exit status."""
+    return main(["merge", "--quiet", *map(str, arguments)])
+
+
+def files(folder):
+    return sorted(path.name for path in Path(folder).rglob("*"))
+
+
+# --- what comes out -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_files_merge_to_the_very_bits_that_state_dicts_do(tmp_path, checkpoints, method):
+    paths, dicts = checkpoints
+    assert merge(*paths, "--method", method, "--output", tmp_path / "out") == 0
+
+    found = load_file(tmp_path / "out/model.safetensors")
+    steps = [100, 200, 300]
+    expected = merge_state_dicts(dicts, method, positions=steps, steps=steps)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+
+
+def test_processes_side_by_side_merge_to_the_same_bits(tmp_path, checkpoints):
+    paths, _ = checkpoints
+    assert merge(*paths, "--method", "dare", "--output", tmp_path / "one") == 0
+    program = (
+        "import sys; from merge_callback.offline import workers; workers.available = lambda: 3;"
+        "from merge_callback.offline.command_line import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["merge", *map(str, paths), "--method", "dare", "--quiet", "--output", str(tmp_path / "three")]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, three = (json.loads((tmp_path / name / "merge.json").read_text()) for name in ("one", "three"))
+    assert one["files"] == three["files"]
+    change(paths[1], model_scale=torch.tensor(torch.nan))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *command, "--force"], capture_output=True, text=True
+    )
+    assert (done.returncode, "'model.scale'" in done.stderr) == (1, True)  # what one raises reaches the user
+
+
+def test_a_process_that_is_killed_is_an_error_and_leaves_nothing(tmp_path, checkpoints):
+    paths, _ = checkpoints
+    program = (
+        "import os, sys; from merge_callback.offline import merge_files, workers;"
+        "workers.available = lambda: 2;"
+        "merge_files._Merging._merge = lambda *_: os.kill(os.getpid(), 9);"
+        "from merge_callback.offline.command_line import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["merge", *map(str, paths), "--quiet", "--output", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "a process was killed while it merged" in done.stderr
+    assert files(tmp_path) == sorted(["run", *(path.name for path in paths)])
+
+
+def test_options_of_a_method_are_flags(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    assert merge(*paths, "--method", "ema", "--alpha", "0.5", "--output", tmp_path / "a") == 0
+    assert merge(*paths, "--weights", "1", "2", "1", "--output", tmp_path / "b") == 0
+    for folder, expected in (
+        ("a", merge_state_dicts(dicts, "ema", alpha=0.5)),
+        ("b", merge_state_dicts(dicts, weights=[0.25, 0.5, 0.25])),
+    ):
+        found = load_merge(tmp_path / folder)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_run_s_folder_is_picked_from(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    assert merge(paths[0].parent, "--last", 2, "--output", tmp_path / "out") == 0
+    expected = merge_state_dicts(dicts[1:])
+    assert torch.equal(load_merge(tmp_path / "out")["model.embed.weight"], expected["model.embed.weight"])
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    assert [source["step"] for source in record["inputs"]] == [200, 300]
+
+
+def test_the_record_says_all_and_inspect_verifies_it(tmp_path, checkpoints, capsys):
+    paths, _ = checkpoints
+    merge(*paths, "--method", "wma", "--output", tmp_path / "out")
+    record = json.loads((tmp_path / "out/merge.json").read_text())
+    assert record["method"]["name"] == "wma"
+    assert record["weights"] == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert [source["path"] for source in record["inputs"]] == [str(path) for path in paths]
+    assert record["copied"] == ["model.positions", "model.seen"]
+    digest = hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
+    assert record["files"] == {"model.safetensors": digest}
+
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "out"), "--tensors"]) == 0
+    told = capsys.readouterr().out
+    for part in ("wma", "weight 0.3333", "model.norm.weight", "float32", "5 with 418 values"):
+        assert part in told
+    with open(tmp_path / "out/model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    assert main(["inspect", str(tmp_path / "out")]) == 1
+    assert "model.safetensors" in capsys.readouterr().out
+
+
+def test_prefixes_excluded_names_and_dtypes_are_the_user_s(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    options = ["--strip-prefix", "model.", "--prefix", "net.", "--exclude", "*.norm.*", "--dtype", "bf16"]
+    assert merge(*paths, *options, "--output", tmp_path / "out") == 0
+    found, expected = load_merge(tmp_path / "out"), merge_state_dicts(dicts)
+    assert set(found) == {name.replace("model.", "net.") for name in expected}
+    assert torch.equal(found["net.embed.weight"], expected["model.embed.weight"].bfloat16())
+    assert torch.equal(found["net.norm.weight"], dicts[-1]["model.norm.weight"].bfloat16())
+    assert torch.equal(found["net.positions"], dicts[-1]["model.positions"])
+
+
+def test_a_large_model_is_written_in_shards(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    assert merge(*paths, "--shard-size", "1KB", "--output", tmp_path / "out") == 0
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(dicts[0])
+    assert len(set(index["weight_map"].values())) > 1
+    found, expected = load_merge(tmp_path / "out"), merge_state_dicts(dicts)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["format"] == "pt"
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+def test_another_base_is_named(tmp_path, checkpoints):
+    paths, _ = checkpoints
+    assert merge(*paths[1:], "--method", "ties", "--base", paths[0], "--output", tmp_path / "a") == 0
+    assert merge(*paths, "--method", "ties", "--output", tmp_path / "b") == 0
+    a, b = load_merge(tmp_path / "a"), load_merge(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert json.loads((tmp_path / "a/merge.json").read_text())["base"]["path"] == str(paths[0])
+
+
+def test_a_configuration_file_gives_what_the_command_line_does_not(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    config = {"checkpoints": [str(p) for p in paths], "method": "ema", "alpha": 0.5, "dtype": "bf16"}
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump({**config, "shard-size": "1GB"}))
+    assert merge("--config", tmp_path / "merge.yaml", "--dtype", "fp64", "--output", tmp_path / "out") == 0
+    expected = merge_state_dicts(dicts, "ema", alpha=0.5)["model.embed.weight"]
+    found = load_merge(tmp_path / "out")["model.embed.weight"]
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0)
+
+
+def test_a_method_of_one_s_own_is_imported(tmp_path, checkpoints, monkeypatch):
+    (tmp_path / "own_methods.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from merge_callback import register_method\n"
+        "from merge_callback.merging import LinearMethod\n"
+        "@register_method('middle', reference='lab notes')\n"
+        "@dataclass(frozen=True)\n"
+        "class Middle(LinearMethod):\n"
+        "    def raw_weights(self, positions):\n"
+        "        return [float(i == len(positions) // 2) for i in range(len(positions))]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    paths, dicts = checkpoints
+    assert merge(*paths, "--import", "own_methods", "--method", "middle", "--output", tmp_path / "out") == 0
+    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[1]["model.scale"])
+
+
+# --- for whom -----------------------------------------------------------------------------------------------
+
+
+class Net(LightningModule):
+    def __init__(self, width=4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.BatchNorm1d(width))
+        self.head = torch.nn.Linear(width, 3)
+
+    def training_step(self, batch, batch_idx):
+        return self.head(self.net(batch)).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning_trains_merges_and_loads_again(tmp_path):
+    data = torch.utils.data.DataLoader(torch.randn(24, 3), batch_size=6)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
+    module, paths = Net(width=5), []
+    trainer.fit(module, data)
+    for epoch in range(2):
+        paths.append(tmp_path / f"epoch{epoch}-step={4 * (epoch + 1)}.ckpt")
+        trainer.save_checkpoint(paths[-1])
+        trainer.fit_loop.max_epochs = epoch + 2
+        trainer.fit(module, data)
+    assert merge(*paths, "--as", "lightning", "--output", tmp_path / "out") == 0
+
+    dicts = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
+    expected = merge_state_dicts(dicts)
+    loaded = Net.load_from_checkpoint(tmp_path / "out/merged.ckpt", weights_only=True)
+    assert loaded.hparams.width == 5
+    assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+    assert trainer.validate(Net(width=5), data, ckpt_path=tmp_path / "out/merged.ckpt", verbose=False)
+    assert files(tmp_path / "out") == ["merge.json", "merged.ckpt"]
+    # And what was merged can be merged again.
+    assert merge(tmp_path / "out/merged.ckpt", paths[0], "--output", tmp_path / "again") == 0
+
+
+def test_tied_weights_stay_tied(tmp_path):
+    for i in range(2):
+        weight = torch.randn(4, 3)
+        torch.save(
+            {"state_dict": {"embed": weight, "head": weight, "b": torch.ones(1)}}, tmp_path / f"{i}.ckpt"
+        )
+    paths = [tmp_path / f"{i}.ckpt" for i in range(2)]
+    assert merge(*paths, "--output", tmp_path / "out") == 0
+    with safe_open(tmp_path / "out/model.safetensors", "pt") as file:
+        assert set(file.keys()) == {"embed", "b"}
+        assert file.metadata()["head"] == "embed"
+    found = load_merge(tmp_path / "out")
+    assert torch.equal(found["head"], found["embed"])
+    assert merge(*paths, "--as", "lightning", "--output", tmp_path / "ckpt") == 0
+    state = torch.load(tmp_path / "ckpt/merged.ckpt", weights_only=True)["state_dict"]
+    assert state["head"].data_ptr() == state["embed"].data_ptr()
+
+
+# --- what is refused, and leaves nothing behind -------------------------------------------------------------
+
+
+def refused(tmp_path, capsys, *arguments):
+    """Runs a merge that must fail; returns what it said. Nothing may be left of it."""
+    before = files(tmp_path)
+    assert merge(*arguments, "--output", tmp_path / "out") == 1
+    assert files(tmp_path) == before
+    return capsys.readouterr().err
+
+
+def change(path, **tensors):
+    """Rewrites a file with other tensors in it; ``None`` takes one out."""
+    state = {**load_file(path), **{name.replace("_", "."): t for name, t in tensors.items()}}
+    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "named"),
+    [
+        ({"model_extra": torch.ones(2)}, "different names.*model.extra"),
+        ({"model_scale": None}, "different names.*model.scale"),
+        ({"model_scale": torch.ones(2)}, "'model.scale': shape"),
+        ({"model_scale": torch.ones((), dtype=torch.float64)}, "'model.scale': dtype"),
+        ({"model_positions": torch.arange(8) + 1}, "'model.positions'.*differs.*--exclude"),
+        ({"model_scale": torch.tensor(torch.nan)}, "'model.scale' of .*step=200.* holds NaN or Inf"),
+        ({"model_scale": torch.tensor(-torch.inf)}, "'model.scale' of .*step=200.* holds NaN or Inf"),
+    ],
+)
+@pytest.mark.parametrize("method", ["sma", "ties"])
+def test_checkpoints_that_do_not_belong_together_are_refused(
+    tmp_path, checkpoints, capsys, tensors, named, method
+):
+    paths, _ = checkpoints
+    change(paths[1], **tensors)
+    error = refused(tmp_path, capsys, *paths, "--method", method)
+    assert re.search(named, error), error
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--method", "mean"], "unknown merging method 'mean'"),
+        (["--method", "sma", "--alpha", "0.5"], "'sma'.*alpha"),
+        (["--method", "ema", "--alpha", "2"], "alpha=2"),
+        (["--weights", "1", "2"], "2 weights for 3 checkpoints"),
+        (["--base", "BASE"], "'sma' uses no base"),
+        (["--dtype", "int8"], "--dtype='int8'"),
+        (["--shard-size", "big"], "--shard-size='big'"),
+        (["--exclude", "nothing*"], "'nothing\\*' matches no tensor"),
+        (["--strip-prefix", "net."], "'net.' begins no tensor's name"),
+        (["--last", "0"], "last"),
+    ],
+)
+def test_wrong_options_name_themselves(tmp_path, checkpoints, capsys, options, named):
+    paths, _ = checkpoints
+    error = refused(tmp_path, capsys, *paths, *(str(paths[0]) if o == "BASE" else o for o in options))
+    assert re.search(named, error), error
+
+
+def test_a_merge_that_does_not_fit_its_dtype_is_refused(tmp_path, checkpoints, capsys):
+    paths, _ = checkpoints
+    for path in paths:
+        change(path, model_scale=torch.tensor(1e6))
+    assert "'model.scale': the merge does not fit torch.float16" in refused(
+        tmp_path, capsys, *paths, "--dtype", "fp16"
+    )
+
+
+def test_excluded_tensors_may_hold_anything(tmp_path, checkpoints):
+    paths, _ = checkpoints
+    change(paths[2], model_scale=torch.tensor(-torch.inf))
+    assert merge(*paths, "--exclude", "model.scale", "--output", tmp_path / "out") == 0
+    assert load_merge(tmp_path / "out")["model.scale"] == -torch.inf
+
+
+def test_what_is_there_is_replaced_only_by_force(tmp_path, checkpoints, capsys):
+    paths, dicts = checkpoints
+    assert merge(*paths[:1], "--output", tmp_path / "out") == 0
+    assert "exists; name another folder, or replace it with --force" in refused(tmp_path, capsys, *paths)
+    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[0]["model.scale"])
+    assert merge(*paths[1:2], "--output", tmp_path / "out", "--force") == 0
+    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[1]["model.scale"])
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_output_that_is_forced_over_its_own_inputs_still_reads_them(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    merge(*paths[:1], "--output", tmp_path / "out")
+    assert merge(tmp_path / "out", paths[1], "--output", tmp_path / "out", "--force") == 0
+    expected = merge_state_dicts(dicts[:2])
+    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], expected["model.scale"])
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, checkpoints, capsys, monkeypatch):
+    paths, _ = checkpoints
+
+    def full(descriptor, offset, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    assert "No space left" in refused(tmp_path, capsys, *paths)
+
+
+@pytest.mark.parametrize("function", ["done", "finish"])
+def test_an_interruption_leaves_nothing(tmp_path, checkpoints, monkeypatch, function):
+    paths, _ = checkpoints
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(output.ModelFiles, function, interrupted)
+    before = files(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        merge(*paths, "--output", tmp_path / "out")
+    assert files(tmp_path) == before
+
+
+# --- in how much memory -------------------------------------------------------------------------------------
+
+MEASURED = """
+import json, sys, threading, torch
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+before, peak, stop = anonymous(), {}, threading.Event()
+def watch():
+    while not stop.wait(0.002):
+        peak[method] = max(peak.get(method, 0), anonymous() - before)
+method = "import"
+threading.Thread(target=watch, daemon=True).start()
+from merge_callback.offline.command_line import main
+for method in ("sma", "ties", "slerp", "dare", "noise"):
+    command = ["merge", *sys.argv[1:], "--method", method, "--quiet", "--dtype", "fp32", "--force"]
+    assert main(command + ["--output", "out"]) == 0
+stop.set()
+print(json.dumps({**peak, "lightning": "lightning" in sys.modules}))
+"""
+
+
+def test_memory_does_not_depend_on_the_model(tmp_path):
+    paths = []
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.safetensors")
+        numbers = torch.arange(30_000_000, dtype=torch.int32).mul_(i + 1).remainder_(1009)
+        save_file({"large": numbers.bfloat16()}, paths[-1])
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    peak = json.loads(done.stdout)
+    assert not peak.pop("lightning")
+    # MB above `import torch`. In fp32 the one tensor has 120, and three of them 360.
+    assert {method for method, grown in peak.items() if grown > 110} == set(), peak
+
+
+def test_the_trajectory_is_told_from_tokens_then_steps_then_nothing():
+    class Known:
+        def __init__(self, step, tokens):
+            self.step, self.tokens = step, tokens
+
+    def positions(*known):
+        return list(merging.trajectory_of([Known(*k) for k in known]).positions)
+
+    assert positions((1, 10), (2, 30)) == [10, 30]
+    assert positions((1, 10), (2, None)) == [1, 2]
+    assert positions((2, None), (1, None)) == [0, 1]
+    assert positions((None, None), (1, None)) == [0, 1]
