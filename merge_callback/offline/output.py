@@ -33,7 +33,6 @@ class ModelFiles:
     """
 
     def __init__(self, folder: Path, shards: Sequence[Mapping[str, Tensor]], tied: Mapping[str, str]) -> None:
-        self.folder = folder
         self.tensors: dict[str, Tensor] = {}
         self._files: dict[str, _File] = {}
         self._places: dict[str, _File] = {}
