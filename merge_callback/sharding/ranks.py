@@ -74,8 +74,8 @@ class Ranks:
         if self.group is None:
             return lambda: None
         work = dist.all_reduce(numbers, async_op=True)
-        assert work is not None
-        return work.wait
+        wait: Callable[[], object] = work.wait  # type: ignore[union-attr]
+        return wait
 
     def agree(self, error: BaseException | None) -> None:
         """Makes an error of one rank every rank's.
