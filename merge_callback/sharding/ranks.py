@@ -74,7 +74,7 @@ class Ranks:
         if self.group is None:
             return lambda: None
         work = dist.all_reduce(numbers, async_op=True)
-        wait: Callable[[], object] = work.wait  # type: ignore[union-attr]
+        wait: Callable[[], object] = work.wait
         return wait
 
     def agree(self, error: BaseException | None) -> None:
