@@ -10,7 +10,16 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
 from torch.optim import Optimizer
 
 from merge_callback.merging import MergeMethod
@@ -39,9 +48,11 @@ class CheckpointMergeCallback(Callback):
     back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
     ``spikes.jsonl`` has one line for each spike and what was done about it.
 
+    With several ranks, under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each keeps
+    in its window what it holds, or its share of what several hold alike.
+
     Note:
-        One process on one device so far. The module's validation hooks run a second time for the merged
-        weights.
+        The module's validation hooks run a second time for the merged weights.
 
     Example::
 
@@ -200,11 +211,25 @@ class CheckpointMergeCallback(Callback):
 
 
 def _check_strategy(trainer: Trainer) -> None:
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    if reason := _why_not(trainer.strategy):
         raise MisconfigurationException(
-            f"CheckpointMergeCallback works on one device so far, not with strategy="
-            f"{type(trainer.strategy).__name__} on {trainer.world_size} processes; use Trainer(devices=1)"
+            f"CheckpointMergeCallback can't work with {type(trainer.strategy).__name__}: {reason}; use one "
+            "device, DDP, FSDP, or ModelParallelStrategy (FSDP2, tensor parallelism)"
         )
+
+
+def _why_not(strategy: Strategy) -> str:
+    """What keeps a strategy's model from being merged; empty where nothing does."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        return "its optimizer keeps master weights of its own, which a restore would have to write, too"
+    if isinstance(strategy, FSDPStrategy):
+        if strategy.kwargs.get("use_orig_params") is False:
+            return "use_orig_params=False hides the parameters from the optimizer and from us"
+        return ""
+    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+    if isinstance(strategy, known) and not isinstance(strategy, (SingleDeviceXLAStrategy, XLAStrategy)):
+        return ""
+    return "which part of the weights is where is not known"
 
 
 def _check_folders(trainer: Trainer) -> None:

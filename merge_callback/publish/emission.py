@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +58,19 @@ class Publisher:
         record: Mapping[str, Any],
         tied: Mapping[str, str] | None = None,
         add_files: Callable[[Path], None] | None = None,
+        values: Iterable[Tensor] | None = None,
     ) -> Path:
         """Writes the merge under a temporary name, makes it durable, then renames it into place.
 
         Args:
             name: of the folder. Where another merge has it already, ``-v1``, ``-v2``, … is added; where the
                 very same merge has it, that one stays.
-            tensors: CPU tensors by published name.
+            tensors: by published name.
             record: what ``merge.json`` says, besides the files and their checksums.
             tied: further names of shared tensors, stored once.
             add_files: writes further files (a model's config) into the folder it is given.
+            values: CPU tensors, one after the other in the order of ``written``; then ``tensors`` may be on
+                the meta device. None of them is held for longer than it takes to write it.
 
         Returns:
             The published folder.
@@ -81,7 +85,8 @@ class Publisher:
         try:
             if add_files is not None:
                 add_files(draft)
-            files = self._write_weights(draft, tensors, tied or {})
+            stream = iter(values if values is not None else (tensors[n].cpu() for n in self.written(tensors)))
+            files = self._write_weights(draft, tensors, stream, tied or {})
             files |= {p.name: file_checksum(p) for p in draft.iterdir() if p.name not in files}
             write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
             target = self._place(draft, name, files)
@@ -93,6 +98,10 @@ class Publisher:
             self._retain()
         return target
 
+    def written(self, tensors: Mapping[str, Tensor]) -> list[str]:
+        """The names of ``tensors`` in the order in which they are written."""
+        return [name for shard in split_shards(tensors, self.max_shard_bytes) for name in shard]
+
     def newest_up_to(self, step: int) -> Path | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
         for name in reversed(self.published):
@@ -102,7 +111,7 @@ class Publisher:
         return None
 
     def _write_weights(
-        self, draft: Path, tensors: Mapping[str, Tensor], tied: Mapping[str, str]
+        self, draft: Path, tensors: Mapping[str, Tensor], values: Iterator[Tensor], tied: Mapping[str, str]
     ) -> dict[str, str]:
         """Writes all shards, and the index where there are several; returns the checksum of each file."""
         shards = split_shards(tensors, self.max_shard_bytes)
@@ -113,7 +122,7 @@ class Publisher:
             file: write_file(
                 draft / file,
                 tensors_header(shard),
-                shard.values(),
+                islice(values, len(shard)),
                 # The scheme of safetensors.torch.save_model: load_model finds the shared names here.
                 {"format": "pt", **{alias: kept for alias, kept in tied.items() if kept in shard}},
             )

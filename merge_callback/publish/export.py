@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from merge_callback.publish.emission import Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
+from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import Merge
 
@@ -62,20 +64,52 @@ def _names_that_meet(module: nn.Module, prefix: str) -> list[str]:
 
 
 def publish_merge(
-    publisher: Publisher, merge: Merge, tied: Mapping[str, str], naming: Naming, **record: Any
-) -> Path:
-    """Publishes a merge with its provenance.
+    publisher: Publisher,
+    merge: Merge,
+    sharding: Sharding,
+    tied: Mapping[str, str],
+    naming: Naming,
+    **record: Any,
+) -> Path | None:
+    """Publishes a merge with its provenance: the first rank writes what all of them send, tensor by tensor.
 
     Args:
         publisher: where to.
-        merge: what.
+        merge: what; this rank's part of it.
+        sharding: which part that is.
         tied: further names of shared tensors, each with the name it is kept under.
         naming: how its tensors are called outside.
         **record: further entries of ``merge.json``; ``diversity`` among them.
 
+    Returns:
+        The published folder, on the first rank.
+
     Raises:
-        OSError: where it can't be written.
+        OSError: where it can't be written, on the first rank.
     """
+    dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
+    whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
+    values = sharding.gather(merge.arena.tensors(), publisher.written(whole))
+    try:
+        return (
+            _publish(publisher, merge, whole, values, tied, naming, record)
+            if sharding.ranks.is_first
+            else None
+        )
+    finally:
+        for _ in values:  # the other ranks send all they have, whatever became of it
+            pass
+
+
+def _publish(
+    publisher: Publisher,
+    merge: Merge,
+    whole: Mapping[str, Tensor],
+    values: Iterable[Tensor],
+    tied: Mapping[str, str],
+    naming: Naming,
+    record: dict[str, Any],
+) -> Path:
     content = provenance(
         merge.method,
         merge.snapshots,
@@ -87,8 +121,9 @@ def publish_merge(
     )
     return publisher.publish(
         emission_name(merge.method, merge.snapshots[-1]),
-        {naming.published(name): tensor.cpu() for name, tensor in merge.arena.tensors().items()},
+        {naming.published(name): tensor for name, tensor in whole.items()},
         content,
         {naming.published(alias): naming.published(kept) for alias, kept in tied.items()},
         naming.add_files,
+        values,
     )

@@ -1,5 +1,7 @@
 """What several processes need to keep one window together."""
 
+from merge_callback.sharding.pieces import Piece
 from merge_callback.sharding.ranks import Ranks, RemoteError
+from merge_callback.sharding.sharding import Sharding
 
-__all__ = ["Ranks", "RemoteError"]
+__all__ = ["Piece", "Ranks", "RemoteError", "Sharding"]

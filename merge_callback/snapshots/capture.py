@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from merge_callback.merging import matches_any
+from merge_callback.sharding.pieces import Piece
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Name parts that ``torch.compile``, activation checkpointing and FSDP put in: no part of the model."""
@@ -18,12 +21,14 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 class ModelTensors:
     """The tensors of a module that are saved: parameters and persistent buffers, each once.
 
-    ``tensors`` maps a clean name to the live tensor, ``tied`` maps every further name of a shared tensor
-    to the name it is kept under. ``frozen`` names the parameters that take no gradient now, ``buffers`` the
-    persistent buffers; ``transient`` holds the buffers that are not saved (caches and masks).
+    ``tensors`` maps a clean name to the live tensor, where it is sharded to this rank's shard (a plain
+    tensor); ``pieces`` says which part of the whole that is. ``tied`` maps every further name of a shared
+    tensor to the name it is kept under. ``frozen`` names the parameters that take no gradient now,
+    ``buffers`` the persistent buffers; ``transient`` holds the buffers that are not saved (caches and masks).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
     frozen: set[str] = field(default_factory=set)
     buffers: set[str] = field(default_factory=set)
@@ -35,13 +40,17 @@ class ModelTensors:
         return {kept for name, kept in aliases if matches_any(name, patterns)}
 
     @classmethod
-    def of(cls, module: nn.Module) -> ModelTensors:
+    def of(cls, module: nn.Module, root: nn.Module | None = None) -> ModelTensors:
         """Collects the tensors of ``module``, in the order of its ``state_dict``.
+
+        Args:
+            module: the model, by whose names its tensors go.
+            root: what a strategy has wrapped it in, where that is another module.
 
         Raises:
             ValueError: where a tensor is still lazy or on the meta device, so that it holds no values.
         """
-        found = cls()
+        found, local_piece = cls(), _local_pieces(root or module)
         names_by_id: dict[int, str] = {}
         for name, tensor in _saved_tensors(module):
             if tensor.is_meta or is_lazy(tensor):
@@ -53,9 +62,7 @@ class ModelTensors:
             if first != name:
                 found.tied[name] = first
                 continue
-            # Not detach(): that one shares the version counter, and a graph kept across a merged
-            # validation would no longer run backward, though every bit is back.
-            found.tensors[name] = tensor.data
+            found.tensors[name], found.pieces[name] = local_piece(tensor)
             if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
                 found.frozen.add(name)
             if not isinstance(tensor, nn.Parameter):
@@ -71,6 +78,18 @@ def clean_name(name: str) -> str:
     'model.layer.weight'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _local_pieces(root: nn.Module) -> Callable[[Tensor], tuple[Tensor, Piece]]:
+    """A function that gives what this rank holds of a tensor (as plain memory), and which part that is."""
+    if not (dist.is_available() and dist.is_initialized()):
+        # Not detach(): that one shares the version counter, and a graph kept across a merged validation would
+        # no longer run backward, though every bit is back.
+        return lambda tensor: (tensor.data, Piece.all_of(tensor.shape))
+    from merge_callback.sharding.shards import flat_pieces, local_piece, reshard  # costs most of a second
+
+    reshard(root)
+    return partial(local_piece, flat=flat_pieces(root))
 
 
 def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,17 +6,23 @@ import os
 from pathlib import Path
 from typing import IO
 
+LOCK = ".lock"
 
-def lock_folder(folder: Path) -> IO[str]:
+
+def lock_folder(folder: Path, session: str = "") -> IO[str]:
     """Takes the folder for this process until the returned file is closed or the process ends.
 
     Where platform or file system know no such locks, nothing is locked.
+
+    Args:
+        folder: is created.
+        session: whose it is, for ``holder``.
 
     Raises:
         ValueError: where another run has it, in this process or another, or it can't be created or written.
     """
     try:
-        return _lock(folder)
+        return _lock(folder, session)
     except BlockingIOError:
         reason, mend = "another run is using it", "give each run its own"
     except OSError as error:
@@ -24,9 +30,17 @@ def lock_folder(folder: Path) -> IO[str]:
     raise ValueError(f"dirpath={str(folder)!r} can't be used: {reason}; {mend}")
 
 
-def _lock(folder: Path) -> IO[str]:
+def holder(folder: Path) -> str:
+    """The session that took the folder last; empty where none is known."""
+    try:
+        return (folder / LOCK).read_text()
+    except OSError:
+        return ""
+
+
+def _lock(folder: Path, session: str) -> IO[str]:
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")  # noqa: SIM115 - held for as long as the run uses the folder
+    file = open(folder / LOCK, "a")  # noqa: SIM115 - held for as long as the run uses the folder
     try:
         import fcntl
 
@@ -36,6 +50,9 @@ def _lock(folder: Path) -> IO[str]:
         raise
     except (ImportError, OSError):
         pass
+    file.truncate(0)
+    file.write(session)
+    file.flush()
     # Forked children (data workers) share the lock, and may outlive a run that is killed.
     os.register_at_fork(after_in_child=file.close)
     return file

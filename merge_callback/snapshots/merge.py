@@ -57,21 +57,31 @@ class WindowMerger:
         exclude: Sequence[str] = (),
     ) -> None:
         self.window, self.methods, self.lag, self.exclude = window, methods, diversity_lag, exclude
-        self.metric = RMSDiversity({})
+        self.sharding, self.ranks = window.store.sharding, window.ranks
+        self.metric = RMSDiversity({}, sync_on_compute=False)  # the sums are everybody's already
         self.diversity: dict[str, Any] | None = None
         self._merge: Merge | None = None
         self._out: Arena | None = None
 
     def measure(self, model: ModelTensors, merge: bool) -> None:
-        """Reads the window once after an append: the newest pair's diversity and, if asked, the merge."""
+        """Reads the window once after an append: the newest pair's diversity and, if asked, the merge.
+
+        Each rank reads what it keeps; of the diversity one number a tensor is summed over all ranks.
+        """
         self._merge = self.diversity = None
-        pair = self.window.pair(self.lag)
-        squares = self._merged(model, pair) if merge else None
-        if squares is None and pair is not None:
-            squares = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena))
+        pair, squares, problem = self.window.pair(self.lag), None, None
+        try:
+            squares = self._merged(model, pair) if merge else None
+            if squares is None and pair is not None:
+                squares = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena))
+        except Exception as error:
+            problem = error
+        self.ranks.agree(problem)
         if squares is not None and pair is not None:
             ignored = self._copied(model, *pair) | model.buffers
-            self._record_diversity({n: v for n, v in squares.items() if n not in ignored}, pair)
+            counted = [name for name in squares if name not in ignored]
+            sums = torch.tensor([squares[name] for name in counted], dtype=torch.float64)
+            self._record_diversity(dict(zip(counted, self.ranks.total(sums).tolist(), strict=True)), pair)
 
     def forget(self) -> None:
         """Drops the merge that was made: the window's snapshots turned out to be of another segment."""
@@ -88,13 +98,17 @@ class WindowMerger:
     ) -> list[float]:
         """Overwrites the live model with the merge of ``snapshots``; returns the normalised weights.
 
+        Each rank merges what it keeps, in place, and hands it to those that hold the same.
+
         Raises:
             ValueError: where the model's tensors are others by now; none is overwritten.
         """
-        snapshots[-1].arena.check(model.tensors)
+        own = self.sharding.own(model.tensors)
+        snapshots[-1].arena.check(own)
         weights = method.normalised_weights(positions(snapshots))
         copied = self._copied(model, snapshots[0], snapshots[-1])
-        merge_into(weights, [snapshot.arena for snapshot in snapshots], model.tensors, copied)
+        merge_into(weights, [snapshot.arena for snapshot in snapshots], own, copied)
+        self.sharding.spread(model.tensors)
         return weights
 
     def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
@@ -102,12 +116,12 @@ class WindowMerger:
         snapshots = self.window.segment()
         if len(snapshots) < 2:
             return None
+        copied = self._copied(model, snapshots[0], snapshots[-1])  # first: all ranks have a say in it
         method = self.methods[snapshots[-1].phase]
         if self._out is None:
             self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
         arenas = [snapshot.arena for snapshot in snapshots]
         both = None if pair is None else (pair[0].arena, pair[1].arena)
-        copied = self._copied(model, snapshots[0], snapshots[-1])
         trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
         weights = None
         if isinstance(method, LinearMethod):
@@ -126,14 +140,18 @@ class WindowMerger:
         always that value in floating point, and a mask of infinities has none.
         """
         before, after = oldest.arena.tensors(), newest.arena.tensors()
-        still = (model.frozen | model.buffers) & before.keys()
-        constant = {name for name in still if torch.equal(before[name], after[name])}
+        still = sorted((model.frozen | model.buffers) & before.keys())
+        changed = torch.tensor([not torch.equal(before[name], after[name]) for name in still])
+        if still:  # a part may be constant where the whole is not
+            self.ranks.total(changed := changed.int())
+        constant = {name for name, some in zip(still, changed.tolist(), strict=True) if not some}
         return constant | model.matching(self.exclude)
 
     def _record_diversity(self, squares: Mapping[str, float], pair: tuple[Snapshot, Snapshot]) -> None:
         if set(squares) != set(self.metric.names):  # the first pair, or parameters were (un)frozen
             first = self.metric.first
-            self.metric = RMSDiversity({name: n for name, n in self._numel().items() if name in squares})
+            numel = {name: n for name, n in self._numel().items() if name in squares}
+            self.metric = RMSDiversity(numel, sync_on_compute=False)
             self.metric.first = first
         self.metric.reset()
         self.metric.update(squares)
@@ -147,7 +165,7 @@ class WindowMerger:
         }
 
     def _numel(self) -> dict[str, int]:
-        return {s.name: s.numel for group in self.window.store.layout.groups for s in group.segments}
+        return {s.name: s.numel for group in self.window.store.whole.groups for s in group.segments}
 
 
 def positions(snapshots: Sequence[Snapshot]) -> list[float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+import uuid
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.safetensors_file import (
@@ -21,6 +23,15 @@ from merge_callback.snapshots.safetensors_file import (
     map_arena,
     sync,
     write_file,
+)
+from merge_callback.snapshots.shard_files import (
+    gather_shards,
+    list_shards,
+    listed_shards,
+    shard_file,
+    shards_name,
+    shares,
+    write_shard,
 )
 
 Storage = Literal["disk", "cpu", "device"]
@@ -38,7 +49,7 @@ class Snapshot:
     one segment may be merged. ``since`` and ``lr_step`` count the steps whose learning rate was read: before
     the segment, and up to the snapshot. ``in_spike`` tells that the loss was an outlier around that step.
     ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the file) are empty for a snapshot that
-    lives in memory only.
+    lives in memory only; that of several ranks is a folder with a file of each, and a list of them.
     """
 
     step: int
@@ -68,6 +79,8 @@ class SnapshotStore:
         folder: for the snapshot files; ``None`` keeps snapshots in memory only.
         device: of the live model, for ``"device"``.
         masks: names of buffers that may hold Inf (attention masks do).
+        sharding: which part of each tensor this rank keeps; ``layout`` is of these parts.
+        whole: the layout of the whole model, where the rank does not keep all of it.
 
     Raises:
         ValueError: for ``"disk"`` without a folder.
@@ -80,16 +93,21 @@ class SnapshotStore:
         folder: Path | None,
         device: torch.device | str = "cpu",
         masks: Collection[str] = (),
+        sharding: Sharding | None = None,
+        whole: Layout | None = None,
     ) -> None:
         if storage == "disk" and folder is None:
             raise ValueError("storage='disk' needs a folder; keep durable=True, or choose storage='cpu'")
         self.layout, self.storage, self.folder = layout, storage, folder
         self.device = torch.device(device if storage == "device" else "cpu")
         self.masks = masks
+        self.sharding, self.whole = sharding or Sharding({}, {}), whole or layout
+        self.ranks = self.sharding.ranks
+        self.session = self.ranks.from_first(uuid.uuid4().hex[:12])  # of this process and its fellows
         self._free: list[Arena] = []
 
     def capture(self, tensors: Mapping[str, Tensor]) -> Arena:
-        """A copy of ``tensors`` in an arena of this storage (in host memory, for ``"disk"``).
+        """A copy of what this rank keeps of ``tensors``, in an arena of this storage (host memory for disk).
 
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf.
@@ -97,7 +115,7 @@ class SnapshotStore:
         """
         arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
         try:
-            arena.copy_from(tensors)
+            arena.copy_from(self.sharding.own(tensors))
             if bad := [name for name in arena.non_finite() if name not in self.masks]:
                 raise NonFiniteSnapshotError(
                     f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
@@ -107,25 +125,47 @@ class SnapshotStore:
             raise
         return arena
 
-    def write(self, snapshot: Snapshot, arena: Arena) -> None:
-        """Makes a captured snapshot durable, where there is a folder.
+    def write(self, snapshot: Snapshot, arena: Arena) -> str:
+        """Makes a captured snapshot durable, where there is a folder; each rank in a file of its own.
+
+        Returns:
+            The SHA-256 of the file.
 
         Raises:
             OSError: where its file can't be written; nothing is left of it.
         """
         if self.folder is None:
-            return
+            return ""
+        metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
+        metadata["layout"] = self.layout.hash
+        header, data = arena_header(self.layout), [arena.buffer.cpu()]
+        if self.ranks.size > 1:
+            folder = self.folder / shards_name(snapshot.step, self.session)
+            return write_shard(folder, self.sharding, header, data, metadata)
         # The name ends in the checksum: two timelines of one run can never take each other's file.
         self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.folder / f".step={snapshot.step:08d}.{os.getpid()}.tmp"
         temporary.unlink(missing_ok=True)
-        metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
-        metadata["layout"] = self.layout.hash
-        checksum = write_file(temporary, arena_header(self.layout), [arena.buffer.cpu()], metadata)
+        checksum = write_file(temporary, header, data, metadata)
         file = f"step={snapshot.step:08d}-{checksum[:12]}.safetensors"
         os.replace(temporary, self.folder / file)
         sync(self.folder)
         snapshot.file, snapshot.checksum = file, checksum
+        return checksum
+
+    def commit(self, snapshot: Snapshot, checksums: Sequence[str]) -> None:
+        """Completes a snapshot of several files, once every rank has written its own.
+
+        Args:
+            snapshot: whose ``file`` then is the files' folder, and ``checksum`` that of the list of them.
+            checksums: of each rank's file.
+
+        Raises:
+            OSError: on the first rank, where the list can't be written.
+        """
+        if self.folder is not None and self.ranks.size > 1:
+            snapshot.file = shards_name(snapshot.step, self.session)
+            snapshot.checksum = list_shards(self.folder / snapshot.file, checksums, write=self.ranks.is_first)
 
     def keep(self, snapshot: Snapshot, arena: Arena) -> bool:
         """Gives a snapshot its place in this storage; says whether it has one (on disk: a file)."""
@@ -135,8 +175,31 @@ class SnapshotStore:
         self._free.append(arena)  # the staging buffer of the next snapshot
         if not snapshot.file or self.folder is None:
             return False
-        snapshot.arena = map_arena(self.folder / snapshot.file, self.layout)
+        snapshot.arena = map_arena(self.own_file(self.folder / snapshot.file), self.layout)
         return True
+
+    def own_file(self, path: Path) -> Path:
+        """The file of this rank, of a snapshot whose file or folder is ``path``."""
+        return path / shard_file(self.ranks.rank, self.ranks.size) if self.ranks.size > 1 else path
+
+    def is_shared_out_alike(self, path: Path) -> bool:
+        """Whether the snapshot at ``path`` has a file of what this very rank keeps now."""
+        return shares(path, self.sharding, arena_header(self.layout))
+
+    def reshard(self, snapshot: Snapshot, path: Path) -> Arena:
+        """What this rank keeps now, from a snapshot whose files were shared out over other ranks.
+
+        Raises:
+            CorruptFileError: where a file that is read is not, byte for byte, what was written.
+            OSError: where one is missing or unreadable.
+        """
+        arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+        try:
+            gather_shards(path, snapshot.checksum, self.sharding.kept, arena.tensors())
+        except (CorruptFileError, OSError):
+            self._free.append(arena)
+            raise
+        return arena
 
     def load(self, snapshot: Snapshot, path: Path) -> None:
         """Fills ``snapshot`` from its file at ``path``, which is verified first.
@@ -145,8 +208,12 @@ class SnapshotStore:
             CorruptFileError: where the file is not, byte for byte, what was written, or has another layout.
             OSError: where it is missing or unreadable.
         """
+        expected = snapshot.checksum
+        if self.ranks.size > 1:
+            expected = listed_shards(path, expected)[shard_file(self.ranks.rank, self.ranks.size)]
+            path = self.own_file(path)
         mapped = map_arena(path, self.layout)
-        if file_checksum(path) != snapshot.checksum:
+        if file_checksum(path) != expected:
             raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
         if self.storage != "disk":
             arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
@@ -157,7 +224,11 @@ class SnapshotStore:
     def release(self, snapshot: Snapshot) -> None:
         """Gives an evicted snapshot's memory to the next one. Its file is the window's to remove."""
         if self.storage != "disk":
-            self._free.append(snapshot.arena)
+            self.give_back(snapshot.arena)
+
+    def give_back(self, arena: Arena) -> None:
+        """Takes an arena back that ``capture`` gave out."""
+        self._free.append(arena)
 
 
 def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:

@@ -23,6 +23,7 @@ from merge_callback.snapshots.safetensors_file import (
     sync,
     write_json,
 )
+from merge_callback.snapshots.shard_files import step_of
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class Window:
 
     def __init__(self, size: int, store: SnapshotStore, run_id: str) -> None:
         self.size, self.store, self.run_id = size, store, run_id
+        self.ranks = store.ranks
+        self._latest = -1  # the last step a snapshot was begun at
         self.snapshots: list[Snapshot] = []
         self._saved: list[list[str]] = []
 
@@ -56,16 +59,15 @@ class Window:
 
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf; the window is unchanged.
+            RemoteError: where another rank could not capture its part; the window is unchanged.
             OSError: where a file can't be written. In memory the snapshot is admitted all the same.
         """
-        arena = self.store.capture(tensors)
+        self._latest = max(self._latest, snapshot.step)
+        arena = self._capture(tensors)
         try:
             self._write(snapshot, arena)
         finally:
-            if self.store.keep(snapshot, arena):
-                self.snapshots.append(snapshot)
-                while len(self.snapshots) > self.size:
-                    self.store.release(self.snapshots.pop(0))
+            self._admit(snapshot, arena)
         self._commit()
 
     def relabel(self, phase: str, since: int) -> None:
@@ -146,14 +148,14 @@ class Window:
             self._write_manifest()
         return {
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
-            "layout": self.store.layout.hash,
+            "layout": self.store.whole.hash,
             "snapshots": [s.record() for s in self.snapshots],
             "saved": [list(files) for files in self._saved],
         }
 
     def layout_difference(self, state: Mapping[str, Any]) -> str:
         """How the model of a ``state_dict`` differs from this one, in one line; empty where it does not."""
-        layout = self.store.layout
+        layout = self.store.whole
         if state["layout"] == layout.hash or not state["snapshots"]:
             return ""
         for record in state["snapshots"]:
@@ -174,15 +176,10 @@ class Window:
         """
         self.snapshots, problems = [], []
         for record in state["snapshots"]:
-            snapshot = Snapshot(**record)
-            if snapshot.step > last_step:
+            if record["step"] > last_step:
                 continue
-            try:
-                self._load(snapshot, state["folder"])
-            except (CorruptFileError, OSError) as error:
-                problems.append(f"snapshot of step {snapshot.step}: {error}")
-            else:
-                self.snapshots.append(snapshot)
+            if problem := self._restore_one(Snapshot(**record), state["folder"]):
+                problems.append(f"snapshot of step {record['step']}: {problem}")
         self.snapshots = self.snapshots[-self.size :]
         # Also what newer checkpoints need: this one may be an older one, taken by mistake.
         newer = _read_manifest(self.store.folder).get("saved", []) if self.store.folder else []
@@ -198,9 +195,9 @@ class Window:
             OSError: where the folder can't be created or written.
         """
         folder = self.store.folder
-        if folder is None:
+        if folder is None or not self.ranks.is_first:
             return
-        strange = any(folder.glob("*.safetensors")) and _read_manifest(folder).get("run_id") != self.run_id
+        strange = any(folder.glob("step=*")) and _read_manifest(folder).get("run_id") != self.run_id
         if strange or (folder.exists() and not folder.is_dir()):
             aside = next(p for k in count(1) if not (p := _aside(folder, k)).exists())
             os.replace(folder, aside)
@@ -215,26 +212,83 @@ class Window:
         """
         if self.store.storage != "disk" or self.store.folder is None:
             return []
-        lines = []
-        for snapshot in list(self.snapshots):
+        cut = set()
+        for snapshot in self.snapshots:
             with contextlib.suppress(OSError):  # a removed file stays readable through its map
-                if (self.store.folder / snapshot.file).stat().st_size < self.store.layout.nbytes:
-                    self.snapshots.remove(snapshot)
-                    lines.append(f"snapshot of step {snapshot.step}: {snapshot.file} was cut")
-        return lines
+                path = self.store.own_file(self.store.folder / snapshot.file)
+                if path.stat().st_size < self.store.layout.nbytes:
+                    cut.add(snapshot.step)
+        cut = set().union(*self.ranks.exchange(cut))
+        lost = [snapshot for snapshot in self.snapshots if snapshot.step in cut]
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in cut]
+        return [f"snapshot of step {snapshot.step}: {snapshot.file} was cut" for snapshot in lost]
 
-    def _load(self, snapshot: Snapshot, recorded_folder: str) -> None:
-        """Loads a snapshot from the first sound file of its name, taking it over into the own folder."""
+    def _capture(self, tensors: Mapping[str, Tensor]) -> Arena:
+        """What this rank keeps of ``tensors``, if every rank has got hold of its part."""
+        arena = problem = None
+        try:
+            arena = self.store.capture(tensors)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            problem = error
+        try:
+            self.ranks.agree(problem)
+        except BaseException:
+            if arena is not None:
+                self.store.give_back(arena)
+            raise
+        assert arena is not None
+        return arena
+
+    def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
+        """Takes a captured snapshot in as the newest one, and lets the oldest beyond ``size`` go."""
+        if self.store.keep(snapshot, arena):
+            self.snapshots.append(snapshot)
+            while len(self.snapshots) > self.size:
+                self.store.release(self.snapshots.pop(0))
+
+    def _restore_one(self, snapshot: Snapshot, recorded_folder: str) -> str:
+        """Takes one snapshot back; returns what is wrong with it, on this rank or another."""
+        problem, arena = "", None
+        try:
+            arena = self._load(snapshot, recorded_folder)
+        except (CorruptFileError, OSError) as error:
+            problem = str(error) or type(error).__name__
+        told = self.ranks.exchange((problem, arena is not None))
+        if problems := [text for text, _ in told if text]:
+            if not problem:
+                self.store.give_back(arena) if arena is not None else self.store.release(snapshot)
+            return problems[0]
+        if arena is None:
+            self.snapshots.append(snapshot)
+            return ""
+        try:  # shared out over other ranks than before: it needs new files
+            self._write(snapshot, arena)
+        except OSError as error:
+            problem = str(error)
+        finally:
+            self._admit(snapshot, arena)
+        return problem
+
+    def _load(self, snapshot: Snapshot, recorded_folder: str) -> Arena | None:
+        """Loads a snapshot from the first sound file of its name, taking it over into the own folder.
+
+        Returns:
+            The arena of one that was shared out over other ranks, and so has no file of this rank's.
+        """
         problem: Exception = FileNotFoundError(f"{Path(recorded_folder) / snapshot.file} is gone")
         if not snapshot.file:
             problem = FileNotFoundError("it lived in memory only and ended with its process")
         folder = self.store.folder
         for path in self._files(snapshot.file, recorded_folder):
             try:
-                if folder is not None and path.parent != folder:
+                strange = folder is not None and path.parent != folder
+                if (strange and self.ranks.size > 1) or not self.store.is_shared_out_alike(path):
+                    return self.store.reshard(snapshot, path)
+                if folder is not None and strange:
                     _link_or_copy(path, folder / snapshot.file)
                     path = folder / snapshot.file
-                return self.store.load(snapshot, path)
+                self.store.load(snapshot, path)
+                return None
             except (CorruptFileError, OSError) as error:
                 problem = error
         raise problem
@@ -246,22 +300,31 @@ class Window:
         own = self.store.folder
         places = [] if own is None else [own, *sorted(own.parent.glob(f"{own.name}.old-*"))]
         for place in (*places, Path(recorded_folder)):
-            if (place / file).is_file():
+            if (place / file).exists():
                 yield place / file
 
     def _write(self, snapshot: Snapshot, arena: Arena) -> None:
-        """Writes a snapshot's file; on a full disk at the cost of files that only checkpoints need."""
+        """Writes a snapshot's file; on a full disk at the cost of files that only checkpoints need.
+
+        Raises:
+            OSError: where this rank, or another, could not write its own.
+        """
         while True:
+            checksum, failed = "", None
             try:
-                return self.store.write(snapshot, arena)
+                checksum = self.store.write(snapshot, arena)
             except OSError as error:
-                if not self._saved:
-                    raise
-                files = self._saved.pop(0)
-                log.warning(
-                    "merge: %s: giving up the window of an earlier checkpoint (%s …)", error, files[:1]
-                )
-                self._prune()
+                failed = error
+            told = self.ranks.exchange((checksum, failed and str(failed)))
+            problem = next((text for _, text in told if text is not None), None)
+            if problem is None:
+                return self.store.commit(snapshot, [checksum for checksum, _ in told])
+            if not self._saved:
+                raise failed or OSError(problem)
+            files = self._saved.pop(0)
+            log.warning("merge: %s: giving up the window of an earlier checkpoint (%s …)", problem, files[:1])
+            self._prune()
+            self.ranks.exchange(None)  # the first rank has made room
 
     def _commit(self) -> None:
         """Writes the manifest, then removes the files nobody needs: a kill in between loses nothing."""
@@ -274,27 +337,34 @@ class Window:
 
     def _write_manifest(self) -> None:
         folder = self.store.folder
-        if folder is None:
+        if folder is None or not self.ranks.is_first:
             return
         folder.mkdir(parents=True, exist_ok=True)
         manifest = {
             "format": 1,
             "run_id": self.run_id,
-            "layout": self.store.layout.hash,
+            "layout": self.store.whole.hash,
             "snapshots": [s.record() for s in self.snapshots],
             "saved": self._saved,
         }
         write_json(folder / MANIFEST, manifest)
 
     def _prune(self) -> None:
+        """Removes the files nobody needs. That is the first rank's to do: the ranks share the folder."""
         folder = self.store.folder
-        if folder is None or not folder.is_dir():
+        if folder is None or not self.ranks.is_first or not folder.is_dir():
             return
-        needed = {MANIFEST, *(s.file for s in self.snapshots), *(f for files in self._saved for f in files)}
-        for path in (*folder.glob("*.safetensors"), *folder.glob(".*.tmp")):
-            if path.name not in needed:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+        needed = {*(s.file for s in self.snapshots), *(f for files in self._saved for f in files)}
+        for path in (*folder.glob("step=*"), *folder.glob(".*.tmp")):
+            if path.name in needed or self._is_being_written(path.name):
+                continue
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _is_being_written(self, name: str) -> bool:
+        """Whether a folder is of a snapshot that is not complete yet: other ranks may be ahead."""
+        step = step_of(name, self.store.session)
+        return step is not None and step >= self._latest
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

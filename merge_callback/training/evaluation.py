@@ -22,6 +22,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
+from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.merge import Merge
 from merge_callback.training.kept_state import RandomState, kept_python_state, kept_weights, reset_metrics
@@ -33,8 +34,9 @@ log = logging.getLogger(__name__)
 class MergedValidation:
     """Validates each merge once and makes ``merged/…`` known to callbacks that monitor it."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, sharding: Sharding | None = None) -> None:
         self.trainer, self.module = trainer, module
+        self.sharding = sharding or Sharding({}, {})
         self.step = -1
         self.metrics: dict[str, float] = {}
         self._random: RandomState | None = None
@@ -53,8 +55,13 @@ class MergedValidation:
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
         live = _epoch_metrics(results, self.trainer.callback_metrics)
         if merge is not None and merge.step != self.step:
+            problem = None
             try:
-                merged = validate_with(self.trainer, self.module, merge.arena, self._random)
+                merged = validate_with(self.trainer, self.module, merge.arena, self._random, self.sharding)
+            except Exception as error:
+                problem = error
+            try:
+                self.sharding.ranks.agree(problem)
             except Exception:
                 log.exception("merge: validation with the merged weights failed; the live weights are back")
             else:
@@ -76,7 +83,11 @@ class MergedValidation:
 
 
 def validate_with(
-    trainer: Trainer, module: LightningModule, merged: Arena, random: RandomState | None = None
+    trainer: Trainer,
+    module: LightningModule,
+    merged: Arena,
+    random: RandomState | None = None,
+    sharding: Sharding | None = None,
 ) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
 
@@ -86,8 +97,9 @@ def validate_with(
     Args:
         trainer: in fit, at the end of a validation.
         module: its module.
-        merged: weights in the model's layout and dtypes.
+        merged: weights in the model's layout and dtypes; with several ranks what this one keeps of them.
         random: the generators to begin with; default: as they are.
+        sharding: what each rank keeps, where there are several.
 
     Returns:
         Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
@@ -103,13 +115,15 @@ def validate_with(
         stack.enter_context(torch.no_grad())
         stack.callback(RandomState(trainer).restore)
         stack.enter_context(kept_python_state(trainer, module))
-        tensors = stack.enter_context(kept_weights(module, merged.buffer.device))
+        tensors = stack.enter_context(kept_weights(trainer, module, merged.buffer.device))
         stack.enter_context(_replaced(trainer, "callbacks", []))
         stack.enter_context(_replaced(trainer, "loggers", [DummyLogger() for _ in trainer.loggers]))
         stack.enter_context(_replaced(trainer, "should_stop", trainer.should_stop))
         stack.enter_context(_replaced(trainer, "_logger_connector", connector))
         stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
-        merged.copy_to(tensors)
+        sharding = sharding or Sharding({}, {})
+        merged.copy_to(sharding.own(tensors))
+        sharding.spread(tensors)
         reset_metrics(module)
         if random is not None:
             random.restore()

@@ -49,15 +49,18 @@ class RandomState:
 
 
 @contextmanager
-def kept_weights(module: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Hands out the live tensors; on exit they and all other buffers have their bits back."""
-    model = ModelTensors.of(module)
+def kept_weights(trainer: Trainer, module: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Hands out the live tensors (or shards); on exit they and all other buffers have their bits back."""
+    model = ModelTensors.of(module, trainer.strategy.model)
     live = Arena.empty(Layout.of(model.tensors), device)
     live.copy_from(model.tensors)
     transient = [(buffer, buffer.clone()) for buffer in model.transient]
     try:
         yield model.tensors
     finally:
+        ModelTensors.of(
+            module, trainer.strategy.model
+        )  # shards are shown again, where FSDP has gathered them
         live.copy_to(model.tensors)
         for buffer, kept in transient:
             _put_back(buffer, kept)

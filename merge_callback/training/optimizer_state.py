@@ -80,8 +80,9 @@ def scale(optimizer: Optimizer, factor: float) -> None:
 
 
 def is_finite(optimizer: Optimizer) -> bool:
-    """Whether all of its state is."""
-    tensors = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+    """Whether all of its state is; of sharded state, this rank's part."""
+    values = (v for state in optimizer.state.values() for v in state.values())
+    tensors = [_local(v) for v in values if isinstance(v, Tensor)]
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
     return all(map(all_finite, dense))
 
@@ -114,6 +115,10 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
             state[name] = type(value)(initial)
         elif power and isinstance(value, Tensor):
             value.mul_(factor**power)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _initial(optimizer: Optimizer, name: str) -> float:

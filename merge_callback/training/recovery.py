@@ -58,11 +58,17 @@ class Recovery:
         Raises:
             ValueError: where the model or an optimizer's state is not what it should be. The run is as it
                 was, but for the state of further optimizers, if there are any.
+            RemoteError: where that is so on another rank.
         """
-        model = ModelTensors.of(self.module)
-        snapshots[-1].arena.check(model.tensors)
-        for optimizer in self.trainer.optimizers:
-            self._set_back(optimizer)
+        model, problem = ModelTensors.of(self.module, self.trainer.strategy.model), None
+        spoilt = self._spoilt()
+        try:
+            snapshots[-1].arena.check(self.merger.sharding.own(model.tensors))
+            for index, optimizer in enumerate(self.trainer.optimizers):
+                self._set_back(optimizer, index in spoilt)
+        except Exception as error:
+            problem = error
+        self.merger.ranks.agree(problem)
         weights = self.merger.merge_into(model, snapshots, self.options.merging)
         self.merger.forget()
         # Where Lightning is about to drop the gradients, zeros would only be written.
@@ -80,11 +86,18 @@ class Recovery:
         self.lr.load_state_dict(state["lr"])
         self._loss_scale = state["loss_scale"]
 
-    def _set_back(self, optimizer: Optimizer) -> None:
+    def _spoilt(self) -> set[int]:
+        """Which optimizers have state that is not finite, on any rank; where that matters."""
+        if callable(self.options.optimizer) or self.options.optimizer == "reset":
+            return set()
+        own = {i for i, o in enumerate(self.trainer.optimizers) if not optimizer_state.is_finite(o)}
+        return set().union(*self.merger.ranks.exchange(own))
+
+    def _set_back(self, optimizer: Optimizer, is_spoilt: bool) -> None:
         policy = self.options.optimizer
         if callable(policy):
             policy(optimizer)
-        elif policy == "reset" or not optimizer_state.is_finite(optimizer):
+        elif policy == "reset" or is_spoilt:
             optimizer_state.reset(optimizer)
         elif policy == "scale":
             optimizer_state.scale(optimizer, self.options.optimizer_scale)

@@ -7,19 +7,21 @@ import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming, publish_merge
-from merge_callback.sharding import Ranks
+from merge_callback.sharding import Ranks, Sharding
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.folder_lock import lock_folder
+from merge_callback.snapshots.folder_lock import holder, lock_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
@@ -56,34 +58,36 @@ class MergeSession:
         self, options: Options, trainer: Trainer, module: LightningModule, resume: Mapping[str, Any]
     ) -> None:
         self.options, self.trainer, self.module = options, trainer, module
+        self.ranks = Ranks.of_run()
         self.dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
         self.naming = Naming.of(module, options.strip_prefix)
-        self.ranks = Ranks.of_run()
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
             self.ranks, counts_batches(trainer), trainer.strategy.root_device, self.clock
         )
         self.applied, self.phases = AppliedLR(trainer.optimizers), LRPhaseDetector(total_steps(trainer))
         self.publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
-        model = ModelTensors.of(module)
+        model = self.live()
         _check_exclude(options.exclude, model)
-        layout = Layout.of(model.tensors, options.snapshot_dtype)
+        self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks)
+        layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype)
+        whole = Layout.of(_whole(model), options.snapshot_dtype)
         folder = self.dirpath / "window" if options.durable else None
         masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
-        store = SnapshotStore(layout, options.storage, folder, module.device, masks)
-        self.window = Window(options.window, store, resume.get("run_id") or uuid.uuid4().hex)
+        store = SnapshotStore(layout, options.storage, folder, module.device, masks, self.sharding, whole)
+        run_id = resume.get("run_id") or self.ranks.from_first(uuid.uuid4().hex)
+        self.window = Window(options.window, store, run_id)
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self.merger = WindowMerger(self.window, options.methods, lag, options.exclude)
         self.step = trainer.global_step  # the last optimizer step seen
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
-        self.validation = MergedValidation(trainer, module)
+        self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
         self.taken, self.emitted_step = 0, -1
         self.advised: list[str] = []
-        self.lock = lock_folder(self.dirpath)
+        self.lock: IO[str] | None = None
         try:
-            self.window.claim_folder()
-            self.publisher.sweep()
+            self._take_folder()
             self.plan = Plan.of(options, store, trainer)
             _tell(self.plan.lines(), self.plan.warnings())
             if resume:
@@ -92,6 +96,10 @@ class MergeSession:
             self.close()
             raise
         self._first = (self.step, self.clock.tokens)
+
+    def live(self) -> ModelTensors:
+        """The live model's tensors, as they are on this rank."""
+        return ModelTensors.of(self.module, self.trainer.strategy.model)
 
     @property
     def countable(self) -> bool | None:
@@ -156,7 +164,7 @@ class MergeSession:
         What fails here is logged; the run goes on.
         """
         try:
-            self._take_snapshot(ModelTensors.of(self.module))
+            self._take_snapshot(self.live())
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", self.step)
 
@@ -176,16 +184,18 @@ class MergeSession:
     def emit(self) -> None:
         """Publishes the merge of the window as it is, if there is something to merge."""
         merge = self._current_merge()
-        if merge is None or merge.step == self.emitted_step:
+        # The first rank alone knows whether it could be written.
+        if merge is None or self.ranks.from_first(merge.step == self.emitted_step):
             return
         try:
             publish_merge(
                 self.publisher,
                 merge,
-                ModelTensors.of(self.module).tied,
+                self.sharding,
+                self.live().tied,
                 self.naming,
                 diversity=self.merger.diversity,
-                layout=self.window.store.layout.hash,
+                layout=self.window.store.whole.hash,
                 run_id=self.window.run_id,
             )
             self.emitted_step = merge.step
@@ -213,7 +223,8 @@ class MergeSession:
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
-        self.lock.close()
+        if self.lock:
+            self.lock.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the weights stay in the window's files."""
@@ -280,8 +291,33 @@ class MergeSession:
             self.merger,
             self.statistics,
             self.dirpath,
-            self.publisher.newest_up_to,
+            self._newest_emission_up_to,
         )
+
+    def _newest_emission_up_to(self, step: int) -> Path | None:
+        return self.ranks.from_first(self.publisher.newest_up_to(step))
+
+    def _take_folder(self) -> None:
+        """Locks the run's folder and puts it in order: the first rank, for all of them.
+
+        Raises:
+            ValueError: where another run has it, it can't be written, or a rank does not see it.
+        """
+        problem: Exception | None = None
+        try:
+            if self.ranks.is_first:
+                self.lock = lock_folder(self.dirpath, self.window.store.session)
+                self.window.claim_folder()
+                self.publisher.sweep()
+        except Exception as error:
+            problem = error
+        self.ranks.agree(problem)
+        if self.options.durable and holder(self.dirpath) != self.window.store.session:
+            problem = ValueError(
+                f"dirpath={str(self.dirpath)!r} is not the same folder on all ranks: rank {self.ranks.rank} "
+                "does not see what rank 0 has written; name one on a file system that they share"
+            )
+        self.ranks.agree(problem)
 
     def _count(self, batch: Any) -> None:
         try:
@@ -292,12 +328,19 @@ class MergeSession:
             warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
 
     def _current_merge(self) -> Merge | None:
+        merge: Merge | None = None
+        problem: Exception | None = None
         try:
             self._warn_of_damage()
-            return self.merger.current(ModelTensors.of(self.module))
+            merge = self.merger.current(self.live())
+        except Exception as error:
+            problem = error
+        try:
+            self.ranks.agree(problem)
         except Exception:
             log.exception("merge: the window could not be merged at step %s; training goes on", self.step)
             return None
+        return merge
 
     def _warn_of_damage(self) -> None:
         for line in self.window.drop_damaged():
@@ -356,6 +399,14 @@ class MergeSession:
 
 def _default_dirpath(trainer: Trainer) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "merges"
+
+
+def _whole(model: ModelTensors) -> dict[str, Tensor]:
+    """The model's tensors in their whole shapes, without values."""
+    return {
+        name: torch.empty(model.pieces[name].whole, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.tensors.items()
+    }
 
 
 def _check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:

@@ -279,7 +279,8 @@ class SpikeWatch:
     def _report(self, event: SpikeEvent, outcome: str, **more: Any) -> None:
         record = {"event": outcome, "trigger": event.trigger, **asdict(event), **more}
         del record["kind"]
-        append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
+        if self.trainer.is_global_zero:
+            append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
         announce(self.trainer, record)
         self._log(0.0 if outcome == "shift" else 1.0)
 

@@ -1,0 +1,189 @@
+"""Which part of every tensor each rank keeps in its window, and how parts become whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from merge_callback.sharding.pieces import Piece, split_rows
+from merge_callback.sharding.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """The ranks that hold the same part of a tensor, and the rows of it that each of them keeps."""
+
+    ranks: tuple[int, ...]
+    bounds: tuple[int, ...]
+
+    def rows(self, rank: int) -> tuple[int, int]:
+        """From which row to which one a rank keeps the part."""
+        index = self.ranks.index(rank)
+        return self.bounds[index], self.bounds[index + 1]
+
+
+class Sharding:
+    """How a model's tensors are shared out over the windows of all ranks.
+
+    A tensor that is sharded stays where it is: a rank keeps its own shard. What several ranks hold alike (all
+    of a model under DDP, the replicas of a hybrid sharding, what tensor parallelism does not split) is kept
+    by rows, each row by one of them, so that all keep about as many bytes. Buffers under DDP differ between
+    the ranks until the next forward pass, which spreads the first rank's: that one keeps them.
+
+    Args:
+        tensors: live ones of this rank, by name.
+        pieces: which part of the whole each of them is.
+        buffers: names of those that are buffers.
+        ranks: of the run; with several of them, all have to construct theirs.
+
+    Raises:
+        ValueError: where the ranks' models have different tensors, or hold a part alike that is not equal.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        pieces: Mapping[str, Piece],
+        buffers: Collection[str] = (),
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        self.wholes = {name: piece.whole for name, piece in pieces.items()}
+        self.kept = dict(pieces)
+        self._by_rank = [self.kept]  # on the first rank alone: everybody's
+        self._replicas: dict[str, _Replicas] = {}
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+        if self.ranks.size > 1:
+            self._share_out(tensors, pieces, buffers)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The part of each live tensor that this rank keeps (views; of some it may keep nothing)."""
+        return {name: self.own_part(name, tensor) for name, tensor in tensors.items()}
+
+    def own_part(self, name: str, tensor: Tensor) -> Tensor:
+        """What this rank keeps of one live tensor, or of another that is sharded as it is."""
+        replicas = self._replicas.get(name)
+        return tensor if replicas is None else _rows(tensor, *replicas.rows(self.ranks.rank))
+
+    def spread(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hands what each rank keeps of the live tensors to those that hold the same, in place.
+
+        Tensor by tensor, in training's own process groups. Nothing is sent where every tensor is sharded.
+        """
+        for name, replicas in self._replicas.items():
+            for rank in replicas.ranks:
+                part = _rows(tensors[name], *replicas.rows(rank))
+                if part.numel():
+                    sent = part.contiguous()
+                    dist.broadcast(sent, src=rank, group=self._groups[replicas.ranks])
+                    if sent is not part and rank != self.ranks.rank:
+                        part.copy_(sent)
+
+    def gather(self, parts: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+        """Puts whole tensors together on the first rank, one after the other, in the order of ``names``.
+
+        All ranks have to iterate to the end; the others send their parts, and get empty tensors.
+
+        Args:
+            parts: what this rank keeps.
+            names: of the tensors.
+
+        Yields:
+            CPU tensors.
+        """
+        for name in names:
+            part = parts[name].cpu()
+            if self.ranks.is_first:
+                yield self._receive(name, part)
+            else:
+                if part.numel():
+                    dist.send(part.contiguous(), 0, group=self.ranks.group)
+                yield part.new_empty(0)
+
+    def close(self) -> None:
+        """Gives the process groups back. All ranks have to."""
+        for group in self._groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
+        self._groups = {}
+
+    def _receive(self, name: str, own: Tensor) -> Tensor:
+        if self.kept[name].is_all:
+            return own.reshape(self.wholes[name])
+        whole = own.new_empty(self.wholes[name])
+        for rank, kept in enumerate(self._by_rank):
+            piece, part = kept[name], own
+            if rank and piece.numel:
+                part = own.new_empty(piece.numel)
+                dist.recv(part, rank, group=self.ranks.group)
+            piece.place(part, whole)
+        return whole
+
+    def _share_out(
+        self, tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece], buffers: Collection[str]
+    ) -> None:
+        prints = {name: _fingerprint(t) for name, t in tensors.items() if name not in buffers}
+        held = self.ranks.exchange((dict(pieces), prints))
+        kept = [theirs for theirs, _ in held]
+        _check_alike([{name: piece.whole for name, piece in theirs.items()} for theirs in kept])
+        shared: dict[tuple[int, ...], list[str]] = {}  # by the ranks that hold them alike
+        for name in pieces:
+            for alike in _alike([theirs[name] for theirs in kept]):
+                _check_equal(name, {rank: held[rank][1].get(name, 0) for rank in alike})
+                shared.setdefault(alike, []).append(name)
+        for alike, names in sorted(shared.items()):
+            every = len(alike) == self.ranks.size
+            self._groups[alike] = None if every else dist.new_group(list(alike))
+            parts = [name for name in names if name not in buffers]
+            sizes = [(kept[alike[0]][n].rows, kept[alike[0]][n].numel * tensors[n].itemsize) for n in parts]
+            bounds = dict(zip(parts, split_rows(sizes, len(alike)), strict=True))
+            for name in names:
+                rows = kept[alike[0]][name].rows
+                replicas = _Replicas(alike, tuple(bounds.get(name) or [0, *[rows] * len(alike)]))
+                for rank in alike:
+                    kept[rank][name] = kept[rank][name].of_rows(*replicas.rows(rank))
+                if self.ranks.rank in alike:
+                    self._replicas[name] = replicas
+        self.kept = kept[self.ranks.rank]
+        self._by_rank = kept if self.ranks.is_first else [self.kept]
+
+
+def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return (tensor if tensor.ndim else tensor.view(1))[start:stop]
+
+
+def _alike(pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
+    """The ranks that hold the same piece, where they are several."""
+    holders: dict[Piece, list[int]] = {}
+    for rank, piece in enumerate(pieces):
+        if piece.numel:
+            holders.setdefault(piece, []).append(rank)
+    return [tuple(ranks) for ranks in holders.values() if len(ranks) > 1]
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """A sum over a tensor's bits: the order of summing does not matter."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.contiguous().view(integers[tensor.itemsize]).sum(dtype=torch.int64))
+
+
+def _check_alike(wholes: Sequence[Mapping[str, tuple[int, ...]]]) -> None:
+    for rank, theirs in enumerate(wholes):
+        if theirs != wholes[0]:
+            names = [n for n in {**theirs, **wholes[0]} if theirs.get(n) != wholes[0].get(n)]
+            raise ValueError(
+                f"rank {rank} has other tensors than rank 0 ({', '.join(names[:3])}): where each rank has "
+                "layers of its own (pipeline parallelism), no window can be kept"
+            )
+
+
+def _check_equal(name: str, prints: Mapping[int, int]) -> None:
+    if len(set(prints.values())) > 1:
+        raise ValueError(
+            f"parameter {name!r} is not sharded, and yet its values differ between the ranks "
+            f"{list(prints)[:8]}: a merge would mix them; make it a DTensor, or keep it equal on all ranks"
+        )

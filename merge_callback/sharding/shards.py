@@ -1,0 +1,87 @@
+"""What PyTorch's ways of sharding leave of each tensor on a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from merge_callback.sharding.pieces import Piece
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's local part, which shares its memory; any other tensor itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def local_piece(tensor: Tensor, flat: Mapping[int, Piece]) -> tuple[Tensor, Piece]:
+    """What this rank holds of a live tensor, and which part of the whole that is.
+
+    Args:
+        tensor: of a module; may be a DTensor.
+        flat: what ``flat_pieces`` found in the model.
+
+    Returns:
+        A plain tensor that shares memory with the live one, but not its version counter: see ``capture``.
+    """
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        return local(tensor).data, Piece.box(tensor.shape, offset, shape)
+    return tensor.data, flat.get(id(tensor)) or Piece.all_of(tensor.shape)
+
+
+def flat_pieces(root: nn.Module) -> dict[int, Piece]:
+    """Which range of its tensor each parameter is that FSDP1 shards, by the parameter's ``id``."""
+    return {
+        id(parameter): Piece.flat(shape, info.intra_param_start_idx, info.intra_param_end_idx + 1)
+        if info.in_shard
+        else Piece(tuple(shape), ())
+        for flat in _flat_parameters(root)
+        for parameter, shape, info in zip(flat._params, flat._shapes, flat._shard_param_infos, strict=True)
+    }
+
+
+def reshard(root: nn.Module) -> None:
+    """Frees what FSDP gathered and keeps: its modules show their shards again, and gather them anew.
+
+    After a forward pass without a backward pass the root keeps its whole parameters, which would hide what is
+    written to the shards.
+    """
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    for handle in _fsdp1_handles(root):
+        if handle.uses_sharded_strategy:
+            handle.reshard(free_unsharded_flat_param=True)
+
+
+def whole_numel(root: nn.Module) -> Any:
+    """A function that gives a live parameter's number of elements, those of other ranks too."""
+    flat = flat_pieces(root)
+
+    def numel(parameter: Tensor) -> int:
+        piece = flat.get(id(parameter))
+        return parameter.numel() if piece is None else int(torch.Size(piece.whole).numel())
+
+    return numel
+
+
+def _flat_parameters(root: nn.Module) -> Iterator[Any]:
+    return (handle.flat_param for handle in _fsdp1_handles(root) if handle.uses_sharded_strategy)
+
+
+def _fsdp1_handles(root: nn.Module) -> list[Any]:
+    if not any(isinstance(module, FullyShardedDataParallel) for module in root.modules()):
+        return []
+    return _get_fsdp_handles(root)

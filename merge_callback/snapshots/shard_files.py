@@ -1,0 +1,224 @@
+"""A snapshot of several ranks on disk: a folder with a file of each, and last of all a list of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from merge_callback.sharding.pieces import Box, Piece
+from merge_callback.sharding.sharding import Sharding
+from merge_callback.snapshots.safetensors_file import (
+    CorruptFileError,
+    difference,
+    file_checksum,
+    read_header,
+    sync,
+    write_file,
+    write_json,
+)
+
+SHARDS = "shards.json"
+
+
+def shards_name(step: int, session: str) -> str:
+    """The folder of a snapshot: two timelines of one run, having other sessions, never share one."""
+    return f"step={step:08d}-{session}"
+
+
+def step_of(name: str, session: str) -> int | None:
+    """The step of a folder's snapshot, where it is this session's."""
+    found = re.fullmatch(rf"step=(\d+)-{session}", name)
+    return int(found[1]) if found else None
+
+
+def shard_file(rank: int, size: int) -> str:
+    """The name of a rank's file."""
+    return f"rank-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def write_shard(
+    folder: Path,
+    sharding: Sharding,
+    header: Mapping[str, Any],
+    data: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> str:
+    """Writes what this rank keeps; returns the file's SHA-256.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / shard_file(sharding.ranks.rank, sharding.ranks.size)
+    path.unlink(missing_ok=True)
+    checksum = write_file(path, header, data, {**metadata, "pieces": _to_json(sharding.kept)})
+    sync(folder)
+    return checksum
+
+
+def list_shards(folder: Path, checksums: Sequence[str], write: bool) -> str:
+    """Lists a complete snapshot's files with their checksums; returns the list's own SHA-256.
+
+    Raises:
+        OSError: where it can't be written.
+    """
+    files = {shard_file(rank, len(checksums)): checksum for rank, checksum in enumerate(checksums)}
+    content = {"format": 1, "files": files}
+    if write:
+        write_json(folder / SHARDS, content)
+        sync(folder.parent)
+    return hashlib.sha256(json.dumps(content, indent=2).encode()).hexdigest()
+
+
+def listed_shards(folder: Path, checksum: str) -> dict[str, str]:
+    """The files of a snapshot with their checksums.
+
+    Raises:
+        CorruptFileError: where the list is not the one with this checksum.
+        OSError: where it is missing: the snapshot was never completed.
+    """
+    text = (folder / SHARDS).read_bytes()
+    if hashlib.sha256(text).hexdigest() != checksum:
+        raise CorruptFileError(f"{folder / SHARDS}: the checksum differs from the recorded one")
+    files: dict[str, str] = json.loads(text)["files"]
+    return files
+
+
+def shares(path: Path, sharding: Sharding, header: Mapping[str, Any]) -> bool:
+    """Whether the snapshot at ``path`` has a file that holds just what this rank keeps now."""
+    if sharding.ranks.size == 1:
+        return path.is_file()
+    own = path / shard_file(sharding.ranks.rank, sharding.ranks.size)
+    if not own.is_file():
+        return False
+    found, _ = read_header(own)
+    metadata = found.pop("__metadata__", {})
+    return metadata.get("pieces") == _to_json(sharding.kept) and not difference(found, header)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A file, and which part of each tensor it has."""
+
+    path: Path
+    checksum: str
+    pieces: Mapping[str, Piece]
+
+
+def gather_shards(path: Path, checksum: str, wanted: Mapping[str, Piece], out: Mapping[str, Tensor]) -> None:
+    """Fills ``out`` with parts of tensors, from the files of a snapshot that was shared out otherwise.
+
+    What has to be read from where is worked out by ``torch.distributed.checkpoint``.
+
+    Args:
+        path: of the snapshot, a file or a folder.
+        checksum: of the file, or of the list in the folder.
+        wanted: which part of each tensor.
+        out: where to, contiguous.
+
+    Raises:
+        CorruptFileError: where a file that is read is not what was written, or an element is in none.
+        OSError: where one is missing or unreadable.
+    """
+    sources, opened = list(_sources(path, checksum)), {}
+    for name, piece in wanted.items():
+        filled = 0
+        for read in _reads(name, piece, sources):
+            if read.source not in opened:
+                opened[read.source] = _open(sources[read.source])
+            stored = opened[read.source].get_tensor(name)
+            read.to.of(_part(out[name], *read.target)).copy_(read.come.of(_part(stored, *read.origin)))
+            filled += read.to.numel
+        if filled != piece.numel:
+            raise CorruptFileError(f"{path}: holds {filled} of {piece.numel} elements of {name!r}")
+
+
+def _sources(path: Path, checksum: str) -> Iterator[_Source]:
+    if path.is_file():
+        header, _ = read_header(path)
+        header.pop("__metadata__", None)
+        yield _Source(path, checksum, {n: Piece.all_of(entry["shape"]) for n, entry in header.items()})
+        return
+    for file, expected in listed_shards(path, checksum).items():
+        header, _ = read_header(path / file)
+        yield _Source(path / file, expected, _from_json(header.get("__metadata__", {}).get("pieces", "{}")))
+
+
+def _open(source: _Source) -> Any:
+    if file_checksum(source.path) != source.checksum:
+        raise CorruptFileError(f"{source.path}: the checksum differs from the recorded one")
+    return safe_open(source.path, "pt")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What to copy: box ``come`` of box ``origin`` of a source's piece, to box ``to`` of box ``target``.
+
+    ``origin`` and ``target`` come with where they begin among their pieces' elements.
+    """
+
+    source: int
+    origin: tuple[int, Box]
+    come: Box
+    target: tuple[int, Box]
+    to: Box
+
+
+def _reads(name: str, piece: Piece, sources: Sequence[_Source]) -> Iterator[_Read]:
+    # These take half a second to import, and are only needed here.
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+    from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+    own = list(_placed(piece))
+    origins = [
+        (i, *placed) for i, source in enumerate(sources) for placed in _placed(source.pieces.get(name))
+    ]
+    wanted, stored = (
+        [ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.shape)) for *_, box in boxes]
+        for boxes in (own, origins)
+    )
+    known = TensorStorageMetadata(TensorProperties(), torch.Size(piece.whole), stored)
+    for item in create_read_items_for_chunk_list(name, known, wanted):
+        source, start, box = origins[item.storage_index.index or 0]
+        shape = tuple(item.lengths)
+        come, to = Box(tuple(item.storage_offsets), shape), Box(tuple(item.dest_offsets), shape)
+        yield _Read(source, (start, box), come, own[item.dest_index.index or 0], to)
+
+
+def _placed(piece: Piece | None) -> Iterator[tuple[int, Box]]:
+    """Each box of a piece, with where it begins among the piece's elements."""
+    start = 0
+    for box in piece.boxes if piece else ():
+        yield start, box
+        start += box.numel
+
+
+def _part(elements: Tensor, start: int, box: Box) -> Tensor:
+    """A box of a piece, as a view of the piece's elements."""
+    return elements.reshape(-1)[start : start + box.numel].view(box.shape)
+
+
+def _to_json(pieces: Mapping[str, Piece]) -> str:
+    return json.dumps(
+        {n: [p.whole, p.start, [[b.offset, b.shape] for b in p.boxes]] for n, p in pieces.items()}
+    )
+
+
+def _from_json(text: str) -> dict[str, Piece]:
+    return {
+        name: Piece(tuple(whole), tuple(Box(tuple(offset), tuple(shape)) for offset, shape in boxes), start)
+        for name, (whole, start, boxes) in json.loads(text).items()
+    }
