@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from merge_callback.sharding import Ranks
 from merge_callback.training.late_numbers import send, send_sum
@@ -259,8 +258,8 @@ def _dense(gradient: Tensor) -> Tensor:
 
 def _own(value: Tensor | float, factor: int) -> Tensor | float:
     """A copy that no later step writes over, times ``factor``: a number where that takes no waiting."""
-    if isinstance(value, DTensor):
-        value = value.detach().full_tensor()  # type: ignore[attr-defined]
+    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor's: to import the class takes a second
+        value = full_tensor()
     if isinstance(value, Tensor) and value.is_cuda:
         return value.detach().double().mean() * factor
     if isinstance(value, Tensor):
