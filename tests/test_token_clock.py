@@ -50,6 +50,16 @@ def test_an_own_counter_is_asked():
     assert clock.count({"mask": torch.tensor([1, 1, 0])}) == 2
 
 
+def test_a_crossing_is_near_where_a_step_of_twice_the_largest_would_bring_it():
+    clock = TokenClock()
+    assert clock.is_near(10**9)  # nothing is known yet
+    near = []
+    for tokens in (10, 4, 10, 10, 10, 10, 10, 10, 10):
+        clock.add(tokens)
+        near.append(clock.is_near(60))
+    assert near == [False, False, False, False, True, True, False, False, False]  # at 44 and 54
+
+
 def test_an_interval_is_crossed_once_however_large_the_steps():
     marks = [0, 3, 9, 10, 11, 35, 40]
     due = [crossed(before, after, 10) for before, after in pairwise(marks)]
