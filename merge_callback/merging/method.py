@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor
 
 from merge_callback.reduce import one_pass
+from merge_callback.sharding.pieces import Piece
 
 Need = Literal["pairs", "task vectors", "randomness", "global sums"]
 
@@ -20,18 +21,42 @@ METHODS: dict[str, type[MergeMethod]] = {}
 
 
 @dataclass(frozen=True)
+class Shard:
+    """Which part of a tensor that several processes share out is here.
+
+    Args:
+        piece: the part.
+        total: sums a CPU tensor over all processes, in place. Each of them has to call it as often.
+    """
+
+    piece: Piece
+    total: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """One tensor of every snapshot.
+    """One tensor of every snapshot, or this process's part of it.
 
     Args:
         name: of the tensor.
         tensors: flat, oldest snapshot first; one floating-point dtype, size and device. Never written to.
         base: the same tensor of another θ_init, where one was given.
+        shard: which part they are. A method that needs global sums has to add them up with it.
     """
 
     name: str
     tensors: Sequence[Tensor]
     base: Tensor | None = None
+    shard: Shard | None = None
+
+    @property
+    def whole_size(self) -> int:
+        """Elements of the whole tensor."""
+        return self.tensors[0].numel() if self.shard is None else math.prod(self.shard.piece.whole)
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Sums what belongs to parts of the tensor, on the CPU, to that of all of it; in place."""
+        return numbers if self.shard is None else self.shard.total(numbers)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
 
+from merge_callback.sharding.pieces import Piece
+
 CHUNK = 1 << 15
 """Elements with a generator in common. A part of a chunk costs as much as all of it. Another number here
 gives other random numbers."""
@@ -31,11 +33,13 @@ class Stream:
         seed: the user's.
         step: of the snapshot.
         name: of the tensor.
+        piece: the part of it whose elements are asked for; default: all of it.
     """
 
     seed: int
     step: int
     name: str
+    piece: Piece | None = None
 
     def uniform(self, start: int, stop: int) -> Tensor:
         """Numbers in [0, 1) for the elements ``start`` to ``stop``: fp32, on the CPU.
@@ -53,13 +57,17 @@ class Stream:
     def _draw(
         self, start: int, stop: int, fill: Callable[[Generator, npt.NDArray[np.float32]], object]
     ) -> Tensor:
+        where = None
+        if self.piece is not None:
+            start, stop, where = self.piece.span(start, stop)
         first, last = start // CHUNK, -(-stop // CHUNK)
         numbers = np.empty((max(0, last - first), CHUNK), dtype=np.float32)
         key = self._key()
         for chunk, row in enumerate(numbers, start=first):
             # The chunk counts in the counter's second word: the chunks lie 2^64 blocks of numbers apart.
             fill(Generator(Philox(key=key, counter=chunk << 64)), row)
-        return torch.from_numpy(numbers.reshape(-1)[start - first * CHUNK : stop - first * CHUNK])
+        drawn = torch.from_numpy(numbers.reshape(-1)[start - first * CHUNK : stop - first * CHUNK])
+        return drawn if where is None else drawn[where]
 
     def _key(self) -> int:
         text = f"{self.seed}|{self.step}|{self.name}"

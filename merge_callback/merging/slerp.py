@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -54,11 +54,16 @@ class Slerp(MergeMethod):
         if self.scope == "tensor":
             return None
         count = len(trajectory.positions)
-        return sum((inner_products(i.tensors) for i in model), torch.zeros(count, count, dtype=torch.float64))
+        products = torch.zeros(count, count, dtype=torch.float64)
+        total: Callable[[Tensor], Tensor] = lambda products: products  # noqa: E731
+        for inputs in model:
+            products += inner_products(inputs.tensors)
+            total = inputs.total
+        return total(products)
 
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
         """The chain as one weighted sum."""
-        products = inner_products(inputs.tensors) if survey is None else survey
+        products = inputs.total(inner_products(inputs.tensors)) if survey is None else survey
         one_pass(inputs.tensors, self.weights(products.tolist()), out)
 
     def weights(self, products: Sequence[Sequence[float]]) -> list[float]:

@@ -125,8 +125,11 @@ class Noise(MergeMethod):
         """The mean of the snapshots and of their noise, block by block."""
         self._warn(out.dtype, set() if survey is None else survey)
         first = inputs.tensors[0]
-        deviations = [self.alpha * root_mean_square(t) / math.sqrt(self.merges) for t in inputs.tensors]
-        streams = [Stream(self.seed, step, inputs.name) for step in trajectory.steps]
+        squares = inputs.total(torch.tensor([sum_of_squares(t) for t in inputs.tensors], dtype=torch.float64))
+        means = (squares / max(1, inputs.whole_size)).sqrt().tolist()
+        deviations = [self.alpha * mean / math.sqrt(self.merges) for mean in means]
+        piece = inputs.shard.piece if inputs.shard else None
+        streams = [Stream(self.seed, step, inputs.name, piece) for step in trajectory.steps]
 
         def merge_range(start: int, stop: int) -> None:
             total, free = _scratch(first), _scratch(first)
@@ -150,14 +153,14 @@ class Noise(MergeMethod):
             )
 
 
-def root_mean_square(tensor: Tensor) -> float:
-    """``‖θ‖₂/√n`` of a flat tensor, summed in fp64; 0 for an empty one."""
+def sum_of_squares(tensor: Tensor) -> float:
+    """``‖θ‖₂²`` of a flat tensor, summed in fp64."""
     wide = torch.empty(min(CHUNK, tensor.numel()), dtype=torch.float64, device=tensor.device)
     squares = 0.0
     for start in range(0, tensor.numel(), CHUNK):
         block = tensor[start : start + CHUNK]
         squares += wide[: block.numel()].copy_(block).square_().sum().item()
-    return math.sqrt(squares / max(1, tensor.numel()))
+    return squares
 
 
 def _scratch(tensor: Tensor) -> Tensor:

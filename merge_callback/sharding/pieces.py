@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -84,6 +85,27 @@ class Piece:
         """Whether this is the whole tensor."""
         return self.numel == math.prod(self.whole)
 
+    def span(self, start: int, stop: int) -> tuple[int, int, Tensor | None]:
+        """Where the piece's elements ``start`` to ``stop`` lie in the flattened whole, in the same order.
+
+        Returns:
+            The first one's index there, one past the last one's, and the index of each from the first on
+            (int64); ``None`` where they follow one another.
+        """
+        if stop <= start:
+            return 0, 0, None
+        found, begin = [], 0
+        for box in self.boxes:
+            found.append(_indices(self.whole, box, max(0, start - begin), min(box.numel, stop - begin)))
+            begin += box.numel
+        indices = torch.cat(found)
+        first, last = int(indices[0]), int(indices[-1]) + 1
+        return first, last, None if last - first == stop - start else indices.sub_(first)
+
+    def count_below(self, index: int) -> int:
+        """How many of the piece's elements lie before element ``index`` of the flattened whole."""
+        return sum(_count_below(self.whole, box, index) for box in self.boxes)
+
     def place(self, part: Tensor, whole: Tensor) -> None:
         """Writes the piece's elements, ``part`` in any shape, to their places in the whole tensor."""
         start, flat = 0, part.reshape(-1)
@@ -110,6 +132,27 @@ def split_rows(sizes: Sequence[tuple[int, int]], parts: int) -> list[list[int]]:
         bounds.append([0, *(min(rows, max(0, row)) for row in inner), rows])
         begin += size
     return bounds
+
+
+def _indices(whole: tuple[int, ...], box: Box, start: int, stop: int) -> Tensor:
+    left, indices, stride = torch.arange(start, max(start, stop)), torch.zeros(max(0, stop - start)).long(), 1
+    for size, offset, length in zip(reversed(whole), reversed(box.offset), reversed(box.shape), strict=True):
+        indices += (left % length + offset) * stride
+        left, stride = left // length, stride * size
+    return indices
+
+
+def _count_below(whole: tuple[int, ...], box: Box, index: int) -> int:
+    count, inside, stride = 0, box.numel, math.prod(whole)
+    if index >= stride:
+        return box.numel
+    for size, offset, length in zip(whole, box.offset, box.shape, strict=True):
+        stride, inside = stride // size, inside // length
+        coordinate, index = index // stride - offset, index % stride
+        count += min(max(coordinate, 0), length) * inside
+        if not 0 <= coordinate < length:
+            break
+    return count
 
 
 def _boxes(whole: tuple[int, ...], start: int, stop: int) -> Iterator[Box]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from merge_callback.diversity import RMSDiversity
-from merge_callback.merging import Inputs, LinearMethod, MergeMethod, Trajectory
+from merge_callback.merging import Inputs, LinearMethod, MergeMethod, Shard, Trajectory
 from merge_callback.reduce import one_pass
+from merge_callback.sharding import Sharding
 from merge_callback.snapshots.arena import Arena, overwrite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Group
@@ -128,7 +129,7 @@ class WindowMerger:
             weights = method.normalised_weights(trajectory.positions)
             squares = merge_arenas(weights, arenas, self._out, copied, both)
         else:
-            merge_tensors(method, arenas, self._out, copied, trajectory)
+            merge_tensors(method, arenas, self._out, copied, trajectory, self.sharding)
             squares = merge_arenas(None, (), pair=both) if both else {}
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
@@ -217,6 +218,7 @@ def merge_tensors(
     out: Arena,
     copied: Collection[str],
     trajectory: Trajectory,
+    sharding: Sharding | None = None,
 ) -> None:
     """Merges arenas into ``out`` tensor by tensor, by any method.
 
@@ -228,7 +230,9 @@ def merge_tensors(
         out: of the same tensors, in any float dtypes.
         copied: names of tensors that are not averaged.
         trajectory: where the snapshots lie along the run.
+        sharding: which part of each tensor the arenas hold, where there are several ranks.
     """
+    several = sharding is not None and sharding.ranks.size > 1
     sources, targets = [arena.tensors() for arena in arenas], out.tensors()
     model = []
     for group in arenas[0].layout.groups:
@@ -236,7 +240,8 @@ def merge_tensors(
             if name in copied or not group.dtype.is_floating_point:
                 targets[name].copy_(sources[-1][name])
             else:
-                model.append(Inputs(name, [source[name].view(-1) for source in sources]))
+                shard = Shard(sharding.kept[name], sharding.ranks.total) if sharding and several else None
+                model.append(Inputs(name, [source[name].view(-1) for source in sources], shard=shard))
     survey = method.survey(model, trajectory)
     for inputs in model:
         method.merge(inputs, targets[inputs.name].view(-1), trajectory, survey)
