@@ -381,6 +381,24 @@ def train(ranks, *callbacks, **options):
     trainer.fit(Model(), Loader(ranks))
 
 
+def counter(ranks):
+    """Counts no batch of the second rank."""
+
+    def count(batch):
+        if on_rank(ranks, 1):
+            raise ValueError("no tokens here")
+        return 1
+
+    return count
+
+
+def refused(ranks, folder):
+    try:
+        fit(ranks, folder, every_n_tokens=10, count_tokens=counter(ranks))
+    except Exception as error:
+        return [type(error).__name__, str(error)]
+
+
 def fits(ranks, folder):
     without, merging = Counts(), Counts()
     train(ranks, without)
@@ -388,6 +406,8 @@ def fits(ranks, folder):
         "quiet": fit(ranks, folder / "1", merging, every_n_steps=1000, spike={"grad_norm": True}),
         "by_tokens": fit(ranks, folder / "2", every_n_tokens=130),
         "accumulated": fit(ranks, folder / "3", every_n_tokens=333, trainer={"accumulate_grad_batches": 3}),
+        "stopped": fit(ranks, folder / "4", every_n_steps=8, count_tokens=counter(ranks)),
+        "refused": refused(ranks, folder / "5"),
         "sent": merging.steps,
         "sent_without": without.steps,
     }

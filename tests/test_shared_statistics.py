@@ -154,3 +154,13 @@ def test_a_fit_takes_its_snapshots_where_one_process_would(both, alone):
             assert found["fits"][name]["records"] == alone["fits"][name]["records"]
             assert found["fits"][name]["tokens"] == alone["fits"][name]["tokens"]
     assert len(alone["fits"]["by_tokens"]["records"]) > 5
+
+
+def test_where_one_rank_cannot_count_tokens_none_does(both, alone):
+    for found in (*both, alone):
+        assert found["fits"]["stopped"]["records"] == [[8, None], [16, None]]
+
+
+def test_where_one_rank_cannot_count_tokens_an_interval_in_tokens_is_refused_by_all(both, alone):
+    assert both[0]["fits"]["refused"] == ["RemoteError", "on rank 1: ValueError: no tokens here"]
+    assert both[1]["fits"]["refused"] == alone["fits"]["refused"] == ["ValueError", "no tokens here"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -17,6 +18,8 @@ from torch import Tensor
 from merge_callback.sharding import Ranks
 from merge_callback.training.late_numbers import send, send_sum
 from merge_callback.training.token_clock import TokenClock
+
+log = logging.getLogger(__name__)
 
 _PATIENCE = timedelta(seconds=30)
 """How long a checkpoint waits for the numbers of other ranks, which may be gone."""
@@ -161,11 +164,14 @@ class StepStatistics:
             self._last.counted = True
 
     def _last_step(self) -> list[float | None] | None:
-        with suppress(Exception):
-            if self._last is not None:
-                self._count(self._last, _PATIENCE)
-                return [self._last.step, *self._last.read()]
-        return None
+        if self._last is None:
+            return None
+        try:
+            self._count(self._last, _PATIENCE)
+        except Exception as error:  # of any backend
+            log.warning("merge: the statistics of step %s are not saved: %s", self._last.step, error)
+            return None
+        return [self._last.step, *self._last.read()]
 
     def _take(self, scale: Tensor | None) -> list[float | Tensor]:
         """The sums of the step that ends; those of the next one begin."""
