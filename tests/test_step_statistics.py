@@ -6,9 +6,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
+from merge_callback.sharding import Ranks
 from merge_callback.training.step_statistics import Statistics, StepStatistics
+from merge_callback.training.token_clock import TokenClock
 
 
 def tensor(value, dtype=torch.float32):
@@ -125,12 +128,24 @@ def no_waiting(device):
             torch.cuda.set_sync_debug_mode(mode)
 
 
+@pytest.fixture(params=["alone", "in a group"])
+def ranks(request, tmp_path):
+    """A lone rank, and one that sums all the same."""
+    if request.param == "alone":
+        yield Ranks()
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield Ranks(dist.group.WORLD)
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))],
 )
-def test_on_every_device_the_numbers_are_the_same_and_nothing_waits(device):
-    statistics, seen = StepStatistics(), []
+def test_on_every_device_the_numbers_are_the_same_and_nothing_waits(device, ranks):
+    statistics, seen = StepStatistics(ranks, device=device), []
     scale, loss, gradient = (torch.zeros(n, device=device) for n in ((), (), 4))
     parameters = with_gradient(gradient)
     for step in range(1, 9):
@@ -141,12 +156,13 @@ def test_on_every_device_the_numbers_are_the_same_and_nothing_waits(device):
             statistics.add_loss({"loss": loss}, 2)
             statistics.add_loss({"loss": loss.bfloat16()}, 2)
             statistics.add_gradients(parameters)
+            statistics.add_tokens(5)
             seen.append(statistics.end_step(step, scale))
         if step == 4:  # a resume goes on with numbers that have travelled already
             state = json.loads(json.dumps(statistics.state_dict()))
-            statistics = StepStatistics()
+            statistics = StepStatistics(ranks, device=device)
             statistics.load_state_dict(state)
-    assert seen == [None, *(Statistics(step, float(step), 2.0 * step, step > 1) for step in range(1, 8))]
+    assert seen == [None, *(Statistics(step, float(step), 2.0 * step, step > 1, 5) for step in range(1, 8))]
 
 
 # --- gradients --------------------------------------------------------------------------------------------
@@ -261,6 +277,32 @@ def test_a_real_grad_scaler_tells_which_steps_it_skipped():
         seen.append(statistics.end_step(step, scaler._scale))
     assert [s.skipped for s in seen[1:]] == [not m for m in moved[:-1]]
     assert moved.count(False) == 4
+
+
+# --- tokens -----------------------------------------------------------------------------------------------
+
+
+def test_a_lone_rank_knows_its_tokens_when_the_step_ends():
+    clock = TokenClock()
+    statistics = StepStatistics(clock=clock)
+    for step in range(1, 4):
+        for tokens in (3, 4):
+            statistics.add_tokens(tokens)
+        statistics.end_step(step, None)
+        assert clock.tokens == 7 * step
+    assert read(statistics).tokens == 7
+    statistics.forget()
+    assert clock.tokens == 21
+
+
+def test_a_batch_that_cannot_be_counted_stops_the_clock():
+    clock = TokenClock()
+    statistics = StepStatistics(clock=clock)
+    for tokens in (3, math.nan):
+        statistics.add_tokens(tokens)
+        statistics.end_step(1, None)
+    assert (clock.tokens, clock.countable) == (3, False)
+    assert read(statistics).tokens == 0
 
 
 # --- restore and resume -----------------------------------------------------------------------------------

@@ -47,9 +47,17 @@ def test_what_is_no_token_batch_is_refused_with_the_way_out(batch):
 
 def test_an_own_counter_is_asked():
     clock = TokenClock(lambda batch: batch["mask"].sum())
-    clock.add({"mask": torch.tensor([1, 1, 0])})
-    clock.add({"mask": torch.tensor([1, 0, 0])})
-    assert clock.tokens == 3
+    assert clock.count({"mask": torch.tensor([1, 1, 0])}) == 2
+
+
+def test_a_crossing_is_near_where_a_step_of_twice_the_largest_would_bring_it():
+    clock = TokenClock()
+    assert clock.is_near(10**9)  # nothing is known yet
+    near = []
+    for tokens in (10, 4, 10, 10, 10, 10, 10, 10, 10):
+        clock.add(tokens)
+        near.append(clock.is_near(60))
+    assert near == [False, False, False, False, True, True, False, False, False]  # at 44 and 54
 
 
 def test_an_interval_is_crossed_once_however_large_the_steps():

@@ -62,19 +62,20 @@ class Ranks:
             dist.all_reduce(numbers, group=self.group)
         return numbers
 
-    def start_sum(self, numbers: Tensor) -> Callable[[], object]:
+    def start_sum(self, numbers: Tensor) -> Callable[..., object]:
         """Begins to sum a tensor over all ranks, in place, in training's own group, and returns at once.
 
         Args:
             numbers: on the device that training uses, so that its backend takes it.
 
         Returns:
-            What to call before the sum is read. On CUDA that makes the current stream wait, not the host.
+            What to call before the sum is read. On CUDA that makes the current stream wait, not the host;
+            elsewhere it takes a ``timedelta`` after which it raises.
         """
         if self.group is None:
-            return lambda: None
+            return lambda *within: None
         work = dist.all_reduce(numbers, async_op=True)
-        wait: Callable[[], object] = work.wait
+        wait: Callable[..., object] = work.wait
         return wait
 
     def agree(self, error: BaseException | None) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -16,17 +17,22 @@ class AppliedLR:
 
     Args:
         optimizers: all of the run's, in the trainer's order. They may take turns.
+        numel: elements of a parameter, over all ranks it is sharded over.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = list(optimizers)
+    def __init__(
+        self, optimizers: Sequence[Optimizer], numel: Callable[[Tensor], int] = Tensor.numel
+    ) -> None:
+        self._optimizers, self._numel = list(optimizers), numel
         self._groups: dict[int, list[tuple[float, int]]] = {}  # (rate, parameters) by optimizer
 
     def note(self, optimizer: Optimizer) -> None:
         """Reads the groups of an optimizer that is about to step."""
         index = next((i for i, known in enumerate(self._optimizers) if known is optimizer), -1)
         known, groups = self._groups.get(index, []), optimizer.param_groups
-        sizes = [n for _, n in known] if len(known) == len(groups) else [_numel(group) for group in groups]
+        sizes = (
+            [n for _, n in known] if len(known) == len(groups) else [self._size(group) for group in groups]
+        )
         self._groups[index] = [(float(group["lr"]), n) for group, n in zip(groups, sizes, strict=True)]
 
     @property
@@ -47,6 +53,5 @@ class AppliedLR:
         """Goes on from a ``state_dict``."""
         self._groups = {int(i): [(rate, int(n)) for rate, n in groups] for i, groups in state.items()}
 
-
-def _numel(group: dict[str, Any]) -> int:
-    return sum(parameter.numel() for parameter in group["params"])
+    def _size(self, group: dict[str, Any]) -> int:
+        return sum(self._numel(parameter) for parameter in group["params"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,11 +28,13 @@ from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.evaluation import MergedValidation
+from merge_callback.training.interval import Interval
 from merge_callback.training.lr_phase import LRPhaseDetector
 from merge_callback.training.plan import Plan, total_steps
 from merge_callback.training.reporting import advice, log_metrics
 from merge_callback.training.spike_watch import SpikeWatch
-from merge_callback.training.token_clock import TokenClock, crossed
+from merge_callback.training.step_statistics import StepStatistics, counts_batches
+from merge_callback.training.token_clock import TokenClock
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,9 @@ class MergeSession:
         self.dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
         self.naming = Naming.of(module, options.strip_prefix)
         self.clock = TokenClock(options.count_tokens)
-        self.countable: bool | None = None  # not known before the first batch
+        self.statistics = StepStatistics(
+            self.ranks, counts_batches(trainer), trainer.strategy.root_device, self.clock
+        )
         self.applied, self.phases = AppliedLR(trainer.optimizers), LRPhaseDetector(total_steps(trainer))
         self.publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
         model = self.live()
@@ -75,7 +80,7 @@ class MergeSession:
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self.merger = WindowMerger(self.window, options.methods, lag, options.exclude)
         self.step = trainer.global_step  # the last optimizer step seen
-        self.mark = self.progress  # how far the run had come then, in the interval's unit
+        self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
         self.taken, self.emitted_step = 0, -1
@@ -97,24 +102,22 @@ class MergeSession:
         return ModelTensors.of(self.module, self.trainer.strategy.model)
 
     @property
-    def progress(self) -> int:
-        """How far the run has come, in the interval's unit."""
-        return self.clock.tokens if self.options.unit == "tokens" else self.step
+    def countable(self) -> bool | None:
+        """Whether tokens can be counted; ``None`` before the first batch."""
+        return self.clock.countable
 
     def check_countable(self, batch: Any) -> None:
-        """Finds out, on the first batch, whether tokens can be counted.
+        """Finds out, on the first batch, whether tokens can be counted, by all ranks.
 
         Raises:
             ValueError: where they can't and the interval is in tokens.
+            RemoteError: where another rank raises.
         """
         if self.countable is None and batch is not None:
-            try:
-                self.clock.count(batch)
-                self.countable = True
-            except ValueError:
-                if self.options.unit == "tokens":
-                    raise
-                self.countable = False
+            error = _failure(self.clock.count, batch)
+            bearable = isinstance(error, ValueError) and self.options.unit == "steps"
+            self.ranks.agree(None if bearable else error)
+            self.clock.countable = all(self.ranks.exchange(error is None))
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that comes now."""
@@ -143,10 +146,11 @@ class MergeSession:
             return False  # gradients are being accumulated
         self.step = self.trainer.global_step
         self._observe_learning_rates()
+        seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
         self._report_tokens_per_step()
-        due = crossed(self.mark, self.progress, self.options.every)
-        self.mark = self.progress
-        restored = self.spikes is not None and self.spikes.end_step(self.step, self.phases.is_warming_up)
+        due = self.interval.is_over(self.step)
+        warming_up = self.phases.is_warming_up
+        restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
         return due and not restored
 
     def note_random_state(self) -> None:
@@ -215,7 +219,8 @@ class MergeSession:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the folder, and of the learning rates."""
+        """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
+        self.statistics.close()
         if self.spikes:
             self.spikes.close()
         if self.lock:
@@ -223,12 +228,15 @@ class MergeSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the weights stay in the window's files."""
+        statistics = self.statistics.state_dict()  # first: it may advance the clock
         return {
             "dirpath": str(self.dirpath.absolute()),
             "run_id": self.window.run_id,
             "tokens": self.clock.tokens,
             "step": self.step,
-            "mark": self.mark,
+            "mark": self.interval.mark,
+            "largest_step": self.clock.largest,
+            "statistics": statistics,
             "taken": self.taken,
             "emitted_step": self.emitted_step,
             "validation": self.validation.state_dict(),
@@ -243,7 +251,9 @@ class MergeSession:
         }
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.clock.tokens, self.step, self.mark = state["tokens"], state["step"], state["mark"]
+        self.step, self.interval.mark = state["step"], state["mark"]
+        self.clock.tokens, self.clock.largest = state["tokens"], state["largest_step"]
+        self.statistics.load_state_dict(state["statistics"])
         self.taken, self.emitted_step = state["taken"], state["emitted_step"]
         self.advised = list(state["advised"])
         self.validation.load_state_dict(state["validation"])
@@ -275,7 +285,13 @@ class MergeSession:
         if options.action == "off":
             return None
         return SpikeWatch(
-            options, self.trainer, self.module, self.merger, self.dirpath, self._newest_emission_up_to
+            options,
+            self.trainer,
+            self.module,
+            self.merger,
+            self.statistics,
+            self.dirpath,
+            self._newest_emission_up_to,
         )
 
     def _newest_emission_up_to(self, step: int) -> Path | None:
@@ -305,10 +321,11 @@ class MergeSession:
 
     def _count(self, batch: Any) -> None:
         try:
-            self.clock.add(batch)
+            self.statistics.add_tokens(int(self.clock.count(batch)))
         except ValueError as error:
-            self.countable = self.options.unit == "tokens"  # no token count is better than a wrong one
-            rank_zero_warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
+            self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
+            warn = rank_zero_warn if self.ranks.is_first else log.warning
+            warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
 
     def _current_merge(self) -> Merge | None:
         merge: Merge | None = None
@@ -375,6 +392,7 @@ class MergeSession:
     def _report_tokens_per_step(self) -> None:
         steps = self.step - self._first[0]
         if self.options.unit == "tokens" and steps == _MEASURED_OVER:
+            self.statistics.settle()
             per_step = (self.clock.tokens - self._first[1]) / steps
             _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
 
@@ -398,6 +416,14 @@ def _check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
                 f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
                 f"names look like {next(iter(model.tensors), None)!r}"
             )
+
+
+def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:
+    try:
+        function(argument)
+    except Exception as error:
+        return error
+    return None
 
 
 def _tell(lines: list[str], warnings: list[str]) -> None:

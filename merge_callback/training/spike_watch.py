@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.snapshots.merge import WindowMerger
@@ -55,6 +56,7 @@ class SpikeWatch:
         trainer: in fit.
         module: its module.
         merger: of the window.
+        statistics: of the fit's steps; this notes their losses and gradients.
         dirpath: for the record of events.
         last_good_merge: finds the newest published merge that holds no snapshot after a step.
 
@@ -68,13 +70,14 @@ class SpikeWatch:
         trainer: Trainer,
         module: LightningModule,
         merger: WindowMerger,
+        statistics: StepStatistics,
         dirpath: Path,
         last_good_merge: Callable[[int], Path | None],
     ) -> None:
         self.options, self.trainer, self.module = options, trainer, module
         self.merger, self.window = merger, merger.window
         self.dirpath, self.last_good_merge = dirpath, last_good_merge
-        self.statistics = StepStatistics()
+        self.statistics = statistics
         rule = (options.threshold, options.floor, options.patience)
         self.loss = SpikeDetector(*rule)
         self.grad_norm = SpikeDetector(*rule, watched="gradient norm") if options.grad_norm else None
@@ -88,6 +91,12 @@ class SpikeWatch:
         """Whether the newest loss that was read is no outlier."""
         return self.loss.onset is None and (self.grad_norm is None or self.grad_norm.onset is None)
 
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """What fp16 training scales the loss by; ``None`` where it does not."""
+        scaler = self.recovery.scaler
+        return scaler._scale if scaler else None
+
     def note_gradients(self, optimizer: Optimizer) -> None:
         """Notes the norm of the gradients an optimizer is about to apply, if it is watched."""
         if self.grad_norm is not None:
@@ -98,12 +107,13 @@ class SpikeWatch:
         automatic = self.module.automatic_optimization
         self.statistics.add_loss(outputs, self.trainer.accumulate_grad_batches if automatic else 1)
 
-    def end_step(self, step: int, warming_up: bool) -> bool:
-        """Ends an optimizer step: reads the loss of the one before it, and acts on that.
+    def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
+        """Ends an optimizer step: acts on the loss of the one before it.
 
         Args:
             step: optimizer steps taken so far.
             warming_up: whether the learning rate is.
+            statistics: of the step before, if there was one.
 
         Returns:
             Whether the live weights were replaced.
@@ -112,8 +122,6 @@ class SpikeWatch:
             TrainingDivergedError: where the options say to stop the run.
         """
         self.recovery.lr.end_step(step)
-        scaler = self.recovery.scaler
-        statistics = self.statistics.end_step(step, scaler._scale if scaler else None)
         restored = False
         if statistics is not None:
             for event in self._observe(statistics, warming_up):
@@ -130,7 +138,6 @@ class SpikeWatch:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives."""
         return {
-            "statistics": self.statistics.state_dict(),
             "loss": self.loss.state_dict(),
             "grad_norm": self.grad_norm.state_dict() if self.grad_norm else None,
             "recovery": self.recovery.state_dict(),
@@ -140,7 +147,6 @@ class SpikeWatch:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict`` as if there had been no break."""
-        self.statistics.load_state_dict(state["statistics"])
         self.loss.load_state_dict(state["loss"])
         if self.grad_norm and state["grad_norm"]:
             self.grad_norm.load_state_dict(state["grad_norm"])

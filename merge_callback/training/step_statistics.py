@@ -1,43 +1,80 @@
-"""The loss and the gradient norm of every optimizer step, read one step late: nothing waits for them."""
+"""The loss, gradient norm and tokens of every optimizer step, read one step late: nothing waits for them."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, NamedTuple
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+
+from merge_callback.sharding import Ranks
+from merge_callback.training.late_numbers import send, send_sum
+from merge_callback.training.token_clock import TokenClock
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = timedelta(seconds=30)
+"""How long a checkpoint waits for the numbers of other ranks, which may be gone."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one optimizer step was like.
+    """What one optimizer step was like, on all ranks together.
 
     Args:
         step: the optimizer step (the count after it).
         loss: mean over its micro-batches, not divided for accumulation; ``None`` where none was returned.
         grad_norm: global 2-norm of its gradients before clipping; ``None`` unless it is watched.
         skipped: whether fp16 loss scaling skipped it.
+        tokens: in its micro-batches; 0 where they can't be counted.
     """
 
     step: int
     loss: float | None
     grad_norm: float | None
     skipped: bool
+    tokens: int = 0
 
 
 class StepStatistics:
     """Sums up micro-batches on their device and hands out each step's numbers when the next one ends.
 
-    On CUDA the numbers travel in one small copy to pinned memory. It is waited for one optimizer step later,
-    when the device has the whole next step in its queue: the device never idles for it.
+    On several ranks the sums are reduced over all of them, in one all-reduce of seven fp64 numbers a step. On
+    CUDA they travel in one small copy to pinned memory. Both are waited for one optimizer step later, when
+    the device has the whole next step in its queue: the device never idles for them.
+
+    Args:
+        ranks: that end every step together; default: this process alone.
+        counts: whether this rank's batches are summed up. Tensor-parallel ranks share a batch, and one of
+            them counts it; the losses of the others only tell whether they are finite.
+        device: that training uses.
+        clock: told the tokens of every step once they are known: at its end, by a lone rank.
+        own_part: the part of a parameter's gradient that this rank answers for, as a plain tensor, so that
+            each gradient is summed up once; ``None`` where it has none. Default: the whole gradient, which
+            is right for a lone rank.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        ranks: Ranks | None = None,
+        counts: bool = True,
+        device: torch.device | str = "cpu",
+        clock: TokenClock | None = None,
+        own_part: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        self._ranks, self._counts, self._device = ranks or Ranks(), counts, torch.device(device)
+        self._clock, self._own_part = clock or TokenClock(), own_part or _gradient
         self._losses: list[float | Tensor] = []
         self._square_norms: list[float | Tensor] = []
+        self._tokens = 0.0
         self._scale: float | None = None  # after the last step that was read; None where that is not known
         self._last: _Pending | None = None
 
@@ -52,15 +89,19 @@ class StepStatistics:
         if isinstance(loss, (Tensor, float)):
             self._losses.append(_own(loss, divided_by))
 
+    def add_tokens(self, tokens: float) -> None:
+        """Notes the tokens of a micro-batch: NaN where they can't be counted, which stops the clock."""
+        self._tokens += tokens
+
     @torch.no_grad()
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Notes the norm of the gradients that one optimizer is about to apply."""
-        gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
+        gradients = [_dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
             self._square_norms.append(_own(torch.nn.utils.get_total_norm(gradients), 1) ** 2)
 
     def end_step(self, step: int, scale: Tensor | None) -> Statistics | None:
-        """Ends optimizer step ``step``.
+        """Ends optimizer step ``step``; all ranks have to.
 
         Args:
             step: the count after it.
@@ -69,44 +110,95 @@ class StepStatistics:
         Returns:
             The statistics of the step before; ``None`` at the first one.
         """
-        last, self._last = self._last, _Pending(step, self._take(), scale)
+        tokens, numbers = self._tokens, self._take(scale)
+        last, self._last = self._last, self._send(step, numbers)
+        if self._ranks.group is None:
+            self._last.counted = True
+            self._clock.add(tokens)
         return None if last is None else self._read(last)
 
+    def settle(self) -> None:
+        """Has the clock count the step that has just ended: waits for its sum, where there is one."""
+        if self._last is not None:
+            self._count(self._last)
+
     def forget(self) -> None:
-        """Drops what is not read yet: it is about weights, and a loss scale, that are no longer there."""
+        """Drops what is not read yet: it is about weights, and a loss scale, that are no longer there.
+
+        Tokens are not: those of the step that has just ended are counted first.
+        """
+        self.settle()
         self._losses, self._square_norms = [], []
         self._scale, self._last = None, None
 
+    def close(self) -> None:
+        """Waits for a sum that is under way, unless the other ranks are gone."""
+        if self._last is not None:
+            with suppress(Exception):
+                self._last.read(_PATIENCE)
+
     def state_dict(self) -> dict[str, Any]:
-        """What is noted, as primitives."""
-        last = self._last
+        """What is noted, as primitives: of the micro-batches since the last step this rank's.
+
+        The sum of that step is waited for, and left out where the other ranks are gone.
+        """
         return {
             "losses": [float(loss) for loss in self._losses],
             "square_norms": [float(square) for square in self._square_norms],
+            "tokens": self._tokens,
             "scale": self._scale,
-            "last": None if last is None else [last.step, *last.read()],
+            "last": self._last_step(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict``."""
-        self._losses, self._square_norms = list(state["losses"]), list(state["square_norms"])
+        """Goes on from the first rank's ``state_dict``; its micro-batches are the first rank's again."""
+        first = self._ranks.is_first
+        self._losses = list(state["losses"]) if first else []
+        self._square_norms = list(state["square_norms"]) if first else []
+        self._tokens = state["tokens"] if first else 0.0
         self._scale = state["scale"]
         self._last = None
         if state["last"] is not None:
-            step, loss, norm, scale = state["last"]
-            self._last = _Pending(step, (loss, norm), scale)
+            step, *sums = state["last"]
+            self._last = _Pending(step, lambda within: _Sums(*sums))
+            self._last.counted = True
 
-    def _take(self) -> tuple[float | Tensor | None, float | Tensor | None]:
-        losses, squares = self._losses, self._square_norms
-        self._losses, self._square_norms = [], []
-        loss = sum(losses) / len(losses) if losses else None
-        return loss, sum(squares) ** 0.5 if squares else None
+    def _last_step(self) -> list[float | None] | None:
+        if self._last is None:
+            return None
+        try:
+            self._count(self._last, _PATIENCE)
+        except Exception as error:  # of any backend
+            log.warning("merge: the statistics of step %s are not saved: %s", self._last.step, error)
+            return None
+        return [self._last.step, *self._last.read()]
+
+    def _take(self, scale: Tensor | None) -> list[float | Tensor]:
+        """The sums of the step that ends; those of the next one begin."""
+        losses, squares, tokens = self._losses, self._square_norms, self._tokens
+        self._losses, self._square_norms, self._tokens = [], [], 0.0
+        loss = sum(losses)
+        counted = [loss, float(len(losses)), tokens] if self._counts else [0.0, 0.0, 0.0]
+        bad = 0.0 if self._ranks.group is None else _is_bad(loss)
+        return [*counted, bad, sum(squares), float(len(squares)), 0.0 if scale is None else scale]
+
+    def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
+        ranks = self._ranks
+        read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
+        return _Pending(step, lambda within: _reduced(read(within), ranks.size))
+
+    def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
+        """Has the clock count a step, once."""
+        if not pending.counted:
+            self._clock.add(pending.read(within).tokens)
+            pending.counted = True
 
     def _read(self, pending: _Pending) -> Statistics:
-        loss, norm, scale = pending.read()
+        self._count(pending)
+        loss, norm, scale, tokens = pending.read()
         skipped = self._was_skipped(loss, norm, scale)
         self._scale = scale
-        return Statistics(pending.step, loss, norm, skipped)
+        return Statistics(pending.step, loss, norm, skipped, 0 if math.isnan(tokens) else int(tokens))
 
     def _was_skipped(self, loss: float | None, norm: float | None, scale: float | None) -> bool:
         if scale is None:
@@ -116,40 +208,54 @@ class StepStatistics:
         return scale < self._scale
 
 
+class _Sums(NamedTuple):
+    """What all ranks' sums of a step come to."""
+
+    loss: float | None
+    norm: float | None
+    scale: float | None
+    tokens: float
+
+
 class _Pending:
-    """A step's numbers on their way to the host."""
+    """A step that has ended, whose numbers may still be on their way."""
 
-    def __init__(
-        self,
-        step: int,
-        numbers: tuple[float | Tensor | None, float | Tensor | None],
-        scale: Tensor | float | None,
-    ) -> None:
+    def __init__(self, step: int, wait: Callable[[timedelta | None], _Sums]) -> None:
         self.step = step
-        self._numbers: list[float | Tensor | None] = [*numbers, scale]
-        self._copied: torch.cuda.Event | None = None
-        on_device = [n for n in self._numbers if isinstance(n, Tensor)]
-        if any(n.is_cuda for n in on_device):
-            self._send([n.reshape(()).double() for n in on_device])
-        else:
-            self._numbers = [float(n) if isinstance(n, Tensor) else n for n in self._numbers]
+        self.counted = False  # whether the clock knows its tokens
+        self._wait = wait
+        self._sums: _Sums | None = None
 
-    def read(self) -> list[float | None]:
-        """Loss, gradient norm and loss scale."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            values = iter(self._host.tolist())
-            self._numbers = [next(values) if isinstance(n, Tensor) else n for n in self._numbers]
-            self._copied = None
-        return self._numbers  # type: ignore[return-value]
+    def read(self, within: timedelta | None = None) -> _Sums:
+        if self._sums is None:
+            self._sums = self._wait(within)
+        return self._sums
 
-    def _send(self, numbers: list[Tensor]) -> None:
-        device = next(n.device for n in numbers if n.is_cuda)
-        sent = torch.stack([n.to(device, non_blocking=True) for n in numbers])
-        self._host = torch.empty(len(numbers), dtype=torch.float64, pin_memory=True)
-        self._host.copy_(sent, non_blocking=True)
-        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._copied.record(torch.cuda.current_stream(device))
+
+def counts_batches(trainer: Trainer) -> bool:
+    """Whether this rank counts its batches: of tensor-parallel ranks, which share theirs, the first does."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return True
+    return strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
+
+
+def _reduced(numbers: list[float], ranks: int) -> _Sums:
+    loss, count, tokens, bad, square, squares, scale = numbers
+    mean = loss / count if count else None
+    if bad and (mean is None or math.isfinite(mean)):  # on a rank whose loss is not summed up
+        mean = math.nan
+    return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens)
+
+
+def _is_bad(loss: float | Tensor) -> float | Tensor:
+    return (
+        loss.isfinite().logical_not().double() if isinstance(loss, Tensor) else float(not math.isfinite(loss))
+    )
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    return parameter.grad
 
 
 def _dense(gradient: Tensor) -> Tensor:
@@ -158,6 +264,8 @@ def _dense(gradient: Tensor) -> Tensor:
 
 def _own(value: Tensor | float, factor: int) -> Tensor | float:
     """A copy that no later step writes over, times ``factor``: a number where that takes no waiting."""
+    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor's: to import the class takes a second
+        value = full_tensor()
     if isinstance(value, Tensor) and value.is_cuda:
         return value.detach().double().mean() * factor
     if isinstance(value, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,19 +14,35 @@ TokenCounter = Callable[[Any], int]
 
 
 class TokenClock:
-    """Counts the tokens of every batch; reads shapes only, never waits for a device.
+    """Adds up the tokens of the optimizer steps, of all ranks.
+
+    On several ranks the tokens of a step are known one step later, unless they are waited for.
 
     Args:
-        count: tokens of one batch; default: ``count_tokens``.
+        count: tokens of one batch; default: ``count_tokens``. Reads shapes only, never waits for a device.
+
+    Attributes:
+        tokens: of all steps that are known.
+        largest: the most that one step had.
+        countable: whether tokens can be counted; ``None`` before the first batch.
     """
 
     def __init__(self, count: TokenCounter | None = None) -> None:
         self.count = count or count_tokens
-        self.tokens = 0
+        self.tokens, self.largest = 0, 0
+        self.countable: bool | None = None
 
-    def add(self, batch: Any) -> None:
-        """Advances the clock by one batch (a micro-batch, under gradient accumulation)."""
-        self.tokens += int(self.count(batch))
+    def add(self, tokens: float) -> None:
+        """Advances the clock by one step; NaN stops it: no token count is better than a wrong one."""
+        if math.isnan(tokens):
+            self.countable = False
+        else:
+            self.tokens += int(tokens)
+            self.largest = max(self.largest, int(tokens))
+
+    def is_near(self, every: int) -> bool:
+        """Whether a step of up to twice the largest so far would cross a multiple of ``every``."""
+        return self.largest == 0 or crossed(self.tokens, self.tokens + 2 * self.largest, every)
 
 
 def count_tokens(batch: Any) -> int:

@@ -1,0 +1,96 @@
+"""A few numbers on their way to the host, from the device and the other ranks: nothing waits for them yet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from merge_callback.sharding import Ranks
+
+Read = Callable[[timedelta | None], list[float]]
+"""Waits for the numbers, for so long at most, and gives them.
+
+Raises:
+    RuntimeError: where they do not come: another rank is gone, or late.
+"""
+
+
+def send(numbers: Sequence[float | Tensor]) -> Read:
+    """Sends this rank's numbers: one small copy to pinned memory, if any of them is on CUDA.
+
+    Args:
+        numbers: scalars; none of them is looked at later on.
+    """
+    on_cuda = [n for n in numbers if isinstance(n, Tensor) and n.is_cuda]
+    known = [n if isinstance(n, Tensor) and n.is_cuda else float(n) for n in numbers]
+    if not on_cuda:
+        return lambda within: known  # type: ignore[return-value]
+    read_copy = _copy(torch.stack([n.to(on_cuda[0].device).reshape(()).double() for n in on_cuda]))
+
+    def read(within: timedelta | None) -> list[float]:
+        values = iter(read_copy(within))
+        return [next(values) if isinstance(n, Tensor) else n for n in known]
+
+    return read
+
+
+def send_sum(numbers: Sequence[float | Tensor], ranks: Ranks, device: torch.device) -> Read:
+    """Begins to sum the numbers over all ranks: one all-reduce in fp64.
+
+    Args:
+        numbers: this rank's scalars; none of them is looked at later on.
+        ranks: of the run; each has to send as many.
+        device: that training uses.
+    """
+    sums = _vector(numbers, device)
+    wait = ranks.start_sum(sums)
+    if sums.is_cuda:
+        with torch.cuda.stream(_side_stream(sums.device)):  # so that training does not wait for other ranks
+            wait()
+            return _copy(sums)
+
+    def read(within: timedelta | None) -> list[float]:
+        wait() if within is None else wait(within)
+        return sums.tolist()
+
+    return read
+
+
+def _vector(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
+    known = torch.tensor([0.0 if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float64)
+    if device.type == "cuda":
+        known = known.pin_memory()  # else the copy would wait for the device
+    vector = known.to(device, non_blocking=True)
+    for i, n in enumerate(numbers):
+        if isinstance(n, Tensor):
+            vector[i].copy_(n.reshape(()), non_blocking=True)
+    return vector
+
+
+def _copy(vector: Tensor) -> Read:
+    """Copies a CUDA vector behind what the current stream has to do; keeps it until that is done."""
+    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    host.copy_(vector, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(torch.cuda.current_stream(vector.device))
+
+    def read(within: timedelta | None, _kept: Tensor = vector) -> list[float]:
+        end = None if within is None else time.monotonic() + within.total_seconds()
+        while end is not None and not copied.query():  # type: ignore[no-untyped-call]
+            if time.monotonic() > end:
+                raise RuntimeError("the numbers of the other ranks do not come")
+            time.sleep(0.001)
+        copied.synchronize()
+        return host.tolist()
+
+    return read
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
