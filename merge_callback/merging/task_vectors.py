@@ -103,9 +103,10 @@ class TaskVectors:
         """The steps of the snapshots that have a task vector."""
         return trajectory.steps[1:] if self._own else trajectory.steps
 
-    def scratch(self) -> Tensor:
-        """Room for one block, in the dtype that is computed in."""
-        return torch.empty(min(self._block, self.size), dtype=self.dtype, device=self.device)
+    def scratch(self, size: int | None = None) -> Tensor:
+        """Room for one block, or less, in the dtype that is computed in."""
+        room = min(self._block, self.size if size is None else size)
+        return torch.empty(room, dtype=self.dtype, device=self.device)
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Where the blocks of the elements ``start`` to ``stop`` begin and end."""
@@ -125,7 +126,7 @@ class TaskVectors:
 
     def blocks(self, which: int, start: int, stop: int) -> Iterator[Tensor]:
         """One task vector from ``start`` to ``stop``; each block holds until the next, and may be changed."""
-        initial, difference = self.scratch(), self.scratch()
+        initial, difference = self.scratch(stop - start), self.scratch(stop - start)
         for begin, end in self.spans(start, stop):
             yield self.block(which, begin, end, self.initial_block(begin, end, initial), difference)
 

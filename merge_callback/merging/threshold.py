@@ -1,22 +1,21 @@
 """The k-th largest magnitude of a vector that is never held whole, found exactly and without sorting.
 
-The bits of a non-negative float, read as an integer, are in the order of the floats. So magnitudes are
-counted by their bits: a sample says between which two the wanted one should lie, and one pass counts all
-elements above and, in up to 2^20 bins, those between. With fp32 this is most often the end of it. Bins wider
-than one magnitude are narrowed by further passes; a sample that misled costs one over all magnitudes. A pass
-holds one histogram (8 MiB), however large the vector and however many of its elements are equal. Its counts
-are sums, so neither the blocks nor the threads matter.
+The bits of a non-negative float, read as an integer, are in the order of the floats. A sample says between
+which two the wanted one should lie. One pass counts the elements above these two and equal to them, and picks
+out those between: of a large vector a sixtieth, as a rule few enough (2^20) to be held. Of more, every 2^i-th
+is held, as the sample for a further pass; a sample that misled costs one as well. What is above is always
+counted, never guessed, so neither the blocks nor the threads matter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from threading import Lock
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +24,14 @@ from torch import Tensor
 
 from merge_callback.merging.task_vectors import in_ranges
 
-Counts: TypeAlias = npt.NDArray[np.int64]
+Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 
-_BINS = 20  # bits: 2^20 bins hold ±2 standard errors of a sample's quantile, to the last bit of fp32
+Ties: TypeAlias = Sequence[tuple[int, int]]
+"""The length of each block, and how many of its elements are equal to the threshold."""
 
-_NARROW = 15  # bits of a bin's width: the sums of squares of 2^33 elements fit into 63 bits
+_SAMPLE = 1 << 16  # elements at most; of a small vector a 64th of them, of a tiny one 4096 or all
 
-_SAMPLE = 1 << 16  # elements at most; of a small vector a 32nd of them, of a tiny one 4096 or all
+_PICKED = 1 << 20  # elements between two bits that are held at most
 
 _WINDOW = 1 << 22  # elements that are read at a time until the last tie is found
 
@@ -63,11 +63,13 @@ class Threshold:
         magnitude: never negative.
         kept: of the equal ones; those of the lowest indices.
         equal: elements of this magnitude.
+        ties: where they are in each part, if the search came to know.
     """
 
     magnitude: float
     kept: int
     equal: int
+    ties: Sequence[Ties] | None = field(default=None, compare=False, repr=False)
 
 
 def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
@@ -81,20 +83,30 @@ def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
     if not total:
         return Threshold(0.0, 0, 0)
     dtype = next(iter(parts)).dtype
-    low, high = _guess(parts, k, total)
+    least, most = 0, int(torch.iinfo(_integer(dtype)).max)  # bits between which it lies for certain
+    sample, smaller, among = _sample(parts, total), total - k, total
     while True:
-        shift = max(0, (high - low).bit_length() - _bins(total))
-        above, bins, values = _census(parts, low, high, shift)
-        up_to = np.cumsum(bins)
-        within = int(up_to[-1])
-        if not above < k <= above + within:
-            low, high = 0, torch.iinfo(_integer(dtype)).max  # the sample misled
-            continue
-        found = int(np.searchsorted(up_to, above + within - k, side="right"))
-        if (only := _only_value(bins, values, found, shift)) is not None:
-            higher = above + within - int(up_to[found])
-            return Threshold(_magnitude(low + (found << shift) + only, dtype), k - higher, int(bins[found]))
-        low, high = low + (found << shift), min(high, low + (found + 1 << shift) - 1)
+        low, high = _guess(sample, smaller, among, least, most)
+        census = _census(parts, low, high)
+        rank = k - census.above  # among those up to high, from the largest
+        if 0 < rank <= census.at_high:
+            return Threshold(_magnitude(high, dtype), rank, census.at_high, census.ties_at_high)
+        rank -= census.at_high
+        if census.between < rank <= census.between + census.at_low:
+            rank -= census.between
+            return Threshold(_magnitude(low, dtype), rank, census.at_low, census.ties_at_low)
+        if 0 < rank <= census.between and len(census.picked) == census.between:
+            value = int(np.partition(census.picked, -rank)[-rank])
+            larger, equal = (
+                int(np.count_nonzero(found)) for found in (census.picked > value, census.picked == value)
+            )
+            return Threshold(_magnitude(value, dtype), rank - larger, equal)
+        if 0 < rank <= census.between:
+            least, most = low + 1, high - 1
+            sample, smaller, among = census.picked, census.between - rank, census.between
+        else:  # the sample misled
+            least, most = (high + 1, most) if rank <= 0 else (least, low - 1)
+            sample = sample[:0]
 
 
 def tie_ends(parts: Iterable[Part], threshold: Threshold) -> Iterator[int]:
@@ -103,105 +115,141 @@ def tie_ends(parts: Iterable[Part], threshold: Threshold) -> Iterator[int]:
     The parts are read only where some of the equal elements are not kept.
     """
     left = threshold.kept
-    for part in parts:
+    for part, ties in zip(parts, threshold.ties or repeat(None)):  # noqa: B905
         if threshold.kept == threshold.equal:
             yield part.size
         else:
-            end, used = _tie_end(part, threshold.magnitude, left) if left else (0, 0)
+            end, used = _tie_end(part, threshold.magnitude, left, ties) if left else (0, 0)
             left -= used
             yield end
 
 
-def _bins(total: int) -> int:
-    """Bits of a bin's number. Bins cost as much as elements do: an eighth of them, or fewer, is little."""
-    return min(_BINS, max(2, total.bit_length() - 3))
-
-
-def _guess(parts: Iterable[Part], k: int, total: int) -> tuple[int, int]:
-    """Bits between which those of the k-th largest magnitude should lie, judged by a sample."""
-    sample = np.concatenate([_bits(run).cpu().numpy() for run in _sampled(parts, total)])
-    count = len(sample)
-    place = (total - k) * count // total  # counted from the smallest
-    margin = 0 if count == total else 2 * math.isqrt(count) + 1
-    ends = max(0, place - margin), min(count - 1, place + margin)
-    low, high = np.partition(sample, ends)[list(ends)].tolist()
-    return low if place >= margin else 0, high if place + margin < count else np.iinfo(sample.dtype).max
-
-
-def _sampled(parts: Iterable[Part], total: int) -> Iterator[Tensor]:
-    """Short runs of elements, evenly spaced over all parts; a copy of each."""
-    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 5)))
-    next_run = 0  # as an index into the part
+def _sample(parts: Iterable[Part], total: int) -> Bits:
+    """The bits of short runs of elements, evenly spaced over all parts."""
+    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 6)))
+    runs, next_run = [], 0  # as an index into the part
     for part in parts:
         for start in range(next_run, part.size, stride):
             for block in part.blocks(start, min(start + _RUN, part.size)):
-                yield block.clone()
+                runs.append(_bits(block.clone()).cpu().numpy())
         next_run = (next_run - part.size) % stride
+    return np.concatenate(runs)
 
 
-def _only_value(bins: Counts, values: Counts, found: int, shift: int) -> int | None:
-    """Where in its bin the one value lies that all elements of the bin have; ``None`` if they differ.
+def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tuple[int, int]:
+    """Bits between which those of an element should lie than which ``smaller`` of ``among`` are smaller."""
+    count = len(sample)
+    place = smaller * count // among  # counted from the smallest
+    margin = 0 if count == among else 2 * math.isqrt(count) + 1  # two standard errors
+    if not count:
+        return least, most
+    ends = max(0, place - margin), min(count - 1, place + margin)
+    low, high = np.partition(sample, ends)[list(ends)].tolist()
+    return low if place >= margin else least, high if place + margin < count else most
 
-    They are equal just if ``n Σr² = (Σr)²``. Coarse numbers, as the differences of bf16 ones, often are.
+
+@dataclass(frozen=True)
+class _Census:
+    """How many elements are larger than ``high``, equal to it, between, and equal to ``low``.
+
+    Args:
+        rows: for each part and block its length, and those larger, equal to ``high`` and equal to ``low``.
+        between: how many are; where both ends are the same, none is, nor equal to ``low``.
+        picked: the bits of those between, or of every 2^i-th of them.
     """
-    if not 0 < shift <= _NARROW:
-        return None if shift else 0
-    count, total, squares = int(bins[found]), int(values[0, found]), int(values[1, found])
-    return total // count if count * squares == total * total else None
+
+    rows: Sequence[Sequence[tuple[int, int, int, int]]]
+    between: int
+    picked: Bits
+
+    @property
+    def above(self) -> int:
+        return self._sum(1)
+
+    @property
+    def at_high(self) -> int:
+        return self._sum(2)
+
+    @property
+    def at_low(self) -> int:
+        return self._sum(3)
+
+    @property
+    def ties_at_high(self) -> Sequence[Ties]:
+        return [[(row[0], row[2]) for row in rows] for rows in self.rows]
+
+    @property
+    def ties_at_low(self) -> Sequence[Ties]:
+        return [[(row[0], row[3]) for row in rows] for rows in self.rows]
+
+    def _sum(self, column: int) -> int:
+        return sum(row[column] for rows in self.rows for row in rows)
 
 
-def _census(parts: Iterable[Part], low: int, high: int, shift: int) -> tuple[int, Counts, Counts]:
-    """How many elements have bits above ``high``; and of those from ``low`` on, how many are in each bin.
+def _census(parts: Iterable[Part], low: int, high: int) -> _Census:
+    picked = _Picked()
 
-    And the sums of their places within the bin, and of the squares of these, where they are wanted.
-    """
-    size, lock = ((high - low) >> shift) + 1, Lock()
-    bins = torch.zeros(size, dtype=torch.int64)
-    narrow, mask = 0 < shift <= _NARROW, (1 << shift) - 1
-    values = torch.zeros(2, size if narrow else 1, dtype=torch.int64)
-
-    def count(part: Part, start: int, stop: int) -> int:
-        above = at_high = at_low = 0
+    def count(part: Part, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+        rows = []
         for block in part.blocks(start, stop):
-            *numbers, between = _split(_bits(block), low, high)
-            above, at_high, at_low = above + numbers[0], at_high + numbers[1], at_low + numbers[2]
-            offsets = (between - low).cpu()
-            which = offsets >> shift
-            with lock:
-                bins.index_add_(0, which, torch.ones(len(which), dtype=torch.int64))
-                if narrow:
-                    places = (offsets & mask).long()
-                    values[0].index_add_(0, which, places)
-                    values[1].index_add_(0, which, places.square_())
-        with lock:
-            bins[-1] += at_high
-            bins[0] += at_low if low < high else 0
-            values[0, -1] += at_high * ((high - low) & mask if narrow else 0)
-            values[1, -1] += at_high * ((high - low) & mask if narrow else 0) ** 2
-        return above
+            above, at_high, at_low, between = _split(_bits(block), low, high)
+            rows.append((block.numel(), above, at_high, at_low))
+            if len(between):
+                picked.add(between)
+        return rows
 
-    above = sum(sum(in_ranges(part.size, part.device, partial(count, part))) for part in parts)
-    return above, bins.numpy(), values.numpy()
+    ranges = (in_ranges(part.size, part.device, partial(count, part)) for part in parts)
+    rows = [list(chain.from_iterable(found)) for found in ranges]
+    return _Census(rows, picked.seen, picked.all())
 
 
-def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Tensor]:
-    """How many bits are above ``high``, equal to it, and equal to ``low``; and those between.
+class _Picked:
+    """Elements that several threads picked out; where they are too many, every 2^i-th of them."""
+
+    def __init__(self) -> None:
+        self.seen, self._held, self._stride = 0, 0, 1
+        self._pieces: list[Bits] = []
+        self._lock = Lock()
+
+    def add(self, piece: Bits) -> None:
+        with self._lock:
+            self.seen += len(piece)
+            self._pieces.append(piece[:: self._stride])
+            self._held += len(self._pieces[-1])
+            while self._held > _PICKED:
+                self._stride *= 2
+                self._pieces = [self.all()[::2].copy()]
+                self._held = len(self._pieces[0])
+
+    def all(self) -> Bits:
+        return np.concatenate(self._pieces or [np.empty(0, dtype=np.int32)])
+
+
+def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
+    """How many bits are above ``high``, equal to it, and equal to ``low`` (if that is lower); those between.
 
     A sample of a vector with few different magnitudes ends on frequent ones. Counting them is far cheaper
     than picking them.
     """
     if bits.device.type != "cpu":
-        between = bits[(bits > low) & (bits < high)]
-        return int((bits > high).sum()), int((bits == high).sum()), int((bits == low).sum()), between
+        between = bits[(bits > low) & (bits < high)].cpu().numpy()
+        at_low = int((bits == low).sum()) if low < high else 0
+        return int((bits > high).sum()), int((bits == high).sum()), at_low, between
     array, count = bits.numpy(), np.count_nonzero  # five times as fast as PyTorch's
-    between = torch.from_numpy(array[(array > low) & (array < high)])
-    return int(count(array > high)), int(count(array == high)), int(count(array == low)), between
+    above, from_high = array > high, array >= high
+    larger, at_high = int(count(above)), int(count(from_high))
+    if low == high:
+        return larger, at_high - larger, 0, array[:0]
+    inside, from_low = array > low, array >= low
+    at_low = int(count(from_low)) - int(count(inside))
+    inside ^= from_high
+    return larger, at_high - larger, at_low, array[np.flatnonzero(inside)]
 
 
-def _tie_end(part: Part, magnitude: float, keep: int) -> tuple[int, int]:
+def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties | None) -> tuple[int, int]:
     """Up to which index at most ``keep`` elements equal to the magnitude lie, and how many do."""
     begin, used = 0, 0
-    for length, equal in _ties(part, magnitude):
+    for length, equal in _ties(part, magnitude) if ties is None else ties:
         if used + equal > keep:
             (block,) = part.blocks(begin, begin + length)
             return begin + int(_equal(block, magnitude).nonzero()[keep - used]), keep
