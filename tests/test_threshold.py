@@ -121,11 +121,9 @@ def test_several_parts_have_the_threshold_of_all_their_elements(build, monkeypat
         assert kth_largest(map_parts(pieces), k) == by_sorting(whole, k)
 
 
-@pytest.mark.parametrize("window", [100, 1 << 22])
 @pytest.mark.parametrize("block", [1, 7, 1000])
 @pytest.mark.parametrize("k", [1, 150, 300, 377])
-def test_of_equal_magnitudes_the_lower_indices_are_kept(k, block, window, monkeypatch):
-    monkeypatch.setattr(threshold, "_WINDOW", window)
+def test_of_equal_magnitudes_the_lower_indices_are_kept(k, block):
     whole = (random(400, 2) * 2).round()
     pieces = whole.split([100, 0, 50, 250])
     found = kth_largest(map_parts(pieces, block), k)

@@ -134,10 +134,11 @@ class Kept:
     def trim(self, block: Tensor, begin: int) -> Tensor:
         """Zeroes, in place, what is not kept of the block that begins at element ``begin``."""
         below, at_most = _largest(self.magnitude, block.dtype)
-        cut = min(max(0, self.end - begin), len(block))
-        for piece, dropped in ((block[:cut], below), (block[cut:], at_most)):
-            if len(piece):
-                torch.hardshrink(piece, dropped, out=piece)
+        cut = min(max(0, self.end - begin), block.numel())
+        if cut:
+            torch.hardshrink(kept := block[:cut], below, out=kept)
+        if cut < block.numel():
+            torch.hardshrink(rest := block[cut:], at_most, out=rest)
         return block
 
 
@@ -163,14 +164,14 @@ class Election:
     """
 
     def __init__(self, vectors: TaskVectors) -> None:
-        self._sums = [vectors.scratch() for _ in range(3)]
+        self._sums = [vectors.scratch() for _ in range(4)]
         # The narrowest numbers that can count the task vectors.
         dtype = torch.uint8 if len(vectors) < 256 else torch.int32
         self._counts = [torch.empty_like(full, dtype=dtype) for full in self._sums[:2]]
 
     def open(self, size: int) -> None:
         """Begins a block of ``size`` elements."""
-        self._for, self._against, self._free = (full[:size] for full in self._sums)
+        self._for, self._against, self._free, self._number = (full[:size] for full in self._sums)
         self._ayes, self._noes = (full[:size] for full in self._counts)
         for total in (self._for, self._against, self._ayes, self._noes):
             total.zero_()
@@ -186,14 +187,13 @@ class Election:
 
     def result(self) -> Tensor:
         """The averages; 0 where nothing was kept."""
-        ayes, noes = (counts.to(self._free.dtype) for counts in (self._ayes, self._noes))
         elected = torch.add(self._for, self._against, out=self._free).ge_(0)
         self._for.mul_(elected)
-        ayes.mul_(elected)
+        number = self._number.copy_(self._ayes).mul_(elected)
         lost = elected.neg_().add_(1)
         self._for.add_(self._against.mul_(lost))
-        ayes.add_(noes.mul_(lost))
-        return self._for.div_(ayes.clamp_(min=1))
+        number.add_(self._against.copy_(self._noes).mul_(lost))
+        return self._for.div_(number.clamp_(min=1))
 
 
 class Sum:
@@ -253,7 +253,8 @@ def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
 
 
 def _widened(vectors: TaskVectors, which: int, dtype: torch.dtype, start: int, stop: int) -> Iterator[Tensor]:
-    return (block.to(dtype) for block in vectors.blocks(which, start, stop))
+    blocks = vectors.blocks(which, start, stop)
+    return blocks if vectors.dtype == dtype else (block.to(dtype) for block in blocks)
 
 
 @lru_cache

@@ -2,9 +2,10 @@
 
 The bits of a non-negative float, read as an integer, are in the order of the floats. A sample says between
 which two the wanted one should lie. One pass counts the elements above these two and equal to them, and picks
-out those between: of a large vector a sixtieth, as a rule few enough (2^20) to be held. Of more, every 2^i-th
-is held, as the sample for a further pass; a sample that misled costs one as well. What is above is always
-counted, never guessed, so neither the blocks nor the threads matter.
+out those between: of a large vector a sixtieth, as a rule few enough (2^20) to be held. Of more, some are
+held, as the sample for a further pass; a sample that misled costs one as well. What is above is always
+counted, never guessed, so neither the blocks nor the threads matter. Each block is counted by itself, which
+tells where the elements equal to the wanted one are.
 """
 
 from __future__ import annotations
@@ -13,9 +14,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, repeat
-from threading import Lock
-from typing import Any, TypeAlias
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,9 @@ Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 Ties: TypeAlias = Sequence[tuple[int, int]]
 """The length of each block, and how many of its elements are equal to the threshold."""
 
-_SAMPLE = 1 << 16  # elements at most; of a small vector a 64th of them, of a tiny one 4096 or all
+_SAMPLE = 1 << 16  # elements at most; of a small vector a 128th of them, of a tiny one 4096 or all
 
-_PICKED = 1 << 20  # elements between two bits that are held at most
-
-_WINDOW = 1 << 22  # elements that are read at a time until the last tie is found
+_PICKED = 1 << 20  # elements between two bits, after which only every second one is held
 
 _RUN = 512  # elements sampled in a row: a row costs as much as one element
 
@@ -63,13 +61,13 @@ class Threshold:
         magnitude: never negative.
         kept: of the equal ones; those of the lowest indices.
         equal: elements of this magnitude.
-        ties: where they are in each part, if the search came to know.
+        ties: where they are, for each part.
     """
 
     magnitude: float
     kept: int
     equal: int
-    ties: Sequence[Ties] | None = field(default=None, compare=False, repr=False)
+    ties: Sequence[Ties] = field(default=(), compare=False, repr=False)
 
 
 def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
@@ -87,23 +85,20 @@ def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
     sample, smaller, among = _sample(parts, total), total - k, total
     while True:
         low, high = _guess(sample, smaller, among, least, most)
-        census = _census(parts, low, high)
-        rank = k - census.above  # among those up to high, from the largest
-        if 0 < rank <= census.at_high:
-            return Threshold(_magnitude(high, dtype), rank, census.at_high, census.ties_at_high)
-        rank -= census.at_high
-        if census.between < rank <= census.between + census.at_low:
-            rank -= census.between
-            return Threshold(_magnitude(low, dtype), rank, census.at_low, census.ties_at_low)
-        if 0 < rank <= census.between and len(census.picked) == census.between:
-            value = int(np.partition(census.picked, -rank)[-rank])
-            larger, equal = (
-                int(np.count_nonzero(found)) for found in (census.picked > value, census.picked == value)
-            )
-            return Threshold(_magnitude(value, dtype), rank - larger, equal)
-        if 0 < rank <= census.between:
-            least, most = low + 1, high - 1
-            sample, smaller, among = census.picked, census.between - rank, census.between
+        counts = _census(parts, low, high)
+        above, at_high, between, at_low = _totals(counts)
+        rank = k - above - at_high  # among those below high, from the largest
+        if -at_high < rank <= 0:
+            return _threshold(high, rank + at_high, counts, dtype, lambda block: block.at_high)
+        if between < rank <= between + at_low:
+            return _threshold(low, rank - between, counts, dtype, lambda block: block.at_low)
+        if 0 < rank <= between:
+            sample = _picked(counts)
+            if len(sample) == between:
+                value = int(np.partition(sample, -rank)[-rank])
+                rank -= int(np.count_nonzero(sample > value))
+                return _threshold(value, rank, counts, dtype, partial(_picked_equal, value))
+            least, most, smaller, among = low + 1, high - 1, between - rank, between
         else:  # the sample misled
             least, most = (high + 1, most) if rank <= 0 else (least, low - 1)
             sample = sample[:0]
@@ -112,21 +107,21 @@ def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
 def tie_ends(parts: Iterable[Part], threshold: Threshold) -> Iterator[int]:
     """For each part the index up to which elements equal to the threshold are kept.
 
-    The parts are read only where some of the equal elements are not kept.
+    One block is read, and that only where some of the equal elements are not kept.
     """
     left = threshold.kept
-    for part, ties in zip(parts, threshold.ties or repeat(None)):  # noqa: B905
+    for which, part in enumerate(parts):
         if threshold.kept == threshold.equal:
             yield part.size
         else:
-            end, used = _tie_end(part, threshold.magnitude, left, ties) if left else (0, 0)
+            end, used = _tie_end(part, threshold.magnitude, left, threshold.ties[which]) if left else (0, 0)
             left -= used
             yield end
 
 
 def _sample(parts: Iterable[Part], total: int) -> Bits:
     """The bits of short runs of elements, evenly spaced over all parts."""
-    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 6)))
+    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 7)))
     runs, next_run = [], 0  # as an index into the part
     for part in parts:
         for start in range(next_run, part.size, stride):
@@ -148,81 +143,68 @@ def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tup
     return low if place >= margin else least, high if place + margin < count else most
 
 
-@dataclass(frozen=True)
-class _Census:
-    """How many elements are larger than ``high``, equal to it, between, and equal to ``low``.
+class _Count(NamedTuple):
+    """The elements of one block that are larger than ``high``, equal to it, between, and equal to ``low``.
 
-    Args:
-        rows: for each part and block its length, and those larger, equal to ``high`` and equal to ``low``.
-        between: how many are; where both ends are the same, none is, nor equal to ``low``.
-        picked: the bits of those between, or of every 2^i-th of them.
+    Where both ends are the same, none is between, nor equal to ``low``. Of those between every ``stride``-th
+    is ``picked``.
     """
 
-    rows: Sequence[Sequence[tuple[int, int, int, int]]]
+    length: int
+    above: int
+    at_high: int
     between: int
+    at_low: int
+    stride: int
     picked: Bits
 
-    @property
-    def above(self) -> int:
-        return self._sum(1)
 
-    @property
-    def at_high(self) -> int:
-        return self._sum(2)
+def _census(parts: Iterable[Part], low: int, high: int) -> list[list[_Count]]:
+    """Counts every block of every part."""
+    seen = 0
 
-    @property
-    def at_low(self) -> int:
-        return self._sum(3)
-
-    @property
-    def ties_at_high(self) -> Sequence[Ties]:
-        return [[(row[0], row[2]) for row in rows] for rows in self.rows]
-
-    @property
-    def ties_at_low(self) -> Sequence[Ties]:
-        return [[(row[0], row[3]) for row in rows] for rows in self.rows]
-
-    def _sum(self, column: int) -> int:
-        return sum(row[column] for rows in self.rows for row in rows)
-
-
-def _census(parts: Iterable[Part], low: int, high: int) -> _Census:
-    picked = _Picked()
-
-    def count(part: Part, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-        rows = []
+    def count(part: Part, start: int, stop: int) -> list[_Count]:
+        nonlocal seen  # threads may overwrite each other's: it need not be exact
+        counts = []
         for block in part.blocks(start, stop):
             above, at_high, at_low, between = _split(_bits(block), low, high)
-            rows.append((block.numel(), above, at_high, at_low))
-            if len(between):
-                picked.add(between)
-        return rows
+            stride = 1 << (seen // _PICKED).bit_length()
+            seen += len(between)
+            picked = between[::stride].copy() if stride > 1 else between
+            counts.append(_Count(block.numel(), above, at_high, len(between), at_low, stride, picked))
+        return counts
 
     ranges = (in_ranges(part.size, part.device, partial(count, part)) for part in parts)
-    rows = [list(chain.from_iterable(found)) for found in ranges]
-    return _Census(rows, picked.seen, picked.all())
+    return [list(chain.from_iterable(found)) for found in ranges]
 
 
-class _Picked:
-    """Elements that several threads picked out; where they are too many, every 2^i-th of them."""
+def _totals(counts: Sequence[Sequence[_Count]]) -> tuple[int, int, int, int]:
+    blocks = list(chain.from_iterable(counts))
+    above, at_high = sum(block.above for block in blocks), sum(block.at_high for block in blocks)
+    return above, at_high, sum(block.between for block in blocks), sum(block.at_low for block in blocks)
 
-    def __init__(self) -> None:
-        self.seen, self._held, self._stride = 0, 0, 1
-        self._pieces: list[Bits] = []
-        self._lock = Lock()
 
-    def add(self, piece: Bits) -> None:
-        with self._lock:
-            self.seen += len(piece)
-            self._pieces.append(piece[:: self._stride])
-            self._held += len(self._pieces[-1])
-            while self._held > _PICKED:
-                self._stride *= 2
-                self._pieces = [self.all()[::2].copy()]
-                self._held = len(self._pieces[0])
+def _picked(counts: Sequence[Sequence[_Count]]) -> Bits:
+    """The elements between, or where some of them were not picked a share that is the same in all blocks."""
+    blocks = list(chain.from_iterable(counts))
+    stride = max(block.stride for block in blocks)
+    return np.concatenate([block.picked[:: stride // block.stride] for block in blocks])
 
-    def all(self) -> Bits:
-        return np.concatenate(self._pieces or [np.empty(0, dtype=np.int32)])
+
+def _picked_equal(bits: int, block: _Count) -> int:
+    return int(np.count_nonzero(block.picked == bits))
+
+
+def _threshold(
+    bits: int,
+    kept: int,
+    counts: Sequence[Sequence[_Count]],
+    dtype: torch.dtype,
+    equal: Callable[[_Count], int],
+) -> Threshold:
+    ties = [[(block.length, equal(block)) for block in part] for part in counts]
+    magnitude = torch.tensor(bits, dtype=_integer(dtype)).view(dtype).item()
+    return Threshold(magnitude, kept, sum(number for part in ties for _, number in part), ties)
 
 
 def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
@@ -236,42 +218,25 @@ def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
         at_low = int((bits == low).sum()) if low < high else 0
         return int((bits > high).sum()), int((bits == high).sum()), at_low, between
     array, count = bits.numpy(), np.count_nonzero  # five times as fast as PyTorch's
-    above, from_high = array > high, array >= high
-    larger, at_high = int(count(above)), int(count(from_high))
+    above, from_high = int(count(array > high)), array >= high
+    at_high = int(count(from_high)) - above
     if low == high:
-        return larger, at_high - larger, 0, array[:0]
-    inside, from_low = array > low, array >= low
-    at_low = int(count(from_low)) - int(count(inside))
-    inside ^= from_high
-    return larger, at_high - larger, at_low, array[np.flatnonzero(inside)]
+        return above, at_high, 0, array[:0]
+    inside = (array > low) ^ from_high
+    between = array[inside.nonzero()[0]]  # faster than a mask
+    at_low = int(count(array >= low)) - len(between) - at_high - above
+    return above, at_high, at_low, between
 
 
-def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties | None) -> tuple[int, int]:
+def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> tuple[int, int]:
     """Up to which index at most ``keep`` elements equal to the magnitude lie, and how many do."""
     begin, used = 0, 0
-    for length, equal in _ties(part, magnitude) if ties is None else ties:
+    for length, equal in ties:
         if used + equal > keep:
             (block,) = part.blocks(begin, begin + length)
-            return begin + int(_equal(block, magnitude).nonzero()[keep - used]), keep
+            return begin + int((block.abs_() == magnitude).nonzero()[keep - used]), keep
         begin, used = begin + length, used + equal
     return part.size, used
-
-
-def _ties(part: Part, magnitude: float) -> Iterator[tuple[int, int]]:
-    """The length of each block, and how many of its elements are equal to the magnitude."""
-
-    def count(first: int, start: int, stop: int) -> list[tuple[int, int]]:
-        blocks = part.blocks(first + start, first + stop)
-        return [(len(block), int(_equal(block, magnitude).sum())) for block in blocks]
-
-    for first in range(0, part.size, _WINDOW):
-        size = min(_WINDOW, part.size - first)
-        yield from chain.from_iterable(in_ranges(size, part.device, partial(count, first)))
-
-
-def _equal(block: Tensor, magnitude: float) -> Tensor:
-    """1 where the block has the magnitude; in place, as a new dtype would take four times as long."""
-    return block.abs_().eq_(magnitude)
 
 
 def _bits(block: Tensor) -> Tensor:
@@ -281,7 +246,3 @@ def _bits(block: Tensor) -> Tensor:
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
     return torch.int64 if dtype == torch.float64 else torch.int32
-
-
-def _magnitude(bits: int, dtype: torch.dtype) -> float:
-    return torch.tensor(bits, dtype=_integer(dtype)).view(dtype).item()
