@@ -241,7 +241,7 @@ def _count(entries: Tensor, counts: Tensor) -> None:
     """Adds 1 where an entry is not 0."""
     if counts.device.type == "cpu":  # NumPy compares ten times as fast as PyTorch
         numbers = counts.numpy()
-        numbers += entries.numpy() != 0
+        numbers += (entries.numpy() != 0).view(np.uint8)  # a view: bools would be cast
     else:
         counts.add_(entries != 0)
 
