@@ -27,9 +27,8 @@ class Ties(MergeMethod):
     lowest indices. An element's elected sign is that of the sum of its kept entries, where 0 counts as +. The
     kept entries of this sign are averaged over their number.
 
-    Nothing of the tensor's size is made: the thresholds take one or two passes over blocks of the task
-    vectors (one more where several entries equal one), the merge another, which writes each block of ``out``
-    once.
+    Nothing of the tensor's size is made: the thresholds take a pass over blocks of the task vectors (as a
+    rule two above 2^26 elements), the merge another, which writes each block of ``out`` once.
 
     Args:
         density: d, the share of the entries that is kept.

@@ -135,7 +135,7 @@ def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tup
     """Bits between which those of an element should lie than which ``smaller`` of ``among`` are smaller."""
     count = len(sample)
     place = smaller * count // among  # counted from the smallest
-    margin = 0 if count == among else 2 * math.isqrt(count) + 1  # two standard errors
+    margin = 0 if count == among else 2 * math.isqrt(count) + 1  # four standard errors, or more
     if not count:
         return least, most
     ends = max(0, place - margin), min(count - 1, place + margin)
@@ -221,7 +221,7 @@ def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
     above, from_high = int(count(array > high)), array >= high
     at_high = int(count(from_high)) - above
     if low == high:
-        return above, at_high, 0, array[:0]
+        return above, at_high, 0, array[:0].copy()  # a view would hold the block
     inside = (array > low) ^ from_high
     between = array[inside.nonzero()[0]]  # faster than a mask
     at_low = int(count(array >= low)) - len(between) - at_high - above
