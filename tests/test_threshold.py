@@ -62,13 +62,15 @@ def test_the_threshold_and_its_ties_are_those_of_a_stable_sort(build, sample, mo
                 assert kth_largest([part(vector)], k) == by_sorting(vector, k)
 
 
-@pytest.mark.parametrize("low_bits", [2, 5, 20])
-def test_however_few_bins_a_pass_has_the_result_is_exact(low_bits, monkeypatch):
-    monkeypatch.setattr(threshold, "_BINS", low_bits)
+@pytest.mark.parametrize("picked", [50, 200, 1 << 20])
+@pytest.mark.parametrize("build", VECTORS.values(), ids=VECTORS)
+def test_however_few_elements_a_pass_may_hold_the_result_is_exact(build, picked, monkeypatch):
+    monkeypatch.setattr(threshold, "_PICKED", picked)
     monkeypatch.setattr(threshold, "_SAMPLE", 128)
-    for dtype in (torch.float32, torch.float64):
-        vector = random(3000, 3, dtype)
-        assert kth_largest([part(vector)], 2400) == by_sorting(vector, 2400)
+    monkeypatch.setattr(threshold, "_RUN", 4)
+    vector = build(3000, 3)
+    for k in (1, 600, 2400, 3000):
+        assert kth_largest([part(vector, 100)], k) == by_sorting(vector, k)
 
 
 def test_a_sample_that_misleads_costs_a_pass_but_not_the_result(monkeypatch):
@@ -82,6 +84,22 @@ def test_a_sample_that_misleads_costs_a_pass_but_not_the_result(monkeypatch):
     monkeypatch.setattr(threshold, "_census", lambda *a: passes.append(a) or census(*a))
     assert kth_largest([part(vector)], 10_000) == by_sorting(vector, 10_000)
     assert passes[0][2] == 0  # the highest bits it believed in: those of zero
+    assert len(passes) == 2
+
+
+def test_ties_that_the_search_counted_are_not_counted_again():
+    """All elements are equal, and counted block by block: only the block with the last one is read again."""
+    reads = []
+
+    def blocks(start, stop):
+        reads.append((start, stop))
+        return (torch.full((min(i + 100, stop) - i,), 2.0) for i in range(start, stop, 100))
+
+    whole = Part(10_000, torch.float32, torch.device("cpu"), blocks)
+    found = kth_largest([whole], 6543)
+    reads.clear()
+    assert list(tie_ends([whole], found)) == [6543]
+    assert reads == [(6500, 6600)]
 
 
 def test_one_pass_is_enough_for_a_normal_vector(monkeypatch):
@@ -103,11 +121,9 @@ def test_several_parts_have_the_threshold_of_all_their_elements(build, monkeypat
         assert kth_largest(map_parts(pieces), k) == by_sorting(whole, k)
 
 
-@pytest.mark.parametrize("window", [100, 1 << 22])
 @pytest.mark.parametrize("block", [1, 7, 1000])
 @pytest.mark.parametrize("k", [1, 150, 300, 377])
-def test_of_equal_magnitudes_the_lower_indices_are_kept(k, block, window, monkeypatch):
-    monkeypatch.setattr(threshold, "_WINDOW", window)
+def test_of_equal_magnitudes_the_lower_indices_are_kept(k, block):
     whole = (random(400, 2) * 2).round()
     pieces = whole.split([100, 0, 50, 250])
     found = kth_largest(map_parts(pieces, block), k)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,9 +27,8 @@ class Ties(MergeMethod):
     lowest indices. An element's elected sign is that of the sum of its kept entries, where 0 counts as +. The
     kept entries of this sign are averaged over their number.
 
-    Nothing of the tensor's size is made: the thresholds take one or two passes over blocks of the task
-    vectors (one more where several entries equal one), the merge another, which writes each block of ``out``
-    once.
+    Nothing of the tensor's size is made: the thresholds take a pass over blocks of the task vectors (as a
+    rule two above 2^26 elements), the merge another, which writes each block of ``out`` once.
 
     Args:
         density: d, the share of the entries that is kept.
@@ -134,10 +133,11 @@ class Kept:
     def trim(self, block: Tensor, begin: int) -> Tensor:
         """Zeroes, in place, what is not kept of the block that begins at element ``begin``."""
         below, at_most = _largest(self.magnitude, block.dtype)
-        cut = min(max(0, self.end - begin), len(block))
-        for piece, dropped in ((block[:cut], below), (block[cut:], at_most)):
-            if len(piece):
-                torch.hardshrink(piece, dropped, out=piece)
+        cut = min(max(0, self.end - begin), block.numel())
+        if cut:
+            torch.hardshrink(kept := block[:cut], below, out=kept)
+        if cut < block.numel():
+            torch.hardshrink(rest := block[cut:], at_most, out=rest)
         return block
 
 
@@ -163,33 +163,36 @@ class Election:
     """
 
     def __init__(self, vectors: TaskVectors) -> None:
-        self._all = [vectors.scratch() for _ in range(5)]
+        self._sums = [vectors.scratch() for _ in range(4)]
+        # The narrowest numbers that can count the task vectors.
+        dtype = torch.uint8 if len(vectors) < 256 else torch.int32
+        self._counts = [torch.empty_like(full, dtype=dtype) for full in self._sums[:2]]
 
     def open(self, size: int) -> None:
         """Begins a block of ``size`` elements."""
-        self._for, self._ayes, self._against, self._noes, self._free = (full[:size] for full in self._all)
-        for total in (self._for, self._ayes, self._against, self._noes):
+        self._for, self._against, self._free, self._number = (full[:size] for full in self._sums)
+        self._ayes, self._noes = (full[:size] for full in self._counts)
+        for total in (self._for, self._against, self._ayes, self._noes):
             total.zero_()
 
     def add(self, entries: Tensor) -> None:
         """Adds one task vector's entries, those that are not kept being 0."""
-        # Signs, not comparisons: a result of another dtype takes four times as long.
         positive = torch.clamp(entries, min=0, out=self._free)
         self._for.add_(positive)
-        self._ayes.add_(positive.sign_())
+        _count(positive, self._ayes)
         negative = entries.clamp_(max=0)
         self._against.add_(negative)
-        self._noes.sub_(negative.sign_())
+        _count(negative, self._noes)
 
     def result(self) -> Tensor:
         """The averages; 0 where nothing was kept."""
         elected = torch.add(self._for, self._against, out=self._free).ge_(0)
         self._for.mul_(elected)
-        self._ayes.mul_(elected)
+        number = self._number.copy_(self._ayes).mul_(elected)
         lost = elected.neg_().add_(1)
         self._for.add_(self._against.mul_(lost))
-        self._ayes.add_(self._noes.mul_(lost))
-        return self._for.div_(self._ayes.clamp_(min=1))
+        number.add_(self._against.copy_(self._noes).mul_(lost))
+        return self._for.div_(number.clamp_(min=1))
 
 
 class Sum:
@@ -233,6 +236,15 @@ def _combine(
     in_ranges(vectors.size, vectors.device, merge_range)
 
 
+def _count(entries: Tensor, counts: Tensor) -> None:
+    """Adds 1 where an entry is not 0."""
+    if counts.device.type == "cpu":  # NumPy compares ten times as fast as PyTorch
+        numbers = counts.numpy()
+        numbers += (entries.numpy() != 0).view(np.uint8)  # a view: bools would be cast
+    else:
+        counts.add_(entries != 0)
+
+
 def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
     """The ``which``-th task vector of every tensor, all in the widest dtype."""
     wide = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
@@ -240,9 +252,11 @@ def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
 
 
 def _widened(vectors: TaskVectors, which: int, dtype: torch.dtype, start: int, stop: int) -> Iterator[Tensor]:
-    return (block.to(dtype) for block in vectors.blocks(which, start, stop))
+    blocks = vectors.blocks(which, start, stop)
+    return blocks if vectors.dtype == dtype else (block.to(dtype) for block in blocks)
 
 
+@lru_cache
 def _largest(magnitude: float, dtype: torch.dtype) -> tuple[float, float]:
     """The largest numbers of ``dtype`` below the magnitude (which may be of a wider one), and up to it."""
     kind = np.float64 if dtype == torch.float64 else np.float32

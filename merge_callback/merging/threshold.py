@@ -1,22 +1,21 @@
 """The k-th largest magnitude of a vector that is never held whole, found exactly and without sorting.
 
-The bits of a non-negative float, read as an integer, are in the order of the floats. So magnitudes are
-counted by their bits: a sample says between which two the wanted one should lie, and one pass counts all
-elements above and, in up to 2^20 bins, those between. With fp32 this is most often the end of it. Bins wider
-than one magnitude are narrowed by further passes; a sample that misled costs one over all magnitudes. A pass
-holds one histogram (8 MiB), however large the vector and however many of its elements are equal. Its counts
-are sums, so neither the blocks nor the threads matter.
+The bits of a non-negative float, read as an integer, are in the order of the floats. A sample says between
+which two the wanted one should lie. One pass counts the elements above these two and equal to them, and picks
+out those between: of a large vector a sixtieth, as a rule few enough (2^20) to be held. Of more, some are
+held, as the sample for a further pass; a sample that misled costs one as well. What is above is always
+counted, never guessed, so neither the blocks nor the threads matter. Each block is counted by itself, which
+tells where the elements equal to the wanted one are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from threading import Lock
-from typing import TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,15 +24,14 @@ from torch import Tensor
 
 from merge_callback.merging.task_vectors import in_ranges
 
-Counts: TypeAlias = npt.NDArray[np.int64]
+Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 
-_BINS = 20  # bits: 2^20 bins hold ±2 standard errors of a sample's quantile, to the last bit of fp32
+Ties: TypeAlias = Sequence[tuple[int, int]]
+"""The length of each block, and how many of its elements are equal to the threshold."""
 
-_NARROW = 15  # bits of a bin's width: the sums of squares of 2^33 elements fit into 63 bits
+_SAMPLE = 1 << 16  # elements at most; of a small vector a 128th of them, of a tiny one 4096 or all
 
-_SAMPLE = 1 << 16  # elements at most; of a small vector a 32nd of them, of a tiny one 4096 or all
-
-_WINDOW = 1 << 22  # elements that are read at a time until the last tie is found
+_PICKED = 1 << 20  # elements between two bits, after which only every second one is held
 
 _RUN = 512  # elements sampled in a row: a row costs as much as one element
 
@@ -63,11 +61,13 @@ class Threshold:
         magnitude: never negative.
         kept: of the equal ones; those of the lowest indices.
         equal: elements of this magnitude.
+        ties: where they are, for each part.
     """
 
     magnitude: float
     kept: int
     equal: int
+    ties: Sequence[Ties] = field(default=(), compare=False, repr=False)
 
 
 def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
@@ -81,149 +81,162 @@ def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
     if not total:
         return Threshold(0.0, 0, 0)
     dtype = next(iter(parts)).dtype
-    low, high = _guess(parts, k, total)
+    least, most = 0, int(torch.iinfo(_integer(dtype)).max)  # bits between which it lies for certain
+    sample, smaller, among = _sample(parts, total), total - k, total
     while True:
-        shift = max(0, (high - low).bit_length() - _bins(total))
-        above, bins, values = _census(parts, low, high, shift)
-        up_to = np.cumsum(bins)
-        within = int(up_to[-1])
-        if not above < k <= above + within:
-            low, high = 0, torch.iinfo(_integer(dtype)).max  # the sample misled
-            continue
-        found = int(np.searchsorted(up_to, above + within - k, side="right"))
-        if (only := _only_value(bins, values, found, shift)) is not None:
-            higher = above + within - int(up_to[found])
-            return Threshold(_magnitude(low + (found << shift) + only, dtype), k - higher, int(bins[found]))
-        low, high = low + (found << shift), min(high, low + (found + 1 << shift) - 1)
+        low, high = _guess(sample, smaller, among, least, most)
+        counts = _census(parts, low, high)
+        above, at_high, between, at_low = _totals(counts)
+        rank = k - above - at_high  # among those below high, from the largest
+        if -at_high < rank <= 0:
+            return _threshold(high, rank + at_high, counts, dtype, lambda block: block.at_high)
+        if between < rank <= between + at_low:
+            return _threshold(low, rank - between, counts, dtype, lambda block: block.at_low)
+        if 0 < rank <= between:
+            sample = _picked(counts)
+            if len(sample) == between:
+                value = int(np.partition(sample, -rank)[-rank])
+                rank -= int(np.count_nonzero(sample > value))
+                return _threshold(value, rank, counts, dtype, partial(_picked_equal, value))
+            least, most, smaller, among = low + 1, high - 1, between - rank, between
+        else:  # the sample misled
+            least, most = (high + 1, most) if rank <= 0 else (least, low - 1)
+            sample = sample[:0]
 
 
 def tie_ends(parts: Iterable[Part], threshold: Threshold) -> Iterator[int]:
     """For each part the index up to which elements equal to the threshold are kept.
 
-    The parts are read only where some of the equal elements are not kept.
+    One block is read, and that only where some of the equal elements are not kept.
     """
     left = threshold.kept
-    for part in parts:
+    for which, part in enumerate(parts):
         if threshold.kept == threshold.equal:
             yield part.size
         else:
-            end, used = _tie_end(part, threshold.magnitude, left) if left else (0, 0)
+            end, used = _tie_end(part, threshold.magnitude, left, threshold.ties[which]) if left else (0, 0)
             left -= used
             yield end
 
 
-def _bins(total: int) -> int:
-    """Bits of a bin's number. Bins cost as much as elements do: an eighth of them, or fewer, is little."""
-    return min(_BINS, max(2, total.bit_length() - 3))
-
-
-def _guess(parts: Iterable[Part], k: int, total: int) -> tuple[int, int]:
-    """Bits between which those of the k-th largest magnitude should lie, judged by a sample."""
-    sample = np.concatenate([_bits(run).cpu().numpy() for run in _sampled(parts, total)])
-    count = len(sample)
-    place = (total - k) * count // total  # counted from the smallest
-    margin = 0 if count == total else 2 * math.isqrt(count) + 1
-    ends = max(0, place - margin), min(count - 1, place + margin)
-    low, high = np.partition(sample, ends)[list(ends)].tolist()
-    return low if place >= margin else 0, high if place + margin < count else np.iinfo(sample.dtype).max
-
-
-def _sampled(parts: Iterable[Part], total: int) -> Iterator[Tensor]:
-    """Short runs of elements, evenly spaced over all parts; a copy of each."""
-    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 5)))
-    next_run = 0  # as an index into the part
+def _sample(parts: Iterable[Part], total: int) -> Bits:
+    """The bits of short runs of elements, evenly spaced over all parts."""
+    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 7)))
+    runs, next_run = [], 0  # as an index into the part
     for part in parts:
         for start in range(next_run, part.size, stride):
             for block in part.blocks(start, min(start + _RUN, part.size)):
-                yield block.clone()
+                runs.append(_bits(block.clone()).cpu().numpy())
         next_run = (next_run - part.size) % stride
+    return np.concatenate(runs)
 
 
-def _only_value(bins: Counts, values: Counts, found: int, shift: int) -> int | None:
-    """Where in its bin the one value lies that all elements of the bin have; ``None`` if they differ.
+def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tuple[int, int]:
+    """Bits between which those of an element should lie than which ``smaller`` of ``among`` are smaller."""
+    count = len(sample)
+    place = smaller * count // among  # counted from the smallest
+    margin = 0 if count == among else 2 * math.isqrt(count) + 1  # four standard errors, or more
+    if not count:
+        return least, most
+    ends = max(0, place - margin), min(count - 1, place + margin)
+    low, high = np.partition(sample, ends)[list(ends)].tolist()
+    return low if place >= margin else least, high if place + margin < count else most
 
-    They are equal just if ``n Σr² = (Σr)²``. Coarse numbers, as the differences of bf16 ones, often are.
+
+class _Count(NamedTuple):
+    """The elements of one block that are larger than ``high``, equal to it, between, and equal to ``low``.
+
+    Where both ends are the same, none is between, nor equal to ``low``. Of those between every ``stride``-th
+    is ``picked``.
     """
-    if not 0 < shift <= _NARROW:
-        return None if shift else 0
-    count, total, squares = int(bins[found]), int(values[0, found]), int(values[1, found])
-    return total // count if count * squares == total * total else None
+
+    length: int
+    above: int
+    at_high: int
+    between: int
+    at_low: int
+    stride: int
+    picked: Bits
 
 
-def _census(parts: Iterable[Part], low: int, high: int, shift: int) -> tuple[int, Counts, Counts]:
-    """How many elements have bits above ``high``; and of those from ``low`` on, how many are in each bin.
+def _census(parts: Iterable[Part], low: int, high: int) -> list[list[_Count]]:
+    """Counts every block of every part."""
+    seen = 0
 
-    And the sums of their places within the bin, and of the squares of these, where they are wanted.
-    """
-    size, lock = ((high - low) >> shift) + 1, Lock()
-    bins = torch.zeros(size, dtype=torch.int64)
-    narrow, mask = 0 < shift <= _NARROW, (1 << shift) - 1
-    values = torch.zeros(2, size if narrow else 1, dtype=torch.int64)
-
-    def count(part: Part, start: int, stop: int) -> int:
-        above = at_high = at_low = 0
+    def count(part: Part, start: int, stop: int) -> list[_Count]:
+        nonlocal seen  # threads may overwrite each other's: it need not be exact
+        counts = []
         for block in part.blocks(start, stop):
-            *numbers, between = _split(_bits(block), low, high)
-            above, at_high, at_low = above + numbers[0], at_high + numbers[1], at_low + numbers[2]
-            offsets = (between - low).cpu()
-            which = offsets >> shift
-            with lock:
-                bins.index_add_(0, which, torch.ones(len(which), dtype=torch.int64))
-                if narrow:
-                    places = (offsets & mask).long()
-                    values[0].index_add_(0, which, places)
-                    values[1].index_add_(0, which, places.square_())
-        with lock:
-            bins[-1] += at_high
-            bins[0] += at_low if low < high else 0
-            values[0, -1] += at_high * ((high - low) & mask if narrow else 0)
-            values[1, -1] += at_high * ((high - low) & mask if narrow else 0) ** 2
-        return above
+            above, at_high, at_low, between = _split(_bits(block), low, high)
+            stride = 1 << (seen // _PICKED).bit_length()
+            seen += len(between)
+            picked = between[::stride].copy() if stride > 1 else between
+            counts.append(_Count(block.numel(), above, at_high, len(between), at_low, stride, picked))
+        return counts
 
-    above = sum(sum(in_ranges(part.size, part.device, partial(count, part))) for part in parts)
-    return above, bins.numpy(), values.numpy()
+    ranges = (in_ranges(part.size, part.device, partial(count, part)) for part in parts)
+    return [list(chain.from_iterable(found)) for found in ranges]
 
 
-def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Tensor]:
-    """How many bits are above ``high``, equal to it, and equal to ``low``; and those between.
+def _totals(counts: Sequence[Sequence[_Count]]) -> tuple[int, int, int, int]:
+    blocks = list(chain.from_iterable(counts))
+    above, at_high = sum(block.above for block in blocks), sum(block.at_high for block in blocks)
+    return above, at_high, sum(block.between for block in blocks), sum(block.at_low for block in blocks)
+
+
+def _picked(counts: Sequence[Sequence[_Count]]) -> Bits:
+    """The elements between, or where some of them were not picked a share that is the same in all blocks."""
+    blocks = list(chain.from_iterable(counts))
+    stride = max(block.stride for block in blocks)
+    return np.concatenate([block.picked[:: stride // block.stride] for block in blocks])
+
+
+def _picked_equal(bits: int, block: _Count) -> int:
+    return int(np.count_nonzero(block.picked == bits))
+
+
+def _threshold(
+    bits: int,
+    kept: int,
+    counts: Sequence[Sequence[_Count]],
+    dtype: torch.dtype,
+    equal: Callable[[_Count], int],
+) -> Threshold:
+    ties = [[(block.length, equal(block)) for block in part] for part in counts]
+    magnitude = torch.tensor(bits, dtype=_integer(dtype)).view(dtype).item()
+    return Threshold(magnitude, kept, sum(number for part in ties for _, number in part), ties)
+
+
+def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
+    """How many bits are above ``high``, equal to it, and equal to ``low`` (if that is lower); those between.
 
     A sample of a vector with few different magnitudes ends on frequent ones. Counting them is far cheaper
     than picking them.
     """
     if bits.device.type != "cpu":
-        between = bits[(bits > low) & (bits < high)]
-        return int((bits > high).sum()), int((bits == high).sum()), int((bits == low).sum()), between
+        between = bits[(bits > low) & (bits < high)].cpu().numpy()
+        at_low = int((bits == low).sum()) if low < high else 0
+        return int((bits > high).sum()), int((bits == high).sum()), at_low, between
     array, count = bits.numpy(), np.count_nonzero  # five times as fast as PyTorch's
-    between = torch.from_numpy(array[(array > low) & (array < high)])
-    return int(count(array > high)), int(count(array == high)), int(count(array == low)), between
+    above, from_high = int(count(array > high)), array >= high
+    at_high = int(count(from_high)) - above
+    if low == high:
+        return above, at_high, 0, array[:0].copy()  # a view would hold the block
+    inside = (array > low) ^ from_high
+    between = array[inside.nonzero()[0]]  # faster than a mask
+    at_low = int(count(array >= low)) - len(between) - at_high - above
+    return above, at_high, at_low, between
 
 
-def _tie_end(part: Part, magnitude: float, keep: int) -> tuple[int, int]:
+def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> tuple[int, int]:
     """Up to which index at most ``keep`` elements equal to the magnitude lie, and how many do."""
     begin, used = 0, 0
-    for length, equal in _ties(part, magnitude):
+    for length, equal in ties:
         if used + equal > keep:
             (block,) = part.blocks(begin, begin + length)
-            return begin + int(_equal(block, magnitude).nonzero()[keep - used]), keep
+            return begin + int((block.abs_() == magnitude).nonzero()[keep - used]), keep
         begin, used = begin + length, used + equal
     return part.size, used
-
-
-def _ties(part: Part, magnitude: float) -> Iterator[tuple[int, int]]:
-    """The length of each block, and how many of its elements are equal to the magnitude."""
-
-    def count(first: int, start: int, stop: int) -> list[tuple[int, int]]:
-        blocks = part.blocks(first + start, first + stop)
-        return [(len(block), int(_equal(block, magnitude).sum())) for block in blocks]
-
-    for first in range(0, part.size, _WINDOW):
-        size = min(_WINDOW, part.size - first)
-        yield from chain.from_iterable(in_ranges(size, part.device, partial(count, first)))
-
-
-def _equal(block: Tensor, magnitude: float) -> Tensor:
-    """1 where the block has the magnitude; in place, as a new dtype would take four times as long."""
-    return block.abs_().eq_(magnitude)
 
 
 def _bits(block: Tensor) -> Tensor:
@@ -233,7 +246,3 @@ def _bits(block: Tensor) -> Tensor:
 
 def _integer(dtype: torch.dtype) -> torch.dtype:
     return torch.int64 if dtype == torch.float64 else torch.int32
-
-
-def _magnitude(bits: int, dtype: torch.dtype) -> float:
-    return torch.tensor(bits, dtype=_integer(dtype)).view(dtype).item()

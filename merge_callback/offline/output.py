@@ -15,12 +15,14 @@ from torch import Tensor
 from merge_callback.publish.emission import shard_names, write_index
 from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, sync, tensors_header
 
+_SYNCED = 64 << 20  # bytes after which the disk is set to work, while the rest is still merged
+
 
 class ModelFiles:
     """The safetensors files of a model of any size: tensors that are written straight into their files.
 
     The memory is the page cache's, never the process's own. Write the tensors in the order of ``tensors`` and
-    report each by ``done``: the checksums are then computed beside the writing.
+    report each by ``done``: beside the writing, checksums are then computed and the disk is kept busy.
 
     Args:
         folder: where the files are made; it must exist.
@@ -36,11 +38,11 @@ class ModelFiles:
         self.tensors: dict[str, Tensor] = {}
         self._files: dict[str, _File] = {}
         self._places: dict[str, _File] = {}
-        self._hashing = ThreadPoolExecutor(1)
+        self._background = ThreadPoolExecutor(1)
         names = shard_names(len(shards))
         for name, shard in zip(names, shards, strict=True):
             shared = {alias: kept for alias, kept in tied.items() if kept in shard}
-            file = _File(folder / name, shard, {"format": "pt", **shared}, self._hashing)
+            file = _File(folder / name, shard, {"format": "pt", **shared}, self._background)
             self._files[name] = file
             self._places |= dict.fromkeys(shard, file)
             self.tensors |= file.tensors
@@ -60,7 +62,7 @@ class ModelFiles:
         for file in self._files.values():
             sync(file.path)
         found = {name: file.checksum() for name, file in self._files.items()}
-        self._hashing.shutdown()
+        self._background.shutdown()
         return found
 
 
@@ -72,7 +74,7 @@ class _File:
         path: Path,
         shard: Mapping[str, Tensor],
         metadata: Mapping[str, str],
-        hashing: ThreadPoolExecutor,
+        background: ThreadPoolExecutor,
     ) -> None:
         self.path = path
         header = tensors_header(shard)
@@ -82,27 +84,34 @@ class _File:
             name: self._data[begin:end].view(shard[name].dtype).view(shard[name].shape)
             for name, (begin, end) in ((n, e["data_offsets"]) for n, e in header.items())
         }
-        self._hashing, self._hashed = hashing, 0
+        self._background, self._handed_over, self._unsynced = background, 0, 0
         self._digest = hashlib.sha256()
         with open(path, "rb") as file:
             self._digest.update(file.read(start))
         self._pending: list[Future[None]] = []
 
     def done(self, name: str) -> None:
-        """Hashes what is final by now, in the background."""
-        self._hash(self._ends[name])
+        """Hashes what is final by now, in the background, and writes it to the disk."""
+        self._hand_over(self._ends[name])
 
     def checksum(self) -> str:
         """The SHA-256 of the whole file."""
-        self._hash(self._data.numel())
+        self._hand_over(self._data.numel())
         for future in self._pending:
             future.result()
         return self._digest.hexdigest()
 
-    def _hash(self, end: int) -> None:
-        piece: memoryview = self._data[self._hashed : end].numpy().data
-        self._pending.append(self._hashing.submit(self._digest.update, piece))
-        self._hashed = end
+    def _hand_over(self, end: int) -> None:
+        piece: memoryview = self._data[self._handed_over : end].numpy().data
+        self._pending.append(self._background.submit(self._finish, piece))
+        self._handed_over = end
+
+    def _finish(self, piece: memoryview) -> None:
+        self._digest.update(piece)
+        self._unsynced += len(piece)
+        if self._unsynced >= _SYNCED:
+            sync(self.path)
+            self._unsynced = 0
 
 
 @contextmanager
