@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import Tensor
 
 from merge_callback.reduce import one_pass
-from merge_callback.sharding.pieces import Piece
+from merge_callback.sharding import Piece, Ranks
 
 Need = Literal["pairs", "task vectors", "randomness", "global sums"]
 
@@ -26,11 +26,11 @@ class Shard:
 
     Args:
         piece: the part.
-        total: sums a CPU tensor over all processes, in place. Each of them has to call it as often.
+        ranks: the processes. Each of them merges the same tensors in the same order.
     """
 
     piece: Piece
-    total: Callable[[Tensor], Tensor]
+    ranks: Ranks
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Inputs:
 
     def total(self, numbers: Tensor) -> Tensor:
         """Sums what belongs to parts of the tensor, on the CPU, to that of all of it; in place."""
-        return numbers if self.shard is None else self.shard.total(numbers)
+        return numbers if self.shard is None else self.shard.ranks.total(numbers)
 
 
 @dataclass(frozen=True)

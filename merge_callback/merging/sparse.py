@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, Literal
@@ -15,7 +15,15 @@ from torch import Tensor
 from merge_callback.merging.method import Inputs, MergeMethod, Need, Trajectory, register_method
 from merge_callback.merging.randomness import Stream
 from merge_callback.merging.task_vectors import TaskVectors, in_ranges, warn_of_plain_sum
-from merge_callback.merging.threshold import Part, Threshold, kth_largest, tie_ends
+from merge_callback.merging.threshold import (
+    Part,
+    Search,
+    Threshold,
+    alone,
+    search_kth_largest,
+    search_tie_ends,
+    together,
+)
 
 
 @register_method("ties", reference="arXiv 2306.01708; Practical Guidelines (ACL 2026), appendix B.2")
@@ -109,7 +117,8 @@ class Dare(MergeMethod):
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
         """Drops, rescales and combines block by block."""
         vectors = TaskVectors(inputs)
-        streams = [Stream(self.seed, step, inputs.name) for step in vectors.steps(trajectory)]
+        piece = inputs.shard.piece if inputs.shard else None
+        streams = [Stream(self.seed, step, inputs.name, piece) for step in vectors.steps(trajectory)]
 
         def thin(which: int, block: Tensor, begin: int) -> Tensor:
             drawn = streams[which].uniform(begin, begin + len(block)).to(block.device)
@@ -143,16 +152,23 @@ class Kept:
 
 def kept_of_all(vectors: Mapping[str, TaskVectors], density: float) -> dict[str, list[Kept]]:
     """What each task vector of each tensor keeps, by its name, with one threshold for all of the tensors."""
-    total = sum(v.size for v in vectors.values())
+    total = sum(v.whole_size for v in vectors.values())
     k = max(1, math.floor(density * total))
-    kept: dict[str, list[Kept]] = {name: [] for name in vectors}
-    for which in range(max(map(len, vectors.values()), default=0)):
-        parts = _parts(vectors.values(), which)
-        # All of them: what is 0 adds nothing.
-        threshold = kth_largest(parts, k) if k < total else Threshold(0.0, 0, 0)
-        for name, end in zip(vectors, tie_ends(parts, threshold), strict=True):
-            kept[name].append(Kept(threshold.magnitude, end))
-    return kept
+    count = max(map(len, vectors.values()), default=0)
+    searches = [_search_kept(list(vectors.values()), which, k if k < total else 0) for which in range(count)]
+    shard = next((v.shard for v in vectors.values()), None)
+    # With others all at once, which saves messages; alone one after the other, which saves memory.
+    found = together(searches, shard.ranks.exchange) if shard else [alone(search) for search in searches]
+    return {name: [kept[i] for kept in found] for i, name in enumerate(vectors)}
+
+
+def _search_kept(vectors: Sequence[TaskVectors], which: int, k: int) -> Search[list[Kept]]:
+    """What one task vector of each tensor keeps; with a ``k`` of 0 all of it."""
+    parts = _parts(vectors, which)
+    # A threshold of 0 keeps everything, too: what is 0 adds nothing.
+    threshold = (yield from search_kth_largest(parts, k)) if k else Threshold(0.0, 0, 0)
+    ends = yield from search_tie_ends(parts, threshold)
+    return [Kept(threshold.magnitude, end) for end in ends]
 
 
 class Election:
@@ -248,7 +264,10 @@ def _count(entries: Tensor, counts: Tensor) -> None:
 def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
     """The ``which``-th task vector of every tensor, all in the widest dtype."""
     wide = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
-    return [Part(v.size, wide, v.device, partial(_widened, v, which, wide)) for v in vectors]
+    return [
+        Part(v.size, wide, v.device, partial(_widened, v, which, wide), v.shard.piece if v.shard else None)
+        for v in vectors
+    ]
 
 
 def _widened(vectors: TaskVectors, which: int, dtype: torch.dtype, start: int, stop: int) -> Iterator[Tensor]:

@@ -96,6 +96,7 @@ class TaskVectors:
         if hold and self.size <= _HELD:
             self.initial = self.initial.to(self.dtype)
         self._own = own
+        self.shard, self.whole_size = inputs.shard, inputs.whole_size
         block = 2 * BLOCK if torch.get_num_threads() == 1 else BLOCK
         self._block = block if self.device.type == "cpu" else _DEVICE_BLOCK
 

@@ -6,16 +6,19 @@ out those between: of a large vector a sixtieth, as a rule few enough (2^20) to 
 held, as the sample for a further pass; a sample that misled costs one as well. What is above is always
 counted, never guessed, so neither the blocks nor the threads matter. Each block is counted by itself, which
 tells where the elements equal to the wanted one are.
+
+Several processes that each have a part of the vector search together: they tell each other their samples and
+counts, and of the elements between only as many as are few (2^17), narrowing down further before that.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple, TypeAlias
+from itertools import chain, pairwise
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +26,12 @@ import torch
 from torch import Tensor
 
 from merge_callback.merging.task_vectors import in_ranges
+from merge_callback.sharding import Piece
+
+T = TypeVar("T")
+
+Search: TypeAlias = Generator[Any, list[Any], T]
+"""Yields what other processes have to know, and gets what each of them has yielded in its place."""
 
 Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 
@@ -32,6 +41,10 @@ Ties: TypeAlias = Sequence[tuple[int, int]]
 _SAMPLE = 1 << 16  # elements at most; of a small vector a 128th of them, of a tiny one 4096 or all
 
 _PICKED = 1 << 20  # elements between two bits, after which only every second one is held
+
+_TOLD = 1 << 17  # elements that processes tell each other at most, of each search
+
+_PLACES = 1 << 12  # stretches of a vector in which processes count equal elements at once
 
 _RUN = 512  # elements sampled in a row: a row costs as much as one element
 
@@ -45,12 +58,14 @@ class Part:
         dtype: fp32 or fp64.
         device: of the blocks.
         blocks: yields the elements from one index up to another in blocks, which are overwritten.
+        piece: which elements of a tensor these are, where other processes have the others.
     """
 
     size: int
     dtype: torch.dtype
     device: torch.device
     blocks: Callable[[int, int], Iterable[Tensor]]
+    piece: Piece | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ class Threshold:
         magnitude: never negative.
         kept: of the equal ones; those of the lowest indices.
         equal: elements of this magnitude.
-        ties: where they are, for each part.
+        ties: where they are in this process's part of each part.
     """
 
     magnitude: float
@@ -70,53 +85,132 @@ class Threshold:
     ties: Sequence[Ties] = field(default=(), compare=False, repr=False)
 
 
-def kth_largest(parts: Iterable[Part], k: int) -> Threshold:
+def kth_largest(parts: Sequence[Part], k: int) -> Threshold:
     """The k-th largest magnitude of all parts together.
 
     Args:
-        parts: of one dtype; iterated once a pass.
+        parts: of one dtype.
         k: from 1 to the number of all elements. Without any element, the threshold is 0.
     """
-    total = sum(part.size for part in parts)
+    return alone(search_kth_largest(parts, k))
+
+
+def tie_ends(parts: Sequence[Part], threshold: Threshold) -> list[int]:
+    """For each part the index up to which elements equal to the threshold are kept.
+
+    One block is read, and that only where some of the equal elements are not kept.
+    """
+    return alone(search_tie_ends(parts, threshold))
+
+
+def alone(search: Search[T]) -> T:
+    """Makes a search without other processes."""
+    return together([search], lambda told: [told])[0]
+
+
+def together(searches: Sequence[Search[T]], exchange: Callable[[Any], list[Any]]) -> list[T]:
+    """Makes several searches at once; what all of them have to tell goes in one message.
+
+    Args:
+        searches: the same ones in every process.
+        exchange: gives what each process has told, by process.
+    """
+    found: dict[int, T] = {}
+    told: dict[int, Any] = dict.fromkeys(range(len(searches)))  # None starts a generator
+    while told:
+        telling = {}
+        for i, heard in told.items():
+            try:
+                telling[i] = searches[i].send(heard)
+            except StopIteration as stop:
+                found[i] = stop.value
+        everybody = exchange(telling) if telling else []
+        told = {i: [theirs[i] for theirs in everybody] for i in telling}
+    return [found[i] for i in range(len(searches))]
+
+
+def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
+    """What ``kth_largest`` finds, where other processes may have further elements of each part."""
+    sizes = yield sum(part.size for part in parts)
+    total = sum(sizes)
     if not total:
         return Threshold(0.0, 0, 0)
-    dtype = next(iter(parts)).dtype
+    dtype = parts[0].dtype
     least, most = 0, int(torch.iinfo(_integer(dtype)).max)  # bits between which it lies for certain
-    sample, smaller, among = _sample(parts, total), total - k, total
+    sample, smaller, among = np.concatenate((yield _sample(parts, total))), total - k, total
     while True:
         low, high = _guess(sample, smaller, among, least, most)
         counts = _census(parts, low, high)
-        above, at_high, between, at_low = _totals(counts)
+        told = yield (*_totals(counts), _stride(counts))
+        above, at_high, between, at_low, _ = map(sum, zip(*told, strict=True))
         rank = k - above - at_high  # among those below high, from the largest
         if -at_high < rank <= 0:
-            return _threshold(high, rank + at_high, counts, dtype, lambda block: block.at_high)
+            return (yield from _threshold(high, rank + at_high, counts, dtype, lambda block: block.at_high))
         if between < rank <= between + at_low:
-            return _threshold(low, rank - between, counts, dtype, lambda block: block.at_low)
+            return (yield from _threshold(low, rank - between, counts, dtype, lambda block: block.at_low))
         if 0 < rank <= between:
-            sample = _picked(counts)
+            few = between if len(told) == 1 else _TOLD  # so many at most are told to others
+            stride = max(1 << (-(-between // few) - 1).bit_length(), *(stride for *_, stride in told))
+            sample = np.concatenate((yield _picked(counts, stride, dtype)))
             if len(sample) == between:
                 value = int(np.partition(sample, -rank)[-rank])
                 rank -= int(np.count_nonzero(sample > value))
-                return _threshold(value, rank, counts, dtype, partial(_picked_equal, value))
+                return (yield from _threshold(value, rank, counts, dtype, partial(_picked_equal, value)))
             least, most, smaller, among = low + 1, high - 1, between - rank, between
         else:  # the sample misled
             least, most = (high + 1, most) if rank <= 0 else (least, low - 1)
             sample = sample[:0]
 
 
-def tie_ends(parts: Iterable[Part], threshold: Threshold) -> Iterator[int]:
-    """For each part the index up to which elements equal to the threshold are kept.
-
-    One block is read, and that only where some of the equal elements are not kept.
-    """
-    left = threshold.kept
-    for which, part in enumerate(parts):
-        if threshold.kept == threshold.equal:
-            yield part.size
+def search_tie_ends(parts: Sequence[Part], threshold: Threshold) -> Search[list[int]]:
+    """What ``tie_ends`` finds, where other processes may have further elements of each part."""
+    if threshold.kept == threshold.equal:
+        return [part.size for part in parts]
+    left, ends = threshold.kept, []
+    told = yield [sum(equal for _, equal in ties) for ties in threshold.ties]
+    for part, ties, *equal in zip(parts, threshold.ties, *told, strict=True):
+        if left == 0:
+            ends.append(0)
+        elif sum(equal) <= left:
+            ends.append(part.size)
         else:
-            end, used = _tie_end(part, threshold.magnitude, left, threshold.ties[which]) if left else (0, 0)
-            left -= used
-            yield end
+            ends.append((yield from _search_tie_end(part, threshold.magnitude, left, ties)))
+        left = max(0, left - sum(equal))
+    return ends
+
+
+def _search_tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> Search[int]:
+    """Up to which index of this process's part the first ``keep`` equal elements of the whole part lie."""
+    if part.piece is None:
+        return _tie_end(part, magnitude, keep, ties)
+    (first, last), own = part.piece.bounds, sum(equal for _, equal in ties)
+    told = yield first, last, own
+    runs = sorted((start, stop) for start, stop, _ in told if stop > start)
+    if all(stop <= start for (_, stop), (start, _) in pairwise(runs)):  # one after the other
+        before = sum(equal for start, _, equal in told if start < first)
+        return _tie_end(part, magnitude, min(max(0, keep - before), own), ties)
+    low, high = 0, max(stop for _, stop in runs)
+    while True:
+        width = -(-(high - low) // _PLACES)
+        up_to = np.cumsum(sum((yield _places(part, part.piece, magnitude, low, high, width))))
+        place = int(np.searchsorted(up_to, keep))
+        keep -= int(up_to[place - 1]) if place else 0
+        low, high = low + place * width, min(low + (place + 1) * width, high)
+        if width == 1:
+            return part.piece.count_below(high)
+
+
+def _places(part: Part, piece: Piece, magnitude: float, low: int, high: int, width: int) -> Bits:
+    """How many equal elements there are in each ``width`` elements of the whole, from ``low`` to ``high``."""
+    counts = np.zeros(_PLACES, dtype=np.int64)
+    begin, end = piece.count_below(low), piece.count_below(high)
+    for block in part.blocks(begin, end):
+        first, _, where = piece.span(begin, begin + block.numel())
+        equal = (block.abs_() == magnitude).cpu().nonzero()[:, 0]
+        indices = (equal if where is None else where[equal]) + (first - low)
+        counts += np.bincount(indices.numpy() // width, minlength=_PLACES)
+        begin += block.numel()
+    return counts
 
 
 def _sample(parts: Iterable[Part], total: int) -> Bits:
@@ -128,7 +222,7 @@ def _sample(parts: Iterable[Part], total: int) -> Bits:
             for block in part.blocks(start, min(start + _RUN, part.size)):
                 runs.append(_bits(block.clone()).cpu().numpy())
         next_run = (next_run - part.size) % stride
-    return np.concatenate(runs)
+    return _joined(runs, part.dtype)
 
 
 def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tuple[int, int]:
@@ -184,11 +278,20 @@ def _totals(counts: Sequence[Sequence[_Count]]) -> tuple[int, int, int, int]:
     return above, at_high, sum(block.between for block in blocks), sum(block.at_low for block in blocks)
 
 
-def _picked(counts: Sequence[Sequence[_Count]]) -> Bits:
-    """The elements between, or where some of them were not picked a share that is the same in all blocks."""
-    blocks = list(chain.from_iterable(counts))
-    stride = max(block.stride for block in blocks)
-    return np.concatenate([block.picked[:: stride // block.stride] for block in blocks])
+def _stride(counts: Sequence[Sequence[_Count]]) -> int:
+    """Every how many-th element between is picked in all blocks; a power of 2."""
+    return max((block.stride for block in chain.from_iterable(counts)), default=1)
+
+
+def _picked(counts: Sequence[Sequence[_Count]], stride: int, dtype: torch.dtype) -> Bits:
+    """Every ``stride``-th of the elements between."""
+    blocks = chain.from_iterable(counts)
+    return _joined([block.picked[:: stride // block.stride] for block in blocks], dtype)
+
+
+def _joined(pieces: Sequence[Bits], dtype: torch.dtype) -> Bits:
+    empty = torch.empty(0, dtype=_integer(dtype)).numpy()
+    return np.concatenate([empty, *pieces])
 
 
 def _picked_equal(bits: int, block: _Count) -> int:
@@ -201,10 +304,11 @@ def _threshold(
     counts: Sequence[Sequence[_Count]],
     dtype: torch.dtype,
     equal: Callable[[_Count], int],
-) -> Threshold:
+) -> Search[Threshold]:
     ties = [[(block.length, equal(block)) for block in part] for part in counts]
     magnitude = torch.tensor(bits, dtype=_integer(dtype)).view(dtype).item()
-    return Threshold(magnitude, kept, sum(number for part in ties for _, number in part), ties)
+    told = yield sum(number for part in ties for _, number in part)
+    return Threshold(magnitude, kept, sum(told), ties)
 
 
 def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
@@ -228,15 +332,15 @@ def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
     return above, at_high, at_low, between
 
 
-def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> tuple[int, int]:
-    """Up to which index at most ``keep`` elements equal to the magnitude lie, and how many do."""
+def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> int:
+    """Up to which index at most ``keep`` elements equal to the magnitude lie."""
     begin, used = 0, 0
     for length, equal in ties:
         if used + equal > keep:
             (block,) = part.blocks(begin, begin + length)
-            return begin + int((block.abs_() == magnitude).nonzero()[keep - used]), keep
+            return begin + int((block.abs_() == magnitude).nonzero()[keep - used])
         begin, used = begin + length, used + equal
-    return part.size, used
+    return part.size
 
 
 def _bits(block: Tensor) -> Tensor:

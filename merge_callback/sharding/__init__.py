@@ -2,6 +2,6 @@
 
 from merge_callback.sharding.pieces import Piece
 from merge_callback.sharding.ranks import Ranks, RemoteError
-from merge_callback.sharding.sharding import Sharding
+from merge_callback.sharding.sharding import Sharding, local
 
-__all__ = ["Piece", "Ranks", "RemoteError", "Sharding"]
+__all__ = ["Piece", "Ranks", "RemoteError", "Sharding", "local"]

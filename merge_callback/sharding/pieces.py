@@ -85,6 +85,15 @@ class Piece:
         """Whether this is the whole tensor."""
         return self.numel == math.prod(self.whole)
 
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The first element's index in the flattened whole, and one past the last one's; 0, 0 of nothing."""
+        if not self.boxes:
+            return 0, 0
+        first, last = self.boxes[0], self.boxes[-1]
+        end = [offset + length - 1 for offset, length in zip(last.offset, last.shape, strict=True)]
+        return _index(self.whole, first.offset), _index(self.whole, end) + 1
+
     def span(self, start: int, stop: int) -> tuple[int, int, Tensor | None]:
         """Where the piece's elements ``start`` to ``stop`` lie in the flattened whole, in the same order.
 
@@ -132,6 +141,13 @@ def split_rows(sizes: Sequence[tuple[int, int]], parts: int) -> list[list[int]]:
         bounds.append([0, *(min(rows, max(0, row)) for row in inner), rows])
         begin += size
     return bounds
+
+
+def _index(whole: tuple[int, ...], place: Sequence[int]) -> int:
+    index = 0
+    for size, coordinate in zip(whole, place, strict=True):
+        index = index * size + coordinate
+    return index
 
 
 def _indices(whole: tuple[int, ...], box: Box, start: int, stop: int) -> Tensor:

@@ -152,6 +152,12 @@ class Sharding:
         self._by_rank = kept if self.ranks.is_first else [self.kept]
 
 
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """A DTensor's local part, which shares its memory; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # its class is costly to import
+
+
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
     return (tensor if tensor.ndim else tensor.view(1))[start:stop]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
@@ -13,14 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from merge_callback.sharding.pieces import Piece
-
-
-def local(tensor: Tensor) -> Tensor:
-    """A DTensor's local part, which shares its memory; any other tensor itself."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    with torch.no_grad():
-        return tensor.to_local()
+from merge_callback.sharding.sharding import local
 
 
 def local_piece(tensor: Tensor, flat: Mapping[int, Piece]) -> tuple[Tensor, Piece]:
@@ -64,17 +56,6 @@ def reshard(root: nn.Module) -> None:
     for handle in _fsdp1_handles(root):
         if handle.uses_sharded_strategy:
             handle.reshard(free_unsharded_flat_param=True)
-
-
-def whole_numel(root: nn.Module) -> Any:
-    """A function that gives a live parameter's number of elements, those of other ranks too."""
-    flat = flat_pieces(root)
-
-    def numel(parameter: Tensor) -> int:
-        piece = flat.get(id(parameter))
-        return parameter.numel() if piece is None else int(torch.Size(piece.whole).numel())
-
-    return numel
 
 
 def _flat_parameters(root: nn.Module) -> Iterator[Any]:

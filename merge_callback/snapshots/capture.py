@@ -33,6 +33,8 @@ class ModelTensors:
     frozen: set[str] = field(default_factory=set)
     buffers: set[str] = field(default_factory=set)
     transient: list[Tensor] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)
+    """By the ``id`` of the module's own tensors, as its optimizers know them."""
 
     def matching(self, patterns: Sequence[str]) -> set[str]:
         """Names of the tensors that match a pattern under any of their names."""
@@ -51,14 +53,13 @@ class ModelTensors:
             ValueError: where a tensor is still lazy or on the meta device, so that it holds no values.
         """
         found, local_piece = cls(), _local_pieces(root or module)
-        names_by_id: dict[int, str] = {}
         for name, tensor in _saved_tensors(module):
             if tensor.is_meta or is_lazy(tensor):
                 raise ValueError(
                     f"tensor {name!r} holds no values yet (lazy or meta); "
                     "materialise the model before training starts"
                 )
-            first = names_by_id.setdefault(id(tensor), name)
+            first = found.names.setdefault(id(tensor), name)
             if first != name:
                 found.tied[name] = first
                 continue

@@ -240,7 +240,7 @@ def merge_tensors(
             if name in copied or not group.dtype.is_floating_point:
                 targets[name].copy_(sources[-1][name])
             else:
-                shard = Shard(sharding.kept[name], sharding.ranks.total) if sharding and several else None
+                shard = Shard(sharding.kept[name], sharding.ranks) if sharding and several else None
                 model.append(Inputs(name, [source[name].view(-1) for source in sources], shard=shard))
     survey = method.survey(model, trajectory)
     for inputs in model:

@@ -22,6 +22,7 @@ from torch.optim import (
     SparseAdam,
 )
 
+from merge_callback.sharding import local
 from merge_callback.snapshots.arena import all_finite
 
 _ADAM = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "step": 0}
@@ -82,7 +83,7 @@ def scale(optimizer: Optimizer, factor: float) -> None:
 def is_finite(optimizer: Optimizer) -> bool:
     """Whether all of its state is; of sharded state, this rank's part."""
     values = (v for state in optimizer.state.values() for v in state.values())
-    tensors = [_local(v) for v in values if isinstance(v, Tensor)]
+    tensors = [local(v) for v in values if isinstance(v, Tensor)]
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
     return all(map(all_finite, dense))
 
@@ -115,10 +116,6 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
             state[name] = type(value)(initial)
         elif power and isinstance(value, Tensor):
             value.mul_(factor**power)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _initial(optimizer: Optimizer, name: str) -> float:

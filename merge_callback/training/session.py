@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming, publish_merge
-from merge_callback.sharding import Ranks, Sharding
+from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.folder_lock import holder, lock_folder
@@ -61,15 +61,17 @@ class MergeSession:
         self.ranks = Ranks.of_run()
         self.dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
         self.naming = Naming.of(module, options.strip_prefix)
-        self.clock = TokenClock(options.count_tokens)
-        self.statistics = StepStatistics(
-            self.ranks, counts_batches(trainer), trainer.strategy.root_device, self.clock
-        )
-        self.applied, self.phases = AppliedLR(trainer.optimizers), LRPhaseDetector(total_steps(trainer))
         self.publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
         model = self.live()
         _check_exclude(options.exclude, model)
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks)
+        self._names = model.names
+        self.clock = TokenClock(options.count_tokens)
+        self.statistics = StepStatistics(
+            self.ranks, counts_batches(trainer), trainer.strategy.root_device, self.clock, self._own_gradient
+        )
+        self.applied = AppliedLR(trainer.optimizers, self._whole_numel)
+        self.phases = LRPhaseDetector(total_steps(trainer))
         layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype)
         whole = Layout.of(_whole(model), options.snapshot_dtype)
         folder = self.dirpath / "window" if options.durable else None
@@ -293,6 +295,20 @@ class MergeSession:
             self.dirpath,
             self._newest_emission_up_to,
         )
+
+    def _own_gradient(self, parameter: Tensor) -> Tensor | None:
+        """The part of a gradient that no other rank answers for."""
+        gradient, name = parameter.grad, self._names.get(id(parameter))
+        if gradient is None or name is None:
+            return gradient
+        if gradient.is_sparse:  # DDP's, so it is everybody's
+            return gradient if self.ranks.is_first else None
+        return self.sharding.own_part(name, local(gradient))
+
+    def _whole_numel(self, parameter: Tensor) -> int:
+        """A parameter's elements, on all ranks together."""
+        name = self._names.get(id(parameter))
+        return parameter.numel() if name is None else math.prod(self.sharding.wholes[name])
 
     def _newest_emission_up_to(self, step: int) -> Path | None:
         return self.ranks.from_first(self.publisher.newest_up_to(step))
