@@ -110,7 +110,7 @@ def fit(strategy: str, module: LightningModule, *callbacks: Callback, every: int
         module: made after ``seed()``, so that it begins with the same weights on all ranks.
         *callbacks: put before the one that notes the weights.
         every: steps between the weights that are noted; the last step's always are.
-        **options: the trainer's.
+        **options: the trainer's; also its fit's ``ckpt_path``, and as ``data`` a data module.
     """
     run = Run()
     devices = 1 if strategy == "alone" else dist.get_world_size()
@@ -123,11 +123,11 @@ def fit(strategy: str, module: LightningModule, *callbacks: Callback, every: int
         **limit,
         **options,
     }
-    resume_from = given.pop("ckpt_path", None)
+    data, resume_from = given.pop("data", None), given.pop("ckpt_path", None)
     trainer = Trainer(**given, callbacks=[*callbacks, _Notes(run, every)])
     seed()
     with one_thread():
-        trainer.fit(module, ckpt_path=resume_from)
+        trainer.fit(module, datamodule=data, ckpt_path=resume_from)
     return run
 
 

@@ -4,14 +4,18 @@ import json
 import math
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from distributed_runs import fit, run_jobs
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
+from training_runs import seed
 
 from merge_callback.demo import GPT, DemoData, DemoModule, GPTConfig, WSDSchedule, load_corpus, wsd_factor
 from merge_callback.demo.crops import RandomCrops
@@ -206,9 +210,26 @@ def test_loader_continues_where_it_was_saved():
         assert torch.equal(expected, batch["input_ids"])
 
 
-def test_processes_draw_different_crops_and_share_the_validation():
-    first, second = small_loader().draw(0), small_loader(key=(0, 1)).draw(0)
-    assert not torch.equal(first["input_ids"], second["input_ids"])
+def of_two_processes(rank: int) -> DemoData:
+    data = DemoData(batch_size=4, validation_batches=3)
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=2)
+    data.setup("fit")
+    return data
+
+
+@pytest.mark.parametrize("crops", [DemoData.train_dataloader, DemoData.val_dataloader])
+def test_processes_share_the_batches_of_one_process_evenly(crops):
+    alone = DemoData(batch_size=4, validation_batches=3)
+    alone.setup("fit")
+    whole, *shares = (
+        [crop.tolist() for batch in islice(crops(data), 6) for crop in batch["input_ids"]]
+        for data in (alone, of_two_processes(0), of_two_processes(1))
+    )
+    first, second = (share[: len(whole) // 2] for share in shares)
+    assert [crop for pair in zip(first, second, strict=True) for crop in pair] == whole
+
+
+def test_validation_is_the_same_every_time():
     data = DemoData(validation_batches=3)
     data.setup("fit")
     loader = data.val_dataloader()
@@ -290,6 +311,35 @@ def test_experts_train_in_lower_precision(precision):
     assert trainer.callback_metrics["val_loss"].isfinite()
 
 
+def fit_demo(strategy: str, experts: int):
+    """Trains eight steps with gradient clipping."""
+    seed()
+    module = DemoModule(GPTConfig(width=16, context=32, experts=experts), WSDSchedule(100, 100, 100))
+    data = DemoData(batch_size=4, context=32, epoch_batches=8, validation_batches=4)
+    return fit(strategy, module, data=data, max_steps=8, gradient_clip_val=1.0, val_check_interval=4)
+
+
+@pytest.fixture(scope="module")
+def on_two_processes():
+    jobs = [(strategy, experts) for strategy in ("ddp", "fsdp2") for experts in (0, 4)]
+    return run_jobs(2, {job: (fit_demo, {"strategy": job[0], "experts": job[1]}) for job in jobs})
+
+
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "moe"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_train_like_one(on_two_processes, strategy, experts):
+    alone, ranks = fit_demo("alone", experts), on_two_processes[strategy, experts]
+    losses = torch.tensor([rank.losses for rank in ranks]).mean(0)
+    # Sums over half a batch round differently, and training amplifies that; by 1e-6 in so few steps.
+    torch.testing.assert_close(losses, torch.tensor(alone.losses), rtol=1e-5, atol=0)
+    for rank in ranks:
+        assert rank.validations == pytest.approx(alone.validations, rel=1e-5)
+        for name, bias in alone.final.items():
+            if name.endswith("router_bias"):
+                assert bias.any()
+                assert torch.equal(rank.final[name], bias)
+
+
 # Run
 
 
@@ -358,6 +408,13 @@ def test_merging_gains_in_the_stable_phase_and_not_after_decay(tmp_path):
 
 
 # Command line
+
+
+def test_devices_that_cannot_share_the_batches_are_refused_at_once(tmp_path, capsys):
+    for option in ([], ["--spike"]):
+        assert main(["demo", *option, "--devices", "3", "--output", str(tmp_path / "run")]) == 1
+        assert "3 processes can't share batches of 16 sequences evenly" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def printed_config(capsys, *arguments: str) -> dict:

@@ -100,7 +100,7 @@ def test_the_command_runs_it(tmp_path, monkeypatch):
     monkeypatch.setattr("merge_callback.demo.spike.run_spike_demo", lambda *given: asked.append(given))
     options = ["--moe", "--steps-scale", "0.1", "--output", str(tmp_path), "--seed", "3"]
     assert main(["demo", "--spike", *options]) == 0
-    assert asked == [(str(tmp_path), SpikePlan.scaled(0.1), True, 3)]
+    assert asked == [(str(tmp_path), SpikePlan.scaled(0.1), True, 3, "auto", 1)]
 
 
 @pytest.mark.slow

@@ -29,16 +29,24 @@ class RandomCrops:
 
     Lightning saves and restores its one number, `position`, with every checkpoint. Each iterator starts there
     and hands out `len(self)` batches; Lightning itself ends a resumed epoch, part of which is over, in time.
+    Of each batch a process hands out its `share`.
     """
 
     def __init__(
-        self, text: Tensor, batch_size: int, context: int, batches: int, key: Sequence[int] = (0,)
+        self,
+        text: Tensor,
+        batch_size: int,
+        context: int,
+        batches: int,
+        key: Sequence[int] = (0,),
+        share: slice = slice(None),
     ) -> None:
         self.text = text
         self.batch_size = batch_size
         self.context = context
         self.batches = batches
         self.key = tuple(key)
+        self.share = share
         self.position = 0
 
     def __len__(self) -> int:
@@ -53,10 +61,10 @@ class RandomCrops:
             yield self.draw(self.position - 1)
 
     def draw(self, index: int) -> Batch:
-        """Draws batch number `index` of the run, whatever was drawn before."""
+        """Draws this process's share of batch number `index` of the run, whatever was drawn before."""
         generator = np.random.default_rng((*self.key, index))
         starts = generator.integers(len(self.text) - self.context, size=self.batch_size)
-        return cut(self.text, torch.from_numpy(starts), self.context)
+        return cut(self.text, torch.from_numpy(starts)[self.share], self.context)
 
     def state_dict(self) -> dict[str, int]:
         """Returns the number of batches handed out."""
@@ -83,10 +91,10 @@ class SpacedCrops:
 
 
 class DemoData(LightningDataModule):
-    """The Python standard library's source text, byte by byte.
+    """The Python standard library's source text, byte by byte; several processes share out each batch.
 
     Args:
-        batch_size: Sequences per batch and process.
+        batch_size: Sequences per batch, all processes together: any number of them train on the same batches.
         context: Tokens per sequence.
         seed: Of the order of the training crops.
         epoch_batches: Batches per epoch; an epoch of random crops is only a unit for the progress bar.
@@ -116,15 +124,30 @@ class DemoData(LightningDataModule):
         self.corpus = load_corpus(self.max_bytes)
 
     def train_dataloader(self) -> RandomCrops:
-        """Makes the stateful training loader; each process draws its own crops."""
-        rank = self.trainer.global_rank if self.trainer else 0
-        key = (self.seed, rank)
-        return RandomCrops(self.corpus.train, self.batch_size, self.context, self.epoch_batches, key)
+        """Makes the stateful training loader; the processes share each batch out."""
+        text, key = self.corpus.train, (self.seed, 0)
+        return RandomCrops(text, self.batch_size, self.context, self.epoch_batches, key, self._share())
 
     def val_dataloader(self) -> SpacedCrops:
         """Makes the validation loader; the processes share its crops out."""
-        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         text = self.corpus.validation
         crops = self.validation_batches * self.batch_size
         starts = torch.linspace(0, len(text) - self.context - 1, crops, dtype=torch.float64).long()
-        return SpacedCrops(text, self.batch_size, self.context, starts[rank::world])
+        return SpacedCrops(text, self.batch_size, self.context, starts[self._share()])
+
+    def check_divisible(self, processes: int) -> None:
+        """Makes sure that each process can have the same number of sequences of every batch.
+
+        Raises:
+            ValueError: Where it can't.
+        """
+        if processes < 1 or self.batch_size % processes:
+            raise ValueError(
+                f"{processes} processes can't share batches of {self.batch_size} sequences evenly: "
+                "choose a number of devices that divides the batch size."
+            )
+
+    def _share(self) -> slice:
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        self.check_divisible(world)
+        return slice(rank, None, world)

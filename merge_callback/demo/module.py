@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -38,6 +39,15 @@ class DemoModule(LightningModule):
         self.schedule = schedule or WSDSchedule()
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
+
+    def configure_model(self) -> None:
+        """Shards the model block by block (FSDP2), under Lightning's `ModelParallelStrategy` alone."""
+        if self.device_mesh is None or isinstance(self.model, FSDPModule):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        for block in self.model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Predicts the next byte at every position; `(batch, context)` to logits `(batch, context, 256)`."""

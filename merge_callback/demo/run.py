@@ -3,8 +3,8 @@
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -14,6 +14,7 @@ from merge_callback.demo.crops import DemoData
 from merge_callback.demo.curves import Run, draw_curves
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
+from merge_callback.demo.processes import cpu_options, new_version, share_cores
 from merge_callback.demo.record import Recorder, Row, format_table, write_rows
 from merge_callback.demo.schedule import WSDSchedule
 
@@ -69,6 +70,8 @@ def run_demo(
     moe: bool = False,
     seed: int = 0,
     storage: str = "auto",
+    strategy: str = "auto",
+    devices: int = 1,
 ) -> DemoResult:
     """Trains the demo model with a `CheckpointMergeCallback`, prints the table and draws the curves.
 
@@ -78,13 +81,19 @@ def run_demo(
         moe: Train the mixture-of-experts variant.
         seed: Of the initial weights and the training batches.
         storage: Where the callback keeps its window.
+        strategy: How several processes train together: `auto`, `ddp` or `fsdp2`.
+        devices: Number of processes. All train on the same batches as one alone, and share them out.
+
+    Raises:
+        ValueError: Where the processes can't share a batch out evenly.
     """
-    # The model is too small to feed more threads, and these would wait for each other.
-    torch.set_num_threads(min(4, torch.get_num_threads()))
+    data = DemoData(seed=seed, epoch_batches=plan.schedule.steps)
+    data.check_divisible(devices)
+    share_cores(devices)
     # Lightning 2.6 on torch 2.13: nothing a reader of the demo can do about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     seed_everything(seed, verbose=False)
-    logger = TensorBoardLogger(output, name="")
+    logger = TensorBoardLogger(output, name="", version=new_version(output))
     result = DemoResult([], Path(logger.log_dir))
     recorder = Recorder()
     merging = CheckpointMergeCallback(
@@ -93,25 +102,25 @@ def run_demo(
         storage=storage,
         exclude=("*.router_bias",) if moe else (),
     )
-    trainer = _make_trainer(plan, logger, [merging, recorder])
+    trainer = _make_trainer(plan, logger, [merging, recorder], cpu_options(strategy, devices))
     module = DemoModule(MOE if moe else None, plan.schedule)
-    data = DemoData(seed=seed, epoch_batches=plan.schedule.steps)
     trainer.fit(module, datamodule=data)
     result.rows.extend(recorder.rows)
-    write_rows(result.rows, result.table)
-    tokens_per_step = data.batch_size * data.context
-    draw_curves(Run(result.rows, recorder.learning_rates, tokens_per_step), result.picture)
-    print(_summary(result, Path(output)))
+    if trainer.is_global_zero:
+        write_rows(result.rows, result.table)
+        tokens_per_step = data.batch_size * data.context
+        draw_curves(Run(result.rows, recorder.learning_rates, tokens_per_step), result.picture)
+        print(_summary(result, Path(output)))
     return result
 
 
-def _make_trainer(plan: DemoPlan, logger: TensorBoardLogger, callbacks: list[Callback]) -> Trainer:
+def _make_trainer(
+    plan: DemoPlan, logger: TensorBoardLogger, callbacks: list[Callback], processes: dict[str, Any]
+) -> Trainer:
     checkpoint = ModelCheckpoint(
         Path(logger.log_dir) / "checkpoints", every_n_train_steps=3 * plan.validate_every
     )
     return Trainer(
-        accelerator="cpu",
-        devices=1,
         max_steps=plan.schedule.steps,
         gradient_clip_val=1.0,
         val_check_interval=plan.validate_every,
@@ -122,6 +131,7 @@ def _make_trainer(plan: DemoPlan, logger: TensorBoardLogger, callbacks: list[Cal
         logger=logger,
         callbacks=[*callbacks, TQDMProgressBar(refresh_rate=25), checkpoint],
         enable_model_summary=False,
+        **processes,
     )
 
 

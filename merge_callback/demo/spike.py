@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.demo.crops import DemoData
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
+from merge_callback.demo.processes import cpu_options, new_version, share_cores
 from merge_callback.demo.schedule import ExcessiveSchedule
 from merge_callback.demo.spike_curves import draw_spike, format_spike_table
 
@@ -86,8 +87,9 @@ class RunRecorder(Callback):
         self.run.learning_rates.append(optimizer.param_groups[0]["lr"] * factor)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        """Notes the loss."""
-        self.run.losses.append(float(outputs["loss"]))
+        """Notes the loss of the whole batch."""
+        # A copy: the reduction is in place.
+        self.run.losses.append(float(trainer.strategy.reduce(outputs["loss"].clone(), reduce_op="mean")))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes the validation loss."""
@@ -125,6 +127,7 @@ def train(
     ]
     resume_from = trainer_options.pop("ckpt_path", None)
     options = {
+        **cpu_options("auto", 1),
         "max_steps": plan.steps,
         "logger": False,
         "enable_checkpointing": False,
@@ -132,8 +135,6 @@ def train(
         **trainer_options,
     }
     trainer = Trainer(
-        accelerator="cpu",
-        devices=1,
         gradient_clip_val=1.0,
         val_check_interval=plan.validate_every,
         check_val_every_n_epoch=None,
@@ -169,7 +170,12 @@ def read_events(dirpath: Path) -> list[dict[str, Any]]:
 
 
 def run_spike_demo(
-    output: str | Path = "demo_run", plan: SpikePlan | None = None, moe: bool = False, seed: int = 0
+    output: str | Path = "demo_run",
+    plan: SpikePlan | None = None,
+    moe: bool = False,
+    seed: int = 0,
+    strategy: str = "auto",
+    devices: int = 1,
 ) -> list[SpikeRun]:
     """Trains three times, two of them broken by the learning rate, one of those with the callback.
 
@@ -180,16 +186,21 @@ def run_spike_demo(
         plan: How long to train and how to break it.
         moe: Train the mixture-of-experts variant.
         seed: Of the initial weights and the training batches.
+        strategy: How several processes train together: `auto`, `ddp` or `fsdp2`.
+        devices: Number of processes. All train on the same batches as one alone, and share them out.
+
+    Raises:
+        ValueError: Where the processes can't share a batch out evenly.
     """
     plan = plan or SpikePlan()
-    # The model is too small to feed more threads, and these would wait for each other.
-    torch.set_num_threads(min(4, torch.get_num_threads()))
+    DemoData().check_divisible(devices)
+    share_cores(devices)
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    folder = Path(TensorBoardLogger(output, name="").log_dir)
+    folder = Path(TensorBoardLogger(output, name="", version=new_version(output)).log_dir)
     runs = []
     for name in RUNS:
-        print(f"\n{name}:")
-        logs = folder / name.replace(" ", "_")
+        rank_zero_only(print)(f"\n{name}:")
+        logs = _logs_of(name, folder)
         callback = merging(logs / "merges", plan, moe) if name == "with the callback" else None
         runs.append(
             train(
@@ -203,13 +214,24 @@ def run_spike_demo(
                 logger=TensorBoardLogger(folder, name=logs.name, version=""),
                 callbacks=[TQDMProgressBar(refresh_rate=25)],
                 log_every_n_steps=min(25, plan.validate_every),
+                **cpu_options(strategy, devices),
             )
         )
-        runs[-1].events = read_events(logs / "merges")
+    _show(runs, folder, Path(output))
+    return runs
+
+
+@rank_zero_only
+def _show(runs: list[SpikeRun], folder: Path, output: Path) -> None:
+    for run in runs:
+        run.events = read_events(_logs_of(run.name, folder) / "merges")
     (folder / "runs.json").write_text(json.dumps([asdict(run) for run in runs]) + "\n")
     draw_spike(runs, folder / "spike.png")
-    print(_summary(runs, folder, Path(output)))
-    return runs
+    print(_summary(runs, folder, output))
+
+
+def _logs_of(name: str, folder: Path) -> Path:
+    return folder / name.replace(" ", "_")
 
 
 def _summary(runs: list[SpikeRun], folder: Path, output: Path) -> str:

@@ -76,20 +76,31 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         "--steps-scale", type=_positive, default=1.0, metavar="X", help="0.1 runs a tenth of the steps"
     )
     parser.add_argument("--storage", choices=("auto", "cpu", "disk", "device"), default="auto")
+    parser.add_argument(
+        "--strategy",
+        choices=("auto", "ddp", "fsdp2"),
+        default="auto",
+        help="how several processes train (%(default)s)",
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, metavar="N", help="processes that share each batch (%(default)s)"
+    )
 
 
 def _demo(parsed: argparse.Namespace) -> int:
     if not _has_demo_extra("tensorboard", "matplotlib"):
         return 1
+    processes = parsed.strategy, parsed.devices
     if parsed.spike:
         from merge_callback.demo.spike import SpikePlan, run_spike_demo
 
-        run_spike_demo(parsed.output, SpikePlan.scaled(parsed.steps_scale), parsed.moe, parsed.seed)
+        spike_plan = SpikePlan.scaled(parsed.steps_scale)
+        run_spike_demo(parsed.output, spike_plan, parsed.moe, parsed.seed, *processes)
         return 0
     from merge_callback.demo.run import DemoPlan, run_demo
 
     plan = DemoPlan.scaled(parsed.steps_scale)
-    run_demo(parsed.output, plan, parsed.moe, parsed.seed, parsed.storage)
+    run_demo(parsed.output, plan, parsed.moe, parsed.seed, parsed.storage, *processes)
     return 0
 
 
