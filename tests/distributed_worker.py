@@ -19,8 +19,9 @@ def main(nprocs: int, folder: Path) -> int:
     ranks = [fork.Process(target=run, args=(rank, nprocs, jobs, folder)) for rank in range(nprocs)]
     for rank in ranks:
         rank.start()
-    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-        multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()])
+    # The list is made once a turn: to wait for an empty one, all having ended meanwhile, would last for ever.
+    while (alive := [rank for rank in ranks if rank.is_alive()]) and not any(r.exitcode for r in ranks):
+        multiprocessing.connection.wait([rank.sentinel for rank in alive])
     failed = any(rank.exitcode for rank in ranks)
     if failed:  # the others would wait for that rank for ever; where all fail, all may say why
         time.sleep(0.5)
