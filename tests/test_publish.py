@@ -230,6 +230,7 @@ def test_latest_points_at_the_newest_from_the_first_merge_on(tmp_path):
     seen = {}
 
     def look(module):
+        module.trainer.callbacks[0].session.background.drain()
         seen[len(seen)] = (os.readlink(tmp_path / "merges/latest"), names(tmp_path)[-1])
 
     fit(tmp_path, emit_every=1, callbacks=[At(**{f"step{step}": look for step in range(6, STEPS)})])

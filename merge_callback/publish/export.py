@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merge_callback.publish.emission import Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
-from merge_callback.sharding.sharding import Sharding
+from merge_callback.sharding import Ranks, Sharding
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import Merge
 
@@ -63,15 +63,16 @@ def _names_that_meet(module: nn.Module, prefix: str) -> list[str]:
     return [name for name in stripped if name in names]
 
 
-def publish_merge(
+def prepare_emission(
     publisher: Publisher,
     merge: Merge,
     sharding: Sharding,
     tied: Mapping[str, str],
     naming: Naming,
+    ranks: Ranks | None = None,
     **record: Any,
-) -> Path | None:
-    """Publishes a merge with its provenance: the first rank writes what all of them send, tensor by tensor.
+) -> Callable[[], Path | None]:
+    """Settles what a merge says of itself, and leaves its weights to be written later.
 
     Args:
         publisher: where to.
@@ -79,37 +80,13 @@ def publish_merge(
         sharding: which part that is.
         tied: further names of shared tensors, each with the name it is kept under.
         naming: how its tensors are called outside.
+        ranks: to talk through, from another thread than training's.
         **record: further entries of ``merge.json``; ``diversity`` among them.
 
     Returns:
-        The published folder, on the first rank.
-
-    Raises:
-        OSError: where it can't be written, on the first rank.
+        What publishes it, to be called on all ranks: the first one writes what all of them send, tensor by
+        tensor, and gets the folder. There it raises OSError where it can't be written.
     """
-    dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
-    whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
-    values = sharding.gather(merge.arena.tensors(), publisher.written(whole))
-    try:
-        return (
-            _publish(publisher, merge, whole, values, tied, naming, record)
-            if sharding.ranks.is_first
-            else None
-        )
-    finally:
-        for _ in values:  # the other ranks send all they have, whatever became of it
-            pass
-
-
-def _publish(
-    publisher: Publisher,
-    merge: Merge,
-    whole: Mapping[str, Tensor],
-    values: Iterable[Tensor],
-    tied: Mapping[str, str],
-    naming: Naming,
-    record: dict[str, Any],
-) -> Path:
     content = provenance(
         merge.method,
         merge.snapshots,
@@ -119,11 +96,20 @@ def _publish(
         stripped_prefix=naming.prefix,
         **record,
     )
-    return publisher.publish(
-        emission_name(merge.method, merge.snapshots[-1]),
-        {naming.published(name): tensor for name, tensor in whole.items()},
-        content,
-        {naming.published(alias): naming.published(kept) for alias, kept in tied.items()},
-        naming.add_files,
-        values,
-    )
+    name = emission_name(merge.method, merge.snapshots[-1])
+    dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
+    whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
+    published = {naming.published(n): tensor for n, tensor in whole.items()}
+    aliases = {naming.published(alias): naming.published(kept) for alias, kept in tied.items()}
+
+    def publish() -> Path | None:
+        values = sharding.gather(merge.arena.tensors(), publisher.written(whole), ranks)
+        try:
+            if not sharding.ranks.is_first:
+                return None
+            return publisher.publish(name, published, content, aliases, naming.add_files, values)
+        finally:
+            for _ in values:  # the other ranks send all they have, whatever became of it
+                pass
+
+    return publish
