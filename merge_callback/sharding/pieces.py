@@ -74,8 +74,8 @@ class Piece:
         """The piece that some of its rows make up."""
         if self.start is not None:
             return Piece.flat(self.whole, self.start + start, self.start + stop)
-        if not self.whole:
-            return self if stop > start else Piece((), ())
+        if not self.whole or not self.boxes:
+            return self if stop > start else Piece(self.whole, ())
         box = self.boxes[0]
         offset = (box.offset[0] + start, *box.offset[1:])
         return Piece.box(self.whole, offset, (stop - start, *box.shape[1:]))

@@ -150,7 +150,11 @@ def _sources(path: Path, checksum: str) -> Iterator[_Source]:
         return
     for file, expected in listed_shards(path, checksum).items():
         header, _ = read_header(path / file)
-        yield _Source(path / file, expected, _from_json(header.get("__metadata__", {}).get("pieces", "{}")))
+        try:  # of a file that nothing is read from the checksum is not looked at
+            pieces = _from_json(header["__metadata__"]["pieces"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptFileError(f"{path / file}: does not say what it holds ({error!r})") from None
+        yield _Source(path / file, expected, pieces)
 
 
 def _open(source: _Source) -> Any:
