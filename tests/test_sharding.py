@@ -1,4 +1,4 @@
-"""Which elements a rank keeps, and how parts that were cut one way are read another way; without processes."""
+"""Which elements a rank keeps, and parts that were cut one way and are read another; without processes."""
 
 import json
 import math
@@ -153,7 +153,7 @@ def by_range(shape, part, parts):
 
 
 def by_box(dims, shape, part, parts):
-    """As DTensor cuts, chunks of the size that ``torch.chunk`` makes; the last dimension it has or a first."""
+    """As DTensor cuts, in chunks of the size that ``torch.chunk`` makes, along this dimension or the last."""
     if not shape:
         return Piece.all_of(shape) if part == parts - 1 else Piece((), ())
     dim = min(dims, len(shape) - 1)

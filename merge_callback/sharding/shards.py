@@ -54,7 +54,8 @@ def reshard(root: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     for handle in _fsdp1_handles(root):
-        if handle.uses_sharded_strategy:
+        # Until the first forward pass FSDP1 has gathered nothing, and can't be told to free it.
+        if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)
 
 

@@ -1,0 +1,257 @@
+"""Fits with the merging callback on several ranks, and what each of them saw."""
+
+import json
+import logging
+import os
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import distributed_runs
+import torch
+import torch.distributed as dist
+from distributed_runs import Run, UnevenModule
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers.logger import Logger
+from torch.distributed.tensor import DTensor
+
+from merge_callback import CheckpointMergeCallback, SpikeOptions
+from merge_callback.snapshots.capture import ModelTensors
+
+WINDOW, EVERY = 4, 2
+OFF = SpikeOptions(action="off")
+
+
+class Metrics(Logger):
+    """Keeps every logged number in memory, by step and name."""
+
+    name, version = "metrics", 0
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        self.seen |= {f"{step} {k}": float(v) for k, v in metrics.items() if k.startswith("merge")}
+
+
+@dataclass
+class Outcome:
+    """What a rank saw of a fit. ``windows`` holds the steps of the window's snapshots after each step."""
+
+    rank: int
+    run: Run | None = None
+    state: dict = field(default_factory=dict)
+    metrics: dict = field(default_factory=dict)
+    windows: dict = field(default_factory=dict)
+    bytes: tuple = (0, 0)  # of a snapshot: this rank's, all
+    differ: list = field(default_factory=list)  # tensors of which two ranks hold the same part, not equal
+    replaced: list = field(default_factory=list)  # live tensors that are other objects at the end
+    told: list = field(default_factory=list)
+    error: str = ""
+    seconds: float = 0.0
+
+    @property
+    def records(self):
+        return self.state["window"]["snapshots"]
+
+    @property
+    def steps(self):
+        return [record["step"] for record in self.records]
+
+
+class Peek(Callback):
+    """Looks at a session from outside; comes after the merging callback."""
+
+    def __init__(self, callback, outcome):
+        self.callback, self.outcome, self.live = callback, outcome, None
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if self.callback is None:
+            return
+        session = self.callback.session
+        self.outcome.windows[trainer.global_step] = [s.step for s in session.window.snapshots]
+        store = session.window.store
+        self.outcome.bytes = (store.layout.nbytes, store.whole.nbytes)
+        if self.live is None:
+            self.live = _live(trainer, module)
+
+    def on_train_end(self, trainer, module):
+        self.outcome.differ = differing(module, trainer.strategy.model)
+        now = _live(trainer, module)
+        self.outcome.replaced = [k for k, known in (self.live or {}).items() if now.get(k) != known]
+
+
+def _live(trainer, module):
+    """Every tensor of the model and its optimizers: which object it is, where its memory lies, how it is cut."""
+    # FSDP1's views of its flat parameter are made anew for every forward pass.
+    fsdp1 = type(trainer.strategy.model).__name__ == "FullyShardedDataParallel"
+    found = {} if fsdp1 else {n: _of(t) for n, t in module.state_dict(keep_vars=True).items()}
+    for i, optimizer in enumerate(trainer.optimizers):
+        for j, state in enumerate(optimizer.state.values()):
+            found |= {f"{i} {j} {k}": _of(v) for k, v in state.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def _of(tensor):
+    cut = (str(tensor.device_mesh), str(tensor.placements)) if isinstance(tensor, DTensor) else ()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return id(tensor), local.data_ptr(), *cut
+
+
+def differing(module, root):
+    """Names of tensors of which two ranks hold the same part, but not the same bits; a collective call."""
+    model = ModelTensors.of(module, root)
+    own = {name: (model.pieces[name], tensor.clone()) for name, tensor in model.tensors.items()}
+    everybody = [None] * (dist.get_world_size() if dist.is_initialized() else 1)
+    dist.all_gather_object(everybody, own) if dist.is_initialized() else everybody.__setitem__(0, own)
+    found = set()
+    for theirs in everybody:
+        for name, (piece, tensor) in theirs.items():
+            if piece == own[name][0] and not torch.equal(tensor, own[name][1]):
+                found.add(name)
+    return sorted(found)
+
+
+class Tokens:
+    """Counts the tokens of a batch that ``copies`` ranks see, so that all together count it once."""
+
+    def __init__(self, copies):
+        self.copies = copies
+
+    def __call__(self, batch):
+        return batch.numel() // self.copies
+
+
+def copies(strategy):
+    """How many ranks see each batch, of those that count theirs."""
+    if strategy == "alone":
+        return 1
+    return dist.get_world_size() // (2 if strategy == "fsdp2_tp" else 1)
+
+
+@contextmanager
+def noting(told):
+    """Notes what the callback tells this rank."""
+
+    class Told(logging.Handler):
+        def emit(self, record):
+            told.append(record.getMessage())
+
+    handler, logger = Told(), logging.getLogger("merge_callback")
+    logger.addHandler(handler)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            told += [str(w.message) for w in caught if str(w.message).startswith("merge")]
+
+
+def merged_fit(
+    strategy, folder, *callbacks, module=None, callback=None, raises=False, trainer=None, **options
+):
+    """Trains with the callback, everything in ``folder``; this rank's ``Outcome``.
+
+    Args:
+        strategy: one of ``STRATEGIES``.
+        folder: of the run.
+        *callbacks: further ones, before the merging one (which acts first nonetheless).
+        module: default: an ``UnevenModule``.
+        callback: ``False``: train without.
+        raises: whether to note an exception instead of raising it.
+        trainer: further options of ``fit``.
+        **options: of the callback.
+    """
+    outcome = Outcome(dist.get_rank() if dist.is_initialized() else 0)
+    given = {
+        "window": WINDOW,
+        "every_n_steps": EVERY,
+        "method": "sma",
+        "dirpath": Path(folder) / "merges",
+        "keep_last": None,
+        "count_tokens": Tokens(copies(strategy)),
+    }
+    start = time.monotonic()
+    with noting(outcome.told):
+        if callback is None:
+            callback = CheckpointMergeCallback(**{**given, **options})
+        merging = [callback] if callback else []
+        metrics = Metrics()
+        chosen = {
+            "val_check_interval": 4,
+            "logger": metrics,
+            "default_root_dir": str(folder),
+            **(trainer or {}),
+        }
+        peek = Peek(callback or None, outcome)
+        try:
+            outcome.run = distributed_runs.fit(
+                strategy, module or UnevenModule(), *callbacks, *merging, peek, **chosen
+            )
+        except Exception as error:
+            if not raises:
+                raise
+            outcome.error = f"{type(error).__name__}: {error}"
+    outcome.seconds = time.monotonic() - start
+    outcome.metrics = metrics.seen
+    if callback:
+        outcome.state = callback.state_dict()
+    return outcome
+
+
+# --- what lies on disk --------------------------------------------------------------------------------------
+
+
+def published(folder):
+    """The emissions by name: their ``merge.json`` without what tells two equal runs apart."""
+    found = {}
+    for path in sorted((Path(folder) / "merges").glob("step=*/merge.json")):
+        record = json.loads(path.read_text())
+        del record["run_id"]
+        for snapshot in record["snapshots"]:
+            del snapshot["checksum"]  # of one file, or of a list of several
+        found[path.parent.name] = record
+    return found
+
+
+def without_diversity(emissions):
+    """Records, and apart from them the diversities: those round differently."""
+    plain = {
+        name: {k: v for k, v in record.items() if k != "diversity"} for name, record in emissions.items()
+    }
+    return plain, {name: record["diversity"] for name, record in emissions.items()}
+
+
+def window_folder(folder):
+    return Path(folder) / "merges" / "window"
+
+
+def manifest(folder):
+    return json.loads((window_folder(folder) / "manifest.json").read_text())
+
+
+def listed(folder):
+    """The steps of the snapshots in the manifest."""
+    return [record["step"] for record in manifest(folder)["snapshots"]]
+
+
+def left_over(folder):
+    """Names in the window's folder that the manifest does not know, and drafts anywhere."""
+    known = manifest(folder)
+    needed = {r["file"] for r in known["snapshots"]} | {f for files in known["saved"] for f in files}
+    merges = Path(folder) / "merges"
+    strange = [p.name for p in window_folder(folder).iterdir() if p.name not in {*needed, "manifest.json"}]
+    drafts = [p.name for p in merges.rglob(".*") if p.name != ".lock"]
+    return sorted({*strange, *drafts})
+
+
+def on_rank(rank):
+    """Whether this process is that rank."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == rank
