@@ -88,7 +88,7 @@ class Peek(Callback):
 
 
 def _live(trainer, module):
-    """Every tensor of the model and its optimizers: which object it is, where its memory lies, how it is cut."""
+    """Every tensor of the model and its optimizers: which object, where in memory, how it is cut."""
     # FSDP1's views of its flat parameter are made anew for every forward pass.
     fsdp1 = type(trainer.strategy.model).__name__ == "FullyShardedDataParallel"
     found = {} if fsdp1 else {n: _of(t) for n, t in module.state_dict(keep_vars=True).items()}

@@ -216,7 +216,7 @@ def hybrid_shards():
     sharding = Sharding(tensors.tensors, tensors.pieces, tensors.buffers, Ranks.of_run())
     own = {name: part.clone() for name, part in sharding.own(tensors.tensors).items()}
     gathered = dict(zip(whole, sharding.gather(own, whole), strict=True))
-    for name, part in sharding.own(tensors.tensors).items():
+    for part in sharding.own(tensors.tensors).values():
         part.add_(1 + dist.get_rank())
     expected = {name: part.clone() for name, part in sharding.own(tensors.tensors).items()}
     sharding.spread(tensors.tensors)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merge_callback.sharding.pieces import Piece, split_rows
 from merge_callback.sharding.ranks import Ranks
+from merge_callback.snapshots.arena import overwrite
 
 
 @dataclass(frozen=True)
@@ -78,10 +79,13 @@ class Sharding:
             for rank in replicas.ranks:
                 part = _rows(tensors[name], *replicas.rows(rank))
                 if part.numel():
-                    sent = part.contiguous()
-                    dist.broadcast(sent, src=rank, group=self._groups[replicas.ranks])
+                    sent = part.clone() if part.is_inference() else part
+                    sent = sent.contiguous()
+                    # As bytes: not every backend knows every dtype.
+                    bits = sent.view(-1).view(torch.uint8)
+                    dist.broadcast(bits, src=rank, group=self._groups[replicas.ranks])
                     if sent is not part and rank != self.ranks.rank:
-                        part.copy_(sent)
+                        overwrite(part, sent)
 
     def gather(
         self, parts: Mapping[str, Tensor], names: Iterable[str], ranks: Ranks | None = None
