@@ -70,6 +70,7 @@ def prepare_emission(
     tied: Mapping[str, str],
     naming: Naming,
     ranks: Ranks | None = None,
+    distributed: bool = False,
     **record: Any,
 ) -> Callable[[], Path | None]:
     """Settles what a merge says of itself, and leaves its weights to be written later.
@@ -81,12 +82,14 @@ def prepare_emission(
         tied: further names of shared tensors, each with the name it is kept under.
         naming: how its tensors are called outside.
         ranks: to talk through, from another thread than training's.
+        distributed: write the format of ``torch.distributed.checkpoint``, all ranks at once.
         **record: further entries of ``merge.json``; ``diversity`` among them.
 
     Returns:
         What publishes it, to be called on all ranks: the first one writes what all of them send, tensor by
         tensor, and gets the folder. There it raises OSError where it can't be written.
     """
+    ranks = ranks or sharding.ranks
     content = provenance(
         merge.method,
         merge.snapshots,
@@ -102,14 +105,37 @@ def prepare_emission(
     published = {naming.published(n): tensor for n, tensor in whole.items()}
     aliases = {naming.published(alias): naming.published(kept) for alias, kept in tied.items()}
 
-    def publish() -> Path | None:
+    def publish_safetensors() -> Path | None:
         values = sharding.gather(merge.arena.tensors(), publisher.written(whole), ranks)
         try:
-            if not sharding.ranks.is_first:
+            if not ranks.is_first:
                 return None
-            return publisher.publish(name, published, content, aliases, naming.add_files, values)
+            write = partial(publisher.write_safetensors, tensors=published, values=values, tied=aliases)
+            return publisher.publish(name, write, content, aliases, naming.add_files)
         finally:
             for _ in values:  # the other ranks send all they have, whatever became of it
                 pass
 
-    return publish
+    def publish_distributed() -> Path | None:
+        from merge_callback.publish.distributed import write_distributed  # costs most of a second
+
+        parts = {naming.published(n): tensor for n, tensor in merge.arena.tensors().items()}
+        pieces = {naming.published(n): sharding.kept[n] for n in dtypes}
+        folder: Path | None = None
+
+        def write(draft: Path) -> dict[str, str]:
+            nonlocal folder
+            folder = ranks.from_first(draft)
+            return write_distributed(folder, parts, pieces, ranks)
+
+        if not ranks.is_first:
+            if (draft := ranks.from_first(folder)) is not None:
+                write_distributed(draft, parts, pieces, ranks)
+            return None
+        try:
+            return publisher.publish(name, write, content, aliases, naming.add_files)
+        finally:
+            if folder is None:  # the others wait to be told where to write
+                ranks.from_first(None)
+
+    return publish_distributed if distributed else publish_safetensors

@@ -201,6 +201,7 @@ class MergeSession:
                 self.live().tied,
                 self.naming,
                 self.courier,
+                self.options.format == "dcp",
                 diversity=self.merger.diversity,
                 layout=self.window.store.whole.hash,
                 run_id=self.window.run_id,
