@@ -231,6 +231,8 @@ class MergeSession:
                 "merge takes two of one phase after the warm-up"
             )
         self.close()
+        for shared in (self.courier, self.sharding, self.ranks):
+            shared.close()
 
     def close(self) -> None:
         """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
