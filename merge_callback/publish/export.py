@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from merge_callback.publish.emission import Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
 from merge_callback.sharding import Ranks, Sharding
-from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.capture import tensor_names
 from merge_callback.snapshots.merge import Merge
 
 
@@ -33,16 +33,15 @@ class Naming:
         Raises:
             ValueError: where ``strip_prefix`` begins no tensor's name.
         """
-        if strip_prefix and not any(
-            name.startswith(strip_prefix) for name in ModelTensors.of(module).tensors
-        ):
+        names = tensor_names(module)
+        if strip_prefix and not any(name.startswith(strip_prefix) for name in names):
             raise ValueError(
                 f"strip_prefix={strip_prefix!r} begins no tensor's name of this model; "
-                f"its first is {next(iter(ModelTensors.of(module).tensors), None)!r}"
+                f"its first is {next(iter(names), None)!r}"
             )
         found = find_pretrained(module)
         prefix = strip_prefix if strip_prefix is not None else found[0] if found else ""
-        if met := _names_that_meet(module, prefix):
+        if met := _names_that_meet(names, prefix):
             if strip_prefix:
                 raise ValueError(
                     f"strip_prefix={strip_prefix!r} would give two tensors of this model one name: "
@@ -57,8 +56,7 @@ class Naming:
         return name.removeprefix(self.prefix)
 
 
-def _names_that_meet(module: nn.Module, prefix: str) -> list[str]:
-    names = ModelTensors.of(module).tensors
+def _names_that_meet(names: Sequence[str], prefix: str) -> list[str]:
     stripped = [name.removeprefix(prefix) for name in names if prefix and name.startswith(prefix)]
     return [name for name in stripped if name in names]
 

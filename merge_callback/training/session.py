@@ -338,15 +338,16 @@ class MergeSession:
             ValueError: where another run has it, it can't be written, or a rank does not see it.
         """
         problem: Exception | None = None
+        session = self.window.store.session if self.ranks.size > 1 else ""
         try:
             if self.ranks.is_first:
-                self.lock = lock_folder(self.dirpath, self.window.store.session)
+                self.lock = lock_folder(self.dirpath, session)
                 self.window.claim_folder()
                 self.publisher.sweep()
         except Exception as error:
             problem = error
         self.ranks.agree(problem)
-        if self.options.durable and holder(self.dirpath) != self.window.store.session:
+        if session and self.options.durable and holder(self.dirpath) != session:
             problem = ValueError(
                 f"dirpath={str(self.dirpath)!r} is not the same folder on all ranks: rank {self.ranks.rank} "
                 "does not see what rank 0 has written; name one on a file system that they share"
