@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import time
 import warnings
 from contextlib import contextmanager
@@ -16,9 +17,12 @@ from distributed_runs import Run, UnevenModule
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
+from merge_callback.sharding import Piece
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.shard_files import gather_shards
 
 WINDOW, EVERY = 4, 2
 OFF = SpikeOptions(action="off")
@@ -255,3 +259,62 @@ def left_over(folder):
 def on_rank(rank):
     """Whether this process is that rank."""
     return int(os.environ.get("LOCAL_RANK", "0")) == rank
+
+
+# --- runs that are stopped and go on ------------------------------------------------------------------------
+
+
+class Steady(UnevenModule):
+    """Sees the same batch at every step, so that it does not matter where a loader begins anew."""
+
+    def train_dataloader(self):
+        (batch,) = self._batches(key=1, count=1)
+        return DataLoader(batch.expand(12, -1, -1), batch_size=None)
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint after a step, and copies the folder as a process killed then would leave it."""
+
+    def __init__(self, step, folder, copy):
+        self.step, self.folder, self.copy = step, Path(folder), Path(copy)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.strategy.barrier()
+            if trainer.is_global_zero:
+                copy_folder(self.folder, self.copy)
+            trainer.strategy.barrier()
+
+
+def copy_folder(source, target):
+    shutil.copytree(source, target, symlinks=True)
+
+
+def saved_fit(strategy, folder, step=7, **options):
+    """A whole run, and beside it ``…-stopped``: its folder as it was at ``step``."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save = SaveAt(step, folder, f"{folder}-stopped")
+    return merged_fit(strategy, folder, save, module=Steady(), **options)
+
+
+def resumed_fit(strategy, folder, **options):
+    """Goes on from the checkpoint in ``folder``."""
+    trainer = {"ckpt_path": str(Path(folder) / "last.ckpt"), **options.pop("trainer", {})}
+    return merged_fit(strategy, folder, module=Steady(), trainer=trainer, **options)
+
+
+def snapshots(folder, names):
+    """The tensors of every snapshot in the manifest, whole, by step.
+
+    Args:
+        folder: of the run.
+        names: a state dict with the shapes and dtypes.
+    """
+    found = {}
+    for record in manifest(folder)["snapshots"]:
+        out = {name: torch.empty_like(tensor) for name, tensor in names.items()}
+        wanted = {name: Piece.all_of(tensor.shape) for name, tensor in names.items()}
+        gather_shards(window_folder(folder) / record["file"], record["checksum"], wanted, out)
+        found[record["step"]] = out
+    return found

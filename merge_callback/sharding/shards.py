@@ -54,7 +54,7 @@ def reshard(root: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     for handle in _fsdp1_handles(root):
-        # Until the first forward pass FSDP1 has gathered nothing, and can't be told to free it.
+        # Before the first forward pass there is nothing to free.
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)
 

@@ -151,7 +151,7 @@ def _sources(path: Path, checksum: str) -> Iterator[_Source]:
     for file, expected in listed_shards(path, checksum).items():
         header, _ = read_header(path / file)
         try:  # of a file that nothing is read from the checksum is not looked at
-            pieces = _from_json(header["__metadata__"]["pieces"])
+            pieces = read_pieces(header["__metadata__"]["pieces"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptFileError(f"{path / file}: does not say what it holds ({error!r})") from None
         yield _Source(path / file, expected, pieces)
@@ -221,7 +221,8 @@ def _to_json(pieces: Mapping[str, Piece]) -> str:
     )
 
 
-def _from_json(text: str) -> dict[str, Piece]:
+def read_pieces(text: str) -> dict[str, Piece]:
+    """Which part of each tensor a file has, by what its metadata says under ``pieces``."""
     return {
         name: Piece(tuple(whole), tuple(Box(tuple(offset), tuple(shape)) for offset, shape in boxes), start)
         for name, (whole, start, boxes) in json.loads(text).items()

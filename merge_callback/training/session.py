@@ -201,6 +201,7 @@ class MergeSession:
                 self.live().tied,
                 self.naming,
                 self.courier,
+                self.options.format == "dcp",
                 diversity=self.merger.diversity,
                 layout=self.window.store.whole.hash,
                 run_id=self.window.run_id,
@@ -230,6 +231,8 @@ class MergeSession:
                 "merge takes two of one phase after the warm-up"
             )
         self.close()
+        for shared in (self.courier, self.sharding, self.ranks):
+            shared.close()
 
     def close(self) -> None:
         """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
@@ -335,15 +338,16 @@ class MergeSession:
             ValueError: where another run has it, it can't be written, or a rank does not see it.
         """
         problem: Exception | None = None
+        session = self.window.store.session if self.ranks.size > 1 else ""
         try:
             if self.ranks.is_first:
-                self.lock = lock_folder(self.dirpath, self.window.store.session)
+                self.lock = lock_folder(self.dirpath, session)
                 self.window.claim_folder()
                 self.publisher.sweep()
         except Exception as error:
             problem = error
         self.ranks.agree(problem)
-        if self.options.durable and holder(self.dirpath) != self.window.store.session:
+        if session and self.options.durable and holder(self.dirpath) != session:
             problem = ValueError(
                 f"dirpath={str(self.dirpath)!r} is not the same folder on all ranks: rank {self.ranks.rank} "
                 "does not see what rank 0 has written; name one on a file system that they share"

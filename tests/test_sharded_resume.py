@@ -1,0 +1,253 @@
+"""A run of several ranks that was stopped goes on with its window, on as many ranks or others."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from distributed_runs import run_jobs
+from sharded_runs import (
+    Steady,
+    copy_folder,
+    left_over,
+    listed,
+    manifest,
+    merged_fit,
+    published,
+    resumed_fit,
+    saved_fit,
+    snapshots,
+    window_folder,
+    without_diversity,
+)
+from training_runs import assert_same_bits
+
+from merge_callback.snapshots.folder_lock import lock_folder
+
+pytestmark = pytest.mark.timeout(600)
+
+STOPPED, TAKEN = 7, [2, 4, 6]
+"""The step of the checkpoint, and the snapshots taken until then."""
+
+DAMAGES = ["truncated", "emptied", "flipped", "flipped header", "missing", "no list", "folder missing"]
+
+
+def resumed(strategy, source, folder, damage=None, **options):
+    """Resumes a copy of a stopped run's folder."""
+    if dist.is_initialized():
+        if dist.get_rank() == 0:
+            copy_folder(source, folder)
+            if damage:
+                harm(folder, damage)
+        dist.barrier()
+    else:
+        copy_folder(source, folder)
+    return resumed_fit(strategy, folder, **options)
+
+
+def harm(folder, damage):
+    """Damages the second rank's part of the snapshot of step 4."""
+    (snapshot,) = window_folder(folder).glob("step=00000004*")
+    file = snapshot / "rank-00001-of-00002.safetensors"
+    if damage == "truncated":
+        os.truncate(file, file.stat().st_size - 5)
+    elif damage == "emptied":
+        os.truncate(file, 0)
+    elif damage.startswith("flipped"):
+        content = bytearray(file.read_bytes())
+        content[120 if "header" in damage else -5] ^= 1
+        file.write_bytes(content)
+    elif damage == "missing":
+        file.unlink()
+    elif damage == "no list":
+        (snapshot / "shards.json").unlink()
+    else:
+        snapshot.rename(window_folder(folder).parent / "gone")
+
+
+def beside_another(strategy, folder):
+    """A new run where another one has been."""
+    return merged_fit(strategy, folder, module=Steady())
+
+
+def locked(strategy, folder):
+    """A run whose folder is another process's."""
+    lock = lock_folder(Path(folder) / "merges") if dist.get_rank() == 1 else None
+    dist.barrier()
+    outcome = merged_fit(strategy, folder, module=Steady(), raises=True)
+    if lock:
+        lock.close()
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    outcome = saved_fit("alone", str(folder / "1-alone"))
+    os.rename(folder / "1-alone", folder / "1-alone-unbroken")
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def unbroken(folder, alone):
+    jobs = {name: (saved_fit, {"strategy": name, "folder": str(folder / f"2-{name}")}) for name in TWO}
+    found = run_jobs(2, jobs, timeout=400)
+    for name in TWO:  # else what is missing would be found there
+        os.rename(folder / f"2-{name}", folder / f"2-{name}-unbroken")
+    return {**found, "alone": [alone]}
+
+
+TWO = ["ddp", "fsdp2", "fsdp1"]
+
+
+@pytest.fixture(scope="module")
+def on_two(folder, unbroken):
+    def job(strategy, source, name, **options):
+        return resumed, {
+            "strategy": strategy,
+            "source": str(folder / f"{source}-stopped"),
+            "folder": str(folder / name),
+            **options,
+        }
+
+    jobs = {name: job(name, f"2-{name}", f"2-{name} to 2-{name}") for name in TWO}
+    jobs["ddp to fsdp2"] = job("fsdp2", "2-ddp", "2-ddp to 2-fsdp2")
+    jobs["alone to ddp"] = job("ddp", "1-alone", "1-alone to 2-ddp")
+    jobs["alone to fsdp2"] = job("fsdp2", "1-alone", "1-alone to 2-fsdp2")
+    jobs["smaller"] = job("ddp", "2-ddp", "smaller", window=2)
+    jobs["memory"] = job("ddp", "2-ddp", "memory", storage="cpu")
+    for damage in DAMAGES:
+        jobs[damage] = job("ddp", "2-ddp", damage, damage=damage)
+        jobs[f"{damage}, resharded"] = job("fsdp2", "2-ddp", f"{damage} resharded", damage=damage)
+    another = {"strategy": "ddp", "folder": str(folder / "another")}
+    jobs["first"], jobs["another"] = (beside_another, another), (beside_another, another)
+    jobs["locked"] = (locked, {"strategy": "ddp", "folder": str(folder / "locked")})
+    return run_jobs(2, jobs, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def on_four(folder, unbroken):
+    jobs = {
+        name: (
+            resumed,
+            {
+                "strategy": name,
+                "source": str(folder / f"2-{name}-stopped"),
+                "folder": str(folder / f"2-{name} to 4-{name}"),
+            },
+        )
+        for name in ("ddp", "fsdp2")
+    }
+    return run_jobs(4, jobs, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def on_one(folder, unbroken):
+    return [resumed("alone", folder / "2-ddp-stopped", folder / "2-ddp to 1-alone")]
+
+
+def assert_goes_on(folder, name, found, expected, exact=True):
+    """All that the resumed ranks did and left behind is what the unbroken run did and left behind."""
+    whole = expected[0].run.final
+    for rank in found:
+        assert rank.run.losses == expected[0].run.losses[STOPPED:]
+        assert rank.run.validations == expected[0].run.validations[1:]
+        assert_same_bits(rank.run.final, whole)
+        assert rank.windows == {k: v for k, v in expected[0].windows.items() if k > STOPPED}
+        logged = {k: v for k, v in expected[0].metrics.items() if int(k.split()[0]) > STOPPED}
+        # Where other ranks sum up, the diversity is rounded differently; its change is a difference.
+        near = {k: pytest.approx(v, rel=1e-6, abs=1e-4) if "diversity" in k else v for k, v in logged.items()}
+        assert rank.metrics == (logged if exact else near)
+    source = name.split(" to ")[0]
+    emitted, diversities = without_diversity(published(folder / name))
+    expected_emissions, expected_diversities = without_diversity(published(folder / f"{source}-unbroken"))
+    assert emitted == expected_emissions
+    if exact:
+        assert diversities == expected_diversities
+    assert_same_bits(snapshots(folder / name, whole), snapshots(folder / f"{source}-unbroken", whole))
+    assert left_over(folder / name) == []
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_a_run_resumed_on_as_many_ranks_is_the_unbroken_run(on_two, unbroken, folder, strategy):
+    assert_goes_on(folder, f"2-{strategy} to 2-{strategy}", on_two[strategy], unbroken[strategy])
+
+
+@pytest.mark.parametrize("strategy", TWO)
+def test_as_many_ranks_take_their_files_over_as_they_are(on_two, folder, strategy):
+    def files(place):
+        return {r["step"]: r["file"] for r in manifest(place)["snapshots"]}
+
+    resumed = files(folder / f"2-{strategy} to 2-{strategy}")
+    assert resumed[6] == files(folder / f"2-{strategy}-unbroken")[6]
+    assert resumed[8] != files(folder / f"2-{strategy}-unbroken")[8]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_resumed_on_more_ranks_is_the_unbroken_run(on_four, unbroken, folder, strategy):
+    found = on_four[strategy]
+    assert_goes_on(folder, f"2-{strategy} to 4-{strategy}", found, unbroken[strategy], exact=False)
+
+
+def test_a_run_resumed_on_one_rank_is_the_unbroken_run(on_one, unbroken, folder):
+    assert_goes_on(folder, "2-ddp to 1-alone", on_one, unbroken["ddp"], exact=False)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_of_one_rank_resumed_on_two_is_the_unbroken_run(on_two, unbroken, folder, strategy):
+    found = on_two[f"alone to {strategy}"]
+    assert_goes_on(folder, f"1-alone to 2-{strategy}", found, unbroken["alone"], exact=False)
+
+
+def test_a_run_resumed_with_another_sharding_is_the_unbroken_run(on_two, unbroken, folder):
+    assert_goes_on(folder, "2-ddp to 2-fsdp2", on_two["ddp to fsdp2"], unbroken["ddp"], exact=False)
+
+
+def test_a_window_resumed_into_memory_is_the_same(on_two, unbroken):
+    for rank in on_two["memory"]:
+        assert_same_bits(rank.run.final, unbroken["ddp"][0].run.final)
+        assert rank.windows[8] == [2, 4, 6, 8]
+
+
+def test_a_smaller_window_keeps_the_newest_snapshots(on_two, folder):
+    for rank in on_two["smaller"]:
+        assert rank.windows[8] == [6, 8]
+    assert listed(folder / "smaller") == [10, 12]
+
+
+@pytest.mark.parametrize("how", ["", ", resharded"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_snapshot_is_left_out_on_all_ranks_and_named(on_two, unbroken, damage, how):
+    first, second = on_two[damage + how]
+    for rank in (first, second):
+        assert rank.windows[8] == [2, 6, 8]
+        assert_same_bits(rank.run.final, unbroken["ddp"][0].run.final)
+    (line,) = [line for line in first.told if "left out" in line]
+    assert "snapshot of step 4" in line
+    assert "step=00000004" in line
+
+
+def test_another_runs_window_is_moved_aside(on_two, folder):
+    merges = folder / "another" / "merges"
+    assert listed(folder / "another") == [6, 8, 10, 12]
+    aside = merges / "window.old-1"
+    assert sorted(int(p.name[5:13]) for p in aside.glob("step=*/shards.json") for p in [p.parent]) == [
+        6,
+        8,
+        10,
+        12,
+    ]
+    assert left_over(folder / "another") == []
+    assert any("it was moved to" in line for line in on_two["another"][0].told)
+    assert not on_two["first"][0].told
+
+
+def test_a_folder_that_another_run_uses_is_refused_on_all_ranks(on_two):
+    first, second = on_two["locked"]
+    assert "another run is using it" in first.error
+    assert "another run is using it" in second.error
+    assert "rank 0" in second.error
