@@ -221,6 +221,14 @@ class SnapshotStore:
             mapped = arena
         snapshot.arena = mapped
 
+    def taken_out(self, snapshot: Snapshot) -> Arena:
+        """The arena of a loaded snapshot, to be written and kept anew; never one that is mapped."""
+        if self.storage != "disk":
+            return snapshot.arena
+        arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+        arena.buffer.copy_(snapshot.arena.buffer)
+        return arena
+
     def release(self, snapshot: Snapshot) -> None:
         """Gives an evicted snapshot's memory to the next one. Its file is the window's to remove."""
         if self.storage != "disk":

@@ -258,9 +258,11 @@ class Window:
             if not problem:
                 self.store.give_back(arena) if arena is not None else self.store.release(snapshot)
             return problems[0]
-        if arena is None:
+        if not any(anew for _, anew in told):
             self.snapshots.append(snapshot)
             return ""
+        if arena is None:  # this rank's file would do, but another rank keeps something else by now
+            arena = self.store.taken_out(snapshot)
         try:  # shared out over other ranks than before: it needs new files
             self._write(snapshot, arena)
         except OSError as error:
