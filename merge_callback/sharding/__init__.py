@@ -1,7 +1,8 @@
 """What several processes need to keep one window together."""
 
+from merge_callback.sharding.live import local, overwrite
 from merge_callback.sharding.pieces import Piece
 from merge_callback.sharding.ranks import Ranks, RemoteError
-from merge_callback.sharding.sharding import Sharding, local
+from merge_callback.sharding.sharding import Sharding
 
-__all__ = ["Piece", "Ranks", "RemoteError", "Sharding", "local"]
+__all__ = ["Piece", "Ranks", "RemoteError", "Sharding", "local", "overwrite"]

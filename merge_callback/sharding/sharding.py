@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from merge_callback.sharding.live import overwrite
 from merge_callback.sharding.pieces import Piece, split_rows
 from merge_callback.sharding.ranks import Ranks
-from merge_callback.snapshots.arena import overwrite
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,6 @@ class Sharding:
                     self._replicas[name] = replicas
         self.kept = kept[self.ranks.rank]
         self._by_rank = kept if self.ranks.is_first else [self.kept]
-
-
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """A DTensor's local part, which shares its memory; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # its class is costly to import
 
 
 def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -11,8 +11,8 @@ from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from merge_callback.sharding.live import local
 from merge_callback.sharding.pieces import Piece
-from merge_callback.sharding.sharding import local
 
 
 def local_piece(tensor: Tensor, flat: Mapping[int, Piece]) -> tuple[Tensor, Piece]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from merge_callback.sharding.live import overwrite
 from merge_callback.snapshots.layout import Group, Layout
 
 
@@ -82,18 +83,6 @@ class Arena:
             for segment in group.segments
             if not all_finite(self.flat(group)[segment.start : segment.stop])
         ]
-
-
-def overwrite(tensor: Tensor, values: Tensor) -> None:
-    """Overwrites a live tensor in place with ``values`` of the same shape, casting to its dtype."""
-    distinct = _distinct(tensor)
-    with torch.inference_mode(tensor.is_inference()):  # a buffer made in a validation before the fit
-        tensor[distinct].copy_(values[distinct])
-
-
-def _distinct(tensor: Tensor) -> tuple[slice, ...]:
-    """Selects each memory location of an expanded tensor once: as a whole it can't be written to."""
-    return tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())
 
 
 def all_finite(tensor: Tensor, block: int = 1 << 24) -> bool:

@@ -13,8 +13,8 @@ from torch import Tensor
 from merge_callback.diversity import RMSDiversity
 from merge_callback.merging import Inputs, LinearMethod, MergeMethod, Shard, Trajectory
 from merge_callback.reduce import one_pass
-from merge_callback.sharding import Sharding
-from merge_callback.snapshots.arena import Arena, overwrite
+from merge_callback.sharding import Sharding, overwrite
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Group
 from merge_callback.snapshots.storage import Snapshot
