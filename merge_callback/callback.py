@@ -76,6 +76,8 @@ class CheckpointMergeCallback(Callback):
         dirpath: where everything lands; default: ``merges`` beside Lightning's own logs. A run resumed
             without one goes on where it was.
         emit_every: snapshots between emissions; 0 emits at the end of training only.
+        format: ``"safetensors"``, which the first rank writes as one model, or ``"dcp"``, for which all ranks
+            write their own part at once (``torch.distributed.checkpoint``).
         keep_last: emissions kept; ``None`` keeps all.
         strip_prefix: taken off the published names, e.g. ``"model."`` so that the inner model loads them.
             By default that of a wrapped Hugging Face model, so that ``from_pretrained`` loads the emission,
@@ -104,6 +106,7 @@ class CheckpointMergeCallback(Callback):
         snapshot_dtype: str | torch.dtype | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         emit_every: int = 1,
+        format: str = "safetensors",
         keep_last: int | None = 3,
         strip_prefix: str | None = None,
         max_shard_size: int | str = "5GB",

@@ -41,6 +41,7 @@ class Options:
     snapshot_dtype: torch.dtype | None
     dirpath: Path | None
     emit_every: int
+    format: str
     keep_last: int | None
     strip_prefix: str | None
     max_shard_bytes: int
@@ -69,6 +70,7 @@ class Options:
             snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
             dirpath=resolve_dirpath(given["dirpath"]),
             emit_every=0 if emit_every == 0 else positive("emit_every", emit_every),
+            format=resolve_format(given["format"]),
             keep_last=None if keep_last is None else positive("keep_last", keep_last),
             strip_prefix=given["strip_prefix"],
             max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
@@ -139,6 +141,19 @@ def resolve_storage(storage: str, durable: bool) -> Storage:
             "storage='disk' keeps the window in files, durable=False forbids them; drop one of the two"
         )
     return storage  # type: ignore[return-value]
+
+
+def resolve_format(format: str) -> str:
+    """The format of the emissions.
+
+    Raises:
+        ValueError: for an unknown one.
+    """
+    if format not in ("safetensors", "dcp"):
+        raise ValueError(
+            f"format={format!r} must be 'safetensors', or 'dcp' for that of torch.distributed.checkpoint"
+        )
+    return format
 
 
 def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:

@@ -1,9 +1,14 @@
 """Wrong options name themselves, their value and the mend."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, XLAStrategy
 
 from merge_callback import CheckpointMergeCallback
 from merge_callback.merging import Ema, Sma
@@ -107,9 +112,29 @@ def test_two_callbacks_may_not_share_a_folder(tmp_path):
         fit(twins, tmp_path)
 
 
-def test_strategies_on_several_processes_are_refused(tmp_path):
-    with pytest.raises(Exception, match=r"one device so far.*DDPStrategy.*devices=1"):
-        fit(CheckpointMergeCallback(every_n_steps=1), tmp_path, strategy="ddp_fork", devices=2)
+class UnknownStrategy(Strategy):
+    """One that nobody has looked at."""
+
+
+UnknownStrategy.__abstractmethods__ = frozenset()  # what it lacks is never called
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        (DeepSpeedStrategy, "master weights"),
+        (partial(FSDPStrategy, use_orig_params=False), "use_orig_params=False"),
+        (XLAStrategy, "is not known"),
+        (UnknownStrategy, "is not known"),
+    ],
+)
+def test_strategies_whose_weights_would_be_guessed_at_are_refused(strategy, reason):
+    kind = getattr(strategy, "func", strategy)
+    bare = kind.__new__(kind)  # their packages need not be there
+    if kind is FSDPStrategy:
+        bare.kwargs = strategy.keywords
+    with pytest.raises(MisconfigurationException, match=rf"can't work with {kind.__name__}: .*{reason}"):
+        CheckpointMergeCallback().setup(SimpleNamespace(strategy=bare), None, "fit")
 
 
 def test_a_window_that_cannot_fit_says_how_much_and_what_to_choose(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ def plan(**changes):
         "every": 40,
         "unit": "steps",
         "total_steps": 5400,
+        "rank_bytes": 1_000_000_000,
         "snapshot_bytes": 492_000,
         "storage": "disk",
         "folder": Path("runs/merges/window"),

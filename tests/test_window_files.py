@@ -506,7 +506,12 @@ def test_a_folder_that_can_not_be_written_is_named_before_training_starts(tmp_pa
 
 def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path):
     locked = no_permission(tmp_path / "merges")
-    change = At(step9=lambda m: locked.__enter__(), step17=lambda m: locked.__exit__(None, None, None))
+
+    def lock(module):
+        module.trainer.callbacks[0].session.background.drain()  # a draft that is begun could not be removed
+        locked.__enter__()
+
+    change = At(step9=lock, step17=lambda m: locked.__exit__(None, None, None))
 
     with pytest.warns(UserWarning, match="the snapshot of step 12 could not be kept in a file"):
         fit(tmp_path, before=[change], trainer=quiet())

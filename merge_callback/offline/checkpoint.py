@@ -19,14 +19,16 @@ from merge_callback.offline.safetensors_folder import recorded_step as _folder_s
 __all__ = ["Checkpoint", "is_checkpoint_folder", "open_checkpoint", "recorded_step", "verify"]
 
 _METADATA = ".metadata"  # of torch.distributed.checkpoint, which takes 0.7 s to import
+_SHARDS = "shards.json"  # of a snapshot of several ranks, which is put together by it, too
 
 
 def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "state_dict") -> Checkpoint:
     """Opens a checkpoint by what it is.
 
     A Lightning ``.ckpt`` or other file of ``torch.save``; a safetensors file (a snapshot of the callback's
-    window is one); a Hugging Face folder, whole or sharded; an emission of the callback; a folder of
-    ``torch.distributed.checkpoint``, saved by any number of processes.
+    window is one), or the folder of a snapshot that several ranks kept; a Hugging Face folder, whole or
+    sharded; an emission of the callback; a folder of ``torch.distributed.checkpoint``, saved by any number of
+    processes.
 
     Args:
         path: the file or folder; a symlink is followed.
@@ -45,6 +47,10 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
         from merge_callback.offline.dcp import open_dcp
 
         return open_dcp(path, spool)
+    if (path / _SHARDS).is_file():
+        from merge_callback.offline.sharded_snapshot import open_sharded_snapshot
+
+        return open_sharded_snapshot(path, spool)
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():
@@ -64,7 +70,7 @@ def verify(checkpoint: Checkpoint) -> list[str]:
 def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint."""
     return path.is_dir() and (
-        any((path / name).exists() for name in (_METADATA, PROVENANCE, WEIGHTS, INDEX))
+        any((path / name).exists() for name in (_METADATA, _SHARDS, PROVENANCE, WEIGHTS, INDEX))
         or any(path.glob("*.safetensors.index.json"))
     )
 

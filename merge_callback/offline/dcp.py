@@ -62,7 +62,7 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
     entries = _weights(folder, metadata)
     files = _check_entries(folder, metadata, entries)
     shapes = {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
-    tensors = map_tensors(spool or _default_spool(), shapes)
+    tensors = map_tensors(spool or default_spool(), shapes)
     _fill(folder, metadata, entries, tensors)
     return Checkpoint(
         path=folder,
@@ -86,7 +86,8 @@ def recorded_step(folder: Path) -> int | None:
     return step_in_name(folder) if step is None else step
 
 
-def _default_spool() -> Path:
+def default_spool() -> Path:
+    """Where checkpoints in parts are put together, if nobody says where."""
     # Not /tmp: on many machines that is memory.
     places = (os.environ.get("TMPDIR", ""), "/var/tmp")
     return Path(next((place for place in places if place and os.path.isdir(place)), tempfile.gettempdir()))

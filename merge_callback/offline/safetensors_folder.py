@@ -107,7 +107,9 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 def failed_checksums(checkpoint: Checkpoint) -> list[str]:
     """One line for each file that is not, byte for byte, what an emission or snapshot recorded."""
     path, problems = checkpoint.path, []
-    if checkpoint.format == "snapshot":
+    if checkpoint.format == "snapshot" and path.is_dir():
+        recorded = dict(read_json(path / "shards.json").get("files", {}))
+    elif checkpoint.format == "snapshot":
         recorded = {path.name: _snapshot_checksum(path)}
         path = path.parent
     else:

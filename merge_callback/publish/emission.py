@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PROVENANCE = "merge.json"
 LATEST = "latest"
+_DISTRIBUTED = ".metadata"  # of torch.distributed.checkpoint
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -54,23 +55,20 @@ class Publisher:
     def publish(
         self,
         name: str,
-        tensors: Mapping[str, Tensor],
+        write: Callable[[Path], Mapping[str, str]],
         record: Mapping[str, Any],
         tied: Mapping[str, str] | None = None,
         add_files: Callable[[Path], None] | None = None,
-        values: Iterable[Tensor] | None = None,
     ) -> Path:
         """Writes the merge under a temporary name, makes it durable, then renames it into place.
 
         Args:
             name: of the folder. Where another merge has it already, ``-v1``, ``-v2``, … is added; where the
                 very same merge has it, that one stays.
-            tensors: by published name.
+            write: writes the weights into the folder it is given, durably; returns the files' SHA-256.
             record: what ``merge.json`` says, besides the files and their checksums.
             tied: further names of shared tensors, stored once.
             add_files: writes further files (a model's config) into the folder it is given.
-            values: CPU tensors, one after the other in the order of ``written``; then ``tensors`` may be on
-                the meta device. None of them is held for longer than it takes to write it.
 
         Returns:
             The published folder.
@@ -85,8 +83,7 @@ class Publisher:
         try:
             if add_files is not None:
                 add_files(draft)
-            stream = iter(values if values is not None else (tensors[n].cpu() for n in self.written(tensors)))
-            files = self._write_weights(draft, tensors, stream, tied or {})
+            files = dict(write(draft))
             files |= {p.name: file_checksum(p) for p in draft.iterdir() if p.name not in files}
             write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
             target = self._place(draft, name, files)
@@ -97,6 +94,40 @@ class Publisher:
         if self._point_latest(target.name):
             self._retain()
         return target
+
+    def write_safetensors(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        values: Iterable[Tensor],
+        tied: Mapping[str, str] | None = None,
+    ) -> dict[str, str]:
+        """Writes all shards, and the index where there are several.
+
+        Args:
+            folder: where to.
+            tensors: by published name; only shapes and dtypes count.
+            values: the CPU tensors themselves, one after the other in the order of ``written``. None is held
+                for longer than it takes to write it.
+            tied: further names of shared tensors.
+
+        Returns:
+            The SHA-256 of each file.
+        """
+        shards, stream = split_shards(tensors, self.max_shard_bytes), iter(values)
+        names = shard_names(len(shards))
+        if len(shards) > 1:
+            write_index(folder, names, shards)
+        return {
+            file: write_file(
+                folder / file,
+                tensors_header(shard),
+                islice(stream, len(shard)),
+                # The scheme of safetensors.torch.save_model: load_model finds the shared names here.
+                {"format": "pt", **{alias: kept for alias, kept in (tied or {}).items() if kept in shard}},
+            )
+            for file, shard in zip(names, shards, strict=True)
+        }
 
     def written(self, tensors: Mapping[str, Tensor]) -> list[str]:
         """The names of ``tensors`` in the order in which they are written."""
@@ -109,25 +140,6 @@ class Publisher:
             if found and int(found[1]) <= step and (self.folder / name).is_dir():
                 return self.folder / name
         return None
-
-    def _write_weights(
-        self, draft: Path, tensors: Mapping[str, Tensor], values: Iterator[Tensor], tied: Mapping[str, str]
-    ) -> dict[str, str]:
-        """Writes all shards, and the index where there are several; returns the checksum of each file."""
-        shards = split_shards(tensors, self.max_shard_bytes)
-        names = shard_names(len(shards))
-        if len(shards) > 1:
-            write_index(draft, names, shards)
-        return {
-            file: write_file(
-                draft / file,
-                tensors_header(shard),
-                islice(values, len(shard)),
-                # The scheme of safetensors.torch.save_model: load_model finds the shared names here.
-                {"format": "pt", **{alias: kept for alias, kept in tied.items() if kept in shard}},
-            )
-            for file, shard in zip(names, shards, strict=True)
-        }
 
     def _place(self, draft: Path, name: str, files: Mapping[str, str]) -> Path:
         for path in draft.iterdir():  # the files that add_files wrote are not durable yet
@@ -182,14 +194,19 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(path)
+    tied = json.loads((path / PROVENANCE).read_text())["tied"]
+    if (path / _DISTRIBUTED).exists():
+        from merge_callback.offline.dcp import open_dcp
+
+        tensors = {name: tensor.clone() for name, tensor in open_dcp(path).tensors.items()}
+        return tensors | {alias: tensors[kept] for alias, kept in tied.items()}
     index = path / _INDEX
     files = {_WEIGHTS}
     if index.exists():
         files = set(json.loads(index.read_text())["weight_map"].values())
-    tensors: dict[str, Tensor] = {}
+    tensors = {}
     for file in sorted(files):
         tensors |= load_file(path / file)
-    tied = json.loads((path / PROVENANCE).read_text())["tied"]
     return tensors | {alias: tensors[kept] for alias, kept in tied.items()}
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merge_callback.publish.emission import Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
-from merge_callback.sharding.sharding import Sharding
-from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.sharding import Ranks, Sharding
+from merge_callback.snapshots.capture import tensor_names
 from merge_callback.snapshots.merge import Merge
 
 
@@ -33,16 +33,15 @@ class Naming:
         Raises:
             ValueError: where ``strip_prefix`` begins no tensor's name.
         """
-        if strip_prefix and not any(
-            name.startswith(strip_prefix) for name in ModelTensors.of(module).tensors
-        ):
+        names = tensor_names(module)
+        if strip_prefix and not any(name.startswith(strip_prefix) for name in names):
             raise ValueError(
                 f"strip_prefix={strip_prefix!r} begins no tensor's name of this model; "
-                f"its first is {next(iter(ModelTensors.of(module).tensors), None)!r}"
+                f"its first is {next(iter(names), None)!r}"
             )
         found = find_pretrained(module)
         prefix = strip_prefix if strip_prefix is not None else found[0] if found else ""
-        if met := _names_that_meet(module, prefix):
+        if met := _names_that_meet(names, prefix):
             if strip_prefix:
                 raise ValueError(
                     f"strip_prefix={strip_prefix!r} would give two tensors of this model one name: "
@@ -57,21 +56,22 @@ class Naming:
         return name.removeprefix(self.prefix)
 
 
-def _names_that_meet(module: nn.Module, prefix: str) -> list[str]:
-    names = ModelTensors.of(module).tensors
+def _names_that_meet(names: Sequence[str], prefix: str) -> list[str]:
     stripped = [name.removeprefix(prefix) for name in names if prefix and name.startswith(prefix)]
     return [name for name in stripped if name in names]
 
 
-def publish_merge(
+def prepare_emission(
     publisher: Publisher,
     merge: Merge,
     sharding: Sharding,
     tied: Mapping[str, str],
     naming: Naming,
+    ranks: Ranks | None = None,
+    distributed: bool = False,
     **record: Any,
-) -> Path | None:
-    """Publishes a merge with its provenance: the first rank writes what all of them send, tensor by tensor.
+) -> Callable[[], Path | None]:
+    """Settles what a merge says of itself, and leaves its weights to be written later.
 
     Args:
         publisher: where to.
@@ -79,37 +79,15 @@ def publish_merge(
         sharding: which part that is.
         tied: further names of shared tensors, each with the name it is kept under.
         naming: how its tensors are called outside.
+        ranks: to talk through, from another thread than training's.
+        distributed: write the format of ``torch.distributed.checkpoint``, all ranks at once.
         **record: further entries of ``merge.json``; ``diversity`` among them.
 
     Returns:
-        The published folder, on the first rank.
-
-    Raises:
-        OSError: where it can't be written, on the first rank.
+        What publishes it, to be called on all ranks: the first one writes what all of them send, tensor by
+        tensor, and gets the folder. There it raises OSError where it can't be written.
     """
-    dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
-    whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
-    values = sharding.gather(merge.arena.tensors(), publisher.written(whole))
-    try:
-        return (
-            _publish(publisher, merge, whole, values, tied, naming, record)
-            if sharding.ranks.is_first
-            else None
-        )
-    finally:
-        for _ in values:  # the other ranks send all they have, whatever became of it
-            pass
-
-
-def _publish(
-    publisher: Publisher,
-    merge: Merge,
-    whole: Mapping[str, Tensor],
-    values: Iterable[Tensor],
-    tied: Mapping[str, str],
-    naming: Naming,
-    record: dict[str, Any],
-) -> Path:
+    ranks = ranks or sharding.ranks
     content = provenance(
         merge.method,
         merge.snapshots,
@@ -119,11 +97,43 @@ def _publish(
         stripped_prefix=naming.prefix,
         **record,
     )
-    return publisher.publish(
-        emission_name(merge.method, merge.snapshots[-1]),
-        {naming.published(name): tensor for name, tensor in whole.items()},
-        content,
-        {naming.published(alias): naming.published(kept) for alias, kept in tied.items()},
-        naming.add_files,
-        values,
-    )
+    name = emission_name(merge.method, merge.snapshots[-1])
+    dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
+    whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
+    published = {naming.published(n): tensor for n, tensor in whole.items()}
+    aliases = {naming.published(alias): naming.published(kept) for alias, kept in tied.items()}
+
+    def publish_safetensors() -> Path | None:
+        values = sharding.gather(merge.arena.tensors(), publisher.written(whole), ranks)
+        try:
+            if not ranks.is_first:
+                return None
+            write = partial(publisher.write_safetensors, tensors=published, values=values, tied=aliases)
+            return publisher.publish(name, write, content, aliases, naming.add_files)
+        finally:
+            for _ in values:  # the other ranks send all they have, whatever became of it
+                pass
+
+    def publish_distributed() -> Path | None:
+        from merge_callback.publish.distributed import write_distributed  # costs most of a second
+
+        parts = {naming.published(n): tensor for n, tensor in merge.arena.tensors().items()}
+        pieces = {naming.published(n): sharding.kept[n] for n in dtypes}
+        folder: Path | None = None
+
+        def write(draft: Path) -> dict[str, str]:
+            nonlocal folder
+            folder = ranks.from_first(draft)
+            return write_distributed(folder, parts, pieces, ranks)
+
+        if not ranks.is_first:
+            if (draft := ranks.from_first(folder)) is not None:
+                write_distributed(draft, parts, pieces, ranks)
+            return None
+        try:
+            return publisher.publish(name, write, content, aliases, naming.add_files)
+        finally:
+            if folder is None:  # the others wait to be told where to write
+                ranks.from_first(None)
+
+    return publish_distributed if distributed else publish_safetensors

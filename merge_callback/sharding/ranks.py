@@ -78,6 +78,13 @@ class Ranks:
         wait: Callable[..., object] = work.wait
         return wait
 
+    def close(self) -> None:
+        """Gives the group back, once no rank needs it any more. All ranks have to."""
+        if self.group is not None:
+            self.exchange(None)
+            dist.destroy_process_group(self.group)
+            self.group = None
+
     def agree(self, error: BaseException | None) -> None:
         """Makes an error of one rank every rank's.
 

@@ -83,7 +83,9 @@ class Sharding:
                     if sent is not part and rank != self.ranks.rank:
                         part.copy_(sent)
 
-    def gather(self, parts: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[Tensor]:
+    def gather(
+        self, parts: Mapping[str, Tensor], names: Iterable[str], ranks: Ranks | None = None
+    ) -> Iterator[Tensor]:
         """Puts whole tensors together on the first rank, one after the other, in the order of ``names``.
 
         All ranks have to iterate to the end; the others send their parts, and get empty tensors.
@@ -91,17 +93,19 @@ class Sharding:
         Args:
             parts: what this rank keeps.
             names: of the tensors.
+            ranks: to talk through, from another thread than the one that uses ``self.ranks``.
 
         Yields:
             CPU tensors.
         """
+        group = (ranks or self.ranks).group
         for name in names:
             part = parts[name].cpu()
             if self.ranks.is_first:
-                yield self._receive(name, part)
+                yield self._receive(name, part, group)
             else:
                 if part.numel():
-                    dist.send(part.contiguous(), 0, group=self.ranks.group)
+                    dist.send(part.contiguous(), 0, group=group)
                 yield part.new_empty(0)
 
     def close(self) -> None:
@@ -111,7 +115,7 @@ class Sharding:
                 dist.destroy_process_group(group)
         self._groups = {}
 
-    def _receive(self, name: str, own: Tensor) -> Tensor:
+    def _receive(self, name: str, own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         if self.kept[name].is_all:
             return own.reshape(self.wholes[name])
         whole = own.new_empty(self.wholes[name])
@@ -119,7 +123,7 @@ class Sharding:
             piece, part = kept[name], own
             if rank and piece.numel:
                 part = own.new_empty(piece.numel)
-                dist.recv(part, rank, group=self.ranks.group)
+                dist.recv(part, rank, group=group)
             piece.place(part, whole)
         return whole
 

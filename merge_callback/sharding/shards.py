@@ -54,7 +54,8 @@ def reshard(root: nn.Module) -> None:
         if isinstance(module, FSDPModule):
             module.reshard()
     for handle in _fsdp1_handles(root):
-        if handle.uses_sharded_strategy:
+        # Before the first forward pass there is nothing to free.
+        if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)
 
 

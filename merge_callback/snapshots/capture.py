@@ -72,6 +72,14 @@ class ModelTensors:
         return found
 
 
+def tensor_names(module: nn.Module) -> list[str]:
+    """The names that the tensors of ``module`` are kept under, in the order of its ``state_dict``."""
+    names: dict[int, str] = {}
+    for name, tensor in _saved_tensors(module):
+        names.setdefault(id(tensor), name)
+    return list(names.values())
+
+
 def clean_name(name: str) -> str:
     """``name`` without the parts that wrappers put into it.
 

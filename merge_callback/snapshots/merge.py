@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,6 +48,7 @@ class WindowMerger:
         methods: the method of each phase, by the phase's name.
         diversity_lag: how many snapshots apart the pair lies whose distance is measured.
         exclude: patterns of names that are copied, not averaged.
+        settle: waits for whoever still reads the last merge; called before its memory is used again.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class WindowMerger:
         methods: Mapping[str, MergeMethod],
         diversity_lag: int,
         exclude: Sequence[str] = (),
+        settle: Callable[[], object] = lambda: None,
     ) -> None:
         self.window, self.methods, self.lag, self.exclude = window, methods, diversity_lag, exclude
+        self._settle = settle
         self.sharding, self.ranks = window.store.sharding, window.ranks
         self.metric = RMSDiversity({}, sync_on_compute=False)  # the sums are everybody's already
         self.diversity: dict[str, Any] | None = None
@@ -119,6 +122,7 @@ class WindowMerger:
             return None
         copied = self._copied(model, snapshots[0], snapshots[-1])  # first: all ranks have a say in it
         method = self.methods[snapshots[-1].phase]
+        self._settle()
         if self._out is None:
             self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
         arenas = [snapshot.arena for snapshot in snapshots]

@@ -150,7 +150,7 @@ def _sources(path: Path, checksum: str) -> Iterator[_Source]:
         return
     for file, expected in listed_shards(path, checksum).items():
         header, _ = read_header(path / file)
-        yield _Source(path / file, expected, _from_json(header.get("__metadata__", {}).get("pieces", "{}")))
+        yield _Source(path / file, expected, read_pieces(header.get("__metadata__", {}).get("pieces", "{}")))
 
 
 def _open(source: _Source) -> Any:
@@ -217,7 +217,8 @@ def _to_json(pieces: Mapping[str, Piece]) -> str:
     )
 
 
-def _from_json(text: str) -> dict[str, Piece]:
+def read_pieces(text: str) -> dict[str, Piece]:
+    """Which part of each tensor a file has, by what its metadata says under ``pieces``."""
     return {
         name: Piece(tuple(whole), tuple(Box(tuple(offset), tuple(shape)) for offset, shape in boxes), start)
         for name, (whole, start, boxes) in json.loads(text).items()

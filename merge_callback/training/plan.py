@@ -21,7 +21,8 @@ class Plan:
         every: the interval, in ``unit``.
         unit: ``"steps"`` or ``"tokens"``.
         total_steps: optimizer steps the whole run will take; ``None`` where it has no end.
-        snapshot_bytes: size of one snapshot.
+        snapshot_bytes: size of one snapshot, on all ranks together.
+        rank_bytes: what this rank keeps of it.
         storage: where the snapshots lie.
         folder: of the snapshot files, if any.
         free: room there, in bytes.
@@ -33,6 +34,7 @@ class Plan:
     unit: str
     total_steps: int | None
     snapshot_bytes: int
+    rank_bytes: int
     storage: str
     folder: Path | None
     free: int
@@ -50,10 +52,11 @@ class Plan:
             every=options.every,
             unit=options.unit,
             total_steps=total_steps(trainer),
-            snapshot_bytes=store.layout.nbytes,
+            snapshot_bytes=store.whole.nbytes,
+            rank_bytes=store.layout.nbytes,
             storage=options.storage,
             folder=store.folder,
-            free=check_room(options, store),
+            free=check_room(options, store, trainer.num_devices),
             methods={phase: method.name for phase, method in options.methods.items()},
         )
 
@@ -61,9 +64,12 @@ class Plan:
         """The plan at the start of fit."""
         place = f"{self.storage} ({self.folder})" if self.folder else f"{self.storage}, lost with the process"
         one, every = in_bytes(self.snapshot_bytes), f"{self.every:,} {self.unit}"
+        share = (
+            "" if self.rank_bytes == self.snapshot_bytes else f" ({in_bytes(self.rank_bytes)} of this rank)"
+        )
         return [
             f"merge: a snapshot every {every}, the last {self.window} kept" + self._count(),
-            f"merge: {one} a snapshot, {in_bytes(self.window * self.snapshot_bytes)} in all, "
+            f"merge: {one} a snapshot{share}, {in_bytes(self.window * self.snapshot_bytes)} in all, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
         ]
@@ -125,23 +131,35 @@ def total_steps(trainer: Trainer) -> int | None:
     return None if steps == float("inf") or steps < 0 else int(steps)
 
 
-def check_room(options: Options, store: SnapshotStore) -> int:
+def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> int:
     """Makes sure that a full window fits where it is to lie, and says how much room is free there.
 
     The window's files that are there already (of a resumed run) count as free.
 
+    Args:
+        options: the callback's.
+        store: of this rank's snapshots.
+        processes: on this machine, with a window each.
+
     Raises:
         ValueError: says how much is needed and free, and what to choose instead.
+        RemoteError: where it does not fit on another rank.
     """
-    # One more than the window: the newest is written before the oldest goes.
-    needed = (options.window + 1) * store.layout.nbytes
     free = free_bytes(options.storage, store.folder, store.device)
-    if store.folder is not None:
-        own = sum(path.lstat().st_size for path in store.folder.glob("*.safetensors"))
-        disk = free_bytes("disk", store.folder, store.device) + own
-        _check_fits("disk", needed, disk)
-        free = disk if options.storage == "disk" else free
-    _check_fits(options.storage, needed, free)
+    problem = None
+    try:
+        if store.folder is not None:
+            files = [*store.folder.glob("step=*.safetensors"), *store.folder.glob("step=*/*.safetensors")]
+            disk = free_bytes("disk", store.folder, store.device) + sum(p.lstat().st_size for p in files)
+            # One more than the window: the newest is written before the oldest goes.
+            _check_fits("disk", (options.window + 1) * store.whole.nbytes, disk)
+            free = disk if options.storage == "disk" else free
+        if options.storage != "disk":
+            sharing = processes if options.storage == "cpu" else 1
+            _check_fits(options.storage, (options.window + 1) * store.layout.nbytes * sharing, free)
+    except ValueError as error:
+        problem = error
+    store.ranks.agree(problem)
     return free
 
 

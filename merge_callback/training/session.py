@@ -6,6 +6,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +18,8 @@ from torch.optim import Optimizer
 
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
-from merge_callback.publish.export import Naming, publish_merge
+from merge_callback.publish.background import Background
+from merge_callback.publish.export import Naming, prepare_emission
 from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
@@ -37,6 +39,8 @@ from merge_callback.training.step_statistics import StepStatistics, counts_batch
 from merge_callback.training.token_clock import TokenClock
 
 log = logging.getLogger(__name__)
+
+_PATIENCE = 600.0  # seconds that a merge may take to be published, once somebody waits for it
 
 _MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
 
@@ -80,12 +84,14 @@ class MergeSession:
         run_id = resume.get("run_id") or self.ranks.from_first(uuid.uuid4().hex)
         self.window = Window(options.window, store, run_id)
         lag = max(1, min(options.diversity_lag, options.window - 1))
-        self.merger = WindowMerger(self.window, options.methods, lag, options.exclude)
+        self.background, self.courier = Background(), Ranks.of_run()
+        self.merger = WindowMerger(self.window, options.methods, lag, options.exclude, self.background.drain)
         self.step = trainer.global_step  # the last optimizer step seen
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
-        self.taken, self.emitted_step = 0, -1
+        self.taken = 0
+        self.emitted_step = self._handed_in = -1  # what is published; what was to be, which all ranks know
         self.advised: list[str] = []
         self.lock: IO[str] | None = None
         try:
@@ -184,27 +190,30 @@ class MergeSession:
         self._log_snapshot()
 
     def emit(self) -> None:
-        """Publishes the merge of the window as it is, if there is something to merge."""
+        """Publishes the merge of the window as it is, if there is something new, while training goes on."""
         merge = self._current_merge()
-        # The first rank alone knows whether it could be written.
-        if merge is None or self.ranks.from_first(merge.step == self.emitted_step):
-            return
-        try:
-            publish_merge(
+        if merge is not None and merge.step != self._handed_in:
+            self._handed_in = merge.step
+            publish = prepare_emission(
                 self.publisher,
                 merge,
                 self.sharding,
                 self.live().tied,
                 self.naming,
+                self.courier,
+                self.options.format == "dcp",
                 diversity=self.merger.diversity,
                 layout=self.window.store.whole.hash,
                 run_id=self.window.run_id,
             )
-            self.emitted_step = merge.step
+            self.background.submit(partial(self._publish, merge.step, publish))
+
+    def _publish(self, step: int, publish: Callable[[], object]) -> None:
+        try:
+            publish()
+            self.emitted_step = step
         except Exception as error:
-            rank_zero_warn(
-                f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on"
-            )
+            rank_zero_warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
 
     def evaluate(self) -> None:
         """Validates the merge of the window as it is, if that is new."""
@@ -212,16 +221,22 @@ class MergeSession:
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
+        self.background.drain()
+        self._handed_in = self.ranks.from_first(self.emitted_step)  # it alone knows what could be written
         self.emit()
+        self.background.drain()
         if not self.publisher.published:
             rank_zero_warn(
                 f"merge: nothing was published: {len(self.window)} snapshots in {self.step} steps, and a "
                 "merge takes two of one phase after the warm-up"
             )
         self.close()
+        for shared in (self.courier, self.sharding, self.ranks):
+            shared.close()
 
     def close(self) -> None:
         """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
+        self.background.drain(_PATIENCE)
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
@@ -230,6 +245,7 @@ class MergeSession:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the weights stay in the window's files."""
+        self.background.drain(_PATIENCE)  # a checkpoint counts on what was published before it
         statistics = self.statistics.state_dict()  # first: it may advance the clock
         return {
             "dirpath": str(self.dirpath.absolute()),
@@ -256,7 +272,8 @@ class MergeSession:
         self.step, self.interval.mark = state["step"], state["mark"]
         self.clock.tokens, self.clock.largest = state["tokens"], state["largest_step"]
         self.statistics.load_state_dict(state["statistics"])
-        self.taken, self.emitted_step = state["taken"], state["emitted_step"]
+        self.taken = state["taken"]
+        self.emitted_step = self._handed_in = state["emitted_step"]
         self.advised = list(state["advised"])
         self.validation.load_state_dict(state["validation"])
         self.publisher.published = list(state["published"])
@@ -311,6 +328,7 @@ class MergeSession:
         return parameter.numel() if name is None else math.prod(self.sharding.wholes[name])
 
     def _newest_emission_up_to(self, step: int) -> Path | None:
+        self.background.drain(_PATIENCE)
         return self.ranks.from_first(self.publisher.newest_up_to(step))
 
     def _take_folder(self) -> None:
@@ -320,15 +338,16 @@ class MergeSession:
             ValueError: where another run has it, it can't be written, or a rank does not see it.
         """
         problem: Exception | None = None
+        session = self.window.store.session if self.ranks.size > 1 else ""
         try:
             if self.ranks.is_first:
-                self.lock = lock_folder(self.dirpath, self.window.store.session)
+                self.lock = lock_folder(self.dirpath, session)
                 self.window.claim_folder()
                 self.publisher.sweep()
         except Exception as error:
             problem = error
         self.ranks.agree(problem)
-        if self.options.durable and holder(self.dirpath) != self.window.store.session:
+        if session and self.options.durable and holder(self.dirpath) != session:
             problem = ValueError(
                 f"dirpath={str(self.dirpath)!r} is not the same folder on all ranks: rank {self.ranks.rank} "
                 "does not see what rank 0 has written; name one on a file system that they share"
