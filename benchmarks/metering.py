@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import os
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,19 +45,30 @@ class _Frame:
 class Meter:
     """Times the stages of events; where asked to, counts what they send as well, which takes its time.
 
+    A thread's events are its own, but the sockets are everybody's: where threads send at the same time,
+    ``wire`` does not tell which of them did.
+
     ``payload`` is what this rank hands to collectives: its part of a gather, its summand, what it is the
     source of. ``wire`` is what its TCP sockets send meanwhile, gloo's headers and forwarding included.
     """
 
     def __init__(self, count: bool) -> None:
-        self.count, self.events = count, []
-        self._frames: list[_Frame] = []
-        self._messages = _Messages(self)
+        self.count = count
+        self.events: list[Event] = []
+        self._thread = threading.local()
+
+    @property
+    def _frames(self) -> list[_Frame]:
+        if not hasattr(self._thread, "frames"):
+            self._thread.frames = []
+        frames: list[_Frame] = self._thread.frames
+        return frames
 
     @contextmanager
     def event(self, name: str) -> Iterator[None]:
-        self.events.append(Event(name))
-        with self._frame(self.events[-1], "other", "other"):
+        event = Event(name)
+        self.events.append(event)
+        with self._frame(event, "other", "other"):
             yield
 
     @contextmanager
@@ -88,16 +100,13 @@ class Meter:
 
     @contextmanager
     def _frame(self, event: Event, name: str, sender: str) -> Iterator[None]:
-        outermost = self.count and not self._frames
+        messages = _Messages(self) if self.count and not self._frames else nullcontext()
         frame = _Frame(event, sender, time.perf_counter(), bytes_sent() if self.count else 0)
         self._frames.append(frame)
-        if outermost:
-            self._messages.__enter__()
         try:
-            yield
+            with messages:
+                yield
         finally:
-            if outermost:
-                self._messages.__exit__(None, None, None)
             self._frames.pop()
             seconds = time.perf_counter() - frame.start
             wire = bytes_sent() - frame.sent if self.count else 0
@@ -126,8 +135,11 @@ def _payload(name: str, args: Sequence[Any]) -> int:
     """Bytes of this rank's that it hands over. All groups here hold all ranks."""
     if name in ("recv", "barrier") or (name == "broadcast" and args[2] != dist.get_rank()):
         return 0
-    given = args[1] if name == "allgather" else args[0]
-    return sum(tensor.nbytes for tensor in (given if isinstance(given, (list, tuple)) else [given]))
+    return _nbytes(args[1] if name in ("allgather", "gather", "scatter") else args[0])
+
+
+def _nbytes(given: Any) -> int:
+    return sum(map(_nbytes, given)) if isinstance(given, (list, tuple)) else given.nbytes
 
 
 def bytes_sent() -> int:

@@ -14,6 +14,7 @@ Where there are more ranks than cores they share them: bytes and memory alone te
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,8 @@ from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.merging import resolve_method
+from merge_callback.publish.background import Background
+from merge_callback.publish.export import prepare_emission
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import SnapshotStore
@@ -49,10 +53,10 @@ from merge_callback.training.evaluation import MergedValidation, _BesideLoop
 from merge_callback.training.session import MergeSession
 
 SETTINGS = ((1, "alone"), (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
-WINDOW = 4
+WINDOW = 3
 TIMED = 5  # snapshots of the full window, and repeats of everything else
-INTERVALS = {"plain": 2, "counted": 2, "timed": 1}  # optimizer steps between snapshots and validations
-SNAPSHOTS = {"plain": 2, "counted": WINDOW + 1, "timed": WINDOW - 1 + TIMED}
+INTERVALS = {"plain": 1, "counted": 2, "timed": 1}  # optimizer steps between snapshots and validations
+SNAPSHOTS = {"plain": 5, "counted": WINDOW + 1, "timed": WINDOW - 1 + TIMED}
 MEBI = 1 << 20
 
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
@@ -63,7 +67,7 @@ STAGES: Mapping[tuple[type, str], str] = {
     (SnapshotStore, "commit"): "manifest",
     (Window, "_commit"): "manifest",
     (WindowMerger, "measure"): "merge",
-    (MergeSession, "emit"): "emission",
+    (MergeSession, "emit"): "emit",
     (_BesideLoop, "run"): "validation",
     (Ranks, "exchange"): "exchange",
     (Ranks, "from_first"): "exchange",
@@ -83,7 +87,9 @@ class Metered(CheckpointMergeCallback):
 
 def _metered(name: str) -> Any:
     def hook(self: Metered, trainer: Trainer, *args: Any) -> None:
-        with self.meter.event("step" if trainer.global_step > 1 else "first step"):
+        # In the first step the ranks agree on whether tokens can be counted.
+        first = trainer.global_step == 0 or (trainer.global_step == 1 and name == HOOKS[-1])
+        with self.meter.event("first step" if first else "step"):
             getattr(CheckpointMergeCallback, name)(self, trainer, *args)
 
     return hook
@@ -97,19 +103,29 @@ def watch(meter: Meter) -> None:
     """Has the callback's work metered from now on, in this process."""
     for (owner, name), stage in STAGES.items():
         meter.wrap(owner, name, stage, sends=stage != "exchange")
-    take, update = MergeSession.take_snapshot, MergedValidation.update
+    take, update, submit = MergeSession.take_snapshot, MergedValidation.update, Background.submit
 
     def take_snapshot(self: MergeSession) -> None:
         _meet(self.ranks, meter)
         with meter.event("snapshot"):
             take(self)
+        with meter.stage("published"):
+            self.background.drain()  # else it would compete with what comes next
+
+    def publish(self: Background, job: Callable[[], object]) -> None:
+        def metered() -> None:
+            with meter.event("emission"):
+                job()
+
+        submit(self, metered)
 
     def validate(self: MergedValidation, merge: Any) -> None:
         _meet(self.sharding.ranks, meter)
         with meter.event("evaluation"):
             update(self, merge)
 
-    MergeSession.take_snapshot, MergedValidation.update = take_snapshot, validate  # type: ignore[method-assign]
+    MergeSession.take_snapshot, Background.submit = take_snapshot, publish  # type: ignore[method-assign]
+    MergedValidation.update = validate  # type: ignore[method-assign]
 
 
 def _meet(ranks: Ranks, meter: Meter) -> None:
@@ -136,6 +152,7 @@ class Finale(Callback):
             with meter.event("restore"):
                 session.spikes.recovery.restore(window.segment()[-3:], session.step, 1.0)
         self.done.touch()  # what follows is not the callback's memory
+        self._emit_distributed(session)
         for name in ("sma", "ties"):
             merger = WindowMerger(window, {"stable": resolve_method(name)}, session.merger.lag)
             for _ in range(1 if meter.count else 3):
@@ -146,6 +163,18 @@ class Finale(Callback):
             file = store.own_file(store.folder / window.snapshots[-1].file)
             self.found["file"] = file.stat().st_size
             self.found["floors"] = floors(store.layout.nbytes, store.folder.parent, ranks)
+
+    def _emit_distributed(self, session: MergeSession) -> None:
+        """Publishes the merge as all ranks do it at once."""
+        merge = session.merger.current(session.live())
+        assert merge is not None
+        for _ in range(3):
+            publish = prepare_emission(
+                session.publisher, merge, session.sharding, {}, session.naming, session.courier, True
+            )
+            _meet(session.ranks, self.merging.meter)
+            with self.merging.meter.event("emission as dcp"):
+                publish()
 
 
 def floors(size: int, folder: Path, ranks: Ranks) -> dict[str, float]:
@@ -256,6 +285,7 @@ def train(rank: int, ranks: int, strategy: str, mode: str, folder: Path, gpt: GP
 
 def run_rank(rank: int, ranks: int, strategy: str, mode: str, folder: Path, gpt: GPTConfig) -> None:
     """All of a process: results go to a file, what it prints to another."""
+    ctypes.CDLL(None).mallopt(-3, MEBI)  # M_MMAP_THRESHOLD: what is freed is not counted
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -330,6 +360,9 @@ def measure(ranks: int, strategy: str, gpt: GPTConfig) -> dict[str, Any]:
         "peak_anon_bytes_above_plain": above,
         "snapshot_stall_seconds": statistics.median(slowest(timed_, "snapshot")),
         "snapshot_stage_seconds_on_rank_0": stages(timed_[0]["events"], "snapshot"),
+        "emission_seconds": {
+            name: statistics.median(slowest(timed_, name)) for name in ("emission", "emission as dcp")
+        },
         "swap_seconds": statistics.median(slowest(timed_, "evaluation", "other")),
         "restore_seconds": statistics.median(slowest(timed_, "restore")),
         "merge_seconds": {name: statistics.median(slowest(timed_, name)) for name in ("sma", "ties")},
@@ -361,10 +394,10 @@ def stages(events: Sequence[Event], name: str) -> dict[str, float]:
 def sent(events: Sequence[Event]) -> dict[str, Any]:
     """Bytes and calls of a rank: of each optimizer step on average, of one of the other events."""
     found: dict[str, Any] = {}
-    for name in ("step", "snapshot", "evaluation", "restore", "sma", "ties"):
+    for name in ("step", "snapshot", "emission", "emission as dcp", "evaluation", "restore", "sma", "ties"):
         ones = [event for event in events if event.name == name]
         ones, over = (ones, len(ones) / len(HOOKS)) if name == "step" else (ones[-1:], 1)
-        parts = {stage for event in ones for stage in event.wire} - {"validation"}
+        parts = {stage for event in ones for stage in event.wire} - {"validation", "published"}
         found[name] = {
             "payload": {p: sum(event.payload[p] for event in ones) / over for p in sorted(parts)},
             "wire": {p: sum(event.wire[p] for event in ones) / over for p in sorted(parts)},
@@ -377,7 +410,9 @@ def sent(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def show(settings: Sequence[Mapping[str, Any]]) -> None:
-    print("\nkept by a rank: largest share of the model x ranks, and memory above training's (models)")
+    print(
+        "\nkept by a rank: share of the model x ranks; memory above training's in models (mean of the ranks)"
+    )
     for s in settings:
         arena, file = (
             max(s[key]) * s["ranks"] / s["bytes_of_model"] for key in ("arena_bytes", "file_bytes")
@@ -387,7 +422,7 @@ def show(settings: Sequence[Mapping[str, Any]]) -> None:
     print("\nstall of a snapshot (ms): slowest rank, then rank 0 by stage, then floors")
     for s in settings:
         parts = s["snapshot_stage_seconds_on_rank_0"] | {f"[{k}]": v for k, v in s["floor_seconds"].items()}
-        text = "  ".join(f"{k} {1e3 * v:.1f}" for k, v in parts.items() if v > 2e-5)
+        text = "  ".join(f"{k} {1e3 * v:.1f}" for k, v in parts.items() if k != "[send a byte]")
         print(f"{_name(s)} {1e3 * s['snapshot_stall_seconds']:7.1f}: {text}")
     print("\nsent, payload/wire bytes: the rank that sends most, and its calls")
     for s in settings[1:]:
@@ -395,13 +430,18 @@ def show(settings: Sequence[Mapping[str, Any]]) -> None:
             one = max(s["sent_by_each_rank"], key=lambda rank: sum(rank[name]["wire"].values()))[name]
             parts = [f"{p} {one['payload'][p]:,.0f}/{one['wire'][p]:,.0f}" for p in one["wire"]]
             calls = ", ".join(f"{number:g} {call}" for call, number in one["calls"].items())
-            print(f"{_name(s)} {name:11} {'; '.join(parts)}   ({calls})")
+            print(f"{_name(s)} {name:15} {'; '.join(parts)}   ({calls})")
     print("\nother times (ms), and ratios to one process")
     for s in settings:
-        times = {"swap": s["swap_seconds"], "restore": s["restore_seconds"], **s["merge_seconds"]}
-        base = {**settings[0], **settings[0]["merge_seconds"]}
-        for name in ("swap", "restore"):
-            base[name] = base[f"{name}_seconds"]
+        times, base = (
+            {
+                "swap": one["swap_seconds"],
+                "restore": one["restore_seconds"],
+                **one["merge_seconds"],
+                **one["emission_seconds"],
+            }
+            for one in (s, settings[0])
+        )
         print(_name(s), "  ".join(f"{k} {1e3 * v:7.1f} (x{v / base[k]:.2f})" for k, v in times.items()))
 
 
@@ -417,6 +457,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--no-record", action="store_true", help="leave the recorded results as they are")
     options = parser.parse_args()
+    for module in ("sharding.shards", "publish.distributed"):  # what they import is not the window's memory
+        import_module(f"merge_callback.{module}")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.simplefilter("ignore")
