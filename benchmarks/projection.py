@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from statistics import mean
 from typing import Any
 
 GIGA = 1e9
@@ -23,8 +22,6 @@ class Cluster:
     tokens_between: float = 4e9
     flops: float = 0.4 * 989e12
     """Of each GPU in training: 40 % of the dense bf16 peak."""
-    memory_bandwidth: float = 3.35e12
-    """Of each GPU."""
     to_host: float = 5e9
     """From a GPU to pageable host memory, all GPUs of a node at once."""
     file_system: float = 100e9
@@ -42,7 +39,6 @@ class Cluster:
 class Costs:
     """What was measured, with a core for each rank."""
 
-    copies_beside_the_window: float
     capture_over_copy: float
     seconds_a_byte_written: float
     seconds_a_byte_merged: float
@@ -57,7 +53,6 @@ class Costs:
         arena = max(setting["arena_bytes"])
         calls = setting["sent_by_each_rank"][0]["snapshot"]["calls"]
         return cls(
-            mean(setting["peak_anon_bytes_above_plain"]["disk"]) / arena,
             stages["capture"] / floors["copy"],
             stages["write"] / arena,
             stages["merge"] / (window * arena),
@@ -67,50 +62,73 @@ class Costs:
         )
 
 
+ORIGINS: Mapping[str, str] = {
+    "a snapshot, GB": "70e9 parameters x 2 or 4 bytes",
+    "of it on each rank, GB": "/ 512; *M* arena and file: 1.00 / ranks",
+    "window on each rank, GB": "x 10: files and page cache, host memory, or GPU memory, by `storage`",
+    "window on each node, GB": "x 8 ranks",
+    "host memory beside it, GB": "x 3: staging buffer, merge, live weights while the merge is evaluated",
+    "capture to host, s": "*A* 5 GB/s from each GPU, pageable; *M* x {capture:.1f}, to check it, too",
+    "hash and write by a core a rank, s": "*M* {written:.1f} ns a byte",
+    "the same at the file system's rate, s": "*A* 100 GB/s for all nodes",
+    "merge and diversity of ten, s": "*M* {merged:.2f} ns a byte of the window, one core",
+    "exchanges, s": "*M* {exchanges} of them x *A* 511 messages of 50 µs",
+    "**a snapshot holds training up, s**": "the sum",
+    "share of training, %": "/ 8,294 s",
+    "to storage on average, MB/s": "a snapshot / 8,294 s; as much again for each emission",
+    "safetensors emission, s": "*M* {emitted:.1f} ns a byte by rank 0, *A* 723 x 511 messages; beside training",
+    "dcp emission, s": "*M* {dcp:.1f} ns a byte by each rank, *A* 100 GB/s; beside training",
+}
+"""Where each line comes from: *M* is measured, *A* assumed, the rest arithmetic."""
+
+
 def project(setting: Mapping[str, Any], window: int) -> dict[str, Any]:
     """The costs, the assumptions and what follows, for weights of 2 and of 4 bytes; prints it as a table."""
     costs, cluster = Costs.of(setting, window), Cluster()
     columns = {name: follows(costs, cluster, size) for name, size in (("bf16", 2), ("fp32", 4))}
-    print(
-        f"\nprojected: {cluster.seconds_between:,.0f} s between snapshots\n\n| | bf16 | fp32 |\n|---|---|---|"
-    )
-    for line in columns["bf16"]:
-        print(f"| {line} | " + " | ".join(_text(line, column[line]) for column in columns.values()) + " |")
+    figures = {
+        "capture": costs.capture_over_copy,
+        "written": 1e9 * costs.seconds_a_byte_written,
+        "merged": 1e9 * costs.seconds_a_byte_merged,
+        "emitted": 1e9 * costs.seconds_a_byte_emitted,
+        "dcp": 1e9 * costs.seconds_a_byte_emitted_as_dcp,
+        "exchanges": costs.exchanges,
+    }
+    print(f"\n70B on 512 GPUs, {cluster.seconds_between:,.0f} s between snapshots:\n")
+    print("| | bf16 | fp32 | from |\n|---|---|---|---|")
+    for line, origin in ORIGINS.items():
+        values = " | ".join(_text(column[line]) for column in columns.values())
+        print(f"| {line} | {values} | {origin.format(**figures)} |")
     return {"measured": asdict(costs), "assumed": asdict(cluster), "projected": columns}
 
 
 def follows(costs: Costs, cluster: Cluster, size: int) -> dict[str, float]:
     """Each line's arithmetic."""
     snapshot = size * cluster.parameters
-    share = snapshot / cluster.ranks
+    share, between = snapshot / cluster.ranks, cluster.seconds_between
     passes = (cluster.ranks - 1) * cluster.message  # once round a ring of all ranks, as each exchange goes
-    stall = {
-        "capture to host, s": share / cluster.to_host * costs.capture_over_copy,
-        "hash and write, a core a rank, s": share * costs.seconds_a_byte_written,
-        "the same at the file system's rate, s": snapshot / cluster.file_system,
-        "merge and diversity, s": cluster.window * share * costs.seconds_a_byte_merged,
-        "exchanges, s": costs.exchanges * passes,
-    }
-    bytes_, messages = snapshot * costs.seconds_a_byte_emitted, cluster.tensors * passes
-    between = cluster.seconds_between
-    return {
-        "snapshot, GB": snapshot / GIGA,
-        "of it on each rank, GB": share / GIGA,
-        "window on each rank, GB": cluster.window * share / GIGA,
-        "window on each node, GB": cluster.window * share * cluster.ranks_per_node / GIGA,
-        "host memory beside it on each rank, GB": costs.copies_beside_the_window * share / GIGA,
-        **stall,
-        "stall of a snapshot, s": sum(stall.values()),
-        "share of training, %": 100 * sum(stall.values()) / between,
-        "storage='device': capture, ms": 2e3 * share / cluster.memory_bandwidth,
-        "to storage on average, MB/s": snapshot / between / 1e6,
-        "emission as safetensors, beside training: bytes, s": bytes_,
-        "emission as safetensors, beside training: messages, s": messages,
-        "share of the interval, %": 100 * (bytes_ + messages) / between,
-        "emission as dcp, beside training, s": share * costs.seconds_a_byte_emitted_as_dcp
-        + snapshot / cluster.file_system,
-    }
+    stall = (
+        share / cluster.to_host * costs.capture_over_copy,
+        share * costs.seconds_a_byte_written,
+        snapshot / cluster.file_system,
+        cluster.window * share * costs.seconds_a_byte_merged,
+        costs.exchanges * passes,
+    )
+    values = (
+        snapshot / GIGA,
+        share / GIGA,
+        cluster.window * share / GIGA,
+        cluster.window * share * cluster.ranks_per_node / GIGA,
+        3 * share / GIGA,
+        *stall,
+        sum(stall),
+        100 * sum(stall) / between,
+        snapshot / between / 1e6,
+        snapshot * costs.seconds_a_byte_emitted + cluster.tensors * passes,
+        share * costs.seconds_a_byte_emitted_as_dcp + snapshot / cluster.file_system,
+    )
+    return dict(zip(ORIGINS, values, strict=True))
 
 
-def _text(line: str, value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+def _text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"

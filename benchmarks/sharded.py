@@ -445,6 +445,42 @@ def show(settings: Sequence[Mapping[str, Any]]) -> None:
         print(_name(s), "  ".join(f"{k} {1e3 * v:7.1f} (x{v / base[k]:.2f})" for k, v in times.items()))
 
 
+def table(settings: Sequence[Mapping[str, Any]]) -> None:
+    """The README's."""
+    lines: dict[str, list[str]] = {
+        "kept by a rank, of the model": [
+            f"{max(s['file_bytes']) / s['bytes_of_model']:.3f}" for s in settings
+        ],
+        "host memory above training's, in models": [
+            f"{statistics.mean(s['peak_anon_bytes_above_plain']['disk']) / s['bytes_of_model']:.2f}"
+            for s in settings
+        ],
+    }
+    for what, name in {
+        "sent by a rank for a step, bytes": "step",
+        "a snapshot, with a weighted sum": "snapshot",
+        "a TIES merge": "ties",
+        "a merged evaluation": "evaluation",
+        "an emission": "emission",
+    }.items():
+        most = [max(sum(rank[name]["payload"].values()) for rank in s["sent_by_each_rank"]) for s in settings]
+        lines[what] = [f"{size:,.0f}" if size < 1e5 else f"{size / 1e6:,.1f}e6" for size in most]
+    times = {
+        "stall of a snapshot, ms": [s["snapshot_stall_seconds"] for s in settings],
+        "of it hash, write and fsync": [s["snapshot_stage_seconds_on_rank_0"]["write"] for s in settings],
+        "swap of a merged evaluation": [s["swap_seconds"] for s in settings],
+        "a restore": [s["restore_seconds"] for s in settings],
+        "a TIES merge, ms": [s["merge_seconds"]["ties"] for s in settings],
+        "an emission as safetensors, beside training": [s["emission_seconds"]["emission"] for s in settings],
+        "as dcp": [s["emission_seconds"]["emission as dcp"] for s in settings],
+    }
+    lines |= {what: [f"{1e3 * seconds:,.0f}" for seconds in row] for what, row in times.items()}
+    print("\n| | " + " | ".join(f"{s['ranks']} {s['strategy']}" for s in settings) + " |")
+    print("|---" * (len(settings) + 1) + "|")
+    for what, row in lines.items():
+        print(f"| {what} | " + " | ".join(row) + " |")
+
+
 def _name(setting: Mapping[str, Any]) -> str:
     return f"{setting['ranks']} {setting['strategy']:6}"
 
@@ -470,6 +506,7 @@ def main() -> None:
         settings.append(measure(ranks, strategy, gpt))
         print(f"{ranks} {strategy}: {time.perf_counter() - start:.0f} s", flush=True)
     show(settings)
+    table(settings)
     figures = {
         "window": WINDOW,
         "snapshots_timed": TIMED,
