@@ -80,7 +80,11 @@ class WindowMerger:
                 squares = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena))
         except Exception as error:
             problem = error
-        self.ranks.agree(problem)
+        try:
+            self.ranks.agree(problem)
+        except BaseException:
+            self.forget()  # else the ranks that have one would not merge again with those that have none
+            raise
         if squares is not None and pair is not None:
             ignored = self._copied(model, *pair) | model.buffers
             counted = [name for name in squares if name not in ignored]

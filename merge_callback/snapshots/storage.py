@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -25,6 +26,7 @@ from merge_callback.snapshots.safetensors_file import (
     write_file,
 )
 from merge_callback.snapshots.shard_files import (
+    SHARDS,
     gather_shards,
     list_shards,
     listed_shards,
@@ -166,6 +168,18 @@ class SnapshotStore:
         if self.folder is not None and self.ranks.size > 1:
             snapshot.file = shards_name(snapshot.step, self.session)
             snapshot.checksum = list_shards(self.folder / snapshot.file, checksums, write=self.ranks.is_first)
+
+    def discard(self, snapshot: Snapshot) -> None:
+        """Removes what this rank has written of a snapshot that another could not write."""
+        snapshot.file = snapshot.checksum = ""
+        if self.folder is None or self.ranks.size == 1:
+            return
+        folder = self.folder / shards_name(snapshot.step, self.session)
+        with contextlib.suppress(OSError):
+            self.own_file(folder).unlink(missing_ok=True)
+            for path in (*folder.glob(SHARDS), *folder.glob(".*.tmp")) if self.ranks.is_first else ():
+                path.unlink()
+            folder.rmdir()  # succeeds for the last rank
 
     def keep(self, snapshot: Snapshot, arena: Arena) -> bool:
         """Gives a snapshot its place in this storage; says whether it has one (on disk: a file)."""

@@ -240,8 +240,18 @@ class Window:
         return arena
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
-        """Takes a captured snapshot in as the newest one, and lets the oldest beyond ``size`` go."""
-        if self.store.keep(snapshot, arena):
+        """Takes a captured snapshot in as the newest one, and lets the oldest beyond ``size`` go.
+
+        Raises:
+            RuntimeError: where this rank, or another, can't keep it; the window is unchanged.
+        """
+        kept, problem = False, None
+        try:
+            kept = self.store.keep(snapshot, arena)
+        except (OSError, ValueError, RuntimeError) as error:
+            problem = RuntimeError(f"{error!r} in mapping the new file")
+        self.ranks.agree(problem)
+        if kept:
             self.snapshots.append(snapshot)
             while len(self.snapshots) > self.size:
                 self.store.release(self.snapshots.pop(0))
@@ -309,24 +319,32 @@ class Window:
         """Writes a snapshot's file; on a full disk at the cost of files that only checkpoints need.
 
         Raises:
-            OSError: where this rank, or another, could not write its own.
+            OSError: where this rank, or another, could not write its own. Nothing is left of it.
         """
-        while True:
-            checksum, failed = "", None
-            try:
-                checksum = self.store.write(snapshot, arena)
-            except OSError as error:
-                failed = error
-            told = self.ranks.exchange((checksum, failed and str(failed)))
-            problem = next((text for _, text in told if text is not None), None)
-            if problem is None:
-                return self.store.commit(snapshot, [checksum for checksum, _ in told])
+        while problem := self._write_once(snapshot, arena):
             if not self._saved:
-                raise failed or OSError(problem)
+                self.store.discard(snapshot)
+                raise OSError(problem)
             files = self._saved.pop(0)
             log.warning("merge: %s: giving up the window of an earlier checkpoint (%s …)", problem, files[:1])
             self._prune()
             self.ranks.exchange(None)  # the first rank has made room
+
+    def _write_once(self, snapshot: Snapshot, arena: Arena) -> str:
+        """Has every rank write its file; returns what went wrong on one of them, the same on all."""
+        checksum = problem = ""
+        try:
+            checksum = self.store.write(snapshot, arena)
+        except (OSError, RuntimeError, MemoryError) as error:
+            problem = str(error) or repr(error)
+        told = self.ranks.exchange((checksum, problem))
+        if problem := next((text for _, text in told if text), ""):
+            return problem
+        try:
+            self.store.commit(snapshot, [checksum for checksum, _ in told])
+        except OSError as error:
+            problem = str(error) or repr(error)
+        return self.ranks.from_first(problem)
 
     def _commit(self) -> None:
         """Writes the manifest, then removes the files nobody needs: a kill in between loses nothing."""

@@ -373,6 +373,7 @@ class MergeSession:
         try:
             self.ranks.agree(problem)
         except Exception:
+            self.merger.forget()  # on the ranks that could, too
             log.exception("merge: the window could not be merged at step %s; training goes on", self.step)
             return None
         return merge
