@@ -159,6 +159,17 @@ def test_few_messages_are_exchanged_for_a_large_tensor_of_ties():
     assert ranks.messages <= 12
 
 
+def test_many_tensors_of_ties_take_no_more_messages_than_one():
+    shapes, ranks = {f"t{i}": (50 + i, 60) for i in range(30)}, Threads(2)
+    tensors = snapshots("fine", shapes)
+    method, trajectory = resolve_method("ties"), Trajectory.even(4)
+    pieces = {n: columns(shape, 2) for n, shape in shapes.items()}
+    ranks.run(
+        lambda rank: merge_all(method, tensors, trajectory, {n: p[rank] for n, p in pieces.items()}, ranks)
+    )
+    assert ranks.messages <= 12
+
+
 def test_a_large_tensor_is_narrowed_down_before_anything_is_told():
     size, ranks = 12_000_000, Threads(2)
     generator = torch.Generator().manual_seed(3)

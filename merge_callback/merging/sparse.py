@@ -25,6 +25,8 @@ from merge_callback.merging.threshold import (
     together,
 )
 
+_AT_ONCE = 128  # thresholds that processes search for together: they hold a sixtieth of the elements each
+
 
 @register_method("ties", reference="arXiv 2306.01708; Practical Guidelines (ACL 2026), appendix B.2")
 @dataclass(frozen=True)
@@ -59,10 +61,14 @@ class Ties(MergeMethod):
             raise ValueError(f"ties: scope={self.scope!r} must be 'tensor' or 'global'")
 
     def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
-        """With ``scope="global"`` what each task vector of each tensor keeps, by the tensor's name."""
-        if self.scope == "tensor":
-            return None
-        return kept_of_all({inputs.name: TaskVectors(inputs) for inputs in model}, self.density)
+        """What each task vector of each tensor keeps, by the tensor's name.
+
+        With ``scope="tensor"`` alone, each merge finds it for itself.
+        """
+        if self.scope == "global":
+            return kept_of_all({inputs.name: TaskVectors(inputs) for inputs in model}, self.density)
+        shared = {inputs.name: TaskVectors(inputs) for inputs in model if inputs.shard}
+        return kept_of_each(shared, self.density) if shared else None
 
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
         """Trims and elects block by block."""
@@ -153,13 +159,40 @@ class Kept:
 def kept_of_all(vectors: Mapping[str, TaskVectors], density: float) -> dict[str, list[Kept]]:
     """What each task vector of each tensor keeps, by its name, with one threshold for all of the tensors."""
     total = sum(v.whole_size for v in vectors.values())
-    k = max(1, math.floor(density * total))
+    k = _number_kept(total, density)
     count = max(map(len, vectors.values()), default=0)
-    searches = [_search_kept(list(vectors.values()), which, k if k < total else 0) for which in range(count)]
+    searches = [_search_kept(list(vectors.values()), which, k) for which in range(count)]
     shard = next((v.shard for v in vectors.values()), None)
     # With others all at once, which saves messages; alone one after the other, which saves memory.
     found = together(searches, shard.ranks.exchange) if shard else [alone(search) for search in searches]
     return {name: [kept[i] for kept in found] for i, name in enumerate(vectors)}
+
+
+def kept_of_each(vectors: Mapping[str, TaskVectors], density: float) -> dict[str, list[Kept]]:
+    """The same with a threshold for each tensor, of tensors that processes share out.
+
+    Many tensors are searched at once: with many processes an exchange costs more than what is told in it.
+    """
+    kept: dict[str, list[Kept]] = {}
+    waiting = list(vectors.items())
+    while waiting:
+        count = max(1, _AT_ONCE // max(1, len(waiting[0][1])))
+        batch, waiting = waiting[:count], waiting[count:]
+        searches = [
+            _search_kept([v], which, _number_kept(v.whole_size, density))
+            for _, v in batch
+            for which in range(len(v))
+        ]
+        assert batch[0][1].shard is not None
+        found = iter(together(searches, batch[0][1].shard.ranks.exchange))
+        kept |= {name: [next(found)[0] for _ in range(len(v))] for name, v in batch}
+    return kept
+
+
+def _number_kept(size: int, density: float) -> int:
+    """How many entries are kept of a task vector of so many; 0 where all are."""
+    k = max(1, math.floor(density * size))
+    return k if k < size else 0
 
 
 def _search_kept(vectors: Sequence[TaskVectors], which: int, k: int) -> Search[list[Kept]]:
