@@ -24,17 +24,14 @@ POINTS = {
     "in the midst of sending": ("gather", "call", 12),
 }
 OF_THE_FIRST = {
-    "before a file of the emission": ("_write_weights", "call", 2),
+    "before a file of the emission": ("write_safetensors", "call", 2),
     "before an emission appears": ("_place", "call", 2),
     "after an emission has appeared": ("_place", "return", 2),
 }
 DEFAULT = [
     ("ddp", 1, "after its file is written"),
-    ("ddp", 0, "before the list"),
-    ("fsdp2", 1, "before the list"),
-    ("ddp", 0, "before the manifest"),
+    ("fsdp2", 0, "before the list"),
     ("ddp", 1, "in the midst of sending"),
-    ("fsdp2", 0, "before an emission appears"),
 ]
 ALL = [
     *itertools.product(("ddp", "fsdp2"), (0, 1), POINTS),

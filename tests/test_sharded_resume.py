@@ -1,5 +1,6 @@
 """A run of several ranks that was stopped goes on with its window, on as many ranks or others."""
 
+import errno
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from sharded_runs import (
     listed,
     manifest,
     merged_fit,
+    on_rank,
     published,
     resumed_fit,
     saved_fit,
@@ -25,6 +27,7 @@ from sharded_runs import (
 from training_runs import assert_same_bits
 
 from merge_callback.sharding import Piece, Ranks, Sharding
+from merge_callback.snapshots import shard_files
 from merge_callback.snapshots.folder_lock import lock_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
@@ -35,7 +38,8 @@ pytestmark = pytest.mark.timeout(600)
 STOPPED, TAKEN = 7, [2, 4, 6]
 """The step of the checkpoint, and the snapshots taken until then."""
 
-DAMAGES = ["truncated", "emptied", "flipped", "flipped header", "missing", "no list", "folder missing"]
+DAMAGES = [("truncated", ""), ("flipped", ""), ("missing", ""), ("no list", "")]
+DAMAGES += [(damage, ", resharded") for damage in ("emptied", "flipped header", "folder missing")]
 
 
 def resumed(strategy, source, folder, damage=None, **options):
@@ -69,6 +73,22 @@ def harm(folder, damage):
         (snapshot / "shards.json").unlink()
     else:
         snapshot.rename(window_folder(folder).parent / "gone")
+
+
+def resumed_on_a_full_disk(**options):
+    """Resumes where the second rank can't write its new part of the snapshot of step 4."""
+    real = shard_files.write_file
+
+    def write(path, *args):
+        if "step=00000004" in str(path) and on_rank(1):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *args)
+
+    shard_files.write_file = write
+    try:
+        return resumed(**options)
+    finally:
+        shard_files.write_file = real
 
 
 def beside_another(strategy, folder):
@@ -108,6 +128,7 @@ def unbroken(folder, alone):
 
 
 TWO = ["ddp", "fsdp2"]
+FOUR = ["fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +148,11 @@ def on_two(folder, unbroken):
     jobs["smaller"] = job("ddp", "2-ddp", "smaller", window=2)
     jobs["memory"] = job("ddp", "2-ddp", "memory", storage="cpu")
     short = {"max_steps": 8, "limit_val_batches": 0}
-    for damage in DAMAGES:
-        jobs[damage] = job("ddp", "2-ddp", damage, damage=damage, trainer=short)
-        jobs[f"{damage}, resharded"] = job(
-            "fsdp2", "2-ddp", f"{damage}-resharded", damage=damage, trainer=short
-        )
+    for damage, how in DAMAGES:
+        place = f"{damage}{how}"
+        jobs[place] = job("fsdp2" if how else "ddp", "2-ddp", place, damage=damage, trainer=short)
+    _, options = job("fsdp2", "2-ddp", "full", trainer=short)
+    jobs["full"] = (resumed_on_a_full_disk, options)
     another = {"strategy": "ddp", "folder": str(folder / "another")}
     jobs["first"], jobs["another"] = (beside_another, another), (beside_another, another)
     jobs["locked"] = (locked, {"strategy": "ddp", "folder": str(folder / "locked")})
@@ -149,7 +170,7 @@ def on_four(folder, unbroken):
                 "folder": str(folder / f"2-{name} to 4-{name}"),
             },
         )
-        for name in ("ddp", "fsdp2")
+        for name in FOUR
     }
     jobs["swapped"] = (swapped, {"folder": str(folder / "swapped")})
     return run_jobs(4, jobs, timeout=400)
@@ -223,7 +244,7 @@ def test_as_many_ranks_take_their_files_over_as_they_are(on_two, folder, strateg
     assert resumed[8] != files(folder / f"2-{strategy}-unbroken")[8]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", FOUR)
 def test_a_run_resumed_on_more_ranks_is_the_unbroken_run(on_four, unbroken, folder, strategy):
     found = on_four[strategy]
     assert_goes_on(folder, f"2-{strategy} to 4-{strategy}", found, unbroken[strategy], exact=False)
@@ -255,8 +276,7 @@ def test_a_smaller_window_keeps_the_newest_snapshots(on_two, folder):
     assert listed(folder / "smaller") == [10, 12]
 
 
-@pytest.mark.parametrize("how", ["", ", resharded"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(("damage", "how"), DAMAGES)
 def test_a_damaged_snapshot_is_left_out_on_all_ranks_and_named(on_two, unbroken, damage, how):
     first, second = on_two[damage + how]
     for rank in (first, second):
@@ -265,6 +285,14 @@ def test_a_damaged_snapshot_is_left_out_on_all_ranks_and_named(on_two, unbroken,
     (line,) = [line for line in first.told if "left out" in line]
     assert "snapshot of step 4" in line
     assert "step=00000004" in line
+
+
+def test_a_resharded_snapshot_that_one_rank_can_not_write_is_left_out_on_all(on_two, unbroken, folder):
+    for rank in on_two["full"]:
+        assert rank.windows[8] == [2, 6, 8]
+        assert_same_bits(rank.run.weights[8], unbroken["ddp"][0].run.weights[8])
+    (line,) = [line for line in on_two["full"][0].told if "left out" in line]
+    assert "snapshot of step 4: [Errno 28]" in line
 
 
 def test_another_runs_window_is_moved_aside(on_two, folder):

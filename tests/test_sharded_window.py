@@ -29,7 +29,7 @@ from merge_callback.snapshots.layout import DTYPE_NAMES
 
 pytestmark = pytest.mark.timeout(600)  # the processes of a whole file start under its first test
 
-SAME_BITS = [(2, "ddp"), (2, "fsdp2"), (2, "fsdp1"), (4, "ddp")]
+SAME_BITS = [(2, "ddp"), (2, "fsdp2"), (2, "fsdp1")]
 ALL = [*SAME_BITS, (4, "fsdp2_tp")]
 
 
@@ -60,7 +60,7 @@ def runs(folder):
         run,
         {"strategy": "ddp", "folder": str(folder / "memory"), "storage": "cpu", "spike": OFF},
     )
-    four = dict(jobs(4, ["ddp", "fsdp2_tp"]))
+    four = dict(jobs(4, ["fsdp2_tp"]))
     four["hybrid"] = (hybrid_shards, {})
     return run_jobs(2, two, timeout=400) | run_jobs(4, four, timeout=400)
 
