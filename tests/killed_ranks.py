@@ -1,0 +1,144 @@
+"""Runs of two ranks, one of which is killed at a chosen call; then the run is resumed, and not killed again.
+
+As a script it forks every attempt's ranks (the imports are paid for once)::
+
+    killed_ranks.py CASES RESULTS
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from distributed_runs import TESTS
+from distributed_worker import run
+from killed_run import damage
+from lightning.pytorch import Callback
+from sharded_runs import Steady, merged_fit, window_folder
+
+from merge_callback.snapshots.safetensors_file import file_checksum
+
+PATIENCE = 60
+"""Seconds within which the ranks that are left have to end by themselves."""
+
+
+class Dies:
+    """Kills the process when the package calls a function, or returns from it, for the ``nth`` time."""
+
+    def __init__(self, function, moment, nth):
+        self.function, self.moment, self.left = function, moment, nth
+        sys.setprofile(self._hook)
+        threading.setprofile(self._hook)  # emissions are written beside training
+
+    def _hook(self, frame, event, arg):
+        here = frame.f_code.co_name == self.function and "/merge_callback/" in frame.f_code.co_filename
+        if here and event == self.moment:
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Saves(Callback):
+    """Saves a checkpoint after each of these steps, where no snapshot is taken."""
+
+    def __init__(self, folder, steps=(3, 7)):
+        self.folder, self.steps = Path(folder), steps
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step in self.steps:
+            trainer.save_checkpoint(self.folder / f"step={trainer.global_step:02d}.ckpt")
+            trainer.strategy.barrier()
+
+
+def attempt(strategy, folder, dies=None, **options):
+    """Trains from the last checkpoint on, to the death of one rank or to the end."""
+    saved = sorted(Path(folder).glob("step=*.ckpt"))
+    if dies and int(os.environ["LOCAL_RANK"]) == dies["rank"]:
+        Dies(dies["function"], dies["moment"], dies["nth"])
+    trainer = {"ckpt_path": str(saved[-1]) if saved else None}
+    return merged_fit(strategy, folder, Saves(folder), module=Steady(), trainer=trainer, **options)
+
+
+def half_written(folder):
+    """What is visible and not complete: emissions, and what the manifest names."""
+    found = damage(Path(folder) / "merges")
+    for path in window_folder(folder).glob("step=*/shards.json"):
+        files = json.loads(path.read_text())["files"]
+        for name, checksum in files.items():
+            if not (path.parent / name).is_file() or file_checksum(path.parent / name) != checksum:
+                found.append(f"{path.parent.name}/{name}")
+    manifest = window_folder(folder) / "manifest.json"
+    records = json.loads(manifest.read_text())["snapshots"] if manifest.is_file() else []
+    lists = [(r, window_folder(folder) / r["file"] / "shards.json") for r in records]
+    return found + [r["file"] for r, f in lists if not f.is_file() or file_checksum(f) != r["checksum"]]
+
+
+def lived(case):
+    """One case: its attempt with a kill, and one without; how they ended and what was there after each."""
+    Path(case["folder"]).mkdir(parents=True)
+    ends, seconds, torn, results = [], [], [], None
+    for dies in (case["dies"], None) if case["dies"] else (None,):
+        options = {"strategy": case["strategy"], "folder": case["folder"], "dies": dies}
+        with TemporaryDirectory() as place:
+            codes, took = forked({"attempt": (attempt, options)}, Path(place))
+            logs = [log.read_text()[-2000:] for log in sorted(Path(place).glob("*.log"))]
+            done = [Path(place, f"rank{rank}.pt") for rank in range(2)]
+            if all(path.exists() for path in done):
+                results = [torch.load(path, weights_only=False)["attempt"] for path in done]
+        ends.append(codes)
+        seconds.append(took)
+        torn += half_written(case["folder"])
+    return {"ends": ends, "seconds": seconds, "torn": torn, "results": results, "logs": logs}
+
+
+def forked(jobs, place):
+    """Forks two ranks; their exit codes (``None``: had to be killed) and the seconds until all had ended."""
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run, args=(rank, 2, jobs, place)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    start = time.monotonic()
+    while (alive := [rank for rank in ranks if rank.is_alive()]) and time.monotonic() - start < PATIENCE:
+        wait([rank.sentinel for rank in alive], timeout=1)
+    took = time.monotonic() - start
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    return codes, took
+
+
+def live(cases, timeout=500):
+    """The outcomes of cases, by name: ``{"strategy": …, "folder": …, "dies": …}``; see ``attempt``."""
+    with TemporaryDirectory() as folder:
+        torch.save(cases, Path(folder, "cases"))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, str(TESTS / "killed_ranks.py"), f"{folder}/cases", f"{folder}/results"]
+        worker = subprocess.Popen(command, env=environment, start_new_session=True)
+        try:
+            assert worker.wait(timeout) == 0
+        finally:
+            if worker.poll() is None:
+                os.killpg(worker.pid, signal.SIGKILL)
+                worker.wait()
+        return torch.load(Path(folder, "results"), weights_only=False)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    cases = torch.load(sys.argv[1], weights_only=False)
+    # One after another: the file system and two cores are shared.
+    outcomes = {}
+    for name, case in cases.items():
+        shutil.rmtree(case["folder"], ignore_errors=True)
+        outcomes[name] = lived(case)
+    torch.save(outcomes, sys.argv[2])

@@ -1,0 +1,231 @@
+"""A spike on several ranks: seen by all at the same step, and all go on from the same weights."""
+
+import pytest
+import torch
+from distributed_runs import run_jobs
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from sharded_runs import merged_fit, on_rank
+from spiking_runs import BURST, EVERY, FIRES, USED, Batches, Line, events, used
+from torch.distributed.fsdp import fully_shard
+from training_runs import assert_same_bits, seed
+
+from merge_callback import SpikeOptions
+
+pytestmark = pytest.mark.timeout(600)
+
+STEPS = 90
+
+
+class Spiking(Line):
+    """Learns from batches that all ranks see alike, but for the broken ones of one rank.
+
+    Args:
+        bad: outliers.
+        broken: batches of NaN.
+        broken_rank: that sees them; ``None``: all do.
+        spoilt_rank: whose moments hold a NaN when the run is restored.
+    """
+
+    def __init__(self, bad=(), broken=(), broken_rank=None, spoilt_rank=None):
+        seed()
+        super().__init__()
+        self.batches = {"bad": list(bad), "broken": list(broken)}
+        if broken_rank is not None and not on_rank(broken_rank):
+            self.batches["broken"] = []
+        self.spoilt_rank, self.steps = spoilt_rank, 0
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            fully_shard(self.net[0])
+            fully_shard(self.net)
+
+    def train_dataloader(self):
+        return Batches(**self.batches)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.steps += 1
+        if self.steps == FIRES and self.spoilt_rank is not None and on_rank(self.spoilt_rank):
+            moment = next(iter(optimizer.optimizer.state.values()))["exp_avg"]
+            (moment.to_local() if hasattr(moment, "to_local") else moment).fill_(torch.nan)
+
+
+class States(Callback):
+    """The whole state of the optimizer after a step."""
+
+    def __init__(self, step):
+        self.step, self.seen = step, []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            (optimizer,) = trainer.optimizers
+            self.seen = [{k: whole(v) for k, v in state.items()} for state in optimizer.state.values()]
+
+
+def whole(value):
+    return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+
+
+def spiking(strategy, folder, spike=None, data=None, steps=STEPS, **options):
+    """A fit that spikes; its outcome with the optimizer's ``states`` right after the restore."""
+    states = States(FIRES)
+    given = {
+        "every_n_steps": EVERY,
+        "window": 10,
+        "durable": False,
+        "emit_every": 0,
+        "evaluate": False,
+        "count_tokens": None,
+        **options,
+    }
+    outcome = merged_fit(
+        strategy,
+        folder,
+        states,
+        module=Spiking(**(data or {"bad": BURST})),
+        raises=True,
+        trainer={"max_steps": steps, "every": 5, "val_check_interval": None},
+        spike=SpikeOptions(**{"rewarm_steps": 10, "cooldown": 1000, **(spike or {})}),
+        **given,
+    )
+    outcome.states = states.seen
+    return outcome
+
+
+NAN = {"broken": [FIRES - 1]}
+EARLY = {"spike": {"no_snapshot": "stop"}, "data": {"broken": [5]}, "steps": 20}
+CASES = {
+    "outliers": {},
+    "NaN": {"data": NAN},
+    "gradient norm": {"spike": {"grad_norm": True, "threshold": 1e6, "floor": 1e6}},
+    "reset": {"spike": {"optimizer": "reset"}},
+    "scale": {"spike": {"optimizer": "scale"}},
+    "on disk": {"durable": True},
+    "nothing to restore": EARLY,
+}
+ON_ONE_RANK = {
+    "NaN on one rank": {"data": {**NAN, "broken_rank": 1}},
+    "NaN on the first rank": {"data": {**NAN, "broken_rank": 0}},
+    "spoilt moments on one rank": {"data": {"bad": BURST, "spoilt_rank": 1}},
+    "nothing to restore, on one rank": {**EARLY, "data": {"broken": [5], "broken_rank": 1}},
+}
+ALL = {**CASES, **ON_ONE_RANK}
+RESTORED = [
+    ("ddp", "outliers"),
+    ("fsdp2", "outliers"),
+    ("fsdp2", "NaN"),
+    ("ddp", "reset"),
+    ("fsdp2", "scale"),
+]
+RESTORED += [("fsdp2", "on disk")]
+NAN_ON_ONE = [("ddp", "NaN on one rank"), ("fsdp2", "NaN on one rank"), ("ddp", "NaN on the first rank")]
+SPOILT = [("ddp", "spoilt moments on one rank"), ("fsdp2", "spoilt moments on one rank")]
+STOPPED = [("ddp", "nothing to restore"), ("ddp", "nothing to restore, on one rank")]
+STOPPED += [("fsdp2", "nothing to restore, on one rank")]
+NORMS = [("ddp", "gradient norm"), ("fsdp2", "gradient norm")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    jobs = {
+        (strategy, name): (
+            spiking,
+            {"strategy": strategy, "folder": str(folder / f"{strategy} {name}"), **ALL[name]},
+        )
+        for strategy, name in RESTORED + NAN_ON_ONE + SPOILT + STOPPED + NORMS
+    }
+    return run_jobs(2, jobs, timeout=400)
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return {name: spiking("alone", folder / f"alone {name}", **case) for name, case in CASES.items()}
+
+
+def story(folder):
+    """The events without times and places; of the snapshots the steps and weights."""
+    return [
+        {k: v for k, v in event.items() if k not in ("time", "seconds", "snapshots")}
+        | {"used": [(s["step"], s["weight"]) for s in event.get("snapshots", ())]}
+        for event in events(folder / "merges")
+    ]
+
+
+def assert_goes_on_alike(ranks, expected):
+    """Weights at the restore and to the end, and the moments right after it, are those of one process."""
+    for rank in ranks:
+        assert rank.run.weights.keys() == expected.run.weights.keys()
+        for step in expected.run.weights:
+            assert_same_bits(rank.run.weights[step], expected.run.weights[step])
+        assert_same_bits(rank.states, expected.states)
+        assert rank.windows == expected.windows
+        assert rank.differ == []
+        assert rank.replaced == []
+
+
+@pytest.mark.parametrize(("strategy", "case"), RESTORED)
+def test_several_ranks_are_restored_bitwise_like_one_process(runs, alone, folder, strategy, case):
+    told = story(folder / f"alone {case}")
+    (event,) = [e for e in events(folder / f"alone {case}" / "merges") if e["event"] == "restore"]
+    assert event["restored_at"] == FIRES
+    assert used(event)[-1] == (USED[-1] if case != "NaN" else 70)
+    assert story(folder / f"{strategy} {case}") == told
+    assert_goes_on_alike(runs[strategy, case], alone[case])
+
+
+@pytest.mark.parametrize(("strategy", "case"), NAN_ON_ONE)
+def test_a_loss_that_is_nan_on_one_rank_restores_all(runs, alone, folder, strategy, case):
+    assert story(folder / f"{strategy} {case}") == story(folder / "alone NaN")
+    expected = alone["NaN"].run.weights
+    for rank in runs[strategy, case]:
+        # The mean of the gradients is NaN on all ranks; the buffers of the sound one went on.
+        for step in (FIRES, STEPS):
+            assert_same_bits(rank.run.weights[step], expected[step])
+        assert_same_bits(rank.states, alone["NaN"].states)
+        assert rank.differ == []
+
+
+@pytest.mark.parametrize(("strategy", "case"), SPOILT)
+def test_moments_that_are_spoilt_on_one_rank_are_reset_on_all(runs, alone, folder, strategy, case):
+    (event,) = [e for e in events(folder / f"{strategy} {case}" / "merges") if e["event"] == "restore"]
+    assert event["restored_at"] == FIRES
+    for rank in runs[strategy, case]:
+        assert all(not value.any() for state in rank.states for value in state.values())
+        assert_same_bits(rank.run.final, alone["reset"].run.final)
+
+
+@pytest.mark.parametrize(("strategy", "case"), STOPPED)
+def test_a_run_without_a_snapshot_stops_on_all_ranks(runs, alone, folder, strategy, case):
+    for rank in [*runs[strategy, case], alone["nothing to restore"]]:
+        assert rank.error.startswith("TrainingDivergedError")
+        assert "nothing to restore" in rank.error
+        # Less than the time that a rank waits for another one's numbers.
+        assert rank.seconds < 25
+    (event,) = events(folder / f"{strategy} {case}" / "merges")
+    assert event["event"] == "stop"
+
+
+@pytest.mark.parametrize(("strategy", "case"), NORMS)
+def test_gradients_are_as_large_as_in_one_process(runs, alone, strategy, case):
+    expected = alone[case].state["spikes"]["grad_norm"]
+    for rank in runs[strategy, case]:
+        found = rank.state["spikes"]["grad_norm"]
+        # The squares are summed up part by part.
+        torch.testing.assert_close(
+            torch.tensor(numbers(found)), torch.tensor(numbers(expected)), rtol=1e-5, atol=0
+        )
+
+
+def numbers(state):
+    """All floats in nested primitives."""
+    if isinstance(state, dict):
+        return [n for value in state.values() for n in numbers(value)]
+    if isinstance(state, (list, tuple)):
+        return [n for value in state for n in numbers(value)]
+    return [state] if isinstance(state, float) else []
