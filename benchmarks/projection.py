@@ -53,7 +53,7 @@ class Costs:
         arena = max(setting["arena_bytes"])
         calls = setting["sent_by_each_rank"][0]["snapshot"]["calls"]
         return cls(
-            stages["capture"] / floors["copy"],
+            max(1.0, stages["capture"] / floors["copy"]),
             stages["write"] / arena,
             stages["merge"] / (window * arena),
             setting["emission_seconds"]["emission"] / setting["bytes_of_model"],
@@ -76,8 +76,8 @@ ORIGINS: Mapping[str, str] = {
     "**a snapshot holds training up, s**": "the sum",
     "share of training, %": "/ 8,294 s",
     "to storage on average, MB/s": "a snapshot / 8,294 s; as much again for each emission",
-    "safetensors emission, s": "*M* {emitted:.1f} ns a byte by rank 0, *A* 723 x 511 messages; beside training",
-    "dcp emission, s": "*M* {dcp:.1f} ns a byte by each rank, *A* 100 GB/s; beside training",
+    "emission as safetensors, s": "*M* {emitted:.1f} ns a byte by rank 0, *A* messages: 723 x 511",
+    "emission as dcp, s": "*M* {dcp:.1f} ns a byte by each rank, *A* 100 GB/s",
 }
 """Where each line comes from: *M* is measured, *A* assumed, the rest arithmetic."""
 
