@@ -709,6 +709,7 @@ class Footprint(Callback):
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step % 2:
+            trainer.callbacks[0].session.background.drain()  # a merge being written is an open file
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # what the allocator holds back for later is no leak
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
