@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 
 MEBI = 1 << 20
 TIES = ("--method", "ties", "--density", "0.8")
-OURS = "import sys; from merge_callback.offline.command_line import main; sys.exit(main())"
+OURS = "from merge_callback.offline.command_line import run; run()"
 IMPORTS = "import torch; import merge_callback.offline.merge_command"
 NAIVE = """
 import sys, torch

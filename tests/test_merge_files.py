@@ -447,3 +447,12 @@ def test_the_trajectory_is_told_from_tokens_then_steps_then_nothing():
     assert positions((1, 10), (2, None)) == [1, 2]
     assert positions((2, None), (1, None)) == [0, 1]
     assert positions((None, None), (1, None)) == [0, 1]
+
+
+def test_the_command_ends_with_its_status_and_all_it_printed(tmp_path):
+    command = [sys.executable, "-m", "merge_callback"]
+    listed = subprocess.run([*command, "methods"], capture_output=True, text=True, check=True)
+    assert "ties" in listed.stdout
+    missing = subprocess.run([*command, "inspect", str(tmp_path / "none")], capture_output=True, text=True)
+    assert missing.returncode == 1
+    assert "there is no such checkpoint" in missing.stderr

@@ -7,7 +7,23 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.util import find_spec
+
+_ON_FILES = {"merge", "diversity", "interference", "inspect", "methods"}
+
+
+def run() -> None:
+    """The process of the command: runs it, and ends."""
+    status = main()
+    if sys.argv[1] in _ON_FILES:
+        # Its work is on the disk, and nobody waits for anything but its end. To tear torch down takes the
+        # interpreter .4 s, which is an eighth of merging ten checkpoints.
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
