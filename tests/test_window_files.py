@@ -292,6 +292,12 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def settle(trainer):
+    """Waits for the merge that is being published beside training."""
+    merging = next(c for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback))
+    merging.session.background.drain()
+
+
 class Full(Callback):
     """Limits the size of files from one step to another. Put it before the merging callback."""
 
@@ -303,6 +309,8 @@ class Full(Callback):
         self.during = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step in (self.first, self.last):
+            settle(trainer)  # what is being published belongs to the steps before
         if trainer.global_step == self.first:
             self.limit.__enter__()
         if self.first < trainer.global_step <= self.last:
@@ -313,6 +321,7 @@ class Full(Callback):
 
     def on_train_end(self, trainer, module):
         if self.last > trainer.global_step:
+            settle(trainer)
             self.limit.__exit__(None, None, None)
 
 
@@ -508,7 +517,7 @@ def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path):
     locked = no_permission(tmp_path / "merges")
 
     def lock(module):
-        module.trainer.callbacks[0].session.background.drain()  # a draft that is begun could not be removed
+        settle(module.trainer)  # a draft that is begun could not be removed
         locked.__enter__()
 
     change = At(step9=lock, step17=lambda m: locked.__exit__(None, None, None))
