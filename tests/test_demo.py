@@ -413,7 +413,6 @@ def rows_of(command: list[str], output: Path, *options: str) -> list[Row]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.xfail(reason="the callback refuses several processes so far", strict=True)
 @pytest.mark.parametrize(("command", "strategy"), [(MODULE, "ddp"), (SCRIPT, "fsdp2")])
 def test_demo_on_two_processes_shows_the_table_of_one(tmp_path, command, strategy):
     processes = ["--strategy", strategy, "--devices", "2"]
