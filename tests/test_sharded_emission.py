@@ -6,13 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_runs import UnevenModule, fit, run_jobs
+from lightning.pytorch.callbacks import LambdaCallback
 from training_runs import assert_same_bits
 
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.offline.checkpoint import open_checkpoint, verify
 from merge_callback.snapshots.safetensors_file import CorruptFileError
-
-MB = 10**6
 
 
 def publish(strategy: str, folder: Path, **options) -> None:
@@ -130,13 +129,7 @@ def share_of_the_window(strategy: str, folder: Path) -> tuple[int, int]:
             return self.head(self.features(self.squeeze(self.embedding(tokens))))
 
     merging = CheckpointMergeCallback(window=2, every_n_steps=2, dirpath=folder, evaluate=False)
-    sizes = []
-
-    def note(session=merging):
-        store = session.session.window.store
-        sizes.append((store.layout.nbytes, store.whole.nbytes))
-
-    from lightning.pytorch.callbacks import LambdaCallback
-
-    fit(strategy, Big(), merging, LambdaCallback(on_train_batch_start=lambda *_: note()), max_steps=4)
-    return sizes[-1]
+    stores = []
+    note = LambdaCallback(on_train_batch_start=lambda *_: stores.append(merging.session.window.store))
+    fit(strategy, Big(), merging, note, max_steps=4)
+    return stores[-1].layout.nbytes, stores[-1].whole.nbytes

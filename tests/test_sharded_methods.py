@@ -179,7 +179,7 @@ def test_a_large_tensor_is_narrowed_down_before_anything_is_told():
     exchange = ranks.exchange
 
     def counting(value):
-        told.append(len(str(type(value))) and _elements(value))
+        told.append(_elements(value))
         return exchange(value)
 
     ranks.exchange = counting
