@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,27 +23,12 @@ from distributed_worker import run
 from killed_run import damage
 from lightning.pytorch import Callback
 from sharded_runs import Steady, merged_fit, window_folder
+from spiking_runs import Dies
 
 from merge_callback.snapshots.safetensors_file import file_checksum
 
 PATIENCE = 60
 """Seconds within which the ranks that are left have to end by themselves."""
-
-
-class Dies:
-    """Kills the process when the package calls a function, or returns from it, for the ``nth`` time."""
-
-    def __init__(self, function, moment, nth):
-        self.function, self.moment, self.left = function, moment, nth
-        sys.setprofile(self._hook)
-        threading.setprofile(self._hook)  # emissions are written beside training
-
-    def _hook(self, frame, event, arg):
-        here = frame.f_code.co_name == self.function and "/merge_callback/" in frame.f_code.co_filename
-        if here and event == self.moment:
-            self.left -= 1
-            if self.left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Saves(Callback):

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import killed_run
@@ -276,6 +277,7 @@ class Dies:
     def __init__(self, function, moment="call", nth=1):
         self.function, self.moment, self.left = function, moment, nth
         sys.setprofile(self._hook)
+        threading.setprofile(self._hook)  # merges are published beside training
 
     def _hook(self, frame, event, arg):
         here = frame.f_code.co_name == self.function and "/merge_callback/" in frame.f_code.co_filename
