@@ -86,11 +86,8 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-    except (
-        zipfile.BadZipFile,
-        ValueError,
-        NotImplementedError,
-    ) as error:  # the last: of zip features it lacks
+    # zipfile raises NotImplementedError for what it can't read of the format.
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
     if packed:
         raise CorruptFileError(
