@@ -42,6 +42,6 @@ def _squared_distance(name: str, a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         raise ValueError(f"tensor {name!r}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
     a, b = a.detach().reshape(-1), b.detach().reshape(-1)
-    squares = one_pass([], pair=(a, b), bounds=[a.numel()])
+    squares = one_pass([a, b], contrast=[-1.0, 1.0], bounds=[a.numel()])
     assert squares is not None
     return float(squares[0])

@@ -83,7 +83,7 @@ class Slerp(MergeMethod):
 def inner_products(tensors: Sequence[Tensor]) -> Tensor:
     """The inner product of each two flat tensors, ``(N, N)``, fp64 on the CPU."""
     count, size = len(tensors), tensors[0].numel()
-    wide = accumulator_dtype(tensors[0].dtype)
+    wide = accumulator_dtype(tensors[0])
     products = torch.zeros(count, count, dtype=torch.float64, device=tensors[0].device)
     block = torch.empty(count, min(size, _BLOCK), dtype=wide, device=tensors[0].device)
     for start in range(0, size, _BLOCK):

@@ -92,7 +92,7 @@ class TaskVectors:
         self.initial = inputs.tensors[0] if inputs.base is None else inputs.base
         self.others = inputs.tensors[1:] if own else inputs.tensors
         self.size, self.device = self.initial.numel(), self.initial.device
-        self.dtype = accumulator_dtype(inputs.tensors[0].dtype)
+        self.dtype = accumulator_dtype(inputs.tensors[0])
         if hold and self.size <= _HELD:
             self.initial = self.initial.to(self.dtype)
         self._own = own

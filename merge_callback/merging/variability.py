@@ -166,4 +166,4 @@ def sum_of_squares(tensor: Tensor) -> float:
 def _scratch(tensor: Tensor) -> Tensor:
     """Room for a chunk of a tensor, in the dtype that is computed in."""
     size = min(CHUNK, tensor.numel())
-    return torch.empty(size, dtype=accumulator_dtype(tensor.dtype), device=tensor.device)
+    return torch.empty(size, dtype=accumulator_dtype(tensor), device=tensor.device)

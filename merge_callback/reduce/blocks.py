@@ -19,9 +19,9 @@ _BLOCK_ALONE = 1 << 17
 second-level cache, which makes it a third faster. The sum of an element is the same in any block."""
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a floating-point dtype is summed in: fp64 for fp64, fp32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
+    """What floating-point tensors are summed in: fp64 where one is fp64, else fp32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 @torch.no_grad()
@@ -29,57 +29,61 @@ def one_pass(
     sources: Sequence[Tensor],
     weights: Sequence[float] | None = None,
     out: Tensor | None = None,
-    pair: tuple[Tensor, Tensor] | None = None,
+    contrast: Sequence[float] | None = None,
     bounds: Sequence[int] = (),
 ) -> Tensor | None:
-    """Writes ``out = Σ weights[i] · sources[i]`` and sums ``(pair[0] − pair[1])²`` by segment.
+    """Writes ``out = Σ weights[i] · sources[i]`` and sums ``(Σ contrast[i] · sources[i])²`` by segment.
 
-    Each block of every source is read once: the sum and the distance are formed while it sits in cache.
+    Each block of every source is read once: both sums are formed while it sits in cache. A factor of 0 leaves
+    its source out, whatever it holds.
 
     Args:
-        sources: N flat tensors of ``n`` elements, one floating-point dtype, one device. Summed in order.
-        weights: N factors; ``None`` leaves ``out`` untouched (distances only).
+        sources: N flat tensors of ``n`` elements, of any floating-point dtypes, on one device.
+        weights: N factors; ``None`` leaves ``out`` untouched (squares only).
         out: flat, ``n`` elements, any floating-point dtype; receives the one final cast.
-        pair: two flat tensors of ``n`` elements (as a rule two of ``sources``), or ``None``.
-        bounds: ends of the segments in elements, ascending, the last one ``n``; needed with ``pair``.
+        contrast: N factors, or ``None``; −1 and 1 at two sources, and 0 elsewhere, give their distance.
+        bounds: ends of the segments in elements, ascending, the last one ``n``; needed with ``contrast``.
 
     Returns:
-        With ``pair``: fp64 on the CPU, one sum of squared differences a segment. Else ``None``.
+        With ``contrast``: fp64 on the CPU, one sum of squares a segment. Else ``None``.
     """
-    reference = sources[0] if pair is None else pair[0]
-    acc_dtype = accumulator_dtype(reference.dtype)
-    block = min(BLOCK, _BLOCK_ALONE) if pair is None and torch.get_num_threads() == 1 else BLOCK
-    accumulator, scratch = _buffers(reference, acc_dtype, min(block, reference.numel()))
-    squares = torch.zeros(len(bounds), dtype=torch.float64, device=reference.device)
-    for start in range(0, reference.numel(), block):
-        stop = min(start + block, reference.numel())
+    wide = accumulator_dtype(*sources)
+    block = min(BLOCK, _BLOCK_ALONE) if contrast is None and torch.get_num_threads() == 1 else BLOCK
+    total, scratch, other = (_buffer(sources[0], wide, min(block, sources[0].numel())) for _ in range(3))
+    squares = torch.zeros(len(bounds), dtype=torch.float64, device=sources[0].device)
+    for start in range(0, sources[0].numel(), block):
+        blocks = [source[start : start + block] for source in sources]
         if weights is not None and out is not None:
-            blocks = [source[start:stop] for source in sources]
-            _weighted_sum(blocks, weights, out[start:stop], accumulator[: stop - start], scratch)
-        if pair is not None:
-            difference = _difference(pair[0][start:stop], pair[1][start:stop], scratch, accumulator)
-            _add_squares(squares, difference, bounds, start)
-    return None if pair is None else squares.cpu()
+            _weighted_sum(blocks, weights, out[start : start + block], total, scratch)
+        if contrast is not None:
+            _add_squares(squares, _contrast(blocks, contrast, other, scratch), bounds, start)
+    return None if contrast is None else squares.cpu()
 
 
-def _buffers(reference: Tensor, dtype: torch.dtype, size: int) -> tuple[Tensor, Tensor]:
+def _buffer(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     with torch.inference_mode(False):
-        return (
-            torch.empty(size, dtype=dtype, device=reference.device),
-            torch.empty(size, dtype=dtype, device=reference.device),
-        )
+        return torch.empty(size, dtype=dtype, device=like.device)
 
 
 def _weighted_sum(
-    blocks: Sequence[Tensor], weights: Sequence[float], out: Tensor, accumulator: Tensor, scratch: Tensor
+    blocks: Sequence[Tensor], weights: Sequence[float], out: Tensor, total: Tensor, scratch: Tensor
 ) -> None:
     # Straight into the output where it has the accumulator's dtype: one write less per block.
-    total = out if out.dtype == accumulator.dtype else accumulator
-    torch.mul(_widened(blocks[0], scratch), weights[0], out=total)
-    for block, weight in zip(blocks[1:], weights[1:], strict=True):
-        total.add_(_widened(block, scratch), alpha=weight)
+    total = out if out.dtype == total.dtype else total[: out.numel()]
+    _sum_up(
+        [(block, weight) for block, weight in zip(blocks, weights, strict=True) if weight], total, scratch
+    )
     if total is not out:
         out.copy_(total)
+
+
+def _sum_up(terms: Sequence[tuple[Tensor, float]], total: Tensor, scratch: Tensor) -> None:
+    if not terms:
+        total.zero_()
+        return
+    torch.mul(_widened(terms[0][0], scratch), terms[0][1], out=total)
+    for block, factor in terms[1:]:
+        total.add_(_widened(block, scratch), alpha=factor)
 
 
 def _widened(block: Tensor, scratch: Tensor) -> Tensor:
@@ -87,8 +91,12 @@ def _widened(block: Tensor, scratch: Tensor) -> Tensor:
     return block if block.dtype == scratch.dtype else scratch[: block.numel()].copy_(block)
 
 
-def _difference(a: Tensor, b: Tensor, scratch: Tensor, free: Tensor) -> Tensor:
-    return torch.sub(_widened(a, scratch), _widened(b, free), out=scratch[: a.numel()])
+def _contrast(blocks: Sequence[Tensor], factors: Sequence[float], total: Tensor, scratch: Tensor) -> Tensor:
+    total = total[: blocks[0].numel()]
+    _sum_up(
+        [(block, factor) for block, factor in zip(blocks, factors, strict=True) if factor], total, scratch
+    )
+    return total
 
 
 def _add_squares(squares: Tensor, difference: Tensor, bounds: Sequence[int], start: int) -> None:

@@ -77,7 +77,7 @@ class WindowMerger:
         try:
             squares = self._merged(model, pair) if merge else None
             if squares is None and pair is not None:
-                squares = merge_arenas(None, (), pair=(pair[0].arena, pair[1].arena))
+                squares = merge_arenas(None, [s.arena for s in pair], contrast=[-1.0, 1.0])
         except Exception as error:
             problem = error
         try:
@@ -129,16 +129,19 @@ class WindowMerger:
         self._settle()
         if self._out is None:
             self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
-        arenas = [snapshot.arena for snapshot in snapshots]
-        both = None if pair is None else (pair[0].arena, pair[1].arena)
         trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
         weights = None
         if isinstance(method, LinearMethod):
             weights = method.normalised_weights(trajectory.positions)
-            squares = merge_arenas(weights, arenas, self._out, copied, both)
+            # The older of the pair may be of another segment: it has a part in the distance only.
+            before = [pair[0]] if pair and pair[0] not in snapshots else []
+            read, factors = [*before, *snapshots], [0.0] * len(before) + weights
+            contrast = pair and [float((s is pair[1]) - (s is pair[0])) for s in read]
+            squares = merge_arenas(factors, [s.arena for s in read], self._out, copied, contrast)
         else:
+            arenas = [snapshot.arena for snapshot in snapshots]
             merge_tensors(method, arenas, self._out, copied, trajectory, self.sharding)
-            squares = merge_arenas(None, (), pair=both) if both else {}
+            squares = merge_arenas(None, [s.arena for s in pair], contrast=[-1.0, 1.0]) if pair else {}
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
 
@@ -190,29 +193,28 @@ def merge_arenas(
     arenas: Sequence[Arena],
     out: Arena | None = None,
     copied: Collection[str] = (),
-    pair: tuple[Arena, Arena] | None = None,
+    contrast: Sequence[float] | None = None,
 ) -> dict[str, float]:
-    """Merges arenas into ``out`` and measures one pair, reading each arena once.
+    """Merges arenas into ``out`` and measures a distance, reading each arena once.
 
     Integer and boolean tensors, and those named in ``copied``, are taken from the newest arena.
 
     Args:
         weights: one normalised weight an arena; ``None``: measure only.
-        arenas: oldest first, of one layout.
+        arenas: oldest first, of one layout, at least one.
         out: of the same tensors, in any float dtypes (``layout.native`` gives the model's).
         copied: names of tensors that are not averaged.
-        pair: two arenas whose squared distance is wanted, or ``None``.
+        contrast: one factor an arena; −1 and 1 at two of them, and 0 elsewhere, give their distance.
 
     Returns:
-        Σ (a − b)² of each floating-point tensor; empty without ``pair``.
+        Σ (Σ contrast[i] · arenas[i])² of each floating-point tensor; empty without ``contrast``.
     """
-    layout = (pair or arenas)[0].layout
     outputs = {group.dtype: group for group in out.layout.groups} if out is not None else {}
     squares: dict[str, float] = {}
-    for group in layout.groups:
+    for group in arenas[0].layout.groups:
         target = out.flat(outputs[group.dtype]) if out is not None else None
         if group.dtype.is_floating_point:
-            squares |= _reduce_group(group, arenas, weights, target, pair)
+            squares |= _reduce_group(group, arenas, weights, target, contrast)
         elif target is not None:
             target.copy_(arenas[-1].flat(group))
         if target is not None:
@@ -294,13 +296,13 @@ def _reduce_group(
     arenas: Sequence[Arena],
     weights: Sequence[float] | None,
     out: Tensor | None,
-    pair: tuple[Arena, Arena] | None,
+    contrast: Sequence[float] | None,
 ) -> dict[str, float]:
     squares = one_pass(
         [arena.flat(group) for arena in arenas],
         weights if out is not None else None,
         out,
-        None if pair is None else (pair[0].flat(group), pair[1].flat(group)),
+        contrast,
         [segment.stop for segment in group.segments],
     )
     if squares is None:
