@@ -172,8 +172,10 @@ class CheckpointMergeCallback(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
-        if self.session and self.options.evaluate and not trainer.sanity_checking:
-            self.session.evaluate()
+        if self.session and not trainer.sanity_checking:
+            self.session.settle()  # a monitor finds the same on all ranks
+            if self.options.evaluate:
+                self.session.evaluate()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""

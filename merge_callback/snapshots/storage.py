@@ -35,6 +35,7 @@ from merge_callback.snapshots.shard_files import (
     shares,
     write_shard,
 )
+from merge_callback.snapshots.staging import ToHost
 
 Storage = Literal["disk", "cpu", "device"]
 
@@ -79,7 +80,7 @@ class SnapshotStore:
         storage: ``"disk"`` maps the files (the page cache holds what is in use), ``"cpu"`` and
             ``"device"`` keep arenas in memory.
         folder: for the snapshot files; ``None`` keeps snapshots in memory only.
-        device: of the live model, for ``"device"``.
+        device: of the live model.
         masks: names of buffers that may hold Inf (attention masks do).
         sharding: which part of each tensor this rank keeps; ``layout`` is of these parts.
         whole: the layout of the whole model, where the rank does not keep all of it.
@@ -101,31 +102,48 @@ class SnapshotStore:
         if storage == "disk" and folder is None:
             raise ValueError("storage='disk' needs a folder; keep durable=True, or choose storage='cpu'")
         self.layout, self.storage, self.folder = layout, storage, folder
-        self.device = torch.device(device if storage == "device" else "cpu")
+        self.device = torch.device(device if storage == "device" else "cpu")  # of the window's arenas
+        self.live_device = torch.device(device)
         self.masks = masks
         self.sharding, self.whole = sharding or Sharding({}, {}), whole or layout
         self.ranks = self.sharding.ranks
         self.session = self.ranks.from_first(uuid.uuid4().hex[:12])  # of this process and its fellows
-        self._free: list[Arena] = []
+        self._free: dict[torch.device, list[Arena]] = {}
+        self._to_host = ToHost()
 
     def capture(self, tensors: Mapping[str, Tensor]) -> Arena:
-        """A copy of what this rank keeps of ``tensors``, in an arena of this storage (host memory for disk).
+        """A copy of what this rank keeps of ``tensors``: all that training waits for.
+
+        Of a model on a GPU it is made on that GPU, in the order of its stream, so that only the device waits;
+        in host memory, at the pace of the bus, where the GPU has no room for it.
+
+        Raises:
+            ValueError: where the model's tensors have changed.
+        """
+        own = self.sharding.own(tensors)
+        try:
+            arena = self._empty(self.live_device)
+        except torch.OutOfMemoryError:
+            if self.storage == "device":
+                raise
+            arena = self._empty(self.device)
+        try:
+            arena.copy_from(own)
+        except ValueError:
+            self.give_back(arena)
+            raise
+        return arena
+
+    def check_finite(self, arena: Arena) -> None:
+        """Makes sure that a captured snapshot is fit to be merged.
 
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf.
-            ValueError: where the model's tensors have changed.
         """
-        arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
-        try:
-            arena.copy_from(self.sharding.own(tensors))
-            if bad := [name for name in arena.non_finite() if name not in self.masks]:
-                raise NonFiniteSnapshotError(
-                    f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
-                )
-        except ValueError:
-            self._free.append(arena)
-            raise
-        return arena
+        if bad := [name for name in arena.non_finite() if name not in self.masks]:
+            raise NonFiniteSnapshotError(
+                f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
+            )
 
     def write(self, snapshot: Snapshot, arena: Arena) -> str:
         """Makes a captured snapshot durable, where there is a folder; each rank in a file of its own.
@@ -140,7 +158,7 @@ class SnapshotStore:
             return ""
         metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
         metadata["layout"] = self.layout.hash
-        header, data = arena_header(self.layout), [arena.buffer.cpu()]
+        header, data = arena_header(self.layout), self._to_host.chunks(arena.buffer)
         if self.ranks.size > 1:
             folder = self.folder / shards_name(snapshot.step, self.session)
             return write_shard(folder, self.sharding, header, data, metadata)
@@ -184,9 +202,9 @@ class SnapshotStore:
     def keep(self, snapshot: Snapshot, arena: Arena) -> bool:
         """Gives a snapshot its place in this storage; says whether it has one (on disk: a file)."""
         if self.storage != "disk":
-            snapshot.arena = arena
+            snapshot.arena = self._at_home(arena)
             return True
-        self._free.append(arena)  # the staging buffer of the next snapshot
+        self.give_back(arena)
         if not snapshot.file or self.folder is None:
             return False
         snapshot.arena = map_arena(self.own_file(self.folder / snapshot.file), self.layout)
@@ -207,11 +225,11 @@ class SnapshotStore:
             CorruptFileError: where a file that is read is not, byte for byte, what was written.
             OSError: where one is missing or unreadable.
         """
-        arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+        arena = self._empty(self.device)
         try:
             gather_shards(path, snapshot.checksum, self.sharding.kept, arena.tensors())
         except (CorruptFileError, OSError):
-            self._free.append(arena)
+            self.give_back(arena)
             raise
         return arena
 
@@ -230,7 +248,7 @@ class SnapshotStore:
         if file_checksum(path) != expected:
             raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
         if self.storage != "disk":
-            arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+            arena = self._empty(self.device)
             arena.buffer.copy_(mapped.buffer)
             mapped = arena
         snapshot.arena = mapped
@@ -239,7 +257,7 @@ class SnapshotStore:
         """The arena of a loaded snapshot, to be written and kept anew; never one that is mapped."""
         if self.storage != "disk":
             return snapshot.arena
-        arena = self._free.pop() if self._free else Arena.empty(self.layout, self.device)
+        arena = self._empty(self.device)
         arena.buffer.copy_(snapshot.arena.buffer)
         return arena
 
@@ -250,7 +268,21 @@ class SnapshotStore:
 
     def give_back(self, arena: Arena) -> None:
         """Takes an arena back that ``capture`` gave out."""
-        self._free.append(arena)
+        self._free.setdefault(arena.buffer.device, []).append(arena)
+
+    def _empty(self, device: torch.device) -> Arena:
+        """An arena to be overwritten: of an earlier snapshot, as a rule."""
+        free = self._free.get(device)
+        return free.pop() if free else Arena.empty(self.layout, device)
+
+    def _at_home(self, arena: Arena) -> Arena:
+        """A captured snapshot where the window keeps its arenas."""
+        if arena.buffer.device == self.device:
+            return arena
+        home = self._empty(self.device)
+        self._to_host.copy(arena.buffer, home.buffer)
+        self.give_back(arena)
+        return home
 
 
 def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:

@@ -55,15 +55,29 @@ class Window:
         return len(self.snapshots)
 
     def append(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
-        """Captures ``tensors`` as the newest snapshot and drops the oldest beyond ``size``.
+        """Captures ``tensors`` as the newest snapshot and takes it in, one after the other: see ``add``."""
+        self.add(snapshot, self.capture(tensors))
+
+    def capture(self, tensors: Mapping[str, Tensor]) -> Arena | Exception:
+        """A copy of what this rank keeps of ``tensors``, or why there is none. Talks to no other rank."""
+        try:
+            return self.store.capture(tensors)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            return error
+
+    def add(self, snapshot: Snapshot, captured: Arena | Exception) -> None:
+        """Takes in what every rank has captured as the newest snapshot, and drops the oldest beyond ``size``.
+
+        May be done in another thread than the capture, if nobody else uses the window until then.
 
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf; the window is unchanged.
+            ValueError, RuntimeError, MemoryError: where ``captured`` is one; the window is unchanged.
             RemoteError: where another rank could not capture its part; the window is unchanged.
             OSError: where a file can't be written. In memory the snapshot is admitted all the same.
         """
         self._latest = max(self._latest, snapshot.step)
-        arena = self._capture(tensors)
+        arena = self._agreed(captured)
         try:
             self._write(snapshot, arena)
         finally:
@@ -223,21 +237,22 @@ class Window:
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in cut]
         return [f"snapshot of step {snapshot.step}: {snapshot.file} was cut" for snapshot in lost]
 
-    def _capture(self, tensors: Mapping[str, Tensor]) -> Arena:
-        """What this rank keeps of ``tensors``, if every rank has got hold of its part."""
-        arena = problem = None
-        try:
-            arena = self.store.capture(tensors)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            problem = error
+    def _agreed(self, captured: Arena | Exception) -> Arena:
+        """What this rank has captured, if every rank has got hold of its part."""
+        problem = captured if isinstance(captured, Exception) else None
+        if isinstance(captured, Arena):
+            try:
+                self.store.check_finite(captured)
+            except (ValueError, RuntimeError) as error:
+                problem = error
         try:
             self.ranks.agree(problem)
         except BaseException:
-            if arena is not None:
-                self.store.give_back(arena)
+            if isinstance(captured, Arena):
+                self.store.give_back(captured)
             raise
-        assert arena is not None
-        return arena
+        assert isinstance(captured, Arena)
+        return captured
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
         """Takes a captured snapshot in as the newest one, and lets the oldest beyond ``size`` go.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from merge_callback.sharding import Ranks
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
@@ -24,16 +25,20 @@ class Recovery:
         options: how.
         trainer: in fit.
         module: its module.
-        merger: of the window.
+        merger: gives the window's, once the last snapshot is in it.
 
     Raises:
         ValueError: where an optimizer's state can't be set back.
     """
 
     def __init__(
-        self, options: SpikeOptions, trainer: Trainer, module: LightningModule, merger: WindowMerger
+        self,
+        options: SpikeOptions,
+        trainer: Trainer,
+        module: LightningModule,
+        merger: Callable[[], WindowMerger],
     ) -> None:
-        self.options, self.trainer, self.module, self.merger = options, trainer, module, merger
+        self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
         self.lr = LRScale(trainer.optimizers, lambda: trainer.global_step)
         self.scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # what a run begins with
@@ -60,17 +65,18 @@ class Recovery:
                 was, but for the state of further optimizers, if there are any.
             RemoteError: where that is so on another rank.
         """
-        model, problem = ModelTensors.of(self.module, self.trainer.strategy.model), None
-        spoilt = self._spoilt()
+        merger, problem = self._merger(), None
+        model = ModelTensors.of(self.module, self.trainer.strategy.model)
+        spoilt = self._spoilt(merger.ranks)
         try:
-            snapshots[-1].arena.check(self.merger.sharding.own(model.tensors))
+            snapshots[-1].arena.check(merger.sharding.own(model.tensors))
             for index, optimizer in enumerate(self.trainer.optimizers):
                 self._set_back(optimizer, index in spoilt)
         except Exception as error:
             problem = error
-        self.merger.ranks.agree(problem)
-        weights = self.merger.merge_into(model, snapshots, self.options.merging)
-        self.merger.forget()
+        merger.ranks.agree(problem)
+        weights = merger.merge_into(model, snapshots, self.options.merging)
+        merger.forget()
         # Where Lightning is about to drop the gradients, zeros would only be written.
         self.module.zero_grad(set_to_none=self.module.automatic_optimization)
         self._reset_loss_scale()
@@ -86,12 +92,12 @@ class Recovery:
         self.lr.load_state_dict(state["lr"])
         self._loss_scale = state["loss_scale"]
 
-    def _spoilt(self) -> set[int]:
+    def _spoilt(self, ranks: Ranks) -> set[int]:
         """Which optimizers have state that is not finite, on any rank; where that matters."""
         if callable(self.options.optimizer) or self.options.optimizer == "reset":
             return set()
         own = {i for i, o in enumerate(self.trainer.optimizers) if not optimizer_state.is_finite(o)}
-        return set().union(*self.merger.ranks.exchange(own))
+        return set().union(*ranks.exchange(own))
 
     def _set_back(self, optimizer: Optimizer, is_spoilt: bool) -> None:
         policy = self.options.optimizer

@@ -14,18 +14,21 @@ from torch import Tensor
 from merge_callback.training.lr_phase import Phase
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
-    """Sends scalars to every logger and to ``trainer.callback_metrics``.
+def logged_step(trainer: Trainer) -> int:
+    """Where training is on the axis that all curves share.
 
-    All curves share one axis: the step Lightning logs the module's metrics at now, or what the module itself
-    logs as ``step``.
+    That is the step Lightning logs the module's metrics at, or what the module itself logs as ``step``.
     """
-    known = trainer.callback_metrics
     results: Mapping[str, Any] = trainer._results or {}
-    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     if any(r.meta.name == "step" and not r.has_reset for r in results.values()):  # of the loop that runs now
-        step = int(known["step"])
-    known.update({name: torch.tensor(value) for name, value in metrics.items()})
+        return int(trainer.callback_metrics["step"])
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
+    """Sends scalars to every logger, at ``step`` (default: now), and to ``trainer.callback_metrics``."""
+    step = logged_step(trainer) if step is None else step
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
         logger.save()

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.training.recovery import Recovery
 from merge_callback.training.reporting import log_metrics
@@ -55,7 +56,7 @@ class SpikeWatch:
         options: what is a spike and what is done about it.
         trainer: in fit.
         module: its module.
-        merger: of the window.
+        merger: gives the window's, once the last snapshot is in it.
         statistics: of the fit's steps; this notes their losses and gradients.
         dirpath: for the record of events.
         last_good_merge: finds the newest published merge that holds no snapshot after a step.
@@ -69,13 +70,13 @@ class SpikeWatch:
         options: SpikeOptions,
         trainer: Trainer,
         module: LightningModule,
-        merger: WindowMerger,
+        merger: Callable[[], WindowMerger],
         statistics: StepStatistics,
         dirpath: Path,
         last_good_merge: Callable[[int], Path | None],
     ) -> None:
         self.options, self.trainer, self.module = options, trainer, module
-        self.merger, self.window = merger, merger.window
+        self._merger = merger
         self.dirpath, self.last_good_merge = dirpath, last_good_merge
         self.statistics = statistics
         rule = (options.threshold, options.floor, options.patience)
@@ -85,6 +86,16 @@ class SpikeWatch:
         self.restores = _Restores()
         self._seen = trainer.global_step  # the last step whose loss was read
         self._told = False  # that there is no loss to watch
+
+    @property
+    def merger(self) -> WindowMerger:
+        """Merges the window."""
+        return self._merger()
+
+    @property
+    def window(self) -> Window:
+        """The run's snapshots."""
+        return self.merger.window
 
     @property
     def calm(self) -> bool:

@@ -1,0 +1,97 @@
+"""What is done beside training, one job after the other."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+class _Job(NamedTuple):
+    work: Callable[[], object]
+    ready: torch.cuda.Event | None  # what the device has to do first
+    done: threading.Event
+
+
+class Background:
+    """Does jobs in a thread of its own, in the order they are handed in, while training goes on.
+
+    On CUDA a job runs on a stream of its own, after what the device had been told to do when the job was
+    handed in, and is done when the device has done it, too. A job may hand in others. One that raises is logged.
+
+    Args:
+        device: that training uses.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        device = torch.device(device)
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._jobs: deque[_Job] = deque()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._last: threading.Event | None = None
+
+    def submit(self, work: Callable[[], object]) -> threading.Event:
+        """Hands a job in, without waiting; what is returned is set when it is done."""
+        ready = (
+            None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
+        )
+        job = _Job(work, ready, threading.Event())
+        with self._lock:
+            self._jobs.append(job)
+            self._last = job.done
+            if self._thread is None:
+                # A daemon: a process that ends after an exception must not wait for ranks that are gone.
+                self._thread = threading.Thread(target=self._run, name="merge-background", daemon=True)
+                self._thread.start()
+        return job.done
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Waits until nothing is left to do, for ``timeout`` seconds at most; says whether that is so.
+
+        A job that calls this does not wait for itself.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        while not self.is_current and (last := self._last) and not last.is_set():
+            if not last.wait(None if end is None else max(0.0, end - time.monotonic())):
+                return False
+        return True
+
+    @property
+    def is_current(self) -> bool:
+        """Whether this is called by a job."""
+        return threading.current_thread() is self._thread
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._jobs:
+                    self._thread = None
+                    return
+                job = self._jobs.popleft()
+            try:
+                self._do(job)
+            except BaseException:
+                log.exception("merge: a job beside training failed; training goes on")
+            finally:
+                job.done.set()
+
+    def _do(self, job: _Job) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())  # like the device and the stream, each thread has its own
+            if self._stream is not None and job.ready is not None:
+                stack.enter_context(torch.cuda.device(self._stream.device))
+                stack.enter_context(torch.cuda.stream(self._stream))
+                stack.callback(self._stream.synchronize)
+                self._stream.wait_event(job.ready)
+            job.work()
