@@ -25,7 +25,8 @@ class Background:
     """Does jobs in a thread of its own, in the order they are handed in, while training goes on.
 
     On CUDA a job runs on a stream of its own, after what the device had been told to do when the job was
-    handed in, and is done when the device has done it, too. A job may hand in others. One that raises is logged.
+    handed in, and is done when the device has done it, too. A job may hand in others; one that raises is
+    logged.
 
     Args:
         device: that training uses.
