@@ -43,12 +43,12 @@ from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.merging import resolve_method
-from merge_callback.publish.background import Background
 from merge_callback.publish.export import prepare_emission
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.training.background import Background
 from merge_callback.training.evaluation import MergedValidation, _BesideLoop
 from merge_callback.training.session import MergeSession
 

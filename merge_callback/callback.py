@@ -71,8 +71,10 @@ class CheckpointMergeCallback(Callback):
         storage: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory; ``"auto"`` is
             ``"disk"``, or ``"cpu"`` where the window is not durable.
         durable: keeps every snapshot in a file as well, so that the window survives the process.
-        snapshot_dtype: stores floating-point tensors as ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp64"``;
-            default: as the model has them.
+        snapshot_dtype: stores the parameters that train as ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp64"``;
+            default: as the model has them. What is copied instead of averaged is kept as it is.
+        snapshot_codec: ``"delta-bf16"`` keeps all but the oldest snapshot as bf16 differences to the one
+            before: about half the bytes for fp32 weights, with errors relative to what moved, not to weights.
         dirpath: where everything lands; default: ``merges`` beside Lightning's own logs. A run resumed
             without one goes on where it was.
         emit_every: snapshots between emissions; 0 emits at the end of training only.
@@ -104,6 +106,7 @@ class CheckpointMergeCallback(Callback):
         storage: str = "auto",
         durable: bool = True,
         snapshot_dtype: str | torch.dtype | None = None,
+        snapshot_codec: str | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         emit_every: int = 1,
         format: str = "safetensors",

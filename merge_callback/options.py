@@ -39,6 +39,7 @@ class Options:
     storage: Storage
     durable: bool
     snapshot_dtype: torch.dtype | None
+    snapshot_codec: str
     dirpath: Path | None
     emit_every: int
     format: str
@@ -68,6 +69,7 @@ class Options:
             storage=resolve_storage(given["storage"], given["durable"]),
             durable=given["durable"],
             snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
+            snapshot_codec=resolve_codec(given["snapshot_codec"], given["snapshot_dtype"]),
             dirpath=resolve_dirpath(given["dirpath"]),
             emit_every=0 if emit_every == 0 else positive("emit_every", emit_every),
             format=resolve_format(given["format"]),
@@ -141,6 +143,23 @@ def resolve_storage(storage: str, durable: bool) -> Storage:
             "storage='disk' keeps the window in files, durable=False forbids them; drop one of the two"
         )
     return storage  # type: ignore[return-value]
+
+
+def resolve_codec(codec: str | None, snapshot_dtype: object) -> str:
+    """How snapshots are kept beside as they are; empty for as they are.
+
+    Raises:
+        ValueError: for an unknown one, or one beside a ``snapshot_dtype``.
+    """
+    if codec not in (None, "delta-bf16"):
+        raise ValueError(
+            f"snapshot_codec={codec!r} must be 'delta-bf16', or None to keep snapshots as they are"
+        )
+    if codec is not None and snapshot_dtype is not None:
+        raise ValueError(
+            f"snapshot_codec={codec!r} and snapshot_dtype={str(snapshot_dtype)!r} were both given; give one"
+        )
+    return codec or ""
 
 
 def resolve_format(format: str) -> str:

@@ -37,6 +37,10 @@ class Arena:
         """The group's elements, 1-D, in the stored dtype (a view)."""
         return self.buffer[group.offset : group.offset + group.nbytes].view(group.stored)
 
+    def counterpart(self, group: Group) -> Group:
+        """The group that holds the tensors of another layout's ``group`` here."""
+        return self.layout.by_key[group.key]
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, in its own shape (views)."""
         views = {}

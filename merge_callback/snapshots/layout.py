@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -47,13 +47,22 @@ class Segment:
 class Group:
     """All tensors of one dtype, back to back.
 
-    ``dtype`` is the model's; ``stored`` is the arena's (they differ under ``snapshot_dtype``).
+    ``dtype`` is the model's; ``stored`` is the arena's (they differ under ``snapshot_dtype``). ``still`` says
+    that these tensors do not train, where the layout keeps those apart; ``is_delta`` that the group does not
+    hold the tensors, but how much they differ from the snapshot before.
     """
 
     dtype: torch.dtype
     stored: torch.dtype
     offset: int
     segments: tuple[Segment, ...]
+    still: bool = False
+    is_delta: bool = False
+
+    @property
+    def key(self) -> tuple[torch.dtype, bool]:
+        """What pairs it with the same tensors of another layout."""
+        return self.dtype, self.still
 
     @property
     def numel(self) -> int:
@@ -77,34 +86,65 @@ class Layout:
     groups: tuple[Group, ...]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor], float_dtype: torch.dtype | None = None) -> Layout:
-        """The layout of ``tensors``, with floating-point tensors stored as ``float_dtype`` if given.
+    def of(
+        cls,
+        tensors: Mapping[str, Tensor],
+        float_dtype: torch.dtype | None = None,
+        still: Collection[str] = (),
+    ) -> Layout:
+        """The layout of ``tensors``.
+
+        Args:
+            tensors: by name.
+            float_dtype: what floating-point tensors are stored as; default: as they are.
+            still: names of tensors that are kept apart, and stored as they are.
 
         Raises:
             ValueError: for a dtype that cannot be stored, or a tensor named ``__metadata__``.
         """
-        by_dtype: dict[torch.dtype, list[tuple[str, Tensor]]] = {}
+        by_key: dict[tuple[torch.dtype, bool], list[tuple[str, Tensor]]] = {}
         for name, tensor in tensors.items():
             check_storable(name, tensor)
-            by_dtype.setdefault(tensor.dtype, []).append((name, tensor))
-        return cls._packed({dtype: _segments(named) for dtype, named in by_dtype.items()}, float_dtype)
+            by_key.setdefault((tensor.dtype, name in still), []).append((name, tensor))
+        groups = [Group(key[0], key[0], 0, _segments(named), key[1]) for key, named in by_key.items()]
+        return cls._packed(groups, lambda group: float_dtype)
 
     @classmethod
     def _packed(
-        cls, segments: Mapping[torch.dtype, tuple[Segment, ...]], float_dtype: torch.dtype | None
+        cls, tensors: Iterable[Group], moving: Callable[[Group], torch.dtype | None], is_delta: bool = False
     ) -> Layout:
-        stored = {d: float_dtype if float_dtype and d.is_floating_point else d for d in segments}
-        groups: list[Group] = []
-        offset = 0
-        for dtype in sorted(segments, key=lambda d: (-stored[d].itemsize, str(d))):
-            groups.append(Group(dtype, stored[dtype], offset, segments[dtype]))
-            offset += groups[-1].nbytes
-        return cls(tuple(groups))
+        """Groups back to back; those of floating point that are not still, in another dtype if given."""
+        groups = []
+        for group in tensors:
+            other = None if group.still or not group.dtype.is_floating_point else moving(group)
+            groups.append(
+                replace(group, stored=other or group.dtype, is_delta=is_delta and other is not None)
+            )
+        offset, packed = 0, []
+        for group in sorted(groups, key=lambda g: (-g.stored.itemsize, str(g.dtype), g.still)):
+            packed.append(replace(group, offset=offset))
+            offset += group.nbytes
+        return cls(tuple(packed))
 
     @cached_property
     def native(self) -> Layout:
-        """The same tensors stored in the model's own dtypes; its groups pair with these by ``dtype``."""
-        return self._packed({group.dtype: group.segments for group in self.groups}, None)
+        """The same tensors stored in the model's own dtypes; its groups pair with these by ``key``."""
+        return self._packed(self.groups, lambda group: None)
+
+    @cached_property
+    def delta(self) -> Layout:
+        """The same tensors stored as differences in bf16, where that is narrower and they do train."""
+        return self._packed(self.groups, _narrower, is_delta=True)
+
+    @cached_property
+    def by_key(self) -> dict[tuple[torch.dtype, bool], Group]:
+        """The groups by what pairs them with another layout's."""
+        return {group.key: group for group in self.groups}
+
+    @cached_property
+    def is_delta(self) -> bool:
+        """Whether tensors are stored as differences."""
+        return any(group.is_delta for group in self.groups)
 
     @cached_property
     def nbytes(self) -> int:
@@ -134,6 +174,10 @@ def _segments(named: list[tuple[str, Tensor]]) -> tuple[Segment, ...]:
         segments.append(Segment(name, tuple(tensor.shape), start, tensor.numel()))
         start += tensor.numel()
     return tuple(segments)
+
+
+def _narrower(group: Group) -> torch.dtype | None:
+    return torch.bfloat16 if group.dtype.itemsize > torch.bfloat16.itemsize else None
 
 
 def check_storable(name: str, tensor: Tensor) -> None:

@@ -16,6 +16,7 @@ from merge_callback.reduce import one_pass
 from merge_callback.sharding import Sharding, overwrite
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.deltas import flat_tensors, terms
 from merge_callback.snapshots.layout import Group
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
@@ -77,7 +78,7 @@ class WindowMerger:
         try:
             squares = self._merged(model, pair) if merge else None
             if squares is None and pair is not None:
-                squares = merge_arenas(None, [s.arena for s in pair], contrast=[-1.0, 1.0])
+                squares = self._distance(pair)
         except Exception as error:
             problem = error
         try:
@@ -115,7 +116,8 @@ class WindowMerger:
         snapshots[-1].arena.check(own)
         weights = method.normalised_weights(positions(snapshots))
         copied = self._copied(model, snapshots[0], snapshots[-1])
-        merge_into(weights, [snapshot.arena for snapshot in snapshots], own, copied)
+        arenas = self._arenas(snapshots[-1])
+        merge_into(self._factors(snapshots, weights)[: len(arenas)], arenas, own, copied)
         self.sharding.spread(model.tensors)
         return weights
 
@@ -133,17 +135,33 @@ class WindowMerger:
         weights = None
         if isinstance(method, LinearMethod):
             weights = method.normalised_weights(trajectory.positions)
-            # The older of the pair may be of another segment: it has a part in the distance only.
-            before = [pair[0]] if pair and pair[0] not in snapshots else []
-            read, factors = [*before, *snapshots], [0.0] * len(before) + weights
-            contrast = pair and [float((s is pair[1]) - (s is pair[0])) for s in read]
-            squares = merge_arenas(factors, [s.arena for s in read], self._out, copied, contrast)
+            squares = merge_arenas(
+                self._factors(snapshots, weights),
+                self._arenas(),
+                self._out,
+                copied,
+                self._factors(pair, (-1.0, 1.0)) if pair else None,
+                self.window.snapshots.index(snapshots[-1]),
+            )
         else:
-            arenas = [snapshot.arena for snapshot in snapshots]
-            merge_tensors(method, arenas, self._out, copied, trajectory, self.sharding)
-            squares = merge_arenas(None, [s.arena for s in pair], contrast=[-1.0, 1.0]) if pair else {}
+            chains = [self._arenas(snapshot) for snapshot in snapshots]
+            merge_tensors(method, chains, self._out, copied, trajectory, self.sharding)
+            squares = self._distance(pair) if pair else {}
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
+
+    def _distance(self, pair: tuple[Snapshot, Snapshot]) -> dict[str, float]:
+        return merge_arenas(None, self._arenas(), contrast=self._factors(pair, (-1.0, 1.0)))
+
+    def _arenas(self, last: Snapshot | None = None) -> list[Arena]:
+        """Those of the window's snapshots from the oldest on, up to ``last``: it may build on all of them."""
+        snapshots = self.window.snapshots
+        return [s.arena for s in snapshots[: snapshots.index(last) + 1 if last else None]]
+
+    def _factors(self, snapshots: Sequence[Snapshot], factors: Sequence[float]) -> list[float]:
+        """One factor for each of the window's snapshots: 0 for those that none was given for."""
+        given = {snapshot.step: factor for snapshot, factor in zip(snapshots, factors, strict=True)}
+        return [given.get(snapshot.step, 0.0) for snapshot in self.window.snapshots]
 
     def _copied(self, model: ModelTensors, oldest: Snapshot, newest: Snapshot) -> set[str]:
         """Names of the tensors that are taken from the newest snapshot: the excluded and the constant ones.
@@ -151,7 +169,7 @@ class WindowMerger:
         Frozen parameters and buffers that do not change keep their bits: the mean of equal values is not
         always that value in floating point, and a mask of infinities has none.
         """
-        before, after = oldest.arena.tensors(), newest.arena.tensors()
+        before, after = (flat_tensors(self._arenas(snapshot)) for snapshot in (oldest, newest))
         still = sorted((model.frozen | model.buffers) & before.keys())
         changed = torch.tensor([not torch.equal(before[name], after[name]) for name in still])
         if still:  # a part may be constant where the whole is not
@@ -194,64 +212,62 @@ def merge_arenas(
     out: Arena | None = None,
     copied: Collection[str] = (),
     contrast: Sequence[float] | None = None,
+    newest: int = -1,
 ) -> dict[str, float]:
-    """Merges arenas into ``out`` and measures a distance, reading each arena once.
+    """Merges snapshots into ``out`` and measures a distance, reading each arena once.
 
-    Integer and boolean tensors, and those named in ``copied``, are taken from the newest arena.
+    Integer and boolean tensors, and those named in ``copied``, are taken from the newest snapshot.
 
     Args:
-        weights: one normalised weight an arena; ``None``: measure only.
-        arenas: oldest first, of one layout, at least one.
+        weights: one normalised weight a snapshot, or 0; ``None``: measure only.
+        arenas: of a window's snapshots from its oldest on, at least one; whole ones of one layout, or
+            differences in its ``delta``.
         out: of the same tensors, in any float dtypes (``layout.native`` gives the model's).
         copied: names of tensors that are not averaged.
-        contrast: one factor an arena; −1 and 1 at two of them, and 0 elsewhere, give their distance.
+        contrast: one factor a snapshot; −1 and 1 at two of them, and 0 elsewhere, give their distance.
+        newest: index of the newest snapshot that is merged.
 
     Returns:
-        Σ (Σ contrast[i] · arenas[i])² of each floating-point tensor; empty without ``contrast``.
+        Σ (Σ contrast[i] · snapshot i)² of each floating-point tensor; empty without ``contrast``.
     """
-    outputs = {group.dtype: group for group in out.layout.groups} if out is not None else {}
     squares: dict[str, float] = {}
     for group in arenas[0].layout.groups:
-        target = out.flat(outputs[group.dtype]) if out is not None else None
         if group.dtype.is_floating_point:
-            squares |= _reduce_group(group, arenas, weights, target, contrast)
-        elif target is not None:
-            target.copy_(arenas[-1].flat(group))
-        if target is not None:
-            _copy_named(group, arenas[-1], target, copied)
+            squares |= _reduce_group(group, arenas, weights, out, contrast)
+    if out is not None:
+        _copy_named(flat_tensors(arenas[: newest + 1 or None]), out, copied)
     return squares
 
 
 def merge_tensors(
     method: MergeMethod,
-    arenas: Sequence[Arena],
+    chains: Sequence[Sequence[Arena]],
     out: Arena,
     copied: Collection[str],
     trajectory: Trajectory,
     sharding: Sharding | None = None,
 ) -> None:
-    """Merges arenas into ``out`` tensor by tensor, by any method.
+    """Merges snapshots into ``out`` tensor by tensor, by any method.
 
-    Integer and boolean tensors, and those named in ``copied``, are taken from the newest arena.
+    Integer and boolean tensors, and those named in ``copied``, are taken from the newest snapshot.
 
     Args:
         method: how.
-        arenas: oldest first, of one layout.
+        chains: for each snapshot, oldest first, the arenas of its window's up to and with its own.
         out: of the same tensors, in any float dtypes.
         copied: names of tensors that are not averaged.
         trajectory: where the snapshots lie along the run.
         sharding: which part of each tensor the arenas hold, where there are several ranks.
     """
     several = sharding is not None and sharding.ranks.size > 1
-    sources, targets = [arena.tensors() for arena in arenas], out.tensors()
+    sources, targets = [flat_tensors(chain) for chain in chains], out.tensors()
     model = []
-    for group in arenas[0].layout.groups:
+    _copy_named(sources[-1], out, copied)
+    for group in out.layout.groups:
         for name in (segment.name for segment in group.segments):
-            if name in copied or not group.dtype.is_floating_point:
-                targets[name].copy_(sources[-1][name])
-            else:
+            if name not in copied and group.dtype.is_floating_point:
                 shard = Shard(sharding.kept[name], sharding.ranks) if sharding and several else None
-                model.append(Inputs(name, [source[name].view(-1) for source in sources], shard=shard))
+                model.append(Inputs(name, [source[name] for source in sources], shard=shard))
     survey = method.survey(model, trajectory)
     for inputs in model:
         method.merge(inputs, targets[inputs.name].view(-1), trajectory, survey)
@@ -263,26 +279,27 @@ def merge_into(
     tensors: Mapping[str, Tensor],
     copied: Collection[str] = (),
 ) -> None:
-    """Merges arenas straight into live tensors, in place: each is written once, and there is no buffer.
+    """Merges snapshots straight into live tensors, in place: each is written once, and there is no buffer.
 
     Args:
-        weights: one normalised weight an arena.
-        arenas: oldest first, of one layout.
+        weights: one normalised weight a snapshot, or 0.
+        arenas: of a window's snapshots from its oldest on.
         tensors: by name, in any dtypes and memory formats, on any device.
-        copied: names of tensors that are taken from the newest arena, as integer ones always are.
+        copied: names of tensors that are taken from the newest snapshot, as integer ones always are.
     """
+    newest = flat_tensors(arenas)
     for group in arenas[0].layout.groups:
-        flats = [arena.flat(group) for arena in arenas]
+        flats, factors = terms(arenas, group, weights)
         for segment in group.segments:
             sources = [flat[segment.start : segment.stop] for flat in flats]
             tensor = tensors[segment.name]
             if segment.name in copied or not group.dtype.is_floating_point:
-                overwrite(tensor, sources[-1].view(segment.shape))
+                overwrite(tensor, newest[segment.name].view(segment.shape))
             elif _is_flat(tensor, sources[0].device):
-                one_pass(sources, weights, tensor.view(-1))
+                one_pass(sources, factors, tensor.view(-1))
             else:
                 merged = torch.empty_like(sources[0], dtype=tensor.dtype)
-                one_pass(sources, weights, merged)
+                one_pass(sources, factors, merged)
                 overwrite(tensor, merged.view(segment.shape))
 
 
@@ -295,14 +312,15 @@ def _reduce_group(
     group: Group,
     arenas: Sequence[Arena],
     weights: Sequence[float] | None,
-    out: Tensor | None,
+    out: Arena | None,
     contrast: Sequence[float] | None,
 ) -> dict[str, float]:
+    sources, _ = terms(arenas, group, [0.0] * len(arenas))
     squares = one_pass(
-        [arena.flat(group) for arena in arenas],
-        weights if out is not None else None,
-        out,
-        contrast,
+        sources,
+        terms(arenas, group, weights)[1] if weights and out is not None else None,
+        None if out is None else out.flat(out.counterpart(group)),
+        terms(arenas, group, contrast)[1] if contrast else None,
         [segment.stop for segment in group.segments],
     )
     if squares is None:
@@ -310,8 +328,10 @@ def _reduce_group(
     return dict(zip((s.name for s in group.segments), squares.tolist(), strict=True))
 
 
-def _copy_named(group: Group, newest: Arena, out: Tensor, names: Collection[str]) -> None:
-    flat = newest.flat(group)
-    for segment in group.segments:
-        if segment.name in names:
-            out[segment.start : segment.stop].copy_(flat[segment.start : segment.stop])
+def _copy_named(newest: Mapping[str, Tensor], out: Arena, copied: Collection[str]) -> None:
+    """Takes over what is not averaged: the integer and boolean tensors, and those named in ``copied``."""
+    for group in out.layout.groups:
+        flat = out.flat(group)
+        for s in group.segments:
+            if s.name in copied or not group.dtype.is_floating_point:
+                flat[s.start : s.stop].copy_(newest[s.name][:])

@@ -29,14 +29,14 @@ from merge_callback.snapshots.safetensors_file import (
 SHARDS = "shards.json"
 
 
-def shards_name(step: int, session: str) -> str:
+def shards_name(step: int, session: str, is_delta: bool = False) -> str:
     """The folder of a snapshot: two timelines of one run, having other sessions, never share one."""
-    return f"step={step:08d}-{session}"
+    return f"step={step:08d}-{session}" + ("-delta" if is_delta else "")
 
 
 def step_of(name: str, session: str) -> int | None:
     """The step of a folder's snapshot, where it is this session's."""
-    found = re.fullmatch(rf"step=(\d+)-{session}", name)
+    found = re.fullmatch(rf"step=(\d+)-{session}(-delta)?", name)
     return int(found[1]) if found else None
 
 

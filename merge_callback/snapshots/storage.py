@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.deltas import decode, encode
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
@@ -53,6 +54,7 @@ class Snapshot:
     the segment, and up to the snapshot. ``in_spike`` tells that the loss was an outlier around that step.
     ``file`` (in the window's folder) and ``checksum`` (SHA-256 of the file) are empty for a snapshot that
     lives in memory only; that of several ranks is a folder with a file of each, and a list of them.
+    ``difference_to`` is the step of the snapshot before, where this one is kept as the difference to it.
     """
 
     step: int
@@ -65,6 +67,7 @@ class Snapshot:
     in_spike: bool = False
     file: str = ""
     checksum: str = ""
+    difference_to: int | None = None
     arena: Arena = field(default=None, repr=False, compare=False)  # type: ignore[assignment]
 
     def record(self) -> dict[str, Any]:
@@ -84,6 +87,7 @@ class SnapshotStore:
         masks: names of buffers that may hold Inf (attention masks do).
         sharding: which part of each tensor this rank keeps; ``layout`` is of these parts.
         whole: the layout of the whole model, where the rank does not keep all of it.
+        codec: ``"delta-bf16"`` keeps snapshots as differences to the one before; ``""`` as they are.
 
     Raises:
         ValueError: for ``"disk"`` without a folder.
@@ -98,6 +102,7 @@ class SnapshotStore:
         masks: Collection[str] = (),
         sharding: Sharding | None = None,
         whole: Layout | None = None,
+        codec: str = "",
     ) -> None:
         if storage == "disk" and folder is None:
             raise ValueError("storage='disk' needs a folder; keep durable=True, or choose storage='cpu'")
@@ -105,10 +110,11 @@ class SnapshotStore:
         self.device = torch.device(device if storage == "device" else "cpu")  # of the window's arenas
         self.live_device = torch.device(device)
         self.masks = masks
+        self.codec = codec
         self.sharding, self.whole = sharding or Sharding({}, {}), whole or layout
         self.ranks = self.sharding.ranks
         self.session = self.ranks.from_first(uuid.uuid4().hex[:12])  # of this process and its fellows
-        self._free: dict[torch.device, list[Arena]] = {}
+        self._free: dict[tuple[torch.device, bool], list[Arena]] = {}
         self._to_host = ToHost()
 
     def capture(self, tensors: Mapping[str, Tensor]) -> Arena:
@@ -122,11 +128,11 @@ class SnapshotStore:
         """
         own = self.sharding.own(tensors)
         try:
-            arena = self._empty(self.live_device)
+            arena = self.empty(self.live_device)
         except torch.OutOfMemoryError:
             if self.storage == "device":
                 raise
-            arena = self._empty(self.device)
+            arena = self.empty(self.device)
         try:
             arena.copy_from(own)
         except ValueError:
@@ -157,10 +163,10 @@ class SnapshotStore:
         if self.folder is None:
             return ""
         metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
-        metadata["layout"] = self.layout.hash
-        header, data = arena_header(self.layout), self._to_host.chunks(arena.buffer)
+        metadata["layout"] = arena.layout.hash
+        header, data = arena_header(arena.layout), self._to_host.chunks(arena.buffer)
         if self.ranks.size > 1:
-            folder = self.folder / shards_name(snapshot.step, self.session)
+            folder = self.folder / self._shards_name(snapshot)
             return write_shard(folder, self.sharding, header, data, metadata)
         # The name ends in the checksum: two timelines of one run can never take each other's file.
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +190,7 @@ class SnapshotStore:
             OSError: on the first rank, where the list can't be written.
         """
         if self.folder is not None and self.ranks.size > 1:
-            snapshot.file = shards_name(snapshot.step, self.session)
+            snapshot.file = self._shards_name(snapshot)
             snapshot.checksum = list_shards(self.folder / snapshot.file, checksums, write=self.ranks.is_first)
 
     def discard(self, snapshot: Snapshot) -> None:
@@ -192,7 +198,7 @@ class SnapshotStore:
         snapshot.file = snapshot.checksum = ""
         if self.folder is None or self.ranks.size == 1:
             return
-        folder = self.folder / shards_name(snapshot.step, self.session)
+        folder = self.folder / self._shards_name(snapshot)
         with contextlib.suppress(OSError):
             self.own_file(folder).unlink(missing_ok=True)
             for path in (*folder.glob(SHARDS), *folder.glob(".*.tmp")) if self.ranks.is_first else ():
@@ -207,16 +213,25 @@ class SnapshotStore:
         self.give_back(arena)
         if not snapshot.file or self.folder is None:
             return False
-        snapshot.arena = map_arena(self.own_file(self.folder / snapshot.file), self.layout)
+        snapshot.arena = map_arena(self.own_file(self.folder / snapshot.file), arena.layout)
         return True
+
+    def layout_of(self, snapshot: Snapshot) -> Layout:
+        """How a snapshot lies in its arena and file."""
+        return self.layout if snapshot.difference_to is None else self.layout.delta
+
+    def nbytes(self, count: int, of_all_ranks: bool = False) -> int:
+        """Bytes of ``count`` snapshots of a window."""
+        layout = self.whole if of_all_ranks else self.layout
+        return layout.nbytes + (count - 1) * (layout.delta if self.codec else layout).nbytes
 
     def own_file(self, path: Path) -> Path:
         """The file of this rank, of a snapshot whose file or folder is ``path``."""
         return path / shard_file(self.ranks.rank, self.ranks.size) if self.ranks.size > 1 else path
 
-    def is_shared_out_alike(self, path: Path) -> bool:
+    def is_shared_out_alike(self, snapshot: Snapshot, path: Path) -> bool:
         """Whether the snapshot at ``path`` has a file of what this very rank keeps now."""
-        return shares(path, self.sharding, arena_header(self.layout))
+        return shares(path, self.sharding, arena_header(self.layout_of(snapshot)))
 
     def reshard(self, snapshot: Snapshot, path: Path) -> Arena:
         """What this rank keeps now, from a snapshot whose files were shared out over other ranks.
@@ -225,7 +240,7 @@ class SnapshotStore:
             CorruptFileError: where a file that is read is not, byte for byte, what was written.
             OSError: where one is missing or unreadable.
         """
-        arena = self._empty(self.device)
+        arena = self.empty(self.device, self.layout_of(snapshot))
         try:
             gather_shards(path, snapshot.checksum, self.sharding.kept, arena.tensors())
         except (CorruptFileError, OSError):
@@ -244,11 +259,11 @@ class SnapshotStore:
         if self.ranks.size > 1:
             expected = listed_shards(path, expected)[shard_file(self.ranks.rank, self.ranks.size)]
             path = self.own_file(path)
-        mapped = map_arena(path, self.layout)
+        mapped = map_arena(path, self.layout_of(snapshot))
         if file_checksum(path) != expected:
             raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
         if self.storage != "disk":
-            arena = self._empty(self.device)
+            arena = self.empty(self.device, mapped.layout)
             arena.buffer.copy_(mapped.buffer)
             mapped = arena
         snapshot.arena = mapped
@@ -257,7 +272,7 @@ class SnapshotStore:
         """The arena of a loaded snapshot, to be written and kept anew; never one that is mapped."""
         if self.storage != "disk":
             return snapshot.arena
-        arena = self._empty(self.device)
+        arena = self.empty(self.device, snapshot.arena.layout)
         arena.buffer.copy_(snapshot.arena.buffer)
         return arena
 
@@ -268,18 +283,44 @@ class SnapshotStore:
 
     def give_back(self, arena: Arena) -> None:
         """Takes an arena back that ``capture`` gave out."""
-        self._free.setdefault(arena.buffer.device, []).append(arena)
+        self._free.setdefault((arena.buffer.device, arena.layout.is_delta), []).append(arena)
 
-    def _empty(self, device: torch.device) -> Arena:
-        """An arena to be overwritten: of an earlier snapshot, as a rule."""
-        free = self._free.get(device)
-        return free.pop() if free else Arena.empty(self.layout, device)
+    def empty(self, device: torch.device, layout: Layout | None = None) -> Arena:
+        """An arena to be overwritten, whole by default: of an earlier snapshot, as a rule."""
+        layout = layout or self.layout
+        free = self._free.get((device, layout.is_delta))
+        return free.pop() if free else Arena.empty(layout, device)
+
+    def encoded(self, snapshot: Snapshot, arena: Arena, before: Sequence[Snapshot]) -> Arena:
+        """A captured snapshot as the difference to the one before, where there is one to rely on.
+
+        Args:
+            snapshot: whose ``difference_to`` is set.
+            arena: of it, whole; given back.
+            before: the window's snapshots.
+        """
+        if not self.codec or not before or (self.folder is not None and not before[-1].file):
+            return arena
+        arena, delta = self._at_home(arena), self.empty(self.device, self.layout.delta)
+        encode(arena, [earlier.arena for earlier in before], delta)
+        snapshot.difference_to = before[-1].step
+        self.give_back(arena)
+        return delta
+
+    def decoded(self, snapshots: Sequence[Snapshot]) -> Arena:
+        """The last of a window's snapshots, whole."""
+        whole = self.empty(self.device)
+        decode([snapshot.arena for snapshot in snapshots], whole)
+        return whole
+
+    def _shards_name(self, snapshot: Snapshot) -> str:
+        return shards_name(snapshot.step, self.session, snapshot.difference_to is not None)
 
     def _at_home(self, arena: Arena) -> Arena:
         """A captured snapshot where the window keeps its arenas."""
         if arena.buffer.device == self.device:
             return arena
-        home = self._empty(self.device)
+        home = self.empty(self.device, arena.layout)
         self._to_host.copy(arena.buffer, home.buffer)
         self.give_back(arena)
         return home

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import count, groupby
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ class Window:
             OSError: where a file can't be written. In memory the snapshot is admitted all the same.
         """
         self._latest = max(self._latest, snapshot.step)
-        arena = self._agreed(captured)
+        arena = self._agreed(snapshot, captured)
         try:
             self._write(snapshot, arena)
         finally:
@@ -163,14 +164,19 @@ class Window:
         return {
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
             "layout": self.store.whole.hash,
+            "codec": self.store.codec,
             "snapshots": [s.record() for s in self.snapshots],
             "saved": [list(files) for files in self._saved],
         }
 
     def layout_difference(self, state: Mapping[str, Any]) -> str:
         """How the model of a ``state_dict`` differs from this one, in one line; empty where it does not."""
-        layout = self.store.whole
-        if state["layout"] == layout.hash or not state["snapshots"]:
+        layout, codec = self.store.whole, state.get("codec", "")
+        if not state["snapshots"]:
+            return ""
+        if codec != self.store.codec:
+            return f"snapshot_codec={codec or None!r} there and {self.store.codec or None!r} here"
+        if state["layout"] == layout.hash:
             return ""
         for record in state["snapshots"]:
             with contextlib.suppress(OSError, CorruptFileError):
@@ -194,7 +200,7 @@ class Window:
                 continue
             if problem := self._restore_one(Snapshot(**record), state["folder"]):
                 problems.append(f"snapshot of step {record['step']}: {problem}")
-        self.snapshots = self.snapshots[-self.size :]
+        self._drop_oldest()
         # Also what newer checkpoints need: this one may be an older one, taken by mistake.
         newer = _read_manifest(self.store.folder).get("saved", []) if self.store.folder else []
         self._saved = [files for files in newer if files not in state["saved"]]
@@ -230,19 +236,23 @@ class Window:
         for snapshot in self.snapshots:
             with contextlib.suppress(OSError):  # a removed file stays readable through its map
                 path = self.store.own_file(self.store.folder / snapshot.file)
-                if path.stat().st_size < self.store.layout.nbytes:
+                if path.stat().st_size < snapshot.arena.layout.nbytes:
                     cut.add(snapshot.step)
         cut = set().union(*self.ranks.exchange(cut))
+        for snapshot in self.snapshots:  # oldest first: a loss takes all that builds on it along
+            if snapshot.difference_to in cut:
+                cut.add(snapshot.step)
         lost = [snapshot for snapshot in self.snapshots if snapshot.step in cut]
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in cut]
-        return [f"snapshot of step {snapshot.step}: {snapshot.file} was cut" for snapshot in lost]
+        return [f"snapshot of step {s.step}: {s.file}, or what it builds on, was cut" for s in lost]
 
-    def _agreed(self, captured: Arena | Exception) -> Arena:
-        """What this rank has captured, if every rank has got hold of its part."""
+    def _agreed(self, snapshot: Snapshot, captured: Arena | Exception) -> Arena:
+        """What this rank has captured, as it is to be kept, if every rank has got hold of its part."""
         problem = captured if isinstance(captured, Exception) else None
         if isinstance(captured, Arena):
             try:
                 self.store.check_finite(captured)
+                captured = self.store.encoded(snapshot, captured, self.snapshots)
             except (ValueError, RuntimeError) as error:
                 problem = error
         try:
@@ -268,13 +278,53 @@ class Window:
         self.ranks.agree(problem)
         if kept:
             self.snapshots.append(snapshot)
-            while len(self.snapshots) > self.size:
-                self.store.release(self.snapshots.pop(0))
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        """Lets the snapshots beyond ``size`` go; what is the difference to one of them is made whole first.
+
+        Where a file can't be written for that, the window stays one longer, until one can.
+        """
+        while len(self.snapshots) > self.size:
+            if self.snapshots[1].difference_to is not None:
+                try:
+                    self._make_whole(self.snapshots[1])
+                except (OSError, RuntimeError, MemoryError) as error:
+                    log.warning("merge: the window keeps a snapshot more than %s: %s", self.size, error)
+                    return
+            self.store.release(self.snapshots.pop(0))
+
+    def _make_whole(self, snapshot: Snapshot) -> None:
+        """Keeps the second snapshot, the difference to the first one, as it is; in memory if it must.
+
+        Raises:
+            OSError: where the window lies on disk and the file can't be written; nothing has changed.
+            RuntimeError, MemoryError: where there is no memory for it, likewise.
+        """
+        arena, problem = None, None
+        try:
+            arena = self.store.decoded(self.snapshots[:2])
+        except (RuntimeError, MemoryError) as error:
+            problem = error
+        self.ranks.agree(problem)
+        assert arena is not None
+        whole = replace(snapshot, file="", checksum="", difference_to=None)
+        try:
+            self._write(whole, arena)
+        except OSError as error:
+            if self.store.storage == "disk":
+                self.store.give_back(arena)
+                raise
+            log.warning("merge: the snapshot of step %s is in memory only: %s", snapshot.step, error)
+        self.store.keep(whole, arena)
+        self.store.release(snapshot)
+        vars(snapshot).update(vars(whole))
 
     def _restore_one(self, snapshot: Snapshot, recorded_folder: str) -> str:
         """Takes one snapshot back; returns what is wrong with it, on this rank or another."""
         problem, arena = "", None
         try:
+            self._check_known(snapshot)
             arena = self._load(snapshot, recorded_folder)
         except (CorruptFileError, OSError) as error:
             problem = str(error) or type(error).__name__
@@ -296,6 +346,13 @@ class Window:
             self._admit(snapshot, arena)
         return problem
 
+    def _check_known(self, snapshot: Snapshot) -> None:
+        before = self.snapshots[-1].step if self.snapshots else None
+        if snapshot.difference_to not in (None, before):
+            raise CorruptFileError(
+                f"it is kept as the difference to that of step {snapshot.difference_to}, which is lost"
+            )
+
     def _load(self, snapshot: Snapshot, recorded_folder: str) -> Arena | None:
         """Loads a snapshot from the first sound file of its name, taking it over into the own folder.
 
@@ -309,7 +366,7 @@ class Window:
         for path in self._files(snapshot.file, recorded_folder):
             try:
                 strange = folder is not None and path.parent != folder
-                if (strange and self.ranks.size > 1) or not self.store.is_shared_out_alike(path):
+                if (strange and self.ranks.size > 1) or not self.store.is_shared_out_alike(snapshot, path):
                     return self.store.reshard(snapshot, path)
                 if folder is not None and strange:
                     _link_or_copy(path, folder / snapshot.file)

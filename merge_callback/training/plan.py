@@ -23,6 +23,7 @@ class Plan:
         total_steps: optimizer steps the whole run will take; ``None`` where it has no end.
         snapshot_bytes: size of one snapshot, on all ranks together.
         rank_bytes: what this rank keeps of it.
+        window_bytes: size of a full window, on all ranks together.
         storage: where the snapshots lie.
         folder: of the snapshot files, if any.
         free: room there, in bytes.
@@ -35,6 +36,7 @@ class Plan:
     total_steps: int | None
     snapshot_bytes: int
     rank_bytes: int
+    window_bytes: int
     storage: str
     folder: Path | None
     free: int
@@ -54,6 +56,7 @@ class Plan:
             total_steps=total_steps(trainer),
             snapshot_bytes=store.whole.nbytes,
             rank_bytes=store.layout.nbytes,
+            window_bytes=store.nbytes(options.window, of_all_ranks=True),
             storage=options.storage,
             folder=store.folder,
             free=check_room(options, store, trainer.num_devices),
@@ -69,7 +72,7 @@ class Plan:
         )
         return [
             f"merge: a snapshot every {every}, the last {self.window} kept" + self._count(),
-            f"merge: {one} a snapshot{share}, {in_bytes(self.window * self.snapshot_bytes)} in all, "
+            f"merge: {one} a snapshot{share}, {in_bytes(self.window_bytes)} in all, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
         ]
@@ -152,11 +155,12 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
             files = [*store.folder.glob("step=*.safetensors"), *store.folder.glob("step=*/*.safetensors")]
             disk = free_bytes("disk", store.folder, store.device) + sum(p.lstat().st_size for p in files)
             # One more than the window: the newest is written before the oldest goes.
-            _check_fits("disk", (options.window + 1) * store.whole.nbytes, disk)
+            _check_fits("disk", store.whole.nbytes + store.nbytes(options.window, of_all_ranks=True), disk)
             free = disk if options.storage == "disk" else free
         if options.storage != "disk":
             sharing = processes if options.storage == "cpu" else 1
-            _check_fits(options.storage, (options.window + 1) * store.layout.nbytes * sharing, free)
+            needed = store.layout.nbytes + store.nbytes(options.window)
+            _check_fits(options.storage, needed * sharing, free)
     except ValueError as error:
         problem = error
     store.ranks.agree(problem)
@@ -173,5 +177,5 @@ def _check_fits(storage: str, needed: int, free: int) -> None:
     }[storage]
     raise ValueError(
         f"the window needs {in_bytes(needed)} of {storage} room and {in_bytes(free)} are free: "
-        f"choose {other}, a smaller window=, or snapshot_dtype='bf16'"
+        f"choose {other}, a smaller window=, or snapshot_codec='delta-bf16'"
     )

@@ -94,11 +94,23 @@ class MergeSession:
         )
         self.applied = AppliedLR(trainer.optimizers, self._whole_numel)
         self.phases = LRPhaseDetector(total_steps(trainer))
-        layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype)
-        whole = Layout.of(_whole(model), options.snapshot_dtype)
+        # Kept as they are where others are not: rounding would change what is never averaged.
+        still = model.frozen | model.buffers | model.matching(options.exclude)
+        still = still if options.snapshot_dtype or options.snapshot_codec else set()
+        layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
+        whole = Layout.of(_whole(model), options.snapshot_dtype, still)
         folder = self.dirpath / "window" if options.durable else None
         masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
-        store = SnapshotStore(layout, options.storage, folder, module.device, masks, self.sharding, whole)
+        store = SnapshotStore(
+            layout,
+            options.storage,
+            folder,
+            module.device,
+            masks,
+            self.sharding,
+            whole,
+            codec=options.snapshot_codec if whole.delta.is_delta else "",
+        )
         run_id = resume.get("run_id") or self.ranks.from_first(uuid.uuid4().hex)
         self._window = Window(options.window, store, run_id)
         lag = max(1, min(options.diversity_lag, options.window - 1))
@@ -358,8 +370,8 @@ class MergeSession:
             if dirpath == self.dirpath.absolute():
                 raise ValueError(
                     f"the run that is resumed kept a window of another model in dirpath={str(dirpath)!r}: "
-                    f"{different}; resume with the model, precision and snapshot_dtype it was kept with, "
-                    "or give a new dirpath to begin with an empty window"
+                    f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
+                    "it was kept with, or give a new dirpath to begin with an empty window"
                 )
             rank_zero_warn(
                 f"merge: the window begins empty, the resumed one is of another model: {different}"

@@ -1,0 +1,132 @@
+"""Snapshots kept as differences: ``snapshot_codec="delta-bf16"``.
+
+The oldest snapshot of a window is whole, and each later one is the difference to the one before, in bf16::
+
+    x̂_0 = x_0        δ_i = bf16(x_i − x̂_{i−1})        x̂_i = fp32(x̂_{i−1} + δ_i)
+
+It is the difference to what the reader will see, so what one rounding lost the next difference holds: errors
+do not add up along the chain, and each is at most 2⁻⁹ of what a weight has moved since the snapshot before
+(in raw bf16: of the weight). A weighted sum of snapshots is one of what is stored, with other weights, and so
+is a distance: linear merges and the diversity read each stored byte once, and decode nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from merge_callback.reduce import one_pass
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.layout import Group
+
+
+def terms(
+    arenas: Sequence[Arena], group: Group, factors: Sequence[float]
+) -> tuple[list[Tensor], list[float]]:
+    """What is stored of a group, and the factors for it that give ``Σ factors[i] · snapshot i``.
+
+    Args:
+        arenas: of a window's snapshots from its oldest on, whole or differences.
+        group: of any of their layouts.
+        factors: one a snapshot.
+    """
+    sums, total = [], 0.0
+    for arena, factor in zip(reversed(arenas), reversed(factors), strict=True):
+        total += factor  # a difference is part of every snapshot from its own up to the next whole one
+        sums.append(total)
+        if not arena.counterpart(group).is_delta:
+            total = 0.0
+    return [arena.flat(arena.counterpart(group)) for arena in arenas], sums[::-1]
+
+
+def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
+    """Writes a snapshot as the difference to the one before.
+
+    Args:
+        arena: the snapshot, whole.
+        before: of the window's snapshots from its oldest on; the last is the one before.
+        out: of ``arena.layout.delta``.
+    """
+    for group in out.layout.groups:
+        here = arena.flat(arena.counterpart(group))
+        if group.is_delta:
+            stored, factors = terms(before, group, _last(before))
+            one_pass([here, *stored], [1.0, *(-factor for factor in factors)], out.flat(group))
+        else:
+            out.flat(group).copy_(here)
+
+
+def decode(arenas: Sequence[Arena], out: Arena) -> None:
+    """Writes the last of a window's snapshots whole.
+
+    Args:
+        arenas: of the window's snapshots from its oldest on.
+        out: of the whole layout; may be one of them.
+    """
+    for group in out.layout.groups:
+        last = arenas[-1].counterpart(group)
+        if last.is_delta:
+            one_pass(*terms(arenas, group, _last(arenas)), out.flat(group))
+        else:
+            out.flat(group).copy_(arenas[-1].flat(last))
+
+
+def flat_tensors(arenas: Sequence[Arena]) -> dict[str, Tensor]:
+    """Every tensor of the last of a window's snapshots, flat; those kept as differences as ``Decoded``."""
+    tensors: dict[str, Tensor] = {}
+    for group in arenas[-1].layout.groups:
+        stored, factors = terms(arenas, group, _last(arenas))
+        needed = [flat for flat, factor in zip(stored, factors, strict=True) if factor]
+        for s in group.segments:
+            parts = [flat[s.start : s.stop] for flat in needed]
+            tensors[s.name] = parts[0] if len(parts) == 1 else cast(Tensor, Decoded(parts))
+    return tensors
+
+
+class Decoded:
+    """A flat tensor that is a sum of stored ones: read like a tensor, summed up where it is read.
+
+    A slice costs memory for the slice alone. Everything else that is done with a tensor works on the whole.
+
+    Args:
+        parts: 1-D, of one size and device; summed in order, in the first one's dtype.
+    """
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self.parts, self.dtype, self.device = parts, parts[0].dtype, parts[0].device
+
+    def numel(self) -> int:
+        """Elements."""
+        return self.parts[0].numel()
+
+    def __getitem__(self, index: Any) -> Tensor:
+        if not isinstance(index, slice):
+            return self[:][index]
+        parts = [part[index] for part in self.parts]
+        out = torch.empty_like(parts[0])
+        one_pass(parts, [1.0] * len(parts), out)
+        return out
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "data_ptr" or name.startswith("__"):  # of memory that would be gone at once
+            raise AttributeError(name)
+        return getattr(self[:], name)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        args, kwargs = tree_map(lambda value: value[:] if isinstance(value, cls) else value, (args, kwargs))
+        return func(*args, **(kwargs or {}))
+
+
+def _last(arenas: Sequence[Arena]) -> list[float]:
+    return [0.0] * (len(arenas) - 1) + [1.0]
