@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from merge_callback.offline.delta_snapshot import decode_snapshot
 from merge_callback.offline.opened import Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
 from merge_callback.offline.safetensors_folder import (
@@ -43,6 +44,14 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
+    stored = _open_stored(path, spool, state_key)
+    if stored.difference_to is None:
+        return stored
+    return decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
+
+
+def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:
+    """A checkpoint as its own files have it."""
     if (path / _METADATA).is_file():
         from merge_callback.offline.dcp import open_dcp
 

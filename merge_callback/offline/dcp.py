@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import pickle
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from merge_callback.offline.containment import contained
 from merge_callback.offline.dcp_metadata import read_metadata
-from merge_callback.offline.mapped_file import map_tensors
+from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
@@ -84,13 +82,6 @@ def recorded_step(folder: Path) -> int | None:
     except Exception:  # whatever a foreign pickle does wrong: a step is good to have, no more
         step = None
     return step_in_name(folder) if step is None else step
-
-
-def default_spool() -> Path:
-    """Where checkpoints in parts are put together, if nobody says where."""
-    # Not /tmp: on many machines that is memory.
-    places = (os.environ.get("TMPDIR", ""), "/var/tmp")
-    return Path(next((place for place in places if place and os.path.isdir(place)), tempfile.gettempdir()))
 
 
 def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:

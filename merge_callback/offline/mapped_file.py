@@ -85,6 +85,13 @@ def map_tensors(spool: Path, tensors: Mapping[str, tuple[torch.dtype, torch.Size
     return {place.name: _view(spool, data, place) for place in places}
 
 
+def default_spool() -> Path:
+    """Where checkpoints in parts are put together, if nobody says where."""
+    # Not /tmp: on many machines that is memory.
+    places = (os.environ.get("TMPDIR", ""), "/var/tmp")
+    return Path(next((place for place in places if place and os.path.isdir(place)), tempfile.gettempdir()))
+
+
 def _reserve(spool: Path, nbytes: int) -> Tensor:
     with tempfile.TemporaryFile(dir=spool) as file:
         try:

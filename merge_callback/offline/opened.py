@@ -30,6 +30,7 @@ class Checkpoint:
         files: what was read.
         extras: what a Hugging Face model's loader wants beside the weights (config, tokenizer).
         format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
+        difference_to: step of the snapshot that this is stored as the difference to; ``None`` if it is whole.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class Checkpoint:
     files: list[Path]
     extras: list[Path]
     format: str
+    difference_to: int | None = None
 
 
 def step_in_name(path: Path) -> int | None:

@@ -56,6 +56,7 @@ def open_file(path: Path) -> Checkpoint:
         files=[path],
         extras=[],
         format="snapshot" if snapshot else "safetensors",
+        difference_to=whole(metadata.get("difference_to")) if snapshot else None,
     )
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 
 from merge_callback.offline.containment import contained
-from merge_callback.offline.dcp import default_spool
-from merge_callback.offline.mapped_file import map_safetensors, map_tensors
+from merge_callback.offline.mapped_file import default_spool, map_safetensors, map_tensors
 from merge_callback.offline.opened import Checkpoint, read_json, step_in_name, whole
 from merge_callback.sharding.pieces import Piece
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
@@ -60,6 +59,7 @@ def open_sharded_snapshot(folder: Path, spool: Path | None = None) -> Checkpoint
         files=files,
         extras=[],
         format="snapshot",
+        difference_to=whole(metadata.get("difference_to")) if files else None,
     )
 
 

@@ -162,7 +162,10 @@ class SnapshotStore:
         """
         if self.folder is None:
             return ""
-        metadata = {"format": "pt", **{k: str(v) for k, v in snapshot.record().items() if v != ""}}
+        metadata = {
+            "format": "pt",
+            **{k: str(v) for k, v in snapshot.record().items() if v not in ("", None)},
+        }
         metadata["layout"] = arena.layout.hash
         header, data = arena_header(arena.layout), self._to_host.chunks(arena.buffer)
         if self.ranks.size > 1:
