@@ -22,8 +22,10 @@ class Cluster:
     tokens_between: float = 4e9
     flops: float = 0.4 * 989e12
     """Of each GPU in training: 40 % of the dense bf16 peak."""
+    on_device: float = 1e12
+    """Copied within a GPU's memory; an H100 reads and writes 3.3 TB/s."""
     to_host: float = 5e9
-    """From a GPU to pageable host memory, all GPUs of a node at once."""
+    """From a GPU to host memory, all GPUs of a node at once."""
     file_system: float = 100e9
     """Written by all nodes together."""
     message: float = 50e-6
@@ -67,14 +69,16 @@ ORIGINS: Mapping[str, str] = {
     "of it on each rank, GB": "/ 512; *M* arena and file: 1.00 / ranks",
     "window on each rank, GB": "x 10: files and page cache, host memory, or GPU memory, by `storage`",
     "window on each node, GB": "x 8 ranks",
-    "host memory beside it, GB": "x 3: staging buffer, merge, live weights while the merge is evaluated",
-    "capture to host, s": "*A* 5 GB/s from each GPU, pageable; *M* x {capture:.1f}, to check it, too",
+    "host memory beside it, GB": "x 2: the merge, and the live weights while it is evaluated",
+    "GPU memory beside training's, GB": "the staging buffer",
+    "**a snapshot holds training up, s**": "*A* 1 TB/s, a copy on the GPU; *M* x {capture:.1f}, tensor by tensor",
+    "beside training, to host, s": "*A* 5 GB/s from each GPU",
     "hash and write by a core a rank, s": "*M* {written:.1f} ns a byte",
     "the same at the file system's rate, s": "*A* 100 GB/s for all nodes",
     "merge and diversity of ten, s": "*M* {merged:.2f} ns a byte of the window, one core",
     "exchanges, s": "*M* {exchanges} of them x *A* 511 messages of 50 µs",
-    "**a snapshot holds training up, s**": "the sum",
-    "share of training, %": "/ 8,294 s",
+    "until it is kept and merged, s": "the sum",
+    "share of the interval, %": "/ 8,294 s",
     "to storage on average, MB/s": "a snapshot / 8,294 s; as much again for each emission",
     "emission as safetensors, s": "*M* {emitted:.1f} ns a byte by rank 0, *A* messages: 723 x 511",
     "emission as dcp, s": "*M* {dcp:.1f} ns a byte by each rank, *A* 100 GB/s",
@@ -107,8 +111,8 @@ def follows(costs: Costs, cluster: Cluster, size: int) -> dict[str, float]:
     snapshot = size * cluster.parameters
     share, between = snapshot / cluster.ranks, cluster.seconds_between
     passes = (cluster.ranks - 1) * cluster.message  # once round a ring of all ranks, as each exchange goes
-    stall = (
-        share / cluster.to_host * costs.capture_over_copy,
+    beside = (
+        share / cluster.to_host,
         share * costs.seconds_a_byte_written,
         snapshot / cluster.file_system,
         cluster.window * share * costs.seconds_a_byte_merged,
@@ -119,10 +123,12 @@ def follows(costs: Costs, cluster: Cluster, size: int) -> dict[str, float]:
         share / GIGA,
         cluster.window * share / GIGA,
         cluster.window * share * cluster.ranks_per_node / GIGA,
-        3 * share / GIGA,
-        *stall,
-        sum(stall),
-        100 * sum(stall) / between,
+        2 * share / GIGA,
+        share / GIGA,
+        share / cluster.on_device * costs.capture_over_copy,
+        *beside,
+        sum(beside),
+        100 * sum(beside) / between,
         snapshot / between / 1e6,
         snapshot * costs.seconds_a_byte_emitted + cluster.tensors * passes,
         share * costs.seconds_a_byte_emitted_as_dcp + snapshot / cluster.file_system,
