@@ -71,7 +71,7 @@ ORIGINS: Mapping[str, str] = {
     "window on each node, GB": "x 8 ranks",
     "host memory beside it, GB": "x 2: the merge, and the live weights while it is evaluated",
     "GPU memory beside training's, GB": "the staging buffer",
-    "**a snapshot holds training up, s**": "*A* 1 TB/s, a copy on the GPU; *M* x {capture:.1f}, tensor by tensor",
+    "**a snapshot holds training up, s**": "*A* 1 TB/s, on the GPU; *M* x {capture:.1f}, tensor by tensor",
     "beside training, to host, s": "*A* 5 GB/s from each GPU",
     "hash and write by a core a rank, s": "*M* {written:.1f} ns a byte",
     "the same at the file system's rate, s": "*A* 100 GB/s for all nodes",

@@ -3,7 +3,7 @@
     python benchmarks/snapshot_codec.py
 
 Trains the demo once, with three callbacks side by side that differ in how they keep snapshots, and compares
-all they publish. Errors are relative to the update: how far the weights are from those one snapshot before (RMS).
+all they publish. Errors are relative to the update: the RMS distance of the weights one snapshot apart.
 """
 
 from __future__ import annotations
