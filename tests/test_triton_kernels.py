@@ -32,6 +32,7 @@ def outcome(arguments, **environment):
 
 
 @needs_triton
+@pytest.mark.timeout(900)  # on a GPU each mixture of dtypes is compiled first
 @pytest.mark.parametrize(
     "interpreted", ["1", pytest.param("0", marks=needs_gpu)], ids=["interpreted", "compiled"]
 )

@@ -218,7 +218,7 @@ def test_more_than_2_to_the_31_elements_are_reached():
 def test_inner_products_are_those_of_fp64(count, dtypes, size):
     tensors = several(count, size, dtypes)
     matrix = torch.stack([t.double() for t in tensors]).cpu()
-    # 32 products below 16 in steps of 1/64: 15 bits. Three programs, of which the last may have nothing.
+    # 32 products below 16 in steps of 1/64: 15 bits. Three programs at most.
     assert torch.equal(triton_products.inner_products(tensors, programs=3), matrix @ matrix.T)
     assert torch.equal(
         triton_products.inner_products([t[1:] for t in tensors]), matrix[:, 1:] @ matrix[:, 1:].T
@@ -294,6 +294,12 @@ def test_sixty_four_task_vectors_are_elected_and_cast_once():
     expected, kept = ties_by_blocks(method, inputs)
     out = ties_in_one_launch(method, inputs, kept, torch.bfloat16)
     assert torch.equal(out.cpu(), expected.bfloat16())
+
+
+def test_without_a_task_vector_the_merge_is_the_initial_model():
+    initial, out = eighths(100, 0), torch.empty(100, dtype=torch.float16, device=DEVICE)
+    triton_ties.elect(initial, [], out, 1.0, [], block=64)
+    assert torch.equal(out.float(), initial)
 
 
 # The census of a threshold search.

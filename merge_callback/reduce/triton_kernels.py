@@ -144,8 +144,8 @@ def _store_partials(bounds, partials, segments, size, offsets, squares, block: t
 @triton.jit
 def _segment_at(bounds, segments, place):
     """The segment that holds an element: how many bounds are not beyond it."""
-    low = segments.to(tl.int64) * 0
     high = segments.to(tl.int64)
+    low = high * 0  # 64 bits as well
     while low < high:
         middle = (low + high) // 2
         beyond = tl.load(bounds + middle) > place
