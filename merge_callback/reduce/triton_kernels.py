@@ -2,8 +2,8 @@
 
 Every program sums one tile in registers. Where squares are wanted it writes one partial sum for each segment
 that its tile touches; a second, tiny launch adds up those of each segment in a fixed order, in fp64. There
-are no atomics: equal inputs give equal bits. The order within a tile is the compiler's, though: the last bits of
-the squares (never of the merge) may differ between kinds of GPU, and with dtype and alignment of the sources.
+are no atomics: equal inputs give equal bits. The order within a tile is the compiler's, though: the last bits
+of the squares (never of the merge) may differ between kinds of GPU, or with dtype and alignment of sources.
 """
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 
