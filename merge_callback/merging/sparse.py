@@ -24,6 +24,7 @@ from merge_callback.merging.threshold import (
     search_tie_ends,
     together,
 )
+from merge_callback.reduce.dispatch import triton_serves
 
 _AT_ONCE = 128  # thresholds that processes search for together: they hold a sixtieth of the elements each
 
@@ -75,6 +76,8 @@ class Ties(MergeMethod):
         vectors = TaskVectors(inputs, hold=True)
         whole = kept_of_all({inputs.name: vectors}, self.density) if survey is None else survey
         kept = whole[inputs.name]
+        if triton_serves(out, vectors.initial, *vectors.others):
+            return _elect_in_one_launch(vectors, out, self.scale, kept)
 
         def trim(which: int, block: Tensor, begin: int) -> Tensor:
             return kept[which].trim(block, begin)
@@ -283,6 +286,13 @@ def _combine(
             out[begin:end].copy_(combined.result().mul_(scale).add_(here))
 
     in_ranges(vectors.size, vectors.device, merge_range)
+
+
+def _elect_in_one_launch(vectors: TaskVectors, out: Tensor, scale: float, kept: Sequence[Kept]) -> None:
+    from merge_callback.reduce import triton_ties
+
+    cuts = [triton_ties.Cut(*_largest(k.magnitude, torch.float32), k.end) for k in kept]
+    triton_ties.elect(vectors.initial, vectors.others, out, scale, cuts)
 
 
 def _count(entries: Tensor, counts: Tensor) -> None:

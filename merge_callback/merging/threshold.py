@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.merging.task_vectors import in_ranges
+from merge_callback.reduce.dispatch import triton_serves
 from merge_callback.sharding import Piece
 
 T = TypeVar("T")
@@ -317,6 +318,11 @@ def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
     A sample of a vector with few different magnitudes ends on frequent ones. Counting them is far cheaper
     than picking them.
     """
+    if triton_serves(bits, dtypes={torch.int32}):
+        from merge_callback.reduce import triton_census
+
+        above, at_high, at_low, found = triton_census.split(bits, low, high)
+        return above, at_high, at_low, found.cpu().numpy()
     if bits.device.type != "cpu":
         between = bits[(bits > low) & (bits < high)].cpu().numpy()
         at_low = int((bits == low).sum()) if low < high else 0

@@ -1,0 +1,170 @@
+"""The one pass over flat memory on a GPU: one launch, whatever the number of sources.
+
+Every program sums one tile in registers. Where squares are wanted it writes one partial sum for each segment
+that its tile touches; a second, tiny launch adds up those of each segment in a fixed order, in fp64. There
+are no atomics: equal inputs give equal bits. The order within a tile is the compiler's, though: the last bits
+of the squares (never of the merge) may differ between kinds of GPU, or with dtype and alignment of sources.
+"""
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from merge_callback.reduce.triton_sources import elements, load, on, table, written
+
+BLOCK = 1024
+"""Elements per program: 8 a thread, of each of both sums."""
+
+
+@torch.no_grad()
+def one_pass(
+    sources: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    out: Tensor | None = None,
+    contrast: Sequence[float] | None = None,
+    bounds: Sequence[int] = (),
+    block: int = BLOCK,
+) -> Tensor | None:
+    """What ``blocks.one_pass`` does, for tensors that ``triton_serves``.
+
+    Products are summed with fused multiply–add, which rounds once, as PyTorch's own CUDA kernels do.
+
+    Args:
+        sources: N flat contiguous tensors of ``n`` elements, fp32, bf16 or fp16, on one device.
+        weights: N factors; ``None`` leaves ``out`` untouched.
+        out: flat, contiguous, ``n`` elements, one of these dtypes; receives the one final cast.
+        contrast: N factors, or ``None``.
+        bounds: ends of the segments in elements, ascending, the last one ``n``.
+        block: elements a program sums, a power of 2.
+
+    Returns:
+        With ``contrast``: fp64 on the CPU, one sum of squares a segment. Else ``None``.
+    """
+    size, device = sources[0].numel(), sources[0].device
+    merges = weights is not None and out is not None
+    squares = torch.zeros(len(bounds) if contrast is not None else 0, dtype=torch.float64, device=device)
+    if size and (merges or len(squares)):
+        given = weights if merges and weights is not None else [0.0] * len(sources)
+        with on(device):
+            _launch(sources, given, out if merges else None, contrast, bounds, squares, block)
+    return None if contrast is None else squares.cpu()
+
+
+def _launch(
+    sources: Sequence[Tensor],
+    weights: Sequence[float],
+    out: Tensor | None,
+    contrast: Sequence[float] | None,
+    bounds: Sequence[int],
+    squares: Tensor,
+    block: int,
+) -> None:
+    factors = contrast if contrast is not None else [0.0] * len(sources)
+    # What has no part in either sum is not read at all.
+    used = [i for i, pair in enumerate(zip(weights, factors, strict=True)) if any(pair)] or [0]
+    tiles = triton.cdiv(sources[0].numel(), block)
+    rows = table([sources[i] for i in used], bounds, [weights[i] for i in used], [factors[i] for i in used])
+    # Tile t and segment s have the place t + s: along the tensor both only grow, so no two pairs share one.
+    partials = torch.empty(tiles + len(squares), dtype=torch.float32, device=squares.device)
+    _sum_tile[(tiles,)](
+        rows.integers, rows.factors, rows.sources, partials if out is None else out, partials, len(squares),
+        sources[0].numel(), rows.kind, rows.aligned, out is not None, len(squares) > 0, block,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if out is not None:
+        written(out)
+    if len(squares):
+        _sum_segment[(len(squares),)](
+            rows.integers, 2 * rows.sources, partials, squares, block, 1024, enable_fp_fusion=True
+        )
+
+
+@triton.jit(do_not_specialize=["count", "segments", "size"])
+def _sum_tile(
+    rows, factors, count, out, partials, segments, size,
+    kind: tl.constexpr, aligned: tl.constexpr, merges: tl.constexpr, measures: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile's weighted sum, and the squares of its contrast by segment."""
+    offsets = elements(tl.program_id(0), block)
+    if tl.program_id(0) + 1 < tl.num_programs(0):
+        # No mask: with one, whose end may lie anywhere, no thread loads 16 bytes at once.
+        other = _sums(rows, factors, count, out, offsets, None, kind, aligned, merges, measures, block)
+    else:
+        inside = offsets < size
+        other = _sums(rows, factors, count, out, offsets, inside, kind, aligned, merges, measures, block)
+    if measures:
+        _store_partials(rows + 2 * count, partials, segments, size, offsets, other * other, block)
+
+
+@triton.jit
+def _sums(
+    rows, factors, count, out, offsets, inside,
+    kind: tl.constexpr, aligned: tl.constexpr, merges: tl.constexpr, measures: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    """Writes the weighted sum of the elements that are inside, and returns their contrast."""
+    total = tl.zeros([block], tl.float32)
+    other = tl.zeros([block], tl.float32)
+    for i in tl.range(0, count, loop_unroll_factor=4):
+        values = load(tl.load(rows + i), tl.load(rows + count + i), offsets, inside, kind, aligned)
+        # A source may take part in one sum only, and its NaN must not reach the other: 0 times it is NaN.
+        if merges:
+            weight = tl.load(factors + i)
+            total = tl.where(weight != 0, total + weight * values, total)
+        if measures:
+            factor = tl.load(factors + count + i)
+            other = tl.where(factor != 0, other + factor * values, other)
+    if merges:
+        tl.store(out + offsets, total.to(out.dtype.element_ty), mask=inside)
+    return other
+
+
+@triton.jit
+def _store_partials(bounds, partials, segments, size, offsets, squares, block: tl.constexpr):
+    """Sums a tile's squares by the segments it touches."""
+    tile = tl.program_id(0).to(tl.int64)
+    begin = tile * block
+    stop = tl.minimum(begin + block, size)
+    segment = _segment_at(bounds, segments, begin)
+    while begin < stop:
+        end = tl.load(bounds + segment)
+        here = (offsets >= begin) & (offsets < end)  # beyond the tensor the squares are 0
+        tl.store(partials + tile + segment, tl.sum(tl.where(here, squares, 0.0)))
+        begin = tl.maximum(begin, end)
+        segment += 1
+
+
+@triton.jit
+def _segment_at(bounds, segments, place):
+    """The segment that holds an element: how many bounds are not beyond it."""
+    high = segments.to(tl.int64)
+    low = high * 0  # 64 bits as well
+    while low < high:
+        middle = (low + high) // 2
+        beyond = tl.load(bounds + middle) > place
+        low = tl.where(beyond, low, middle + 1)
+        high = tl.where(beyond, middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["first_bound"])
+def _sum_segment(rows, first_bound, partials, squares, block: tl.constexpr, chunk: tl.constexpr):
+    """Adds up one segment's partial sums, always in the same order."""
+    segment = tl.program_id(0).to(tl.int64)
+    begin = tl.load(rows + first_bound + segment - 1, mask=segment > 0, other=0)
+    end = tl.load(rows + first_bound + segment)
+    total = tl.zeros([chunk], tl.float64)
+    place = begin // block
+    stop = tl.where(end > begin, (end + block - 1) // block, place)  # an empty segment has no tiles
+    while place < stop:
+        tiles = place + tl.arange(0, chunk)
+        total += tl.load(partials + segment + tiles, mask=tiles < stop, other=0.0).to(tl.float64)
+        place += chunk
+    tl.store(squares + segment, tl.sum(total))

@@ -1,0 +1,120 @@
+"""How Triton's kernels reach any number of tensors of any dtypes: by a table of their addresses.
+
+A table on the device, unlike kernel arguments, has no limit of 4 KiB, and one compiled kernel serves every
+number of sources. Only these are compiled anew: another dtype, a mixture of dtypes, and sources that do not
+begin at a multiple of 16 bytes (these are read element by element, the others 16 bytes a thread at once).
+"""
+# mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the table calls a dtype."""
+
+MIXED = 3
+"""What a kernel is told of sources of several dtypes: the table says which has which."""
+
+
+class Table(NamedTuple):
+    """Sources as a kernel gets them.
+
+    Args:
+        integers: int64 on the device: N addresses, N kinds, and what the kernel needs besides.
+        factors: fp32 on the device, N times as many as there are lists of factors.
+        sources: N.
+        kind: the dtype of all sources, or ``MIXED``. Known when the kernel is compiled.
+        aligned: whether all begin at a multiple of 16 bytes. Known when the kernel is compiled.
+    """
+
+    integers: Tensor
+    factors: Tensor
+    sources: int
+    kind: int
+    aligned: bool
+
+
+def table(sources: Sequence[Tensor], integers: Sequence[int], *factors: Sequence[float]) -> Table:
+    """The table of sources that are contiguous, of the dtypes in ``KINDS`` and on one device.
+
+    The sources have to live until the kernel is launched; what frees them later does so in the stream's
+    order.
+
+    Args:
+        sources: N flat tensors, at least one.
+        integers: follow the addresses and the kinds.
+        *factors: N numbers each; one list follows the other.
+    """
+    addresses, kinds = [s.data_ptr() for s in sources], [KINDS[s.dtype] for s in sources]
+    device = sources[0].device
+    return Table(
+        _sent([*addresses, *kinds, *integers], torch.int64, device),
+        _sent([factor for each in factors for factor in each], torch.float32, device),
+        len(sources),
+        kinds[0] if len(set(kinds)) == 1 else MIXED,
+        all(address % 16 == 0 for address in addresses),
+    )
+
+
+def _sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Without non_blocking the host would wait for all that the stream still has to do. CUDA copies pageable
+    # memory to a buffer of its own before the call returns.
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a device the current one, which is where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def written(out: Tensor) -> None:
+    """Tells autograd that a kernel wrote to a tensor, as PyTorch's own operations do."""
+    if not out.is_inference():  # those have no version
+        torch.autograd.graph.increment_version(out)
+
+
+@triton.jit
+def elements(tile: tl.tensor, block: tl.constexpr):
+    """The indices of a tile's elements, int64: those of a large arena exceed 2^31."""
+    return tile.to(tl.int64) * block + tl.arange(0, block)
+
+
+@triton.jit
+def pointers(address: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr):
+    """Addresses as pointers."""
+    typed = address.to(tl.pointer_type(dtype))
+    return tl.multiple_of(typed, 16) if aligned else typed
+
+
+@triton.jit
+def load(address, own, offsets, mask, kind: tl.constexpr, aligned: tl.constexpr):
+    """One source's elements in fp32, 0 where masked out; ``own`` is its kind, which counts where mixed."""
+    if kind == 0:
+        values = read(address, offsets, mask, tl.float32, aligned)
+    elif kind == 1:
+        values = read(address, offsets, mask, tl.bfloat16, aligned)
+    elif kind == 2:
+        values = read(address, offsets, mask, tl.float16, aligned)
+    elif own == 0:
+        values = read(address, offsets, mask, tl.float32, aligned)
+    elif own == 1:
+        values = read(address, offsets, mask, tl.bfloat16, aligned)
+    else:
+        values = read(address, offsets, mask, tl.float16, aligned)
+    return values
+
+
+@triton.jit
+def read(address, offsets, mask, dtype: tl.constexpr, aligned: tl.constexpr):
+    """Elements of a known dtype in fp32."""
+    places = pointers(address, dtype, aligned) + offsets
+    values = tl.load(places) if mask is None else tl.load(places, mask=mask, other=0.0)
+    return values.to(tl.float32)
