@@ -65,7 +65,7 @@ def decode(arenas: Sequence[Arena], out: Arena) -> None:
 
     Args:
         arenas: of the window's snapshots from its oldest on.
-        out: of the whole layout; may be one of them.
+        out: of the whole layout.
     """
     for group in out.layout.groups:
         last = arenas[-1].counterpart(group)
