@@ -18,6 +18,7 @@
 #define GROUP 64      /* elements of every source that are summed at once: 256 bytes, four lines, in fp32 */
 #define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
+#define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
 #define STREAMED (8 << 20) /* bytes of output from which on it is written past the caches */
 
 enum { FP32, BF16, FP16 };
