@@ -323,7 +323,7 @@ def test_the_census_is_that_of_the_blocks(size, low, high):
 def _kernels_serve_the_cpu(monkeypatch):
     """Under the interpreter; on a GPU they serve it anyway."""
     if INTERPRETED:
-        for place in (reduce, slerp, sparse, threshold):
+        for place in (dispatch, slerp, sparse, threshold):
             monkeypatch.setattr(
                 place, "triton_serves", lambda *t, dtypes=dispatch.NARROW: all(x.dtype in dtypes for x in t)
             )
@@ -353,7 +353,7 @@ def model(seed, dtype):
 def test_methods_give_what_they_give_without_the_kernels(method, options, dtype, monkeypatch):
     models = [model(seed, dtype) for seed in range(4)]
     merged = merge_state_dicts(models, method, **options)
-    for place in (reduce, slerp, sparse, threshold):
+    for place in (dispatch, slerp, sparse, threshold):
         monkeypatch.setattr(place, "triton_serves", lambda *t, **options: False)
     expected = merge_state_dicts([{k: t.cpu() for k, t in m.items()} for m in models], method, **options)
     # An ulp of the merge: fused products may round a sum of four otherwise, which a cast can bring to light.

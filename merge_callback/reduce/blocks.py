@@ -1,4 +1,4 @@
-"""Weighted sum and squared distances of flat tensors, in one cache-blocked pass."""
+"""The pass with PyTorch's own operations, on any device: in blocks, so that each is read once from memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 BLOCK = 1 << 19
 """Elements per block: the fp32 accumulator (2 MiB) and one block of input stay in the last-level cache.
 On a 2-core EPYC, N=10, blocks of 2^19 to 2^20 were the fastest of 2^16 … 2^21. The split is fixed, so the
-partial sums of a distance, and so its last bit, depend on nothing but the layout."""
+partial sums of a distance, and so its last bit, depend on nothing but the layout and PyTorch's threads."""
 
 _BLOCK_ALONE = 1 << 17
 """The same where nothing but a weighted sum is wanted, and PyTorch has one thread: both fit into the
@@ -24,29 +24,14 @@ def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-@torch.no_grad()
 def one_pass(
     sources: Sequence[Tensor],
-    weights: Sequence[float] | None = None,
-    out: Tensor | None = None,
-    contrast: Sequence[float] | None = None,
-    bounds: Sequence[int] = (),
+    weights: Sequence[float] | None,
+    out: Tensor | None,
+    contrast: Sequence[float] | None,
+    bounds: Sequence[int],
 ) -> Tensor | None:
-    """Writes ``out = Σ weights[i] · sources[i]`` and sums ``(Σ contrast[i] · sources[i])²`` by segment.
-
-    Each block of every source is read once: both sums are formed while it sits in cache. A factor of 0 leaves
-    its source out, whatever it holds.
-
-    Args:
-        sources: N flat tensors of ``n`` elements, of any floating-point dtypes, on one device.
-        weights: N factors; ``None`` leaves ``out`` untouched (squares only).
-        out: flat, ``n`` elements, any floating-point dtype; receives the one final cast.
-        contrast: N factors, or ``None``; −1 and 1 at two sources, and 0 elsewhere, give their distance.
-        bounds: ends of the segments in elements, ascending, the last one ``n``; needed with ``contrast``.
-
-    Returns:
-        With ``contrast``: fp64 on the CPU, one sum of squares a segment. Else ``None``.
-    """
+    """See ``reduce.one_pass``."""
     wide = accumulator_dtype(*sources)
     block = min(BLOCK, _BLOCK_ALONE) if contrast is None and torch.get_num_threads() == 1 else BLOCK
     total, scratch, other = (_buffer(sources[0], wide, min(block, sources[0].numel())) for _ in range(3))

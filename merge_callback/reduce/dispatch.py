@@ -1,44 +1,96 @@
-"""Which tensors Triton's kernels take; all others are left to PyTorch's own operations."""
+"""Which of the passes reads the sources: C on a CPU, Triton on a GPU, PyTorch's own operations anywhere."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from merge_callback.reduce import blocks, compiled
+
+EAGER = os.environ.get("MERGE_CALLBACK_EAGER", "") not in ("", "0")
+"""Whether to use PyTorch's own operations only, for whoever suspects a kernel: ``MERGE_CALLBACK_EAGER=1``."""
+
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Floating-point dtypes that are summed in fp32."""
+
+Pass = Callable[
+    [Sequence[Tensor], Sequence[float] | None, Tensor | None, Sequence[float] | None, Sequence[int]],
+    Tensor | None,
+]
+
+
+@torch.no_grad()
+def one_pass(
+    sources: Sequence[Tensor],
+    weights: Sequence[float] | None = None,
+    out: Tensor | None = None,
+    contrast: Sequence[float] | None = None,
+    bounds: Sequence[int] = (),
+) -> Tensor | None:
+    """Writes ``out = Σ weights[i] · sources[i]`` and sums ``(Σ contrast[i] · sources[i])²`` by segment.
+
+    Each source is read once: both sums are formed while a part of it sits in registers or cache. A factor of
+    0 leaves its source out, whatever it holds. An element is summed in the order of the sources, in fp32, or
+    in fp64 where a source is fp64.
+
+    Args:
+        sources: N flat tensors of ``n`` elements, of any floating-point dtypes, on one device.
+        weights: N factors; ``None`` leaves ``out`` untouched (squares only).
+        out: flat, ``n`` elements, any floating-point dtype; receives the one final cast. No part of a source.
+        contrast: N factors, or ``None``; −1 and 1 at two sources, and 0 elsewhere, give their distance.
+        bounds: ends of the segments in elements, ascending, the last one ``n``; needed with ``contrast``.
+
+    Returns:
+        With ``contrast``: fp64 on the CPU, one sum of squares a segment. Else ``None``.
+
+    Raises:
+        ValueError: where the numbers of elements or of factors differ, or ``bounds`` do not end with ``n``.
+    """
+    _check(sources, weights, out, contrast, bounds)
+    return _backend(sources, out)(sources, weights, out, contrast, bounds)
+
+
+def _backend(sources: Sequence[Tensor], out: Tensor | None) -> Pass:
+    """The fastest pass that takes these tensors; ``blocks`` takes all."""
+    tensors = list(sources) if out is None else [*sources, out]
+    if EAGER:
+        return blocks.one_pass
+    if triton_serves(*tensors):
+        from merge_callback.reduce import triton_kernels  # imports Triton
+
+        return triton_kernels.one_pass
+    if compiled.takes(tensors):
+        return compiled.one_pass
+    return blocks.one_pass
 
 
 def triton_serves(*tensors: Tensor, dtypes: Collection[torch.dtype] = NARROW) -> bool:
     """Whether Triton's kernels take these tensors: contiguous ones of certain dtypes on one CUDA device.
-
-    The environment variable ``MERGE_CALLBACK_TRITON=0`` turns the kernels off.
 
     Args:
         *tensors: at least one.
         dtypes: that the kernel takes. fp64 is not among them: it is summed in fp64, by PyTorch.
     """
     device = tensors[0].device
-    fit = all(t.device == device and t.dtype in dtypes and t.is_contiguous() for t in tensors)
-    return device.type == "cuda" and fit and _switched_on() and _runs_on(device)
-
-
-def _switched_on() -> bool:
-    # The interpreter reads host memory: an address on a device would end the process.
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    return os.environ.get("MERGE_CALLBACK_TRITON", "1") != "0" and not interpreted
+    if device.type != "cuda" or EAGER or not all(isinstance(t, Tensor) for t in tensors):
+        return False
+    return all(t.device == device and t.dtype in dtypes and t.is_contiguous() for t in tensors) and _runs_on(
+        device
+    )
 
 
 @lru_cache
 def _runs_on(device: torch.device) -> bool:
     """Tries one small merge: Triton may be missing, too old, without a C compiler, or the device too old."""
-    if find_spec("triton") is None:
+    # The interpreter reads host memory: an address on a device would end the process.
+    if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") != "0":
         return False
     try:
         from merge_callback.reduce import triton_kernels
@@ -53,3 +105,30 @@ def _runs_on(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def _check(
+    sources: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    out: Tensor | None,
+    contrast: Sequence[float] | None,
+    bounds: Sequence[int],
+) -> None:
+    """Refuses what would have a kernel read or write beyond the tensors' memory."""
+    size = sources[0].numel()
+    for tensor in sources if out is None else (*sources, out):
+        if tensor.numel() != size:
+            raise ValueError(
+                f"a tensor of {tensor.numel()} elements beside one of {size}; they must be alike"
+            )
+    for name, factors in (("weights", weights), ("contrast", contrast)):
+        if factors is not None and len(factors) != len(sources):
+            raise ValueError(f"{name}: {len(factors)} factors for {len(sources)} sources; give one for each")
+    if contrast is not None:
+        _check_bounds(bounds, size)
+
+
+def _check_bounds(bounds: Sequence[int], size: int) -> None:
+    ends = [0, *bounds]
+    if ends[-1] != size or any(a > b for a, b in pairwise(ends)):
+        raise ValueError(f"bounds={list(bounds[-8:])} must ascend from 0 to the {size} elements")

@@ -1,0 +1,153 @@
+"""The pass on a CPU, in C (``kernels.c``): each group of 64 elements of all sources is summed in registers.
+
+The library is an optional part of an installation: where there was no compiler for it, or the processor has
+no fused multiply-add, ``instructions()`` is 0 and ``blocks`` does the same with PyTorch's operations.
+
+A weighted sum has the bits of the one there; a sum of squares is nearer to the exact one. The contrasts are
+formed in fp32, squared and summed in fp64, and their sum is the same for any number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import threading
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+_SHARE = 1 << 21  # bytes read below which starting a thread costs more than it saves
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_WEIGHTED, _CONTRASTED = 1, 2
+
+
+class _Source(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int32),
+        ("roles", ctypes.c_int32),
+        ("weight", ctypes.c_float),
+        ("factor", ctypes.c_float),
+    )
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        ("sources", ctypes.POINTER(_Source)),
+        ("count", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("out", ctypes.c_void_p),
+        ("out_dtype", ctypes.c_int32),
+        ("roles", ctypes.c_int32),
+        ("bounds", ctypes.c_void_p),
+        ("segments", ctypes.c_int64),
+        ("partials", ctypes.c_void_p),
+        ("next", ctypes.c_int64),
+    )
+
+
+@cache
+def instructions() -> int:
+    """Which of the passes in ``kernels.c`` is this processor's; 0: none, or the library is not there."""
+    library = _library()
+    return int(library.reduce_instructions()) if library else 0
+
+
+def takes(tensors: Sequence[Tensor]) -> bool:
+    """Whether the pass can be made here: contiguous fp32, bf16 and fp16 tensors in this process's memory."""
+    return instructions() > 0 and all(
+        isinstance(t, Tensor)  # not what only reads like one (a `Decoded`)
+        and t.dtype in _DTYPES
+        and t.device.type == "cpu"
+        and t.layout == torch.strided
+        and t.is_contiguous()
+        for t in tensors
+    )
+
+
+def one_pass(
+    sources: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    out: Tensor | None,
+    contrast: Sequence[float] | None,
+    bounds: Sequence[int],
+) -> Tensor | None:
+    """See ``reduce.one_pass``; the arguments are checked there."""
+    target = out if weights is not None else None
+    terms = _terms(sources, weights if target is not None else None, contrast)
+    ends = np.asarray(bounds, dtype=np.int64)
+    work = _Pass((_Source * len(terms))(*terms), len(terms), sources[0].numel())
+    chunks = -(-work.size // ctypes.c_int64.in_dll(_loaded(), "reduce_chunk").value)
+    work.roles = _WEIGHTED if any(term.roles & _WEIGHTED for term in terms) else 0
+    if target is not None:
+        work.out, work.out_dtype = target.data_ptr(), _DTYPES[target.dtype]
+    if contrast is not None:
+        partials = np.zeros(len(ends) + chunks)
+        work.partials, work.bounds, work.segments = partials.ctypes.data, ends.ctypes.data, len(ends)
+    read = sum(source.numel() * source.element_size() for source in sources)
+    _in_threads(work, min(chunks, read // _SHARE))
+    if target is not None:
+        increment_version(target)  # as an operation in place does: autograd finds what it saved overwritten
+    return None if contrast is None else _combined(work)
+
+
+def _terms(
+    sources: Sequence[Tensor], weights: Sequence[float] | None, contrast: Sequence[float] | None
+) -> list[_Source]:
+    """The sources that have a part in either sum."""
+    terms = []
+    for i, source in enumerate(sources):
+        weight, factor = (0.0 if factors is None else float(factors[i]) for factors in (weights, contrast))
+        roles = (_WEIGHTED if weight else 0) | (_CONTRASTED if factor else 0)
+        if roles:
+            terms.append(_Source(source.data_ptr(), _DTYPES[source.dtype], roles, weight, factor))
+    return terms
+
+
+def _in_threads(work: _Pass, most: int) -> None:
+    """Has ``most`` threads, this one among them, take the chunks; never more than PyTorch would use.
+
+    They are started for each pass: a pool would not outlive the ``fork`` of a data loader or a launcher.
+    """
+    job, arguments = _loaded().reduce_take_chunks, (ctypes.byref(work), instructions())
+    count = min(torch.get_num_threads(), most)
+    others = [threading.Thread(target=job, args=arguments, name="reduce") for _ in range(1, count)]
+    for thread in others:
+        thread.start()
+    job(*arguments)
+    for thread in others:
+        thread.join()
+
+
+def _combined(work: _Pass) -> Tensor:
+    squares = torch.empty(work.segments, dtype=torch.float64)
+    _loaded().reduce_combine(ctypes.byref(work), ctypes.c_void_p(squares.data_ptr()))
+    return squares
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None  # one_pass is called for what takes() takes
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """What setuptools built of ``kernels.c``, beside this file; it is no Python module."""
+    found = importlib.util.find_spec("merge_callback.reduce._kernels")
+    if found is None or found.origin is None:
+        return None
+    try:
+        library = ctypes.CDLL(found.origin)
+    except OSError:  # of another machine
+        return None
+    library.reduce_take_chunks.argtypes = (ctypes.POINTER(_Pass), ctypes.c_int)
+    library.reduce_take_chunks.restype = None
+    library.reduce_combine.argtypes = (ctypes.POINTER(_Pass), ctypes.c_void_p)
+    library.reduce_combine.restype = None
+    return library

@@ -1,0 +1,229 @@
+/* Weighted sum and squared contrast of N flat arrays: one read of each, all sums in registers.
+ *
+ * No Python here: compiled.py loads the library with ctypes and calls `reduce_take_chunks` in each of its
+ * threads, then `reduce_combine`. The passes themselves are in kernels_pass.h, compiled once for each
+ * instruction set; which one runs is asked of the processor, so that a wheel fits all of them. (Not by
+ * target_clones: it needs ifunc, which musl, macOS and older compilers lack.)
+ *
+ * Every product is added by a fused multiply-add, as PyTorch's add_(x, alpha=w) does: the sums are its bits.
+ */
+
+#if !defined(__GNUC__)
+#error "needs GCC or clang; without this library merge_callback uses PyTorch's own operations"
+#endif
+
+#include <stdint.h>
+#include <string.h>
+
+#define GROUP 64      /* elements of every source that are summed at once: 256 bytes, four lines, in fp32 */
+#define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
+#define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
+#define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
+#define STREAMED (8 << 20) /* bytes of output from which on it is written past the caches */
+
+enum { FP32, BF16, FP16 };
+enum { WEIGHTED = 1, CONTRASTED = 2 };
+
+typedef struct {
+    const char *data;
+    int32_t dtype;
+    int32_t roles;
+    float weight;
+    float factor;
+} Source;
+
+typedef struct {
+    const Source *sources;
+    int64_t count;
+    int64_t size;
+    char *out; /* or NULL */
+    int32_t out_dtype;
+    int32_t roles;         /* all sources' together */
+    const int64_t *bounds; /* ends of the segments */
+    int64_t segments;
+    double *partials; /* or NULL; segments + chunks of them, zeroed */
+    int64_t next;     /* the first chunk that no thread has taken */
+} Pass;
+
+const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t width(int32_t dtype) { return dtype == FP32 ? 4 : 2; }
+
+/* The first segment that ends after element `at`. */
+static int64_t segment_at(const Pass *pass, int64_t at) {
+    int64_t low = 0, high = pass->segments;
+    while (low < high) {
+        int64_t middle = (low + high) / 2;
+        if (pass->bounds[middle] > at)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define NAME(f) f##_avx512
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")))
+#define LANES 16
+typedef __m512 NAME(Lanes);
+
+static inline TARGET __m512 spread_avx512(float x) { return _mm512_set1_ps(x); }
+static inline TARGET __m512 fma_avx512(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+static inline TARGET __m512 load_fp32_avx512(const void *p) { return _mm512_loadu_ps(p); }
+static inline TARGET __m512 load_fp16_avx512(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline TARGET __m512 load_bf16_avx512(const void *p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+static inline TARGET void store_fp32_avx512(void *p, __m512 x) { _mm512_storeu_ps(p, x); }
+static inline TARGET void stream_fp32_avx512(void *p, __m512 x) { _mm512_stream_ps(p, x); }
+static inline TARGET __m256i to_fp16_avx512(__m512 x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline TARGET __m256i to_bf16_avx512(__m512 x) {
+    __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
+    __m512i even = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, even), _mm512_set1_epi32(0x7fff));
+    __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40)); /* a NaN rounded up could become infinite */
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), nan, quiet));
+}
+static inline TARGET void store_half_avx512(void *p, __m256i x) { _mm256_storeu_si256(p, x); }
+static inline TARGET void stream_half_avx512(void *p, __m256i x) { _mm256_stream_si256(p, x); }
+static inline TARGET void fence_avx512(void) { _mm_sfence(); }
+typedef __m256i NAME(Halves);
+#include "kernels_pass.h"
+#undef NAME
+#undef TARGET
+#undef LANES
+
+#define NAME(f) f##_avx2
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LANES 8
+typedef __m256 NAME(Lanes);
+
+static inline TARGET __m256 spread_avx2(float x) { return _mm256_set1_ps(x); }
+static inline TARGET __m256 fma_avx2(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+static inline TARGET __m256 load_fp32_avx2(const void *p) { return _mm256_loadu_ps(p); }
+static inline TARGET __m256 load_fp16_avx2(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }
+static inline TARGET __m256 load_bf16_avx2(const void *p) {
+    __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+static inline TARGET void store_fp32_avx2(void *p, __m256 x) { _mm256_storeu_ps(p, x); }
+static inline TARGET void stream_fp32_avx2(void *p, __m256 x) { _mm256_stream_ps(p, x); }
+static inline TARGET __m128i to_fp16_avx2(__m256 x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+static inline TARGET __m128i to_bf16_avx2(__m256 x) {
+    __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+    __m256i even = _mm256_and_si256(high, _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, even), _mm256_set1_epi32(0x7fff));
+    __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    __m256i half = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, nan);
+    return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+static inline TARGET void store_half_avx2(void *p, __m128i x) { _mm_storeu_si128(p, x); }
+static inline TARGET void stream_half_avx2(void *p, __m128i x) { _mm_stream_si128(p, x); }
+static inline TARGET void fence_avx2(void) { _mm_sfence(); }
+typedef __m128i NAME(Halves);
+#include "kernels_pass.h"
+#undef NAME
+#undef TARGET
+#undef LANES
+
+enum { AVX2 = 1, AVX512 = 2 };
+
+/* The best instruction set of this processor that has a kernel; 0: none. */
+int reduce_instructions(void) {
+    __builtin_cpu_init();
+    if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
+        return 0; /* F16C came before AVX2 */
+    int wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    return wide ? AVX512 : AVX2;
+}
+
+/* Works on chunks until none is left, with some instruction set up to the processor's. */
+void reduce_take_chunks(Pass *pass, int instructions) {
+    if (instructions == AVX512)
+        take_chunks_avx512(pass);
+    else
+        take_chunks_avx2(pass);
+}
+
+#elif defined(__FP_FAST_FMAF) && defined(__FLT16_MAX__)
+/* Where every processor of the architecture has fused multiply-adds (64-bit ARM): left to the compiler. */
+
+#define NAME(f) f##_plain
+#define TARGET
+#define LANES 1
+typedef float NAME(Lanes);
+
+static inline float spread_plain(float x) { return x; }
+static inline float fma_plain(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+static inline float load_fp32_plain(const void *p) {
+    float x;
+    memcpy(&x, p, 4);
+    return x;
+}
+static inline float load_fp16_plain(const void *p) {
+    _Float16 x;
+    memcpy(&x, p, 2);
+    return (float)x;
+}
+static inline float load_bf16_plain(const void *p) {
+    uint16_t half;
+    memcpy(&half, p, 2);
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static inline void store_fp32_plain(void *p, float x) { memcpy(p, &x, 4); }
+static inline uint16_t to_fp16_plain(float x) {
+    _Float16 half = (_Float16)x;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+static inline uint16_t to_bf16_plain(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? (bits >> 16) | 0x40 : (bits + ((bits >> 16) & 1) + 0x7fff) >> 16;
+}
+static inline void store_half_plain(void *p, uint16_t x) { memcpy(p, &x, 2); }
+#define stream_fp32_plain store_fp32_plain
+#define stream_half_plain store_half_plain
+static inline void fence_plain(void) {}
+typedef uint16_t NAME(Halves);
+#include "kernels_pass.h"
+
+int reduce_instructions(void) { return 1; }
+
+void reduce_take_chunks(Pass *pass, int instructions) {
+    (void)instructions;
+    take_chunks_plain(pass);
+}
+
+#else
+#error "no kernel for this architecture; without this library merge_callback uses PyTorch's own operations"
+#endif
+
+/* Adds up each segment's partial sums in the order of the chunks, whichever threads formed them. */
+void reduce_combine(const Pass *pass, double *squares) {
+    int64_t start = 0;
+    for (int64_t segment = 0; segment < pass->segments; segment++) {
+        int64_t stop = pass->bounds[segment];
+        double sum = 0;
+        if (stop > start)
+            for (int64_t chunk = start / CHUNK; chunk <= (stop - 1) / CHUNK; chunk++)
+                sum += pass->partials[segment + chunk];
+        squares[segment] = sum;
+        start = stop;
+    }
+}

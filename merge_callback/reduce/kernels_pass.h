@@ -1,0 +1,151 @@
+/* The pass itself, for one instruction set: kernels.c defines NAME, TARGET, LANES and the operations on
+ * LANES elements, and includes this once for each. */
+
+#define VECTORS (GROUP / LANES)
+#define UNROLL _Pragma("GCC unroll 64")
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+/* Widens one group of a source. Only a vector's registers are named: `x` never reaches memory. */
+INLINE void NAME(load_group)(NAME(Lanes) *x, const char *data, int32_t dtype) {
+    switch (dtype) {
+    case FP32:
+        UNROLL for (int v = 0; v < VECTORS; v++) x[v] = NAME(load_fp32)(data + 4 * LANES * v);
+        break;
+    case BF16:
+        UNROLL for (int v = 0; v < VECTORS; v++) x[v] = NAME(load_bf16)(data + 2 * LANES * v);
+        break;
+    default:
+        UNROLL for (int v = 0; v < VECTORS; v++) x[v] = NAME(load_fp16)(data + 2 * LANES * v);
+    }
+}
+
+/* The one final cast. A streamed store goes past the caches: the line is not read before it is written. */
+INLINE void NAME(store_group)(const NAME(Lanes) *x, char *out, int32_t dtype, int stream) {
+    if (dtype == FP32) {
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            if (stream)
+                NAME(stream_fp32)(out + 4 * LANES * v, x[v]);
+            else
+                NAME(store_fp32)(out + 4 * LANES * v, x[v]);
+        }
+        return;
+    }
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        NAME(Halves) half = dtype == BF16 ? NAME(to_bf16)(x[v]) : NAME(to_fp16)(x[v]);
+        if (stream)
+            NAME(stream_half)(out + 2 * LANES * v, half);
+        else
+            NAME(store_half)(out + 2 * LANES * v, half);
+    }
+}
+
+/* Asks for the memory that a source's group will need in a while. The processor does so itself, but not for
+ * dozens of sources at once, nor while squares are summed: this made a distance 29 % faster, a sum of ten bf16
+ * sources 27 %, of 64 fp32 ones 13 %. It may go beyond the end, where it does nothing. */
+INLINE void NAME(fetch_ahead)(const char *data, int64_t size) {
+    for (int64_t line = 0; line < size; line += 64) __builtin_prefetch(data + AHEAD + line);
+}
+
+/* Both sums of the elements from `at` on: a whole group of them, or the `count` that are left at the end. */
+INLINE void NAME(sum_group)(const Pass *pass, int64_t at, int64_t count, float *contrasts, int stream) {
+    NAME(Lanes) total[VECTORS], contrast[VECTORS], x[VECTORS];
+    char padded[4 * GROUP];
+    /* x·w − 0 is x·w with its sign where that is 0: the first term is a product, as in PyTorch. */
+    NAME(Lanes) none = NAME(spread)(pass->roles & WEIGHTED ? -0.0f : 0.0f);
+    UNROLL for (int v = 0; v < VECTORS; v++) total[v] = contrast[v] = none;
+    for (const Source *source = pass->sources; source < pass->sources + pass->count; source++) {
+        const char *data = source->data + at * width(source->dtype);
+        if (count < GROUP) {
+            memset(padded, 0, sizeof padded);
+            data = memcpy(padded, data, count * width(source->dtype));
+        } else {
+            NAME(fetch_ahead)(data, GROUP * width(source->dtype));
+        }
+        NAME(load_group)(x, data, source->dtype);
+        if (source->roles & WEIGHTED) {
+            NAME(Lanes) weight = NAME(spread)(source->weight);
+            UNROLL for (int v = 0; v < VECTORS; v++) total[v] = NAME(fma)(x[v], weight, total[v]);
+        }
+        if (source->roles & CONTRASTED) {
+            NAME(Lanes) factor = NAME(spread)(source->factor);
+            UNROLL for (int v = 0; v < VECTORS; v++) contrast[v] = NAME(fma)(x[v], factor, contrast[v]);
+        }
+    }
+    if (pass->out) {
+        char *out = pass->out + at * width(pass->out_dtype);
+        NAME(store_group)(total, count < GROUP ? padded : out, pass->out_dtype, stream && count == GROUP);
+        if (count < GROUP)
+            memcpy(out, padded, count * width(pass->out_dtype));
+    }
+    if (pass->partials)
+        UNROLL for (int v = 0; v < VECTORS; v++) NAME(store_fp32)(contrasts + LANES * v, contrast[v]);
+}
+
+/* Both sums of a block: into the output, and into `contrasts`. */
+static TARGET void NAME(sum_block)(const Pass *pass, int64_t start, int64_t stop, float *contrasts, int stream) {
+    int64_t at = start;
+    if (stream)
+        for (; at + GROUP <= stop; at += GROUP)
+            NAME(sum_group)(pass, at, GROUP, contrasts + at - start, 1);
+    else
+        for (; at + GROUP <= stop; at += GROUP)
+            NAME(sum_group)(pass, at, GROUP, contrasts + at - start, 0);
+    if (at < stop)
+        NAME(sum_group)(pass, at, stop - at, contrasts + at - start, 0);
+}
+
+/* In fp64, where the square of an fp32 number is exact; in an order that depends on `count` alone. */
+static TARGET double NAME(sum_of_squares)(const float *x, int64_t count) {
+    double lanes[32] = {0}, sum = 0;
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32)
+        for (int k = 0; k < 32; k++) lanes[k] += (double)x[i + k] * x[i + k];
+    for (int k = 0; i + k < count; k++) lanes[k] += (double)x[i + k] * x[i + k];
+    for (int k = 0; k < 32; k++) sum += lanes[k];
+    return sum;
+}
+
+/* Adds a block's squares to the partial sums of the segments it touches, from `segment` on; returns the last.
+ *
+ * Along the buffer each piece of a segment in a chunk comes with the next segment, or the next chunk, or
+ * both: so the sum of the two numbers is the piece's alone. */
+static TARGET int64_t NAME(add_squares)(
+    const Pass *pass, int64_t start, int64_t stop, const float *contrasts, int64_t segment) {
+    for (int64_t at = start; at < stop && segment < pass->segments; segment++) {
+        int64_t end = smaller(pass->bounds[segment], stop);
+        if (end > at)
+            pass->partials[segment + start / CHUNK] += NAME(sum_of_squares)(contrasts + at - start, end - at);
+        at = end;
+        if (pass->bounds[segment] > stop)
+            break;
+    }
+    return segment;
+}
+
+static TARGET void NAME(do_chunk)(const Pass *pass, int64_t chunk, int stream) {
+    float contrasts[BLOCK];
+    int64_t stop = smaller((chunk + 1) * CHUNK, pass->size);
+    int64_t segment = pass->partials ? segment_at(pass, chunk * CHUNK) : 0;
+    for (int64_t at = chunk * CHUNK; at < stop; at += BLOCK) {
+        int64_t end = smaller(at + BLOCK, stop);
+        NAME(sum_block)(pass, at, end, contrasts, stream);
+        if (pass->partials)
+            segment = NAME(add_squares)(pass, at, end, contrasts, segment);
+    }
+}
+
+static TARGET void NAME(take_chunks)(Pass *pass) {
+    /* What fits a cache is left in it for whoever reads it next. */
+    int stream = pass->size * width(pass->out_dtype) >= STREAMED && (uintptr_t)pass->out % 64 == 0;
+    for (;;) {
+        int64_t chunk = __atomic_fetch_add(&pass->next, 1, __ATOMIC_RELAXED);
+        if (chunk * CHUNK >= pass->size)
+            break;
+        NAME(do_chunk)(pass, chunk, stream);
+    }
+    NAME(fence)();
+}
+
+#undef VECTORS
+#undef UNROLL
+#undef INLINE
