@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-_SHARE = 1 << 21  # bytes read below which starting a thread costs more than it saves
+_SHARE = 1 << 23  # bytes read by each thread, at least: half a millisecond; on a busy core a start takes more
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTED, _CONTRASTED = 1, 2
