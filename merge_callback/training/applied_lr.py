@@ -46,7 +46,9 @@ class AppliedLR:
     @property
     def total(self) -> float:
         """Those rates summed over all parameters."""
-        return float(sum(map(mul, self.rates, chain.from_iterable(self._sizes.values()))))
+        rates = chain.from_iterable(self._rates.values())
+        sizes = chain.from_iterable(self._sizes.values())
+        return float(sum(map(mul, rates, sizes)))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """What was last noted, as primitives."""

@@ -55,7 +55,7 @@ def count_tokens(batch: Any) -> int:
         ValueError: where that tensor is not one of token ids; the message names the ways out.
     """
     tensor = _token_ids(batch)
-    if tensor is None or tensor.ndim < 2 or tensor.is_floating_point() or tensor.is_complex():
+    if tensor is None or tensor.ndim < 2 or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         found = "no tensor" if tensor is None else f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
         raise ValueError(
             f"cannot read the number of tokens off this batch ({type(batch).__name__}, which holds {found} "
