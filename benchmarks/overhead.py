@@ -179,18 +179,27 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def print_tables(figures: dict[str, Any]) -> None:
-    for name, found in figures["step"].items():
-        print(f"{name:44} {1e3 * found['seconds']:8.2f} ms a step   x{found['ratio']:.3f}")
-    for name, found in figures["hooks"].items():
-        micro = {what: f"{1e6 * seconds:.0f}" for what, seconds in found.items()}
-        print(f"hooks, {name:44} median {micro['median']} µs, mean {micro['mean']} µs")
-    for millions, ways in figures["snapshot"].items():
-        for name, found in ways.items():
-            print(f"{millions:>4} M  {name:30}", *(f"{k} {1e3 * v:.1f} ms " for k, v in found.items()))
-    restore = figures["restore"]
-    print(f"restore of {restore['parameters'] / 1e6:.0f} M: {1e3 * restore['seconds']['restore']:.0f} ms, "
-          f"x{restore['restore_to_merge_and_copy']:.2f} of one merge and one copy")  # fmt: skip
+def print_steps(found: dict[str, Any]) -> None:
+    for name, step in found.items():
+        print(f"{name:44} {1e3 * step['seconds']:8.2f} ms a step   x{step['ratio']:.3f}", flush=True)
+
+
+def print_hooks(found: dict[str, Any]) -> None:
+    for name, seconds in found.items():
+        median, mean = 1e6 * seconds["median"], 1e6 * seconds["mean"]
+        print(f"hooks: {name:44} median {median:.0f} µs, mean {mean:.0f} µs", flush=True)
+
+
+def print_stalls(millions: int, found: dict[str, Any]) -> None:
+    for name, seconds in found.items():
+        times = ", ".join(f"{what} {1e3 * s:.1f} ms" for what, s in seconds.items())
+        print(f"{millions:>4} M: {name:30} {times}", flush=True)
+
+
+def print_restore(found: dict[str, Any]) -> None:
+    seconds, ratio = found["seconds"]["restore"], found["restore_to_merge_and_copy"]
+    millions = found["parameters"] // 10**6
+    print(f"{millions:>4} M: a restore {1e3 * seconds:.0f} ms, x{ratio:.2f} of one merge and one copy")
 
 
 def main() -> None:
@@ -208,17 +217,23 @@ def main() -> None:
     rounds = options.rounds or (3 if options.quick else 7)
     steps = options.steps or (48 if options.quick else 120)
     sizes, repeats = ((25,), 3) if options.quick else ((25, 100), 6)
+    print_steps(step := measure_steps(rounds, steps, options.accelerator))
+    print_hooks(hooks := measure_hooks(4 * steps, options.accelerator))
+    stalls = {}
+    for millions in sizes:
+        stalls[millions] = measure_stalls(millions, repeats, options.accelerator)
+        print_stalls(millions, stalls[millions])
+    print_restore(restore := time_restores(sizes[-1], repeats, options.accelerator))
     figures = {
         "accelerator": options.accelerator,
         "rounds": rounds,
         "steps_per_fit": steps,
         "snapshots": repeats,
-        "step": measure_steps(rounds, steps, options.accelerator),
-        "hooks": measure_hooks(4 * steps, options.accelerator),
-        "snapshot": {str(m): measure_stalls(m, repeats, options.accelerator) for m in sizes},
-        "restore": time_restores(sizes[-1], repeats, options.accelerator),
+        "step": step,
+        "hooks": hooks,
+        "snapshot": {f"{millions} million parameters": found for millions, found in stalls.items()},
+        "restore": restore,
     }
-    print_tables(figures)
     print(write("overhead", figures))
 
 
