@@ -180,16 +180,23 @@ class TimeRestores(Callback):
         for _ in range(self.repeats):
             self._time("merge", lambda: merge_arenas([1 / 3] * 3, arenas, out))
             self._time("copy", lambda: out.copy_to(model.tensors))
-            self._time("reset", lambda: recovery._set_back(trainer.optimizers[0]))
+            self._time("reset", lambda: recovery._set_back(trainer.optimizers[0], True))
             self._time("restore", lambda: recovery.restore(snapshots, trainer.global_step, 1.0))
 
     def _time(self, what: str, action: Callable[[], object]) -> None:
+        _synchronize()
         start = time.perf_counter()
         action()
+        _synchronize()
         self.seconds.setdefault(what, []).append(time.perf_counter() - start)
 
 
-def time_restores(millions: int, repeats: int) -> dict[str, Any]:
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_restores(millions: int, repeats: int, accelerator: str = "cpu") -> dict[str, Any]:
     """Seconds of a restore of a model of so many million fp32 parameters, and of its parts."""
     with tempfile.TemporaryDirectory() as folder:
         callback = CheckpointMergeCallback(
@@ -203,7 +210,8 @@ def time_restores(millions: int, repeats: int) -> dict[str, Any]:
         )
         timer = TimeRestores(callback, repeats)
         trainer = Trainer(
-            accelerator="cpu",
+            accelerator=accelerator,
+            devices=1,
             max_steps=4,
             logger=False,
             enable_checkpointing=False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from operator import mul
 from typing import Any
 
 from torch import Tensor
@@ -23,35 +25,42 @@ class AppliedLR:
     def __init__(
         self, optimizers: Sequence[Optimizer], numel: Callable[[Tensor], int] = Tensor.numel
     ) -> None:
-        self._optimizers, self._numel = list(optimizers), numel
-        self._groups: dict[int, list[tuple[float, int]]] = {}  # (rate, parameters) by optimizer
+        self._optimizers, self._numel = list(optimizers), numel  # kept, so that no other takes its id
+        self._index = {id(optimizer): index for index, optimizer in enumerate(self._optimizers)}
+        self._rates: dict[int, list[float]] = {}  # by optimizer
+        self._sizes: dict[int, list[int]] = {}
 
     def note(self, optimizer: Optimizer) -> None:
         """Reads the groups of an optimizer that is about to step."""
-        index = next((i for i, known in enumerate(self._optimizers) if known is optimizer), -1)
-        known, groups = self._groups.get(index, []), optimizer.param_groups
-        sizes = (
-            [n for _, n in known] if len(known) == len(groups) else [self._size(group) for group in groups]
-        )
-        self._groups[index] = [(float(group["lr"]), n) for group, n in zip(groups, sizes, strict=True)]
+        index, groups = self._index.get(id(optimizer), -1), optimizer.param_groups
+        sizes = self._sizes.get(index)
+        if sizes is None or len(sizes) != len(groups):
+            self._sizes[index] = [self._size(group) for group in groups]
+        self._rates[index] = [float(group["lr"]) for group in groups]
 
     @property
     def rates(self) -> list[float]:
         """The last noted rate of every group of every optimizer."""
-        return [rate for groups in self._groups.values() for rate, _ in groups]
+        return list(chain.from_iterable(self._rates.values()))
 
     @property
-    def sizes(self) -> list[int]:
-        """The number of parameters in each of those groups."""
-        return [size for groups in self._groups.values() for _, size in groups]
+    def total(self) -> float:
+        """Those rates summed over all parameters."""
+        rates = chain.from_iterable(self._rates.values())
+        sizes = chain.from_iterable(self._sizes.values())
+        return float(sum(map(mul, rates, sizes)))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """What was last noted, as primitives."""
-        return {str(index): [list(group) for group in groups] for index, groups in self._groups.items()}
+        return {
+            str(index): [[rate, n] for rate, n in zip(rates, self._sizes[index], strict=True)]
+            for index, rates in self._rates.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """Goes on from a ``state_dict``."""
-        self._groups = {int(i): [(rate, int(n)) for rate, n in groups] for i, groups in state.items()}
+        self._rates = {int(i): [rate for rate, _ in groups] for i, groups in state.items()}
+        self._sizes = {int(i): [int(n) for _, n in groups] for i, groups in state.items()}
 
     def _size(self, group: dict[str, Any]) -> int:
         return sum(self._numel(parameter) for parameter in group["params"])

@@ -8,6 +8,7 @@ callbacks, and loggers that log nothing.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -46,9 +47,7 @@ class MergedValidation:
 
         Else the gain would compare two weights on two samples wherever data is shuffled or masked at random.
         """
-        loop = self.trainer.fit_loop
-        coming = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
-        self._random = RandomState(self.trainer) if coming else None
+        self._random = RandomState(self.trainer) if _validation_is_next(self.trainer) else None
 
     def update(self, merge: Merge | None) -> None:
         """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on."""
@@ -129,6 +128,19 @@ def validate_with(
             random.restore()
         loop.run()
     return _epoch_metrics(loop._results, connector._callback_metrics)
+
+
+def _validation_is_next(trainer: Trainer) -> bool:
+    """Whether the fit validates after this batch; Lightning knows, but takes ten times as long to say no."""
+    loop = trainer.fit_loop
+    progress, every = loop.epoch_loop.batch_progress, trainer.val_check_batch
+    if every is not None and not progress.is_last_batch and not trainer.should_stop:
+        if every == math.inf:  # the length of an epoch is not known
+            every = trainer.limit_train_batches
+        # Depending on the options the batches of the epoch count, or those of the run.
+        if isinstance(every, float) or (progress.current.ready % every and progress.total.ready % every):
+            return False
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
 class _BesideLoop(_EvaluationLoop):

@@ -28,20 +28,18 @@ class Interval:
         self, every: int, unit: str, clock: TokenClock, statistics: StepStatistics, step: int
     ) -> None:
         self.every, self.unit, self.clock, self.statistics = every, unit, clock, statistics
-        self.mark = self._progress(step)
+        self.mark = clock.tokens if unit == "tokens" else step
 
     def is_over(self, step: int) -> bool:
         """Whether it has passed with ``step``; the clock is exact then.
 
         To be called once after each step, when the statistics have ended it.
         """
-        if self.unit == "tokens" and self.clock.is_near(self.every):
+        in_tokens = self.unit == "tokens"
+        if in_tokens and self.clock.is_near(self.every):
             self.statistics.settle()
-        before, self.mark = self.mark, self._progress(step)
-        is_over = crossed(before, self.mark, self.every)
-        if is_over:
-            self.statistics.settle()
-        return is_over
-
-    def _progress(self, step: int) -> int:
-        return self.clock.tokens if self.unit == "tokens" else step
+        before, self.mark = self.mark, self.clock.tokens if in_tokens else step
+        if not crossed(before, self.mark, self.every):
+            return False
+        self.statistics.settle()
+        return True

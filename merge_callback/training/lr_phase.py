@@ -114,6 +114,11 @@ class LRPhaseDetector:
         return self._trace.since
 
     @property
+    def segment(self) -> tuple[Phase, int]:
+        """Phase and ``since`` together: they name the current segment."""
+        return self._trace.phase, self._trace.since
+
+    @property
     def steps(self) -> int:
         """Number of observed steps."""
         return self._trace.steps

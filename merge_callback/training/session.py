@@ -38,7 +38,7 @@ from merge_callback.training.lr_phase import LRPhaseDetector, Phase
 from merge_callback.training.plan import Plan, total_steps
 from merge_callback.training.reporting import advice, log_metrics, logged_step
 from merge_callback.training.spike_watch import SpikeWatch
-from merge_callback.training.step_statistics import StepStatistics, counts_batches
+from merge_callback.training.step_statistics import StepStatistics, counts_batches, step_progress
 from merge_callback.training.token_clock import TokenClock
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,7 @@ class MergeSession:
         self._reports: list[_Report] = []
         self._told_to_wait = False
         self.step = trainer.global_step  # the last optimizer step seen
+        self._progress = step_progress(trainer)
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
@@ -168,7 +169,7 @@ class MergeSession:
             ValueError: where they can't and the interval is in tokens.
             RemoteError: where another rank raises.
         """
-        if self.countable is None and batch is not None:
+        if self.clock.countable is None and batch is not None:
             error = _failure(self.clock.count, batch)
             bearable = isinstance(error, ValueError) and self.options.unit == "steps"
             self.ranks.agree(None if bearable else error)
@@ -177,7 +178,7 @@ class MergeSession:
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that comes now."""
         self.applied.note(optimizer)
-        if self.spikes:
+        if self.spikes and self.spikes.grad_norm:
             self.spikes.note_gradients(optimizer)
 
     def lr_factor(self, step: int) -> float:
@@ -193,18 +194,20 @@ class MergeSession:
         Raises:
             TrainingDivergedError: where the run is to stop after a spike.
         """
-        if self.countable is not False:
+        if self.clock.countable is not False:
             self._count(batch)
         if self.spikes:
             self.spikes.add_batch(outputs)
         if self._pending and self._pending.is_set():
             self.settle()
-        if self.trainer.global_step == self.step:
+        step = self._progress.completed
+        if step == self.step:
             return False  # gradients are being accumulated
-        self.step = self.trainer.global_step
+        self.step = step
         self._observe_learning_rates()
         seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
-        self._report_tokens_per_step()
+        if step - self._first[0] == _MEASURED_OVER:
+            self._report_tokens_per_step()
         due = self.interval.is_over(self.step)
         warming_up = self.phases.is_warming_up
         restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
@@ -464,9 +467,9 @@ class MergeSession:
             rank_zero_warn(f"merge: left out of the window: {line}")
 
     def _observe_learning_rates(self) -> None:
-        segment = (self.phases.phase, self.phases.since)
-        self.phases.observe(self.applied.rates, self.applied.sizes)
-        if segment != (self.phases.phase, self.phases.since):
+        segment = self.phases.segment
+        self.phases.observe([self.applied.total])
+        if segment != self.phases.segment:
             self.window.relabel(self.phases.phase.value, self.phases.since)
             self.merger.forget()
 
@@ -519,10 +522,9 @@ class MergeSession:
             rank_zero_info(line)
 
     def _report_tokens_per_step(self) -> None:
-        steps = self.step - self._first[0]
-        if self.options.unit == "tokens" and steps == _MEASURED_OVER:
+        if self.options.unit == "tokens":
             self.statistics.settle()
-            per_step = (self.clock.tokens - self._first[1]) / steps
+            per_step = (self.clock.tokens - self._first[1]) / _MEASURED_OVER
             _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
 
 

@@ -132,10 +132,13 @@ class SpikeDetector:
             trace.clean, self._sorted = [], []
         trace.active = active
         outlier = self._is_outlier(value, active)
-        self._note_trouble(step, value, outlier, active)
-        self._note_first(value, outlier)
+        if outlier or trace.trouble:
+            self._note_trouble(step, value, active)
+        if trace.first is not None:
+            self._note_first(trace.first, value, outlier)
         if not outlier:
-            trace.outliers, trace.onset, trace.reported = [], None, False
+            if trace.onset is not None:
+                trace.outliers, trace.onset, trace.reported = [], None, False
             self._admit(value)
             return None
         if trace.onset is None:
@@ -172,7 +175,7 @@ class SpikeDetector:
             return True
         if not active or len(self._sorted) < ACTIVE_FROM:
             return False
-        middle = self.baseline  # the deviation takes a sort, which most values don't need
+        middle = _middle(self._sorted)  # the deviation takes a sort, which most values don't need
         return value > middle + self.floor * abs(middle) and value > self.threshold
 
     def _is_spike(self, skipped: bool) -> bool:
@@ -199,24 +202,23 @@ class SpikeDetector:
         deviation = _middle(sorted([abs(value - middle) for value in ordered]))
         return middle + (max(self.k * _SIGMA * deviation, self.floor * abs(middle)) or math.nan)
 
-    def _note_first(self, value: float, outlier: bool) -> None:
+    def _note_first(self, first: list[float], value: float, outlier: bool) -> None:
         trace = self._trace
-        if trace.first is None or not math.isfinite(value):
+        if not math.isfinite(value):
             return
         trace.clean_in_a_row = 0 if outlier else trace.clean_in_a_row + 1
-        if len(trace.first) < _FIRST:
-            trace.first.append(value)
-        unchanged = (
-            len(trace.first) == trace.unmoved and sorted(trace.first)[trace.unmoved // 4] <= self.threshold
-        )
+        if len(first) < _FIRST:
+            first.append(value)
+        unchanged = len(first) == trace.unmoved and sorted(first)[trace.unmoved // 4] <= self.threshold
         if unchanged or trace.clean_in_a_row == _FIRST:
             trace.first = None
 
-    def _note_trouble(self, step: int, value: float, outlier: bool, active: bool) -> None:
+    def _note_trouble(self, step: int, value: float, active: bool) -> None:
+        """Notes an outlier, or what came after one."""
         trace = self._trace
         if not active or not math.isfinite(value):
             trace.trouble = []
-        elif outlier or trace.trouble:
+        else:
             trace.trouble = [*trace.trouble[1 - HISTORY :], (step, value)]
             while trace.trouble and trace.trouble[0][1] <= self.threshold:
                 del trace.trouble[0]

@@ -109,9 +109,8 @@ class SpikeWatch:
         return scaler._scale if scaler else None
 
     def note_gradients(self, optimizer: Optimizer) -> None:
-        """Notes the norm of the gradients an optimizer is about to apply, if it is watched."""
-        if self.grad_norm is not None:
-            self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+        """Notes the norm of the gradients an optimizer is about to apply."""
+        self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def add_batch(self, outputs: Any) -> None:
         """Notes the loss of a micro-batch, as Lightning hands it to ``on_train_batch_end``."""
@@ -172,15 +171,16 @@ class SpikeWatch:
             rank_zero_warn(
                 "merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}"
             )
-        events = []
+        by_loss = by_norm = None
         if seen.loss is not None:
-            events.append(self.loss.observe(seen.step, seen.loss, not warming_up, seen.skipped))
+            by_loss = self.loss.observe(seen.step, seen.loss, not warming_up, seen.skipped)
         if self.grad_norm is not None and seen.grad_norm is not None and not seen.skipped:
-            events.append(self.grad_norm.observe(seen.step, seen.grad_norm, not warming_up))
+            by_norm = self.grad_norm.observe(seen.step, seen.grad_norm, not warming_up)
         if not self.calm and self.window.mark_in_spike(self._seen, seen.step):
             self.merger.forget()
         self._seen = seen.step
-        return sorted((event for event in events if event), key=lambda event: event.kind == "shift")
+        events = [event for event in (by_loss, by_norm) if event]
+        return sorted(events, key=lambda event: event.kind == "shift")
 
     def _act(self, event: SpikeEvent, step: int) -> bool:
         """Does what the options say about an event; says whether the live weights were replaced."""
@@ -297,11 +297,9 @@ class SpikeWatch:
 
     def _log(self, spike: float) -> None:
         metrics = {"merge/spike": spike, "merge/restores": float(self.restores.count)}
-        if not math.isnan(self.loss.threshold):
-            metrics |= {
-                "merge/loss_baseline": self.loss.baseline,
-                "merge/loss_threshold": self.loss.threshold,
-            }
+        threshold = self.loss.threshold
+        if not math.isnan(threshold):
+            metrics |= {"merge/loss_baseline": self.loss.baseline, "merge/loss_threshold": threshold}
         if self.restores.count:
             metrics["merge/lr_factor"] = self.recovery.lr.factor(self.trainer.global_step)
         log_metrics(self.trainer, metrics)

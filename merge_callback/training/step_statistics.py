@@ -6,12 +6,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loops.progress import _ReadyCompletedTracker
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
@@ -25,8 +25,7 @@ _PATIENCE = timedelta(seconds=30)
 """How long a checkpoint waits for the numbers of other ranks, which may be gone."""
 
 
-@dataclass(frozen=True)
-class Statistics:
+class Statistics(NamedTuple):
     """What one optimizer step was like, on all ranks together.
 
     Args:
@@ -85,7 +84,7 @@ class StepStatistics:
             outputs: what Lightning hands to ``on_train_batch_end``; without a ``"loss"`` nothing is noted.
             divided_by: what Lightning divided it by (``accumulate_grad_batches``; 1 in manual optimization).
         """
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
         if isinstance(loss, (Tensor, float)):
             self._losses.append(_own(loss, divided_by))
 
@@ -160,7 +159,7 @@ class StepStatistics:
         self._last = None
         if state["last"] is not None:
             step, *sums = state["last"]
-            self._last = _Pending(step, lambda within: _Sums(*sums))
+            self._last = _Pending(step, _Sums(*sums))
             self._last.counted = True
 
     def _last_step(self) -> list[float | None] | None:
@@ -184,8 +183,11 @@ class StepStatistics:
 
     def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
         ranks = self._ranks
+        tensors = [number for number in numbers if isinstance(number, Tensor)]
+        if ranks.group is None and not tensors:
+            return _Pending(step, _reduced(numbers, 1))  # type: ignore[arg-type]
         read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
-        return _Pending(step, lambda within: _reduced(read(within), ranks.size))
+        return _Pending(step, wait=lambda within: _reduced(read(within), ranks.size))
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
         """Has the clock count a step, once."""
@@ -194,15 +196,14 @@ class StepStatistics:
             pending.counted = True
 
     def _read(self, pending: _Pending) -> Statistics:
-        self._count(pending)
-        loss, norm, scale, tokens = pending.read()
-        skipped = self._was_skipped(loss, norm, scale)
+        if not pending.counted:
+            self._count(pending)
+        loss, norm, scale, tokens = pending.sums or pending.read()
+        skipped = scale is not None and self._was_skipped(loss, norm, scale)
         self._scale = scale
         return Statistics(pending.step, loss, norm, skipped, 0 if math.isnan(tokens) else int(tokens))
 
-    def _was_skipped(self, loss: float | None, norm: float | None, scale: float | None) -> bool:
-        if scale is None:
-            return False
+    def _was_skipped(self, loss: float | None, norm: float | None, scale: float) -> bool:
         if self._scale is None:  # the first step, or the first after a restore: only an overflow can tell
             return not all(math.isfinite(number) for number in (loss, norm) if number is not None)
         return scale < self._scale
@@ -220,16 +221,21 @@ class _Sums(NamedTuple):
 class _Pending:
     """A step that has ended, whose numbers may still be on their way."""
 
-    def __init__(self, step: int, wait: Callable[[timedelta | None], _Sums]) -> None:
+    def __init__(
+        self,
+        step: int,
+        sums: _Sums | None = None,
+        wait: Callable[[timedelta | None], _Sums] | None = None,
+    ) -> None:
         self.step = step
         self.counted = False  # whether the clock knows its tokens
-        self._wait = wait
-        self._sums: _Sums | None = None
+        self.sums, self._wait = sums, wait  # they are known, or waited for
 
     def read(self, within: timedelta | None = None) -> _Sums:
-        if self._sums is None:
-            self._sums = self._wait(within)
-        return self._sums
+        if self.sums is None:
+            assert self._wait is not None
+            self.sums = self._wait(within)
+        return self.sums
 
 
 def counts_batches(trainer: Trainer) -> bool:
@@ -238,6 +244,14 @@ def counts_batches(trainer: Trainer) -> bool:
     if not isinstance(strategy, ModelParallelStrategy):
         return True
     return strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
+
+
+def step_progress(trainer: Trainer) -> _ReadyCompletedTracker:
+    """Whose ``completed`` is ``trainer.global_step``, which takes seven properties to get there."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step.total
+    return loop.manual_optimization.optim_step_progress.total
 
 
 def _reduced(numbers: list[float], ranks: int) -> _Sums:

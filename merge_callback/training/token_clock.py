@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -55,7 +55,7 @@ def count_tokens(batch: Any) -> int:
         ValueError: where that tensor is not one of token ids; the message names the ways out.
     """
     tensor = _token_ids(batch)
-    if tensor is None or tensor.is_floating_point() or tensor.is_complex() or tensor.ndim < 2:
+    if tensor is None or tensor.ndim < 2 or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
         found = "no tensor" if tensor is None else f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
         raise ValueError(
             f"cannot read the number of tokens off this batch ({type(batch).__name__}, which holds {found} "
@@ -76,10 +76,15 @@ def _token_ids(batch: Any, depth: int = 4) -> Tensor | None:
         return batch
     if depth == 0 or isinstance(batch, str):
         return None
-    if isinstance(batch, Mapping):
-        values = [*(batch[key] for key in _TOKEN_KEYS if key in batch), *batch.values()]
-    elif isinstance(batch, (list, tuple)):
-        values = list(batch)
-    else:
-        return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else None
-    return next((ids for value in values if (ids := _token_ids(value, depth - 1)) is not None), None)
+    if isinstance(batch, (dict, Mapping)):  # a dict is told at once, a mapping by a search
+        for key in _TOKEN_KEYS:
+            if key in batch and (ids := _token_ids(batch[key], depth - 1)) is not None:
+                return ids
+        return _first_token_ids(batch.values(), depth - 1)
+    if isinstance(batch, (list, tuple)):
+        return _first_token_ids(batch, depth - 1)
+    return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else None
+
+
+def _first_token_ids(values: Iterable[Any], depth: int) -> Tensor | None:
+    return next((ids for value in values if (ids := _token_ids(value, depth)) is not None), None)
