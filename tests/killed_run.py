@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -432,6 +433,7 @@ class Calls:
     def __init__(self, kill_at):
         self.kill_at, self.count = kill_at, 0
         sys.setprofile(self._hook)
+        threading.setprofile(self._hook)  # snapshots are kept and merged beside training
 
     def _hook(self, frame, event, arg):
         if event in ("call", "c_call") and "/merge_callback/" in frame.f_code.co_filename:

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.sharding import Piece
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.safetensors_file import read_header
 from merge_callback.snapshots.shard_files import gather_shards
 
 WINDOW, EVERY = 4, 2
@@ -309,7 +310,7 @@ def resumed_fit(strategy, folder, **options):
 
 
 def snapshots(folder, names):
-    """The tensors of every snapshot in the manifest, whole, by step.
+    """The tensors of every snapshot in the manifest, whole, by step; what is a difference is added up.
 
     Args:
         folder: of the run.
@@ -319,6 +320,16 @@ def snapshots(folder, names):
     for record in manifest(folder)["snapshots"]:
         out = {name: torch.empty_like(tensor) for name, tensor in names.items()}
         wanted = {name: Piece.all_of(tensor.shape) for name, tensor in names.items()}
-        gather_shards(window_folder(folder) / record["file"], record["checksum"], wanted, out)
+        path = window_folder(folder) / record["file"]
+        gather_shards(path, record["checksum"], wanted, out)
+        if record.get("difference_to") is not None:
+            before, differences = found[record["difference_to"]], _in_bf16(path)
+            out = {n: before[n] + tensor if n in differences else tensor for n, tensor in out.items()}
         found[record["step"]] = out
     return found
+
+
+def _in_bf16(path):
+    """Names of the tensors that a snapshot keeps in bf16."""
+    headers = [read_header(file)[0] for file in ([path] if path.is_file() else path.glob("rank-*"))]
+    return {name for header in headers for name, entry in header.items() if entry.get("dtype") == "BF16"}

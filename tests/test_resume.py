@@ -13,6 +13,7 @@ from killed_run import (
     STEPS,
     At,
     Held,
+    Keeper,
     SaveAt,
     StopError,
     Tiny,
@@ -31,6 +32,15 @@ from safetensors.torch import load_file
 from merge_callback import CheckpointMergeCallback, load_merge, merge_state_dicts
 
 STORAGES = ["disk", "cpu", "device"]
+CODEC = {"snapshot_codec": "delta-bf16"}
+KEPT = [*({"storage": storage} for storage in STORAGES), {"storage": "disk", **CODEC}]
+"""Ways to keep a window."""
+
+
+def kept_id(kept):
+    return " ".join(kept.values())
+
+
 STOPPED = 13
 """The batch after which most runs here stop: in the middle of the second epoch, snapshots 6 8 10 12 taken."""
 
@@ -85,7 +95,7 @@ def live_files(merges):
 # --- stopped ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kept", KEPT, ids=kept_id)
 @pytest.mark.parametrize(
     ("saved", "stop", "after_validation"),
     [
@@ -100,16 +110,18 @@ def live_files(merges):
         pytest.param(22, 23, False, id="in the decay"),
     ],
 )
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, unbroken, storage, saved, stop, after_validation):
-    checkpoint = stopped(tmp_path, saved, stop, after_validation=after_validation, storage=storage)
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, unbroken, kept, saved, stop, after_validation):
+    checkpoint = stopped(tmp_path, saved, stop, after_validation=after_validation, **kept)
 
-    _, module, _ = fit(tmp_path, checkpoint, storage=storage)
+    _, module, _ = fit(tmp_path, checkpoint, **kept)
 
-    assert_same(outcome(tmp_path, module), unbroken(storage=storage))
+    assert_same(outcome(tmp_path, module), unbroken(**kept))
 
 
-def test_storages_hold_the_same_bytes(unbroken):
-    assert unbroken(storage="disk") == unbroken(storage="cpu") == unbroken(storage="device")
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+def test_storages_hold_the_same_bytes(unbroken, codec):
+    disk, cpu, device = (unbroken(storage=storage, **codec) for storage in STORAGES)
+    assert disk == cpu == device
 
 
 @pytest.mark.parametrize("saved", [13, 14, 16, 18], ids="batch {}".format)
@@ -140,31 +152,33 @@ def test_an_interval_in_tokens_survives_a_stop(tmp_path, unbroken):
     assert_same(outcome(tmp_path, module), unbroken(**interval))
 
 
-def test_a_run_stopped_and_resumed_again_and_again_ends_the_same(tmp_path, unbroken):
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+def test_a_run_stopped_and_resumed_again_and_again_ends_the_same(tmp_path, unbroken, codec):
     checkpoint = None
     for batch in (5, 3, 6, 2, 3):
         save = SaveAt(tmp_path / "last.ckpt", batch, stop=batch)
         with pytest.raises(StopError):
-            fit(tmp_path, checkpoint, [save])
+            fit(tmp_path, checkpoint, [save], **codec)
         checkpoint = tmp_path / "last.ckpt"
         shutil.copy(checkpoint, tmp_path / "resume.ckpt")
         checkpoint.unlink()
         checkpoint = tmp_path / "resume.ckpt"
 
-    _, module, _ = fit(tmp_path, checkpoint)
+    _, module, _ = fit(tmp_path, checkpoint, **codec)
 
-    assert_same(outcome(tmp_path, module), unbroken())
+    assert_same(outcome(tmp_path, module), unbroken(**codec))
 
 
-def test_a_resume_that_fails_early_can_be_repeated(tmp_path, unbroken):
-    checkpoint = stopped(tmp_path)
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+def test_a_resume_that_fails_early_can_be_repeated(tmp_path, unbroken, codec):
+    checkpoint = stopped(tmp_path, **codec)
     for batch in (1, 4):  # each saves once more before it fails
         with pytest.raises(StopError):
-            fit(tmp_path, checkpoint, [SaveAt(tmp_path / f"{batch}.ckpt", batch, stop=batch)])
+            fit(tmp_path, checkpoint, [SaveAt(tmp_path / f"{batch}.ckpt", batch, stop=batch)], **codec)
 
-    _, module, _ = fit(tmp_path, checkpoint)
+    _, module, _ = fit(tmp_path, checkpoint, **codec)
 
-    assert_same(outcome(tmp_path, module), unbroken())
+    assert_same(outcome(tmp_path, module), unbroken(**codec))
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(tmp_path, unbroken):
@@ -278,6 +292,33 @@ def test_an_optimizer_that_loads_its_own_state_stays_in_its_phase(tmp_path, unbr
     assert_same(outcome(tmp_path, module), unbroken())
 
 
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_the_older_of_two_checkpoints_finds_all_that_its_differences_build_on(tmp_path, unbroken, storage):
+    options = {**CODEC, "storage": storage}
+    save = ModelCheckpoint(tmp_path / "c", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    fit(tmp_path, callbacks=[save], **options)
+    kept = {path.name for path in live_files_by_name(tmp_path / "merges")}
+
+    needed = set()
+    for name in ("step=20", "step=25"):
+        (state,) = (
+            s
+            for key, s in torch.load(tmp_path / f"c/{name}.ckpt", weights_only=True)["callbacks"].items()
+            if key.startswith("CheckpointMergeCallback")
+        )
+        needed |= {record["file"] for record in state["window"]["snapshots"]}
+    needed |= {record["file"] for record in window(tmp_path / "merges")["snapshots"]}
+    assert kept == needed  # a snapshot that was made whole since has both its files there
+
+    _, module, _ = fit(tmp_path, tmp_path / "c/step=20.ckpt", **options)
+
+    assert_same(outcome(tmp_path, module), unbroken(**CODEC))
+
+
+def live_files_by_name(merges):
+    return list((merges / "window").glob("step=*.safetensors"))
+
+
 # --- killed -------------------------------------------------------------------------------------------------
 
 
@@ -299,6 +340,12 @@ def calls(tmp_path_factory, live):
     """How many calls `merge_callback` makes in such a run."""
     counted = live(tmp_path_factory.mktemp("calls"), last={"count": "call"})
     return counted["outcome"]["counts"]["call"]
+
+
+@pytest.fixture(scope="module")
+def codec_survivor(tmp_path_factory, live):
+    """The same, its snapshots kept as differences."""
+    return live(tmp_path_factory.mktemp("codec"), options=CODEC)["outcome"]
 
 
 def assert_survived(result, expected):
@@ -340,6 +387,30 @@ def test_a_run_killed_at_a_file_operation_resumes_with_the_same_window_and_merge
     assert_survived(live(tmp_path, [{"file": places[-2:][0]}]), survivor)
 
 
+def making_whole(names):
+    """Places of the file operations from the making whole of a snapshot to the next snapshot."""
+    writes = [
+        (k, int(found[1]))
+        for k, name in enumerate(names, 1)
+        if (found := re.match(r"os.fsync \.step=(\d+)\.\d+\.tmp", name))
+    ]
+    again = [i for i, (_, step) in enumerate(writes) if i and step < writes[i - 1][1]]
+    first, following = writes[again[-2]], writes[again[-2] + 1]  # the last but one
+    return range(first[0] - 1, following[0] + 1)
+
+
+@pytest.mark.parametrize("part", range(6))
+def test_a_run_killed_while_a_snapshot_is_made_whole_resumes_with_the_same_window_and_merges(
+    tmp_path, live, codec_survivor, part
+):
+    places = making_whole(codec_survivor["counts"]["names"])
+    assert len(places) >= 6, f"too little happens: {codec_survivor['counts']['names']}"
+
+    result = live(tmp_path, [{"file": places[part * len(places) // 6]}], options=CODEC)
+
+    assert_survived(result, codec_survivor)
+
+
 @pytest.mark.parametrize("moment", range(4))
 def test_a_run_killed_at_any_moment_resumes_with_the_same_window_and_merges(
     tmp_path, live, survivor, calls, moment
@@ -358,8 +429,9 @@ def test_a_run_killed_again_while_it_resumes_resumes_with_the_same_window_and_me
     assert_survived(live(tmp_path, [{"file": first}, {"file": again}]), survivor)
 
 
-def test_a_snapshot_file_cut_off_while_the_run_goes_on_does_not_end_the_run(tmp_path, live):
-    result = live(tmp_path, last={"CutsASnapshot": True})
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+def test_a_snapshot_file_cut_off_while_the_run_goes_on_does_not_end_the_run(tmp_path, live, codec):
+    result = live(tmp_path, last={"CutsASnapshot": True}, options=codec)
 
     assert result["ends"] != [-signal.SIGBUS]
     assert result["ends"] == [0], result["outcome"]
@@ -368,10 +440,14 @@ def test_a_snapshot_file_cut_off_while_the_run_goes_on_does_not_end_the_run(tmp_
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
-def test_a_run_killed_at_every_single_file_operation_resumes_bit_for_bit(tmp_path, live, survivor, storage):
-    for k in range(1, survivor["counts"]["file"] + 1):
-        result = live(tmp_path / str(k), [{"file": k}], options={"storage": storage})
-        assert_survived(result, survivor)
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+def test_a_run_killed_at_every_single_file_operation_resumes_bit_for_bit(
+    tmp_path, live, survivor, codec_survivor, storage, codec
+):
+    expected = codec_survivor if codec else survivor
+    for k in range(1, expected["counts"]["file"] + 1):
+        result = live(tmp_path / str(k), [{"file": k}], options={"storage": storage, **codec})
+        assert_survived(result, expected)
         shutil.rmtree(tmp_path / str(k))
 
 
@@ -481,23 +557,71 @@ class StopAtStart(Callback):
         raise StopError
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("kept", KEPT, ids=kept_id)
 @pytest.mark.parametrize("size", [2, 7])
-def test_a_run_resumes_with_another_window_size(tmp_path, size, storage):
-    checkpoint = stopped(tmp_path, storage=storage)
+def test_a_run_resumes_with_another_window_size(tmp_path, size, kept):
+    checkpoint = stopped(tmp_path, **kept)
 
-    fit(tmp_path, checkpoint, window=size, storage=storage, trainer={"max_steps": 18})
+    fit(tmp_path, checkpoint, window=size, **kept, trainer={"max_steps": 18})
 
     assert steps(tmp_path / "merges") == [6, 8, 10, 12, 14, 16, 18][-size:]
 
 
 @pytest.mark.parametrize(("before", "after"), [("disk", "cpu"), ("cpu", "disk"), ("device", "disk")])
-def test_a_run_resumes_with_another_storage(tmp_path, unbroken, before, after):
-    checkpoint = stopped(tmp_path, storage=before)
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+def test_a_run_resumes_with_another_storage(tmp_path, unbroken, before, after, codec):
+    checkpoint = stopped(tmp_path, storage=before, **codec)
 
-    _, module, _ = fit(tmp_path, checkpoint, storage=after)
+    _, module, _ = fit(tmp_path, checkpoint, storage=after, **codec)
 
-    assert_same(outcome(tmp_path, module), unbroken())
+    assert_same(outcome(tmp_path, module), unbroken(**codec))
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_window_of_differences_that_is_resumed_smaller_holds_the_same_weights(tmp_path, unbroken, size):
+    checkpoint = stopped(tmp_path, **CODEC)
+    before = decoded_files(tmp_path / "merges")
+
+    with pytest.raises(StopError):
+        fit(tmp_path, checkpoint, [StopAtStart()], window=size, **CODEC)
+
+    found = decoded_files(tmp_path / "merges")
+    assert list(found) == [6, 8, 10, 12][-size:]
+    for step, tensors in found.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, before[step][name]), (step, name)
+
+
+def decoded_files(merges):
+    """The weights of a window's snapshots by their step, added up from its files."""
+    found, before = {}, {}
+    for record in window(merges)["snapshots"]:
+        tensors = load_file(merges / "window" / record["file"])
+        trained = dict(Tiny().named_parameters())
+        if record["difference_to"] is not None:
+            assert record["difference_to"] == max(found)
+            tensors = {n: before[n] + t if n in trained else t for n, t in tensors.items()}
+        found[record["step"]] = before = tensors
+    return found
+
+
+@pytest.mark.parametrize(("before", "after"), [({}, CODEC), (CODEC, {})], ids=["on", "off"])
+def test_a_resume_with_another_codec_is_an_error_that_names_the_option(tmp_path, before, after):
+    checkpoint = stopped(tmp_path, **before)
+    known = window(tmp_path / "merges")
+
+    with pytest.raises(ValueError, match=r"snapshot_codec='?\w+.* there and '?\w+.* here"):
+        fit(tmp_path, checkpoint, **after)
+    assert window(tmp_path / "merges") == known
+
+
+def test_a_resume_with_another_codec_into_another_folder_begins_with_an_empty_window(tmp_path):
+    checkpoint = stopped(tmp_path / "old")
+
+    with pytest.warns(UserWarning, match="the window begins empty.*snapshot_codec"):
+        fit(tmp_path / "new", checkpoint, trainer={"max_steps": 18}, **CODEC)
+
+    assert steps(tmp_path / "new/merges") == [14, 16, 18]
 
 
 def test_a_window_that_was_never_durable_is_named_when_it_is_gone(tmp_path):
@@ -841,6 +965,47 @@ def test_a_corrupt_snapshot_is_named_and_left_out_and_later_merges_are_right(
     merged = load_merge(folder / "merges/step=00000014-tokens=336-sma")
     for name, tensor in merge_state_dicts(list(kept.values())).items():
         assert torch.equal(merged[name], tensor), name
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+@pytest.mark.parametrize("corrupt", ["a bit of the data", "deleted", "a dangling link"])
+@pytest.mark.parametrize(("step", "left"), [(6, [14]), (8, [6, 14]), (12, [6, 8, 10, 14])])
+def test_what_builds_on_a_corrupt_snapshot_is_left_out_too_and_the_next_builds_on_what_is_left(
+    tmp_path, codec_halfway, corrupt, storage, step, left
+):
+    folder = tmp_path / "run"
+    shutil.copytree(codec_halfway, folder, symlinks=True)
+    CORRUPTIONS[corrupt](live_files(folder / "merges")[step])
+    keeper = Keeper()
+
+    with pytest.raises(StopError), pytest.warns(UserWarning, match="left out") as told:
+        fit(
+            folder,
+            folder / "after-13.ckpt",
+            [keeper, SaveAt(folder / "again.ckpt", 2, stop=2)],
+            emit_every=1,
+            storage=storage,
+            **CODEC,
+        )
+
+    lines = [str(w.message) for w in told if "left out" in str(w.message)]
+    lost = [s for s in (6, 8, 10, 12) if s >= step]
+    assert [int(re.search(r"snapshot of step (\d+)", line)[1]) for line in lines] == lost
+    assert all("kept as the difference to that of step" in line for line in lines[1:])
+    assert steps(folder / "merges") == left
+    found = decoded_files(folder / "merges")
+    for name, live in keeper.weights[14].items():
+        way = (live - found[left[-2]][name]).abs() if len(left) > 1 else torch.zeros(())
+        # One rounding to bf16, 8 bits, of how far the weights went since the snapshot that is left.
+        assert bool(((found[14][name] - live).abs() <= way * 2.0**-8 * 1.01 + 1e-7).all()), name
+
+
+@pytest.fixture(scope="module")
+def codec_halfway(tmp_path_factory):
+    """`halfway`, its snapshots kept as differences."""
+    folder = tmp_path_factory.mktemp("codec-halfway")
+    stopped(folder / "recorded", emit_every=1, **CODEC)
+    return shutil.move(folder / "recorded", folder / "moved")
 
 
 def test_a_window_whose_every_file_is_corrupt_starts_anew(tmp_path, halfway, unbroken):

@@ -155,6 +155,21 @@ def publishing(folder, **options):
     return failing(folder, 0, (emission, "write_file"), full, "step=00000006", max_shard_size=300, **options)
 
 
+def making_whole(folder, **options):
+    from merge_callback.snapshots import shard_files
+
+    full = OSError(errno.ENOSPC, "No space left on device")
+    whole = (shard_files, "write_file"), full, "step=00000004"
+    return failing(folder, 1, *whole, nth=2, snapshot_codec="delta-bf16", **options)
+
+
+def mapping_what_was_made_whole(folder):
+    from merge_callback.snapshots import storage
+
+    whole = (storage, "map_arena"), RuntimeError("unable to mmap"), "step=00000004"
+    return failing(folder, 1, *whole, nth=2, snapshot_codec="delta-bf16", strategy="fsdp2")
+
+
 CASES = {
     "plain": (plain, {}),
     "spoilt ddp 1": (spoilt, {"strategy": "ddp", "rank": 1}),
@@ -162,6 +177,10 @@ CASES = {
     "spoilt fsdp2 1": (spoilt, {"strategy": "fsdp2", "rank": 1}),
     "writing 0": (writing, {"rank": 0}),
     "writing 1": (writing, {"rank": 1}),
+    "writing a difference": (writing, {"rank": 1, "snapshot_codec": "delta-bf16"}),
+    "making whole": (making_whole, {}),
+    "making whole in memory": (making_whole, {"storage": "cpu"}),
+    "mapping what was made whole": (mapping_what_was_made_whole, {}),
     "writing in memory": (writing, {"rank": 1, "storage": "cpu"}),
     "writing without memory": (writing_without_memory, {}),
     "listing": (listing, {}),
@@ -180,8 +199,8 @@ DROPPED = [
     "writing 1",
     "writing without memory",
 ]
-DROPPED += ["listing", "mapping"]
-NOT_WRITTEN = ["writing 0", "writing 1", "writing without memory", "listing"]
+DROPPED += ["listing", "mapping", "writing a difference"]
+NOT_WRITTEN = ["writing a difference", "writing 0", "writing 1", "writing without memory", "listing"]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +253,21 @@ def test_a_snapshot_in_memory_that_could_not_be_written_is_everybodys(runs, case
         (lost,) = [record for record in rank.records if record["step"] == AT]
         assert (lost["file"], lost["checksum"]) == ("", "")
     assert any(f"step {AT}" in line for line in runs[case][0].told)
+
+
+@pytest.mark.parametrize("case", ["making whole", "mapping what was made whole"])
+def test_a_window_whose_second_snapshot_one_rank_can_not_make_whole_is_one_longer_on_all(runs, folder, case):
+    for rank in runs[case]:
+        assert rank.windows[11] == [2, 4, 6, 8, 10]
+        assert rank.windows[12] == [6, 8, 10, 12]
+        assert [record["difference_to"] for record in rank.records] == [None, 6, 8, 10]
+    assert listed(folder / case) == [6, 8, 10, 12]
+
+
+def test_a_window_in_memory_needs_no_file_to_make_its_second_snapshot_whole(runs):
+    for rank in runs["making whole in memory"]:
+        assert rank.windows == runs["plain"][0].windows
+        assert all(record["file"] for record in rank.records)
 
 
 def test_a_merge_that_fails_on_one_rank_is_nobodys(runs):

@@ -38,6 +38,8 @@ pytestmark = pytest.mark.timeout(600)
 STOPPED, TAKEN = 7, [2, 4, 6]
 """The step of the checkpoint, and the snapshots taken until then."""
 
+CODEC = {"snapshot_codec": "delta-bf16"}
+
 DAMAGES = [("truncated", ""), ("flipped", ""), ("missing", ""), ("no list", "")]
 DAMAGES += [(damage, ", resharded") for damage in ("emptied", "flipped header", "folder missing")]
 
@@ -121,9 +123,12 @@ def alone(folder):
 @pytest.fixture(scope="module")
 def unbroken(folder, alone):
     jobs = {name: (saved_fit, {"strategy": name, "folder": str(folder / f"2-{name}")}) for name in TWO}
+    jobs["codec"] = (saved_fit, {"strategy": "ddp", "folder": str(folder / "2-codec"), **CODEC})
     found = run_jobs(2, jobs, timeout=400)
-    for name in TWO:  # else what is missing would be found there
+    for name in jobs:  # else what is missing would be found there
         os.rename(folder / f"2-{name}", folder / f"2-{name}-unbroken")
+    found["codec alone"] = [saved_fit("alone", str(folder / "1-codec"), **CODEC)]
+    os.rename(folder / "1-codec", folder / "1-codec-unbroken")
     return {**found, "alone": [alone]}
 
 
@@ -146,6 +151,12 @@ def on_two(folder, unbroken):
     jobs["alone to ddp"] = job("ddp", "1-alone", "1-alone to 2-ddp")
     jobs["alone to fsdp2"] = job("fsdp2", "1-alone", "1-alone to 2-fsdp2")
     jobs["smaller"] = job("ddp", "2-ddp", "smaller", window=2)
+    jobs["codec"] = job("ddp", "2-codec", "2-codec to 2-ddp", **CODEC)
+    jobs["codec resharded"] = job("fsdp2", "2-codec", "2-codec to 2-fsdp2", **CODEC)
+    jobs["codec from one"] = job("fsdp2", "1-codec", "1-codec to 2-fsdp2", **CODEC)
+    jobs["codec smaller"] = job("ddp", "2-codec", "codec smaller", window=2, **CODEC)
+    damaged = {"damage": "flipped", "trainer": {"max_steps": 8, "limit_val_batches": 0}}
+    jobs["codec damaged"] = job("ddp", "2-codec", "codec damaged", **damaged, **CODEC)
     jobs["memory"] = job("ddp", "2-ddp", "memory", storage="cpu")
     short = {"max_steps": 8, "limit_val_batches": 0}
     for damage, how in DAMAGES:
@@ -262,6 +273,44 @@ def test_a_run_of_one_rank_resumed_on_two_is_the_unbroken_run(on_two, unbroken, 
 
 def test_a_run_resumed_with_another_sharding_is_the_unbroken_run(on_two, unbroken, folder):
     assert_goes_on(folder, "2-ddp to 2-fsdp2", on_two["ddp to fsdp2"], unbroken["ddp"], exact=False)
+
+
+def test_a_run_of_differences_is_resumed_on_as_many_ranks(on_two, unbroken, folder):
+    assert_goes_on(folder, "2-codec to 2-ddp", on_two["codec"], unbroken["codec"])
+
+
+def test_a_run_of_differences_is_resumed_with_another_sharding(on_two, unbroken, folder):
+    found = on_two["codec resharded"]
+    assert_goes_on(folder, "2-codec to 2-fsdp2", found, unbroken["codec"], exact=False)
+
+
+def test_a_run_of_differences_of_one_rank_is_resumed_on_two(on_two, unbroken, folder):
+    found = on_two["codec from one"]
+    assert_goes_on(folder, "1-codec to 2-fsdp2", found, unbroken["codec alone"], exact=False)
+
+
+def test_a_run_of_differences_is_resumed_on_one_rank(unbroken, folder):
+    found = [resumed("alone", folder / "2-codec-stopped", folder / "2-codec to 1-alone", **CODEC)]
+    assert_goes_on(folder, "2-codec to 1-alone", found, unbroken["codec"], exact=False)
+
+
+def test_a_smaller_window_of_differences_keeps_the_newest_snapshots(on_two, folder):
+    for rank in on_two["codec smaller"]:
+        assert rank.windows[8] == [6, 8]
+        assert [r["difference_to"] for r in rank.records] == [None, 10]
+    assert listed(folder / "codec smaller") == [10, 12]
+    assert left_over(folder / "codec smaller") == []
+
+
+def test_what_builds_on_a_snapshot_damaged_on_one_rank_is_left_out_on_all(on_two, unbroken):
+    first, second = on_two["codec damaged"]
+    for rank in (first, second):
+        assert rank.windows[8] == [2, 8]
+        assert rank.records[1]["difference_to"] == 2
+        assert_same_bits(rank.run.weights[8], unbroken["codec"][0].run.weights[8])
+    told = [line for line in first.told if "left out" in line]
+    assert ["snapshot of step 4" in told[0], "snapshot of step 6" in told[1]] == [True, True]
+    assert "kept as the difference to that of step 4, which is lost" in told[1]
 
 
 def test_a_window_resumed_into_memory_is_the_same(on_two, unbroken):

@@ -13,6 +13,7 @@ from sharded_runs import (
     listed,
     merged_fit,
     published,
+    snapshots,
     window_folder,
     without_diversity,
 )
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.timeout(600)  # the processes of a whole file start und
 
 SAME_BITS = [(2, "ddp"), (2, "fsdp2"), (2, "fsdp1")]
 ALL = [*SAME_BITS, (4, "fsdp2_tp")]
+
+CODEC = {"snapshot_codec": "delta-bf16"}
+CODED = ["ddp", "fsdp2"]
 
 
 def run(strategy, folder, **options):
@@ -60,6 +64,9 @@ def runs(folder):
         run,
         {"strategy": "ddp", "folder": str(folder / "memory"), "storage": "cpu", "spike": OFF},
     )
+    for strategy in CODED:
+        place = str(folder / f"differences-{strategy}")
+        two["differences", strategy] = (run, {"strategy": strategy, "folder": place, **CODEC})
     four = dict(jobs(4, ["fsdp2_tp"]))
     four["hybrid"] = (hybrid_shards, {})
     return run_jobs(2, two, timeout=400) | run_jobs(4, four, timeout=400)
@@ -168,6 +175,41 @@ def test_no_warning_without_a_reason(runs):
 def test_a_window_in_memory_is_the_window_on_disk(runs, folder):
     assert published(folder / "memory") == published(folder / "2-ddp")
     assert [r.windows for r in runs["memory"]] == [r.windows for r in runs[2, "ddp", True]]
+
+
+# --- snapshots kept as differences --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def coded_alone(folder):
+    return run("alone", folder / "differences-alone", **CODEC)
+
+
+@pytest.mark.parametrize("strategy", CODED)
+def test_differences_that_are_shared_out_are_those_of_one_process(runs, coded_alone, folder, strategy):
+    place, alone = folder / f"differences-{strategy}", folder / "differences-alone"
+    names = {n: t for n, t in coded_alone.run.final.items() if n != "head.weight"}  # tied to another
+    assert_same_bits(snapshots(place, names), snapshots(alone, names))
+    found, _ = without_diversity(published(place))
+    expected, _ = without_diversity(published(alone))
+    assert len(expected) == 5
+    assert found == expected
+    for rank in runs["differences", strategy]:
+        assert [r["difference_to"] for r in rank.records] == [None, 6, 8, 10]
+        assert rank.windows == coded_alone.windows
+        # Only the diversity is rounded differently; its change is a difference of two close numbers.
+        assert rank.metrics == {
+            k: pytest.approx(v, rel=1e-6, abs=1e-4 if "change" in k else 0)
+            for k, v in coded_alone.metrics.items()
+        }
+
+
+@pytest.mark.parametrize("strategy", CODED)
+def test_differences_do_not_touch_the_training_of_any_rank(runs, folder, strategy):
+    for rank, plain in zip(runs["differences", strategy], runs[2, strategy, False], strict=True):
+        assert_same_bits(rank.run.weights, plain.run.weights)
+        assert rank.differ == rank.replaced == rank.told == []
+    assert left_over(folder / f"differences-{strategy}") == []
 
 
 # --- who keeps what -----------------------------------------------------------------------------------------

@@ -37,6 +37,9 @@ from torch import nn
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.merging import LinearMethod, Weighted
 
+CODEC = {"snapshot_codec": "delta-bf16"}
+WAYS = pytest.mark.parametrize("codec", [{}, CODEC], ids=["whole", "differences"])
+
 LAST = [20, 22, 24, 26]
 """The steps of the window at the end of a run of `killed_run.fit`."""
 
@@ -206,13 +209,16 @@ class StopsAt(Callback):
             raise StopError
 
 
-def test_checkpoints_between_two_snapshots_count_once(tmp_path):
+@WAYS
+def test_checkpoints_between_two_snapshots_count_once(tmp_path, codec):
     save = ModelCheckpoint(tmp_path / "c", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     with pytest.raises(StopError):
-        fit(tmp_path, callbacks=[save, StopsAt(15)])
+        fit(tmp_path, callbacks=[save, StopsAt(15)], **codec)
 
     # When snapshot 14 came, the last two windows saved were those of steps 12, 13 and of steps 10, 11.
     assert sorted(files(tmp_path)) == [4, 6, 8, 10, 12, 14]
+    # Of 6 and 8 the older window has the difference to the one before, and a newer one the whole.
+    assert len(list((tmp_path / "merges/window").glob("step=*"))) == (8 if codec else 6)
 
 
 # --- snapshots that are no use ------------------------------------------------------------------------------
@@ -454,11 +460,12 @@ def free(folder):
 
 @needs_root
 @pytest.mark.parametrize("leave", range(8))
-def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, small_disk, leave):
+@WAYS
+def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, small_disk, leave, codec):
     disk = small_disk(100)
     holes = At(step9=fill(disk, leave), step17=free(disk))
 
-    fit(tmp_path, before=[holes], dirpath=disk / "merges", trainer=quiet())
+    fit(tmp_path, before=[holes], dirpath=disk / "merges", trainer=quiet(), **codec)
 
     (tmp_path / "merges").symlink_to(disk / "merges")
     assert_nothing_is_half_there(tmp_path)
@@ -467,10 +474,14 @@ def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, sma
 
 @needs_root
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
-def test_a_disk_with_room_for_the_window_and_one_more_snapshot_never_jams(tmp_path, small_disk, storage):
+@WAYS
+def test_a_disk_with_room_for_the_window_and_one_more_snapshot_never_jams(
+    tmp_path, small_disk, storage, codec
+):
     disk = small_disk(100)
-    # Room for a snapshot, not for its manifest; what the window drops would make room for both.
-    jam = At(step9=fill(disk, leave=2))
+    # Room for a snapshot, not for its manifest; what the window drops would make room for both. The next
+    # difference is written, and the second snapshot whole, before the oldest goes.
+    jam = At(step9=fill(disk, leave=4 if codec else 2))
 
     fit(
         tmp_path,
@@ -479,6 +490,7 @@ def test_a_disk_with_room_for_the_window_and_one_more_snapshot_never_jams(tmp_pa
         emit_every=0,
         storage=storage,
         trainer=quiet(),
+        **codec,
     )
 
     (tmp_path / "merges").symlink_to(disk / "merges")
@@ -514,7 +526,8 @@ def test_a_folder_that_can_not_be_written_is_named_before_training_starts(tmp_pa
         CheckpointMergeCallback(dirpath=tmp_path / "closed/merges")
 
 
-def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path):
+@WAYS
+def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path, codec):
     locked = no_permission(tmp_path / "merges")
 
     def lock(module):
@@ -524,7 +537,7 @@ def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path):
     change = At(step9=lock, step17=lambda m: locked.__exit__(None, None, None))
 
     with pytest.warns(UserWarning, match="the snapshot of step 12 could not be kept in a file"):
-        fit(tmp_path, before=[change], trainer=quiet())
+        fit(tmp_path, before=[change], trainer=quiet(), **codec)
 
     assert_nothing_is_half_there(tmp_path)
     assert steps(tmp_path) == LAST
@@ -574,14 +587,16 @@ def test_a_run_that_was_not_refused_has_room_for_the_files_its_checkpoints_keep(
 
 
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
-def test_a_snapshot_file_deleted_while_the_run_goes_on_changes_no_merge(tmp_path, storage):
-    fit(tmp_path / "unbroken", storage=storage, keep_last=None)
+@WAYS
+def test_a_snapshot_file_deleted_while_the_run_goes_on_changes_no_merge(tmp_path, storage, codec):
+    fit(tmp_path / "unbroken", storage=storage, keep_last=None, **codec)
 
     fit(
         tmp_path,
         callbacks=[At(step11=lambda module: files(tmp_path)[10].unlink())],
         storage=storage,
         keep_last=None,
+        **codec,
     )
 
     for path in emissions(tmp_path / "unbroken/merges"):
@@ -591,8 +606,10 @@ def test_a_snapshot_file_deleted_while_the_run_goes_on_changes_no_merge(tmp_path
 
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
 @pytest.mark.parametrize("what", ["merges/window", "merges"])
-def test_a_folder_deleted_while_the_run_goes_on_is_made_again(tmp_path, storage, what):
-    fit(tmp_path, callbacks=[At(step11=lambda module: shutil.rmtree(tmp_path / what))], storage=storage)
+@WAYS
+def test_a_folder_deleted_while_the_run_goes_on_is_made_again(tmp_path, storage, what, codec):
+    gone = At(step11=lambda module: shutil.rmtree(tmp_path / what))
+    fit(tmp_path, callbacks=[gone], storage=storage, **codec)
 
     assert steps(tmp_path) == LAST
     assert_nothing_is_half_there(tmp_path)
@@ -728,7 +745,10 @@ class Footprint(Callback):
 
 
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
-def test_memory_and_open_files_do_not_grow_with_the_snapshots_taken(tmp_path, storage):
+@pytest.mark.parametrize(
+    "codec", [{}, pytest.param(CODEC, marks=pytest.mark.slow)], ids=["whole", "differences"]
+)
+def test_memory_and_open_files_do_not_grow_with_the_snapshots_taken(tmp_path, storage, codec):
     seen = Footprint()
 
     fit(
@@ -739,6 +759,7 @@ def test_memory_and_open_files_do_not_grow_with_the_snapshots_taken(tmp_path, st
         emit_every=4,
         keep_last=1,
         storage=storage,
+        **codec,
         trainer={"max_steps": 50, "val_check_interval": 25, "max_epochs": -1},
     )
 
@@ -746,6 +767,7 @@ def test_memory_and_open_files_do_not_grow_with_the_snapshots_taken(tmp_path, st
     early, late = (max(seen.memory[step] for step in steps) for steps in (range(13, 22, 2), range(41, 50, 2)))
     assert late - early < 4 * snapshot  # the 14 snapshots in between would be 126 MB
     assert seen.files[49] == seen.files[13]
+    assert len(files(tmp_path)) == 2
 
 
 def test_a_run_leaves_no_file_open(tmp_path):

@@ -5,7 +5,7 @@ The oldest snapshot of a window is whole, and each later one is the difference t
     x̂_0 = x_0        δ_i = bf16(x_i − x̂_{i−1})        x̂_i = fp32(x̂_{i−1} + δ_i)
 
 It is the difference to what the reader will see, so what one rounding lost the next difference holds: errors
-do not add up along the chain, and each is at most 2⁻⁹ of what a weight has moved since the snapshot before
+do not add up along the chain, and each is at most 2⁻⁸ of what a weight has moved since the snapshot before
 (in raw bf16: of the weight). A weighted sum of snapshots is one of what is stored, with other weights, and so
 is a distance: linear merges and the diversity read each stored byte once, and decode nothing.
 """
@@ -22,6 +22,24 @@ from torch.utils._pytree import tree_map
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.layout import Group
+
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
+_OTHERS = (
+    "neg",
+    "abs",
+    "invert",
+    "len",
+    "iter",
+    "bool",
+    "float",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+    "array",
+)
 
 
 def terms(
@@ -55,7 +73,8 @@ def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
         here = arena.flat(arena.counterpart(group))
         if group.is_delta:
             stored, factors = terms(before, group, _last(before))
-            one_pass([here, *stored], [1.0, *(-factor for factor in factors)], out.flat(group))
+            # The one before first, summed up as a reader does it: with its roundings, which this one mends.
+            one_pass([*stored, here], [*(-factor for factor in factors), 1.0], out.flat(group))
         else:
             out.flat(group).copy_(here)
 
@@ -126,6 +145,21 @@ class Decoded:
     ) -> Any:
         args, kwargs = tree_map(lambda value: value[:] if isinstance(value, cls) else value, (args, kwargs))
         return func(*args, **(kwargs or {}))
+
+
+def _on_the_whole(name: str) -> Callable[..., Any]:
+    def operate(self: Decoded, *others: Any) -> Any:
+        return getattr(self[:], name)(*others)
+
+    return operate
+
+
+# Python looks for these on the class, where no __getattr__ is asked.
+for _name in (
+    *(f"__{way}{name}__" for name in _BINARY for way in ("", "r")),
+    *(f"__{name}__" for name in _OTHERS),
+):
+    setattr(Decoded, _name, _on_the_whole(_name))
 
 
 def _last(arenas: Sequence[Arena]) -> list[float]:

@@ -157,10 +157,18 @@ class Layout:
         return frozenset(segment.name for group in self.groups for segment in group.segments)
 
     @cached_property
+    def still(self) -> frozenset[str]:
+        """The names of the tensors that are kept apart."""
+        return frozenset(segment.name for group in self.groups if group.still for segment in group.segments)
+
+    @cached_property
     def hash(self) -> str:
-        """A SHA-256 over names, shapes, dtypes and offsets: equal hashes mean interchangeable arenas."""
+        """A SHA-256 over names, shapes, dtypes and offsets: equal hashes mean interchangeable arenas.
+
+        Where tensors are kept apart, it tells which, as that decides what is kept as a difference.
+        """
         entries = [
-            [s.name, s.shape, DTYPE_NAMES[g.dtype], DTYPE_NAMES[g.stored], s.start]
+            [s.name, s.shape, DTYPE_NAMES[g.dtype], DTYPE_NAMES[g.stored], s.start, *["still"] * g.still]
             for g in self.groups
             for s in g.segments
         ]

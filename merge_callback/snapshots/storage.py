@@ -211,7 +211,7 @@ class SnapshotStore:
     def keep(self, snapshot: Snapshot, arena: Arena) -> bool:
         """Gives a snapshot its place in this storage; says whether it has one (on disk: a file)."""
         if self.storage != "disk":
-            snapshot.arena = self._at_home(arena)
+            snapshot.arena = self.at_home(arena)
             return True
         self.give_back(arena)
         if not snapshot.file or self.folder is None:
@@ -294,18 +294,39 @@ class SnapshotStore:
         free = self._free.get((device, layout.is_delta))
         return free.pop() if free else Arena.empty(layout, device)
 
+    def at_home(self, arena: Arena) -> Arena:
+        """A captured snapshot where the window keeps its arenas."""
+        if arena.buffer.device == self.device:
+            return arena
+        home = self.empty(self.device, arena.layout)
+        self._to_host.copy(arena.buffer, home.buffer)
+        self.give_back(arena)
+        return home
+
+    def can_build_on(self, before: Sequence[Snapshot]) -> bool:
+        """Whether the next snapshot may be kept as the difference to the last one of the window."""
+        return bool(self.codec and before and (self.folder is None or before[-1].file))
+
     def encoded(self, snapshot: Snapshot, arena: Arena, before: Sequence[Snapshot]) -> Arena:
-        """A captured snapshot as the difference to the one before, where there is one to rely on.
+        """A captured snapshot as the difference to the one before.
 
         Args:
             snapshot: whose ``difference_to`` is set.
-            arena: of it, whole; given back.
-            before: the window's snapshots.
+            arena: of it, whole and at home; given back.
+            before: the window's snapshots, of which the last can be relied on.
+
+        Raises:
+            NonFiniteSnapshotError: where a weight has moved further than the difference can hold.
         """
-        if not self.codec or not before or (self.folder is not None and not before[-1].file):
-            return arena
-        arena, delta = self._at_home(arena), self.empty(self.device, self.layout.delta)
+        delta = self.empty(self.device, self.layout.delta)
         encode(arena, [earlier.arena for earlier in before], delta)
+        try:
+            self.check_finite(delta)
+        except NonFiniteSnapshotError as error:
+            self.give_back(delta)
+            raise NonFiniteSnapshotError(
+                f"in the difference to that of step {before[-1].step} {error}"
+            ) from None
         snapshot.difference_to = before[-1].step
         self.give_back(arena)
         return delta
@@ -318,15 +339,6 @@ class SnapshotStore:
 
     def _shards_name(self, snapshot: Snapshot) -> str:
         return shards_name(snapshot.step, self.session, snapshot.difference_to is not None)
-
-    def _at_home(self, arena: Arena) -> Arena:
-        """A captured snapshot where the window keeps its arenas."""
-        if arena.buffer.device == self.device:
-            return arena
-        home = self.empty(self.device, arena.layout)
-        self._to_host.copy(arena.buffer, home.buffer)
-        self.give_back(arena)
-        return home
 
 
 def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:

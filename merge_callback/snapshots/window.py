@@ -75,9 +75,11 @@ class Window:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf; the window is unchanged.
             ValueError, RuntimeError, MemoryError: where ``captured`` is one; the window is unchanged.
             RemoteError: where another rank could not capture its part; the window is unchanged.
-            OSError: where a file can't be written. In memory the snapshot is admitted all the same.
+            OSError: where a file can't be written; in memory the snapshot is admitted all the same. Or where
+                the window is full and can't let the oldest go.
         """
         self._latest = max(self._latest, snapshot.step)
+        self._make_room(captured)
         arena = self._agreed(snapshot, captured)
         try:
             self._write(snapshot, arena)
@@ -99,7 +101,7 @@ class Window:
         """
         for snapshots in self._segments():
             if len(snapshots) > 1 and snapshots[0].phase != "warmup":
-                return snapshots
+                return snapshots[-self.size :]  # there may be one more, which could not go yet
         return []
 
     def before_spike(self, last_step: int) -> list[Snapshot]:
@@ -165,6 +167,7 @@ class Window:
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
             "layout": self.store.whole.hash,
             "codec": self.store.codec,
+            "still": sorted(self.store.whole.still),
             "snapshots": [s.record() for s in self.snapshots],
             "saved": [list(files) for files in self._saved],
         }
@@ -246,13 +249,27 @@ class Window:
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in cut]
         return [f"snapshot of step {s.step}: {s.file}, or what it builds on, was cut" for s in lost]
 
+    def _make_room(self, captured: Arena | Exception) -> None:
+        """Lets a snapshot go that could not go before: else the window would grow as long as that is so.
+
+        Raises:
+            OSError: where it still can't.
+        """
+        self._drop_oldest()
+        if len(self) > self.size:
+            if isinstance(captured, Arena):
+                self.store.give_back(captured)
+            raise OSError(f"the window is full: the snapshot of step {self.snapshots[0].step} can't go yet")
+
     def _agreed(self, snapshot: Snapshot, captured: Arena | Exception) -> Arena:
         """What this rank has captured, as it is to be kept, if every rank has got hold of its part."""
         problem = captured if isinstance(captured, Exception) else None
         if isinstance(captured, Arena):
             try:
                 self.store.check_finite(captured)
-                captured = self.store.encoded(snapshot, captured, self.snapshots)
+                if self.store.can_build_on(self.snapshots):
+                    captured = self.store.at_home(captured)
+                    captured = self.store.encoded(snapshot, captured, self.snapshots)
             except (ValueError, RuntimeError) as error:
                 problem = error
         try:
@@ -270,15 +287,23 @@ class Window:
         Raises:
             RuntimeError: where this rank, or another, can't keep it; the window is unchanged.
         """
+        if self._keep(snapshot, arena):
+            self.snapshots.append(snapshot)
+            self._drop_oldest()
+
+    def _keep(self, snapshot: Snapshot, arena: Arena) -> bool:
+        """Gives a snapshot its place in every rank's storage; says whether it has one.
+
+        Raises:
+            RuntimeError: where this rank, or another, can't.
+        """
         kept, problem = False, None
         try:
             kept = self.store.keep(snapshot, arena)
         except (OSError, ValueError, RuntimeError) as error:
             problem = RuntimeError(f"{error!r} in mapping the new file")
         self.ranks.agree(problem)
-        if kept:
-            self.snapshots.append(snapshot)
-            self._drop_oldest()
+        return kept
 
     def _drop_oldest(self) -> None:
         """Lets the snapshots beyond ``size`` go; what is the difference to one of them is made whole first.
@@ -316,7 +341,7 @@ class Window:
                 self.store.give_back(arena)
                 raise
             log.warning("merge: the snapshot of step %s is in memory only: %s", snapshot.step, error)
-        self.store.keep(whole, arena)
+        self._keep(whole, arena)
         self.store.release(snapshot)
         vars(snapshot).update(vars(whole))
 

@@ -94,9 +94,7 @@ class MergeSession:
         )
         self.applied = AppliedLR(trainer.optimizers, self._whole_numel)
         self.phases = LRPhaseDetector(total_steps(trainer))
-        # Kept as they are where others are not: rounding would change what is never averaged.
-        still = model.frozen | model.buffers | model.matching(options.exclude)
-        still = still if options.snapshot_dtype or options.snapshot_codec else set()
+        still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
         layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
         whole = Layout.of(_whole(model), options.snapshot_dtype, still)
         folder = self.dirpath / "window" if options.durable else None
@@ -109,7 +107,7 @@ class MergeSession:
             masks,
             self.sharding,
             whole,
-            codec=options.snapshot_codec if whole.delta.is_delta else "",
+            codec=codec,
         )
         run_id = resume.get("run_id") or self.ranks.from_first(uuid.uuid4().hex)
         self._window = Window(options.window, store, run_id)
@@ -258,12 +256,12 @@ class MergeSession:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(self, model: ModelTensors, captured: Arena | Exception, report: _Report, calm: bool) -> None:
+        self._warn_of_damage()  # first: a difference is one to what the window holds
         if not self._append(report.snapshot, captured):
             return
         self.taken += 1
         emit = calm and self.options.emit_every > 0 and self.taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.trainer.enable_validation
-        self._warn_of_damage()
         self._merger.measure(model, merge=emit or evaluate)
         if emit:
             self._emit(model)
@@ -538,6 +536,28 @@ def _whole(model: ModelTensors) -> dict[str, Tensor]:
         name: torch.empty(model.pieces[name].whole, dtype=tensor.dtype, device="meta")
         for name, tensor in model.tensors.items()
     }
+
+
+def _kept_as_they_are(
+    options: Options, model: ModelTensors, recorded: Mapping[str, Any]
+) -> tuple[set[str], str]:
+    """Names of what is stored natively where the rest is not, and the codec, where it has anything to do.
+
+    These are the tensors that are never averaged, which rounding would change. What they were at the start of
+    a run they stay when it is resumed, though something may have been frozen or unfrozen in between.
+
+    Args:
+        options: the callback's.
+        model: the live one.
+        recorded: the resumed window's ``state_dict``; empty for a new run.
+    """
+    tensors, dtype = _whole(model), options.snapshot_dtype
+    still = model.frozen | model.buffers | model.matching(options.exclude)
+    before = recorded.get("still", ())
+    if (dtype or recorded.get("codec")) and Layout.of(tensors, dtype, before).hash == recorded.get("layout"):
+        still = set(before)
+    codec = options.snapshot_codec if Layout.of(tensors, dtype, still).delta.is_delta else ""
+    return (still if dtype or codec else set()), codec
 
 
 def _check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
