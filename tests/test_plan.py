@@ -16,6 +16,7 @@ def plan(**changes):
         "total_steps": 5400,
         "rank_bytes": 1_000_000_000,
         "snapshot_bytes": 492_000,
+        "window_bytes": 4_920_000,
         "storage": "disk",
         "folder": Path("runs/merges/window"),
         "free": 80 * 10**9,
