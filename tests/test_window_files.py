@@ -546,7 +546,9 @@ def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path, 
 
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
 def test_a_window_that_can_not_fit_is_refused_with_its_size_and_a_way_out(tmp_path, storage):
-    with pytest.raises(ValueError, match=r"needs 1\d+\.\d TB of .* free: choose .*snapshot_dtype='bf16'"):
+    with pytest.raises(
+        ValueError, match=r"needs 1\d+\.\d TB of .* free: choose .*snapshot_codec='delta-bf16'"
+    ):
         fit(tmp_path, window=100_000_000_000, storage=storage)
 
 
