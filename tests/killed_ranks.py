@@ -71,7 +71,7 @@ def lived(case):
     Path(case["folder"]).mkdir(parents=True)
     ends, seconds, torn, results = [], [], [], None
     for dies in (case["dies"], None) if case["dies"] else (None,):
-        options = {"strategy": case["strategy"], "folder": case["folder"], "dies": dies}
+        options = {**case, "dies": dies}
         with TemporaryDirectory() as place:
             codes, took = forked({"attempt": (attempt, options)}, Path(place))
             logs = [log.read_text()[-2000:] for log in sorted(Path(place).glob("*.log"))]
@@ -102,7 +102,7 @@ def forked(jobs, place):
 
 
 def live(cases, timeout=500):
-    """The outcomes of cases, by name: ``{"strategy": …, "folder": …, "dies": …}``; see ``attempt``."""
+    """The outcomes of cases, by name: ``{"strategy": …, "folder": …, "dies": …, …}``; see ``attempt``."""
     with TemporaryDirectory() as folder:
         torch.save(cases, Path(folder, "cases"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,6 +1,7 @@
 """One of two ranks is killed: nothing is left half written, the other ends, and the run can be resumed."""
 
 import itertools
+import re
 
 import pytest
 from killed_ranks import PATIENCE, live
@@ -28,31 +29,46 @@ OF_THE_FIRST = {
     "before an emission appears": ("_place", "call", 2),
     "after an emission has appeared": ("_place", "return", 2),
 }
+OF_DIFFERENCES = {
+    "before a difference is made": ("encoded", "call", 2),
+    "before a snapshot is made whole": ("_make_whole", "call", 1),
+    "after its whole file is written": ("write_shard", "return", 4),
+    "after a snapshot is made whole": ("_make_whole", "return", 1),
+}
+"""Of runs that keep two snapshots, as differences: that of step 6 is the first to evict another."""
+
+CODEC = {"snapshot_codec": "delta-bf16", "window": 2}
+
 DEFAULT = [
     ("ddp", 1, "after its file is written"),
     ("fsdp2", 0, "before the list"),
     ("ddp", 1, "in the midst of sending"),
+    ("ddp", 1, "after its whole file is written"),
 ]
 ALL = [
     *itertools.product(("ddp", "fsdp2"), (0, 1), POINTS),
     *itertools.product(("ddp", "fsdp2"), (0,), OF_THE_FIRST),
+    *itertools.product(("ddp", "fsdp2"), (0, 1), OF_DIFFERENCES),
 ]
 REST = [case for case in ALL if case not in DEFAULT]
 
 
+def unbroken_twin(strategy, point):
+    """The name of the run like it that nobody kills."""
+    return f"{strategy} of differences" if point in OF_DIFFERENCES else strategy
+
+
 def cases(folder, chosen):
-    found = {
-        (strategy, rank, point): {
+    found, points = {}, {**POINTS, **OF_THE_FIRST, **OF_DIFFERENCES}
+    for strategy, rank, point in chosen:
+        options, twin = CODEC if point in OF_DIFFERENCES else {}, unbroken_twin(strategy, point)
+        found[strategy, rank, point] = {
             "strategy": strategy,
             "folder": str(folder / f"{strategy}-{rank}-{point}"),
-            "dies": dict(
-                zip(("function", "moment", "nth"), {**POINTS, **OF_THE_FIRST}[point], strict=True), rank=rank
-            ),
+            "dies": dict(zip(("function", "moment", "nth"), points[point], strict=True), rank=rank),
+            **options,
         }
-        for strategy, rank, point in chosen
-    }
-    for strategy in ("ddp", "fsdp2"):
-        found[strategy] = {"strategy": strategy, "folder": str(folder / strategy), "dies": None}
+        found[twin] = {"strategy": strategy, "folder": str(folder / twin), "dies": None, **options}
     return found
 
 
@@ -74,7 +90,7 @@ def all_lives(tmp_path_factory):
 
 def assert_survives(folder, lives, case):
     strategy, rank, point = case
-    found, unbroken = lives[case], lives[strategy]
+    found, unbroken = lives[case], lives[unbroken_twin(strategy, point)]
     killed, resumed = found["ends"]
     assert killed[rank] == -9
     assert killed[1 - rank] == 1, "the other rank did not end by itself"
@@ -82,15 +98,21 @@ def assert_survives(folder, lives, case):
     assert resumed == [0, 0], found["logs"]
     assert found["torn"] == []
     place, expected = folder / f"{strategy}-{rank}-{point}", unbroken["results"][0]
+    twin = folder / unbroken_twin(strategy, point)
     for result in found["results"]:
         assert_same_bits(result.run.final, expected.run.final)
         for step, window in result.windows.items():
             assert window == expected.windows[step]
         assert not [line for line in result.told if "left out" in line]
     weights = {name: tensor for name, tensor in expected.run.final.items() if name != "head.weight"}
-    assert_same_bits(snapshots(place, weights), snapshots(folder / strategy, weights))
-    assert published(place) == published(folder / strategy)
-    assert left_over(place) == []
+    assert_same_bits(snapshots(place, weights), snapshots(twin, weights))
+    assert published(place) == published(twin)
+    assert [steps_of(name) for name in left_over(place)] == [steps_of(name) for name in left_over(twin)]
+
+
+def steps_of(name):
+    """A snapshot's name without that of its session."""
+    return re.sub("-[0-9a-f]{12}", "", name)
 
 
 @pytest.mark.parametrize("case", DEFAULT, ids=str)

@@ -2,6 +2,7 @@
 
 import math
 import operator
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -593,6 +594,30 @@ def test_a_run_that_unfroze_a_tensor_resumes_bit_for_bit(tmp_path, storage):
     found, expected = (manifest_of(tmp_path / name / "merges") for name in ("run", "unbroken"))
     assert found["snapshots"] == expected["snapshots"]
     assert len(expected["snapshots"]) == WINDOW
+
+
+def test_what_builds_on_a_file_cut_off_while_the_run_goes_on_goes_with_it(tmp_path):
+    keeper, left = Keeper(), {}
+
+    def cut(module):
+        (path,) = (tmp_path / "merges/window").glob("step=00000006*")
+        os.truncate(path, 100)
+
+    def look(module):
+        window = module.trainer.callbacks[0].session.window
+        left.update({s.step: s.difference_to for s in window.snapshots})
+        found, live = decoded(window), keeper.weights[10]
+        for name in dict(module.named_parameters()):
+            assert_rounded_once(found[10][name], live[name].flatten(), found[4][name])
+
+    looks = [keeper, At(step9=cut, step10=look)]
+    with pytest.warns(UserWarning, match="left out of the window") as told:
+        fit(tmp_path, callbacks=looks, snapshot_codec=CODEC)
+
+    lines = [str(w.message) for w in told if "left out of the window" in str(w.message)]
+    assert ["step 6" in lines[0], "step 8" in lines[1], len(lines)] == [True, True, 2]
+    assert left == {2: None, 4: 2, 10: 4}
+    assert steps(tmp_path) == LAST
 
 
 # --- no room to make a snapshot whole -----------------------------------------------------------------------

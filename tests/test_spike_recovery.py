@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import json
 import math
 
@@ -29,6 +30,7 @@ from training_runs import assert_same_bits
 
 from merge_callback import SpikeOptions, load_merge
 from merge_callback import merge_state_dicts as merge
+from merge_callback.snapshots.deltas import flat_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 
@@ -59,6 +61,52 @@ def test_the_live_weights_become_the_merge_of_the_snapshots_before_the_spike(tmp
     assert_same_bits(run.watch.weights[FIRES], expected(run, USED))
     # Integers are no mean: the batch norm has counted as many batches as in the newest of the snapshots.
     assert run.watch.weights[FIRES]["net.1.num_batches_tracked"] == USED[-1]
+
+
+@pytest.mark.parametrize("storage", ["disk", "cpu", "device"])
+def test_the_live_weights_become_the_merge_of_differences_and_later_ones_build_on_what_is_left(
+    tmp_path, storage
+):
+    held = {}
+
+    def look(module):  # before the batch of step 90, the next that a snapshot is taken after
+        window = module.trainer.callbacks[0].session.window
+        held.update(by_step(window))
+
+    run = spiking(
+        tmp_path,
+        storage=storage,
+        durable=storage == "disk",
+        snapshot_codec="delta-bf16",
+        callbacks=[Damage({FIRES + 1: look})],
+    )
+
+    (event,) = run.restores
+    assert used(event) == USED
+    restored, exact = run.watch.weights[FIRES], expected(run, USED)
+    for name, tensor in merge([held[step] for step in USED]).items():
+        # A sum of differences rounds to fp32 elsewhere than a sum of weights: a few times, of the largest.
+        torch.testing.assert_close(restored[name], tensor, rtol=0, atol=1e-6 * float(tensor.abs().max()))
+        moved = max(
+            float((run.watch.weights[b][name] - run.watch.weights[a][name]).abs().max())
+            for a, b in itertools.pairwise([USED[0] - EVERY, *USED])
+        )
+        # bf16 has 8 bits: each snapshot is off by 2^-8 of its step at most, and so is their mean.
+        limit = 2.0**-8 * moved * 1.01 + 1e-6 * float(tensor.abs().max())
+        torch.testing.assert_close(restored[name], exact[name], rtol=0, atol=limit)
+    records = {record["step"]: record for record in run.window}
+    assert list(records) == [*range(40, 75, EVERY), 90, 95, 100]
+    assert [records[step]["difference_to"] for step in (40, 70, 90, 95, 100)] == [None, 65, 70, 90, 95]
+
+
+def by_step(window):
+    """The whole tensors of every snapshot in a window."""
+    arenas = [snapshot.arena for snapshot in window.snapshots]
+    shapes = {s.name: s.shape for group in window.store.layout.groups for s in group.segments}
+    return {
+        snapshot.step: {n: t[:].clone().view(shapes[n]) for n, t in flat_tensors(arenas[: i + 1]).items()}
+        for i, snapshot in enumerate(window.snapshots)
+    }
 
 
 def test_the_method_the_window_and_the_guard_are_the_user_s(tmp_path):

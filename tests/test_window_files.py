@@ -4,6 +4,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -569,6 +570,28 @@ def test_a_resumed_run_counts_the_room_of_its_own_window_as_free(tmp_path, small
         fit(tmp_path, tmp_path / "c.ckpt", [StopsAtOnce()], **options)
     with pytest.raises(ValueError, match=r"needs 6.* kB"):
         fit(tmp_path / "fresh", dirpath=disk / "fresh", trainer=quiet())
+
+
+@needs_root
+@pytest.mark.filterwarnings("ignore:.*is low on space")
+@WAYS
+def test_a_run_that_asked_for_just_the_room_there_is_never_jams(tmp_path, small_disk, recwarn, codec):
+    disk = small_disk(800)
+    options = {"module": lambda: Tiny(width=2048), "dirpath": disk / "merges", "emit_every": 0}
+    options |= {"trainer": quiet(limit_val_batches=0), **codec}
+    fill(disk, leave=10)()
+    with pytest.raises(ValueError) as refused:
+        fit(tmp_path, **options)
+    needed = float(re.search(r"needs ([\d.]+) MB", str(refused.value))[1]) * 1e6
+    free(disk)()
+    # Six files, rounded up to pages, and their headers; two manifests, the folders, and what MB rounds off.
+    fill(disk, leave=int(needed / 4096) + 6 * 2 + 6 + 13)()
+
+    fit(tmp_path, **options)
+
+    (tmp_path / "merges").symlink_to(disk / "merges")
+    assert steps(tmp_path) == LAST
+    assert not [w for w in recwarn.list if "could not be kept" in str(w.message)]
 
 
 @needs_root

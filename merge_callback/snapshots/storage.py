@@ -228,6 +228,11 @@ class SnapshotStore:
         layout = self.whole if of_all_ranks else self.layout
         return layout.nbytes + (count - 1) * (layout.delta if self.codec else layout).nbytes
 
+    def peak_nbytes(self, count: int, of_all_ranks: bool = False) -> int:
+        """Bytes of the most that lies there at once: the newest is taken in before the oldest goes."""
+        made_whole = (self.whole if of_all_ranks else self.layout).nbytes if self.codec else 0
+        return self.nbytes(count + 1, of_all_ranks) + made_whole
+
     def own_file(self, path: Path) -> Path:
         """The file of this rank, of a snapshot whose file or folder is ``path``."""
         return path / shard_file(self.ranks.rank, self.ranks.size) if self.ranks.size > 1 else path

@@ -154,13 +154,11 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
         if store.folder is not None:
             files = [*store.folder.glob("step=*.safetensors"), *store.folder.glob("step=*/*.safetensors")]
             disk = free_bytes("disk", store.folder, store.device) + sum(p.lstat().st_size for p in files)
-            # One more than the window: the newest is written before the oldest goes.
-            _check_fits("disk", store.whole.nbytes + store.nbytes(options.window, of_all_ranks=True), disk)
+            _check_fits("disk", store.peak_nbytes(options.window, of_all_ranks=True), disk)
             free = disk if options.storage == "disk" else free
         if options.storage != "disk":
             sharing = processes if options.storage == "cpu" else 1
-            needed = store.layout.nbytes + store.nbytes(options.window)
-            _check_fits(options.storage, needed * sharing, free)
+            _check_fits(options.storage, store.peak_nbytes(options.window) * sharing, free)
     except ValueError as error:
         problem = error
     store.ranks.agree(problem)
