@@ -768,7 +768,7 @@ class Footprint(Callback):
             self.files[trainer.global_step] = len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
+@pytest.mark.parametrize("storage", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "codec", [{}, pytest.param(CODEC, marks=pytest.mark.slow)], ids=["whole", "differences"]
 )

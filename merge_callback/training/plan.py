@@ -154,18 +154,18 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
         if store.folder is not None:
             files = [*store.folder.glob("step=*.safetensors"), *store.folder.glob("step=*/*.safetensors")]
             disk = free_bytes("disk", store.folder, store.device) + sum(p.lstat().st_size for p in files)
-            _check_fits("disk", store.peak_nbytes(options.window, of_all_ranks=True), disk)
+            _check_fits("disk", store.peak_nbytes(options.window, of_all_ranks=True), disk, store.codec)
             free = disk if options.storage == "disk" else free
         if options.storage != "disk":
             sharing = processes if options.storage == "cpu" else 1
-            _check_fits(options.storage, store.peak_nbytes(options.window) * sharing, free)
+            _check_fits(options.storage, store.peak_nbytes(options.window) * sharing, free, store.codec)
     except ValueError as error:
         problem = error
     store.ranks.agree(problem)
     return free
 
 
-def _check_fits(storage: str, needed: int, free: int) -> None:
+def _check_fits(storage: str, needed: int, free: int, codec: str) -> None:
     if needed <= free:
         return
     other = {
@@ -175,5 +175,5 @@ def _check_fits(storage: str, needed: int, free: int) -> None:
     }[storage]
     raise ValueError(
         f"the window needs {in_bytes(needed)} of {storage} room and {in_bytes(free)} are free: "
-        f"choose {other}, a smaller window=, or snapshot_codec='delta-bf16'"
+        f"choose {other}, or a smaller window=" + ("" if codec else ", or snapshot_codec='delta-bf16'")
     )
