@@ -13,7 +13,7 @@ from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, read_json
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.safetensors_file import CorruptFileError
-from merge_callback.snapshots.window import MANIFEST
+from merge_callback.snapshots.window_folder import MANIFEST
 
 
 def decode_snapshot(

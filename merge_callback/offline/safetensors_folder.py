@@ -15,7 +15,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.mapped_file import map_safetensors
 from merge_callback.offline.opened import Checkpoint, read_json, step_in_name, whole
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
-from merge_callback.snapshots.window import MANIFEST
+from merge_callback.snapshots.window_folder import MANIFEST
 
 PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

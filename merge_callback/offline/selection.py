@@ -14,7 +14,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.opened import read_json
 from merge_callback.offline.safetensors_folder import PROVENANCE
 from merge_callback.snapshots.safetensors_file import CorruptFileError
-from merge_callback.snapshots.window import MANIFEST
+from merge_callback.snapshots.window_folder import MANIFEST
 
 _RUN_FILES = {".ckpt", ".safetensors"}
 _GLOB_FILES = {*_RUN_FILES, ".pt", ".pth", ".bin"}

@@ -1,15 +1,12 @@
-"""The rolling window of the last N snapshots, and its folder."""
+"""The rolling window of the last N snapshots."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,11 @@ from merge_callback.snapshots.safetensors_file import (
     arena_header,
     difference,
     read_header,
-    sync,
-    write_json,
 )
-from merge_callback.snapshots.shard_files import step_of
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.window_folder import WindowFolder
 
 log = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 class Window:
@@ -46,11 +39,11 @@ class Window:
     """
 
     def __init__(self, size: int, store: SnapshotStore, run_id: str) -> None:
-        self.size, self.store, self.run_id = size, store, run_id
+        self.size, self.store = size, store
         self.ranks = store.ranks
         self._latest = -1  # the last step a snapshot was begun at
         self.snapshots: list[Snapshot] = []
-        self._saved: list[list[str]] = []
+        self.folder = WindowFolder(store.folder, run_id, store.session, keeps=self.ranks.is_first)
 
     def __len__(self) -> int:
         return len(self.snapshots)
@@ -159,8 +152,7 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """The window as primitives: its snapshots' records. From now on a checkpoint needs their files."""
-        files = [s.file for s in self.snapshots]
-        self._saved = [*(saved for saved in self._saved if saved != files), files][-2:]
+        saved = self.folder.note_saved([s.file for s in self.snapshots])
         with contextlib.suppress(OSError):  # only a later resume from an older checkpoint would miss it
             self._write_manifest()
         return {
@@ -169,7 +161,7 @@ class Window:
             "codec": self.store.codec,
             "still": sorted(self.store.whole.still),
             "snapshots": [s.record() for s in self.snapshots],
-            "saved": [list(files) for files in self._saved],
+            "saved": [list(files) for files in saved],
         }
 
     def layout_difference(self, state: Mapping[str, Any]) -> str:
@@ -183,7 +175,7 @@ class Window:
             return ""
         for record in state["snapshots"]:
             with contextlib.suppress(OSError, CorruptFileError):
-                for path in self._files(record["file"], state["folder"]):
+                for path in self.folder.find(record["file"], state["folder"]):
                     header, _ = read_header(path)
                     header.pop("__metadata__", None)
                     return difference(header, arena_header(layout)) or "the order of the tensors"
@@ -204,28 +196,9 @@ class Window:
             if problem := self._restore_one(Snapshot(**record), state["folder"]):
                 problems.append(f"snapshot of step {record['step']}: {problem}")
         self._drop_oldest()
-        # Also what newer checkpoints need: this one may be an older one, taken by mistake.
-        newer = _read_manifest(self.store.folder).get("saved", []) if self.store.folder else []
-        self._saved = [files for files in newer if files not in state["saved"]]
-        self._saved += [list(files) for files in state["saved"]]
+        self.folder.resume(state["saved"])
         self._commit()
         return problems
-
-    def claim_folder(self) -> None:
-        """Makes the folder this run's own; a window in it that is not this run's is moved aside.
-
-        Raises:
-            OSError: where the folder can't be created or written.
-        """
-        folder = self.store.folder
-        if folder is None or not self.ranks.is_first:
-            return
-        strange = any(folder.glob("step=*")) and _read_manifest(folder).get("run_id") != self.run_id
-        if strange or (folder.exists() and not folder.is_dir()):
-            aside = next(p for k in count(1) if not (p := _aside(folder, k)).exists())
-            os.replace(folder, aside)
-            log.warning("merge: %s holds the window of another run; it was moved to %s", folder, aside)
-        folder.mkdir(parents=True, exist_ok=True)
 
     def drop_damaged(self) -> list[str]:
         """Drops snapshots whose mapped file was cut: reading past its end would kill the process.
@@ -387,30 +360,19 @@ class Window:
         problem: Exception = FileNotFoundError(f"{Path(recorded_folder) / snapshot.file} is gone")
         if not snapshot.file:
             problem = FileNotFoundError("it lived in memory only and ended with its process")
-        folder = self.store.folder
-        for path in self._files(snapshot.file, recorded_folder):
+        own = self.folder.path
+        for path in self.folder.find(snapshot.file, recorded_folder):
             try:
-                strange = folder is not None and path.parent != folder
+                strange = own is not None and path.parent != own
                 if (strange and self.ranks.size > 1) or not self.store.is_shared_out_alike(snapshot, path):
                     return self.store.reshard(snapshot, path)
-                if folder is not None and strange:
-                    _link_or_copy(path, folder / snapshot.file)
-                    path = folder / snapshot.file
+                if strange:
+                    path = self.folder.take_over(path)
                 self.store.load(snapshot, path)
                 return None
             except (CorruptFileError, OSError) as error:
                 problem = error
         raise problem
-
-    def _files(self, file: str, recorded_folder: str) -> Iterator[Path]:
-        """Where a snapshot's file may lie: here, in a window that was moved aside, or as recorded."""
-        if not file:
-            return
-        own = self.store.folder
-        places = [] if own is None else [own, *sorted(own.parent.glob(f"{own.name}.old-*"))]
-        for place in (*places, Path(recorded_folder)):
-            if (place / file).exists():
-                yield place / file
 
     def _write(self, snapshot: Snapshot, arena: Arena) -> None:
         """Writes a snapshot's file; on a full disk at the cost of files that only checkpoints need.
@@ -419,10 +381,10 @@ class Window:
             OSError: where this rank, or another, could not write its own. Nothing is left of it.
         """
         while problem := self._write_once(snapshot, arena):
-            if not self._saved:
+            if not self.folder.saved:
                 self.store.discard(snapshot)
                 raise OSError(problem)
-            files = self._saved.pop(0)
+            files = self.folder.saved.pop(0)
             log.warning("merge: %s: giving up the window of an earlier checkpoint (%s …)", problem, files[:1])
             self._prune()
             self.ranks.exchange(None)  # the first rank has made room
@@ -453,57 +415,7 @@ class Window:
         self._prune()
 
     def _write_manifest(self) -> None:
-        folder = self.store.folder
-        if folder is None or not self.ranks.is_first:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        manifest = {
-            "format": 1,
-            "run_id": self.run_id,
-            "layout": self.store.whole.hash,
-            "snapshots": [s.record() for s in self.snapshots],
-            "saved": self._saved,
-        }
-        write_json(folder / MANIFEST, manifest)
+        self.folder.write_manifest(self.store.whole.hash, [s.record() for s in self.snapshots])
 
     def _prune(self) -> None:
-        """Removes the files nobody needs. That is the first rank's to do: the ranks share the folder."""
-        folder = self.store.folder
-        if folder is None or not self.ranks.is_first or not folder.is_dir():
-            return
-        needed = {*(s.file for s in self.snapshots), *(f for files in self._saved for f in files)}
-        for path in (*folder.glob("step=*"), *folder.glob(".*.tmp")):
-            if path.name in needed or self._is_being_written(path.name):
-                continue
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _is_being_written(self, name: str) -> bool:
-        """Whether a folder is of a snapshot that is not complete yet: other ranks may be ahead."""
-        step = step_of(name, self.store.session)
-        return step is not None and step >= self._latest
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """A folder's manifest; empty where it has none that can be read."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return {}
-    return manifest if isinstance(manifest, dict) else {}
-
-
-def _aside(folder: Path, number: int) -> Path:
-    return folder.with_name(f"{folder.name}.old-{number}")
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    # A hard link costs no room, and snapshot files are only ever removed, never written to.
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    draft.unlink(missing_ok=True)
-    try:
-        os.link(source, draft)
-    except OSError:
-        shutil.copyfile(source, draft)
-        sync(draft)
-    os.replace(draft, target)
+        self.folder.prune([s.file for s in self.snapshots], self._latest)

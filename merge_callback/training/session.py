@@ -283,7 +283,7 @@ class MergeSession:
                 self.options.format == "dcp",
                 diversity=self._merger.diversity,
                 layout=self._window.store.whole.hash,
-                run_id=self._window.run_id,
+                run_id=self._window.folder.run_id,
             )
             self.background.submit(partial(self._publish, merge.step, publish))
 
@@ -331,7 +331,7 @@ class MergeSession:
         statistics = self.statistics.state_dict()  # first: it may advance the clock
         return {
             "dirpath": str(self.dirpath.absolute()),
-            "run_id": self._window.run_id,
+            "run_id": self._window.folder.run_id,
             "tokens": self.clock.tokens,
             "step": self.step,
             "mark": self.interval.mark,
@@ -424,7 +424,7 @@ class MergeSession:
         try:
             if self.ranks.is_first:
                 self.lock = lock_folder(self.dirpath, session)
-                self._window.claim_folder()
+                self._window.folder.claim()
                 self.publisher.sweep()
         except Exception as error:
             problem = error

@@ -1,0 +1,130 @@
+"""A window's folder: its manifest, and which of its files somebody still needs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from merge_callback.snapshots.safetensors_file import sync, write_json
+from merge_callback.snapshots.shard_files import step_of
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class WindowFolder:
+    """The folder that the snapshot files of a run lie in; all ranks share it, and the first one keeps it.
+
+    Args:
+        path: of the folder; ``None`` where nothing is kept in files: then nothing is done.
+        run_id: of the run; a folder that holds another run's window is moved aside, never written over.
+        session: of this process and its fellows, by which they name the folders of their snapshots.
+        keeps: whether this rank is the one that writes what all share.
+    """
+
+    def __init__(self, path: Path | None, run_id: str, session: str, keeps: bool) -> None:
+        self.path, self.run_id, self.session = path, run_id, session
+        self.saved: list[list[str]] = []  # the files of the windows that the last two checkpoints need
+        self._own = path if keeps else None
+
+    def claim(self) -> None:
+        """Makes the folder this run's own; a window in it that is not this run's is moved aside.
+
+        Raises:
+            OSError: where the folder can't be created or written.
+        """
+        if (folder := self._own) is None:
+            return
+        strange = any(folder.glob("step=*")) and self._manifest().get("run_id") != self.run_id
+        if strange or (folder.exists() and not folder.is_dir()):
+            places = (folder.with_name(f"{folder.name}.old-{number}") for number in count(1))
+            aside = next(place for place in places if not place.exists())
+            os.replace(folder, aside)
+            log.warning("merge: %s holds the window of another run; it was moved to %s", folder, aside)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def note_saved(self, files: list[str]) -> list[list[str]]:
+        """Notes that a checkpoint needs these files from now on; returns those of the last two."""
+        self.saved = [*(saved for saved in self.saved if saved != files), files][-2:]
+        return self.saved
+
+    def resume(self, saved: Sequence[Sequence[str]]) -> None:
+        """Goes on from what a checkpoint noted, and from what newer ones need: it may be an older one."""
+        known = [list(files) for files in saved]
+        newer = self._manifest().get("saved", []) if self.path else []
+        self.saved = [*(files for files in newer if files not in known), *known]
+
+    def write_manifest(self, layout: str, snapshots: Sequence[Mapping[str, Any]]) -> None:
+        """Lists what the window holds and what checkpoints need.
+
+        Raises:
+            OSError: where it can't be written.
+        """
+        if self._own is not None:
+            self._own.mkdir(parents=True, exist_ok=True)
+            manifest = {
+                "format": 1,
+                "run_id": self.run_id,
+                "layout": layout,
+                "snapshots": list(snapshots),
+                "saved": self.saved,
+            }
+            write_json(self._own / MANIFEST, manifest)
+
+    def prune(self, held: Collection[str], latest: int) -> None:
+        """Removes the files nobody needs.
+
+        Args:
+            held: names of those that the window holds.
+            latest: the last step a snapshot was begun at: other ranks may be ahead with that of a later one.
+        """
+        if self._own is None or not self._own.is_dir():
+            return
+        needed = {*held, *(file for files in self.saved for file in files)}
+        for path in (*self._own.glob("step=*"), *self._own.glob(".*.tmp")):
+            step = step_of(path.name, self.session)  # of a folder that may not be complete yet
+            if path.name in needed or (step is not None and step >= latest):
+                continue
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def find(self, file: str, recorded_folder: str) -> Iterator[Path]:
+        """Where a snapshot's file may lie: here, in a window that was moved aside, or as recorded."""
+        if not file:
+            return
+        aside = [] if self.path is None else sorted(self.path.parent.glob(f"{self.path.name}.old-*"))
+        for place in (*([] if self.path is None else [self.path]), *aside, Path(recorded_folder)):
+            if (place / file).exists():
+                yield place / file
+
+    def take_over(self, source: Path) -> Path:
+        """Has a file of another folder lie here, too; returns where."""
+        assert self.path is not None
+        target = self.path / source.name
+        # A hard link costs no room, and snapshot files are only ever removed, never written to.
+        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        draft.unlink(missing_ok=True)
+        try:
+            os.link(source, draft)
+        except OSError:
+            shutil.copyfile(source, draft)
+            sync(draft)
+        os.replace(draft, target)
+        return target
+
+    def _manifest(self) -> dict[str, Any]:
+        """What the manifest says; nothing where there is none that can be read."""
+        assert self.path is not None
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text())
+        except (OSError, ValueError):
+            return {}
+        return manifest if isinstance(manifest, dict) else {}
