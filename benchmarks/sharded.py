@@ -50,6 +50,7 @@ from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.training.evaluation import MergedValidation, _BesideLoop
 from merge_callback.training.session import MergeSession
+from merge_callback.training.window_keeper import WindowKeeper
 
 SETTINGS = ((1, "alone"), (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
 WINDOW = 3
@@ -66,7 +67,7 @@ STAGES: Mapping[tuple[type, str], str] = {
     (SnapshotStore, "commit"): "manifest",
     (Window, "_commit"): "manifest",
     (WindowMerger, "measure"): "merge",
-    (MergeSession, "_emit"): "emit",
+    (WindowKeeper, "_emit"): "emit",
     (_BesideLoop, "run"): "validation",
     (Ranks, "exchange"): "exchange",
     (Ranks, "from_first"): "exchange",
@@ -102,7 +103,7 @@ def watch(meter: Meter) -> None:
     """Has the callback's work metered from now on, in this process."""
     for (owner, name), stage in STAGES.items():
         meter.wrap(owner, name, stage, sends=stage != "exchange")
-    take, keep, publish = MergeSession.take_snapshot, MergeSession._keep, MergeSession._publish
+    take, keep, publish = MergeSession.take_snapshot, WindowKeeper._keep, WindowKeeper._publish
     update = MergedValidation.update
 
     def take_snapshot(self: MergeSession) -> None:
@@ -111,11 +112,11 @@ def watch(meter: Meter) -> None:
             take(self)
         self.background.drain()  # else it would compete with what comes next
 
-    def kept(self: MergeSession, *args: Any) -> None:
+    def kept(self: WindowKeeper, *args: Any) -> None:
         with meter.event("snapshot"):
             keep(self, *args)
 
-    def published(self: MergeSession, *args: Any) -> None:
+    def published(self: WindowKeeper, *args: Any) -> None:
         with meter.event("emission"):
             publish(self, *args)
 
@@ -124,8 +125,8 @@ def watch(meter: Meter) -> None:
         with meter.event("evaluation"):
             update(self, merge)
 
-    MergeSession.take_snapshot, MergeSession._keep = take_snapshot, kept  # type: ignore[method-assign]
-    MergeSession._publish, MergedValidation.update = published, validate  # type: ignore[method-assign]
+    MergeSession.take_snapshot, WindowKeeper._keep = take_snapshot, kept  # type: ignore[method-assign]
+    WindowKeeper._publish, MergedValidation.update = published, validate  # type: ignore[method-assign]
 
 
 def _meet(ranks: Ranks, meter: Meter) -> None:
@@ -166,11 +167,11 @@ class Finale(Callback):
 
     def _emit_distributed(self, session: MergeSession) -> None:
         """Publishes the merge as all ranks do it at once."""
-        merge = session.merger.current(session.live())
+        merge, keeper = session.merger.current(session.live()), session.keeper
         assert merge is not None
         for _ in range(3):
             publish = prepare_emission(
-                session.publisher, merge, session.sharding, {}, session.naming, session.courier, True
+                keeper.publisher, merge, session.sharding, {}, keeper.naming, keeper.courier, True
             )
             _meet(session.ranks, self.merging.meter)
             with self.merging.meter.event("emission as dcp"):

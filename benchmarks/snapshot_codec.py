@@ -3,7 +3,8 @@
     python benchmarks/snapshot_codec.py
 
 Trains the demo once, with three callbacks side by side that differ in how they keep snapshots, and compares
-all they publish. Errors are relative to the update: the RMS distance of the weights one snapshot apart.
+all they publish. Errors are relative to the update: the RMS distance of snapshots that follow each other, over
+those that are merged.
 """
 
 from __future__ import annotations
@@ -90,11 +91,12 @@ def compare(folder: Path, updates: dict[int, float]) -> dict[str, dict[str, dict
     errors: dict[str, dict[str, list[tuple[float, float]]]] = {name: {} for name in WINDOWS}
     for path in sorted((folder / "fp32").glob("step=*")):
         exact, truth = load_merge(path), json.loads((path / "merge.json").read_text())
-        newest = truth["snapshots"][-1]
+        newest, steps = truth["snapshots"][-1], [s["step"] for s in truth["snapshots"][1:]]
+        update = math.sqrt(statistics.mean(updates[step] ** 2 for step in steps))
         for name in list(WINDOWS)[1:]:
             other = folder / name / path.name
             merged, found = load_merge(other), json.loads((other / "merge.json").read_text())
-            error = rms([merged[n] for n in exact], list(exact.values())) / updates[newest["step"]]
+            error = rms([merged[n] for n in exact], list(exact.values())) / update
             off = (
                 abs(found["diversity"]["rms"] / truth["diversity"]["rms"] - 1) if truth["diversity"] else 0.0
             )

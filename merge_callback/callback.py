@@ -176,7 +176,7 @@ class CheckpointMergeCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
-            self.session.settle()  # a monitor finds the same on all ranks
+            self.session.keeper.settle()  # a monitor finds the same on all ranks
             if self.options.evaluate:
                 self.session.evaluate()
 

@@ -142,10 +142,10 @@ def merging(folder):
 
 
 def manifest_writing(folder):
-    from merge_callback.snapshots import window
+    from merge_callback.snapshots import window_folder
 
     full = OSError(errno.ENOSPC, "No space left on device")
-    return failing(folder, 0, (window, "write_json"), full, nth=AT, strategy="fsdp2")
+    return failing(folder, 0, (window_folder, "write_json"), full, nth=AT, strategy="fsdp2")
 
 
 def publishing(folder, **options):

@@ -1,0 +1,291 @@
+"""What becomes of a snapshot, beside training: it is kept, measured, merged, published and logged."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import Trainer
+
+from merge_callback.options import Options
+from merge_callback.publish import Publisher
+from merge_callback.publish.export import Naming, prepare_emission
+from merge_callback.sharding import Ranks
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.window import Window
+from merge_callback.training.background import Background
+from merge_callback.training.lr_phase import Phase
+from merge_callback.training.reporting import advice, log_metrics, logged_step
+
+log = logging.getLogger(__name__)
+
+_PATIENCE = 600.0  # seconds that what is under way may take, once a checkpoint waits for it
+
+_NOTICEABLE = 1.0  # seconds of waiting that the user is told of
+
+
+@dataclass
+class _Report:
+    """What is logged of a snapshot, and at which step."""
+
+    logged_step: int
+    phase: Phase
+    snapshot: Snapshot
+    window: int = 0
+    diversity: dict[str, Any] | None = None
+
+
+class WindowKeeper:
+    """Keeps a window while a model trains: only the copy of the weights is made in training's own thread.
+
+    A job in the background takes each copy into the window, measures and merges; a second one publishes the
+    merge. Until the first one is done, nobody else may use the window, nor talk to the other ranks through
+    its group: ``window``, ``merger`` and all that needs them wait for it.
+
+    Args:
+        options: the callback's.
+        trainer: in fit.
+        window: of the run.
+        publisher: of the emissions.
+        naming: how the tensors are called outside.
+    """
+
+    def __init__(
+        self, options: Options, trainer: Trainer, window: Window, publisher: Publisher, naming: Naming
+    ) -> None:
+        self.options, self.trainer, self.publisher, self.naming = options, trainer, publisher, naming
+        self.background = Background(trainer.strategy.root_device)
+        self.courier = Ranks.of_run()  # for what is published, while others use the window's group
+        lag = max(1, min(options.diversity_lag, options.window - 1))
+        self._window = window
+        self._merger = WindowMerger(window, options.methods, lag, options.exclude, self.background.drain)
+        self._taken = 0
+        self._emitted = self._handed_in = -1  # what is published; what was to be, which all ranks know
+        self._advised: list[str] = []
+        self._pending: threading.Event | None = None  # set when the last snapshot is in the window
+        self._reports: list[_Report] = []
+        self._told_to_wait = False
+
+    @property
+    def window(self) -> Window:
+        """The window, once the last snapshot is in it."""
+        self.settle()
+        return self._window
+
+    @property
+    def merger(self) -> WindowMerger:
+        """The window's merger, once it has done with the last snapshot."""
+        self.settle()
+        return self._merger
+
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to ``settle`` that need not be waited for."""
+        return self._pending is not None and self._pending.is_set()
+
+    def take(self, snapshot: Snapshot, phase: Phase, live: Callable[[], ModelTensors], calm: bool) -> None:
+        """Copies the live weights, and has the copy kept, measured, merged and published.
+
+        Where the snapshot before is not in the window yet, storage is slower than the interval: the run waits
+        for it, rather than skip a snapshot or take up ever more memory.
+
+        Args:
+            snapshot: what is known of it.
+            phase: of the learning rate.
+            live: gives the live model's tensors.
+            calm: whether a merge may be published: not while the loss is an outlier.
+        """
+        self._wait_for_the_last(snapshot.step)
+        model, captured = self._capture(live)
+        report = _Report(logged_step(self.trainer), phase, snapshot)
+        self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Waits until the last snapshot is in the window, measured and merged, and logs it."""
+        if self._pending is None or self.background.is_current or not self._pending.wait(timeout):
+            return
+        self._pending = None
+        while self._reports:
+            self._log(self._reports.pop(0))
+
+    def wait(self) -> None:
+        """Waits until all is written, for some minutes at most: other ranks may be gone."""
+        self.background.drain(_PATIENCE)
+
+    def current_merge(self, model: ModelTensors) -> Merge | None:
+        """The merge of the window as it is; ``None`` where there is none, or it can't be made."""
+        self.settle()
+        merge: Merge | None = None
+        problem: Exception | None = None
+        try:
+            self._warn_of_damage()
+            merge = self._merger.current(model)
+        except Exception as error:
+            problem = error
+        try:
+            self._window.ranks.agree(problem)
+        except Exception:
+            self._merger.forget()  # on the ranks that could, too
+            log.exception("merge: the window could not be merged; training goes on")
+            return None
+        return merge
+
+    def newest_emission_up_to(self, step: int) -> Path | None:
+        """The newest published merge that holds no snapshot after a step."""
+        self.wait()
+        return self._window.ranks.from_first(self.publisher.newest_up_to(step))
+
+    def finish(self, model: ModelTensors, step: int) -> None:
+        """Publishes the last merge of the run, unless it is published already."""
+        self.background.drain()
+        self.settle()
+        self._handed_in = self._window.ranks.from_first(self._emitted)  # it alone knows what could be written
+        self._emit(model)
+        self.background.drain()
+        if not self.publisher.published:
+            rank_zero_warn(
+                f"merge: nothing was published: {len(self._window)} snapshots in {step} steps, and a "
+                "merge takes two of one phase after the warm-up"
+            )
+
+    def close(self) -> None:
+        """Gives the emissions' process group back. All ranks have to."""
+        self.courier.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, as primitives: a checkpoint counts on all that was written before it."""
+        self.wait()
+        self.settle(0)
+        return {
+            "run_id": self._window.folder.run_id,
+            "taken": self._taken,
+            "emitted_step": self._emitted,
+            "advised": list(self._advised),
+            "published": list(self.publisher.published),
+            "window": self._window.state_dict(),
+            "first_diversity": self._merger.metric.first,
+            "diversity": self._merger.diversity,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``, but for the window."""
+        self._taken = state["taken"]
+        self._emitted = self._handed_in = state["emitted_step"]
+        self._advised = list(state["advised"])
+        self.publisher.published = list(state["published"])
+        self._merger.metric.first, self._merger.diversity = state["first_diversity"], state["diversity"]
+
+    def _capture(self, live: Callable[[], ModelTensors]) -> tuple[ModelTensors, Arena | Exception]:
+        """A copy of the live weights, or why there is none."""
+        try:
+            model = live()
+        except Exception as error:  # the other ranks have to be told
+            return ModelTensors(), error
+        return model, self._window.capture(model.tensors)
+
+    def _wait_for_the_last(self, step: int) -> None:
+        waited = -time.monotonic()
+        self.settle()
+        waited += time.monotonic()
+        if waited > _NOTICEABLE and not self._told_to_wait:
+            self._told_to_wait = True
+            rank_zero_warn(
+                f"merge: the run waited {waited:.1f} s at step {step} until the snapshot before was kept: "
+                "storage is slower than the interval; choose a longer one, or a faster dirpath"
+            )
+
+    # In the background, one job after the other.
+
+    def _keep(self, model: ModelTensors, captured: Arena | Exception, report: _Report, calm: bool) -> None:
+        """Takes a captured snapshot into the window, then measures, merges and publishes.
+
+        What fails here is logged; the run goes on.
+        """
+        try:
+            self._take_in(model, captured, report, calm)
+        except Exception:
+            log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
+
+    def _take_in(self, model: ModelTensors, captured: Arena | Exception, report: _Report, calm: bool) -> None:
+        self._warn_of_damage()  # first: a difference is one to what the window holds
+        if not self._append(report.snapshot, captured):
+            return
+        self._taken += 1
+        emit = calm and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
+        evaluate = self.options.evaluate and self.trainer.enable_validation
+        self._merger.measure(model, merge=emit or evaluate)
+        if emit:
+            self._emit(model)
+        report.window, report.diversity = len(self._window), self._merger.diversity
+        self._reports.append(report)
+
+    def _append(self, snapshot: Snapshot, captured: Arena | Exception) -> bool:
+        """Says whether the window took a captured snapshot."""
+        try:
+            self._window.add(snapshot, captured)
+        except (ValueError, RuntimeError, MemoryError) as error:  # not finite, a changed model, no memory
+            rank_zero_warn(f"merge: no snapshot at step {snapshot.step}: {error}")
+        except OSError as error:
+            rank_zero_warn(
+                f"merge: the snapshot of step {snapshot.step} could not be kept in a file ({error})"
+            )
+        return bool(self._window.snapshots) and self._window.snapshots[-1] is snapshot
+
+    def _emit(self, model: ModelTensors) -> None:
+        """Has the merge of the window as it is published, if there is something new."""
+        merge = self.current_merge(model)
+        if merge is not None and merge.step != self._handed_in:
+            self._handed_in = merge.step
+            publish = prepare_emission(
+                self.publisher,
+                merge,
+                self._merger.sharding,
+                model.tied,
+                self.naming,
+                self.courier,
+                self.options.format == "dcp",
+                diversity=self._merger.diversity,
+                layout=self._window.store.whole.hash,
+                run_id=self._window.folder.run_id,
+            )
+            self.background.submit(partial(self._publish, merge.step, publish))
+
+    def _publish(self, step: int, publish: Callable[[], object]) -> None:
+        try:
+            publish()
+            self._emitted = step
+        except Exception as error:
+            rank_zero_warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
+
+    def _warn_of_damage(self) -> None:
+        for line in self._window.drop_damaged():
+            rank_zero_warn(f"merge: left out of the window: {line}")
+
+    # In training's thread again.
+
+    def _log(self, report: _Report) -> None:
+        snapshot, diversity = report.snapshot, report.diversity
+        metrics: dict[str, float] = {
+            "merge/phase": report.phase.code,
+            "merge/lr_ratio": snapshot.lr_ratio,
+            "merge/window": report.window,
+        }
+        if snapshot.tokens is not None:
+            metrics["merge/tokens"] = snapshot.tokens
+        if diversity is not None:
+            metrics["merge/diversity_rms"] = diversity["rms"]
+            metrics["merge/diversity_change"] = diversity["change_percent"]
+        log_metrics(self.trainer, metrics, report.logged_step)
+        change = diversity["change_percent"] if diversity else None
+        if line := advice(report.phase, snapshot.since, change, self._advised):
+            rank_zero_info(line)
