@@ -3,7 +3,7 @@
     python benchmarks/snapshot_codec.py
 
 Trains the demo once, with three callbacks side by side that differ in how they keep snapshots, and compares
-all they publish. Errors are relative to the update: the RMS distance of snapshots that follow each other, over
+all they publish. Errors are relative to the update: the RMS distance of snapshots that follow each other, of
 those that are merged.
 """
 
