@@ -7,8 +7,8 @@
   ``EMAWeightAveraging``, and with OLMo-core's way of merging: to average the weights of every step. The
   variants take turns within each round, so that a machine whose speed drifts slows all of them alike;
   quoted is the median over rounds of the ratio of median step times.
-* **The time inside our hooks** of a step between snapshots and of a micro-batch that ends no step: far below
-  the noise of a ratio.
+* **The time inside our hooks** of a step between snapshots and of a micro-batch that ends no step, far below
+  the noise of a ratio: in the demo, whose training empties the caches in between, and in a loop, as Python.
 * **A snapshot**, see ``snapshot_stall.py``.
 * **A restore after a spike**, see ``spike_recovery.py``.
 """
@@ -35,6 +35,7 @@ from torch import Tensor
 from merge_callback import CheckpointMergeCallback
 from merge_callback.demo.crops import DemoData
 from merge_callback.demo.module import DemoModule
+from merge_callback.training.step_statistics import step_progress
 
 FAR = 10**9  # an interval that no fit here reaches
 
@@ -107,6 +108,29 @@ class HookTimes(CheckpointMergeCallback):
         (self.steps if self._steps else self.micro_batches).append(spent)
 
 
+class HooksInALoop(Callback):
+    """Calls the hooks of a live session again and again: the Python in them alone, its caches warm."""
+
+    def __init__(self, merging: CheckpointMergeCallback, at_step: int = 20, repeats: int = 3000) -> None:
+        self.merging, self.at_step, self.repeats = merging, at_step, repeats
+        self.seconds: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self.at_step:
+            return
+        progress, merging = step_progress(trainer), self.merging
+        for _ in range(self.repeats):
+            progress.completed += 1
+            start = time.perf_counter()
+            merging.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            merging.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
+            merging.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+            self.seconds.append(time.perf_counter() - start)
+        progress.completed -= self.repeats
+
+
 def fit(callbacks: list[Callback], steps: int, folder: str, accelerator: str, accumulate: int = 1) -> None:
     """Trains the demo."""
     seed_everything(0, verbose=False)
@@ -163,7 +187,10 @@ def measure_hooks(steps: int, accelerator: str) -> dict[str, Any]:
         fit([plain], steps, folder, accelerator)
         accumulating = HookTimes(every_n_tokens=FAR * 1000, dirpath=f"{folder}/accumulating")
         fit([accumulating], steps // 4, folder, accelerator, accumulate=4)
+        looping = CheckpointMergeCallback(every_n_tokens=FAR * 1000, dirpath=f"{folder}/looping")
+        fit([looping, loop := HooksInALoop(looping)], loop.at_step, folder, accelerator)
     return {
+        "optimizer step, in a loop": _spread(loop.seconds),
         "optimizer step": _spread(plain.steps),
         "micro-batch": _spread(accumulating.micro_batches),
         "optimizer step of 4 micro-batches, its last": _spread(accumulating.steps),
