@@ -264,13 +264,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     device = torch.device(options.device)
-    settings = []
-    for dtype in options.dtypes:
-        for count in options.counts:
-            snapshots = Snapshots(count, getattr(torch, dtype), device, options.gigabytes * GIGA)
-            settings.append(measure(snapshots, options))
-            show(settings[-1])
-            del snapshots
+    settings: list[dict[str, Any]] = []
     backend = "cpu library" if compiled.instructions() else "eager blocks"
     figures = {
         "device": str(device),
@@ -279,7 +273,14 @@ def main() -> None:
         "ties_rounds": options.ties_rounds,
         "settings": settings,
     }
-    print(write("reduce", figures))
+    for dtype in options.dtypes:
+        for count in options.counts:
+            snapshots = Snapshots(count, getattr(torch, dtype), device, options.gigabytes * GIGA)
+            settings.append(measure(snapshots, options))
+            show(settings[-1])
+            del snapshots
+            written = write("reduce", figures)  # a run that is cut leaves what it has
+    print(written)
 
 
 if __name__ == "__main__":
