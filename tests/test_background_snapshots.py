@@ -253,8 +253,8 @@ def test_a_job_that_fails_costs_its_merge_only(tmp_path, caplog, error):
 
 @contextmanager
 def interrupts():
-    """Lightning ignores further interrupts once one came; the next test does not."""
-    handler = signal.getsignal(signal.SIGINT)
+    """Takes interrupts, which a shell's background job ignores, and Lightning does once one came."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
