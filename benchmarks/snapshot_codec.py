@@ -1,8 +1,8 @@
-"""What a narrower window costs in accuracy: snapshots in raw bf16 and as bf16 differences, against fp32.
+"""What a narrower window costs in accuracy: raw bf16 snapshots, and differences in 16 bits, against fp32.
 
     python benchmarks/snapshot_codec.py
 
-Trains the demo once, with three callbacks side by side that differ in how they keep snapshots, and compares
+Trains the demo once, with four callbacks side by side that differ in how they keep snapshots, and compares
 all they publish. Errors are relative to the update: the RMS distance of snapshots that follow each other, of
 those that are merged.
 """
@@ -33,6 +33,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "raw bf16": {"snapshot_dtype": "bf16"},
     "delta-bf16": {"snapshot_codec": "delta-bf16"},
+    "delta-fp16": {"snapshot_codec": "delta-fp16"},
 }
 
 

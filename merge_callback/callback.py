@@ -73,8 +73,9 @@ class CheckpointMergeCallback(Callback):
         durable: keeps every snapshot in a file as well, so that the window survives the process.
         snapshot_dtype: stores the parameters that train as ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp64"``;
             default: as the model has them. What is copied instead of averaged is kept as it is.
-        snapshot_codec: ``"delta-bf16"`` keeps all but the oldest snapshot as bf16 differences to the one
+        snapshot_codec: ``"delta-fp16"`` keeps all but the oldest snapshot as fp16 differences to the one
             before: about half the bytes for fp32 weights, with errors relative to what moved, not to weights.
+            ``"delta-bf16"`` is coarser, for weights that move by 64 or more between snapshots.
         dirpath: where everything lands; default: ``merges`` beside Lightning's own logs. A run resumed
             without one goes on where it was.
         emit_every: snapshots between emissions; 0 emits at the end of training only.

@@ -12,6 +12,7 @@ import torch
 
 from merge_callback.checks import patterns, positive, resolve_dtype, resolve_size
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
+from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.storage import Storage
 from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.training.token_clock import TokenCounter
@@ -151,9 +152,9 @@ def resolve_codec(codec: str | None, snapshot_dtype: object) -> str:
     Raises:
         ValueError: for an unknown one, or one beside a ``snapshot_dtype``.
     """
-    if codec not in (None, "delta-bf16"):
+    if codec not in (None, *CODECS):
         raise ValueError(
-            f"snapshot_codec={codec!r} must be 'delta-bf16', or None to keep snapshots as they are"
+            f"snapshot_codec={codec!r} must be one of {[*CODECS]}, or None to keep snapshots as they are"
         )
     if codec is not None and snapshot_dtype is not None:
         raise ValueError(

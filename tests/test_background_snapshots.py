@@ -30,7 +30,7 @@ from merge_callback import CheckpointMergeCallback
 from merge_callback.merging import LinearMethod
 from merge_callback.training import window_keeper
 
-CODEC = {"snapshot_codec": "delta-bf16"}
+CODEC = {"snapshot_codec": "delta-fp16"}
 WAYS = pytest.mark.parametrize("codec", [{}, CODEC], ids=["whole", "differences"])
 LAST = [20, 22, 24, 26]
 

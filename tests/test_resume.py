@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from merge_callback import CheckpointMergeCallback, load_merge, merge_state_dicts
 
 STORAGES = ["disk", "cpu", "device"]
-CODEC = {"snapshot_codec": "delta-bf16"}
+CODEC = {"snapshot_codec": "delta-fp16"}
 KEPT = [*({"storage": storage} for storage in STORAGES), {"storage": "disk", **CODEC}]
 """Ways to keep a window."""
 

@@ -160,14 +160,14 @@ def making_whole(folder, **options):
 
     full = OSError(errno.ENOSPC, "No space left on device")
     whole = (shard_files, "write_file"), full, "step=00000004"
-    return failing(folder, 1, *whole, nth=2, snapshot_codec="delta-bf16", **options)
+    return failing(folder, 1, *whole, nth=2, snapshot_codec="delta-fp16", **options)
 
 
 def mapping_what_was_made_whole(folder):
     from merge_callback.snapshots import storage
 
     whole = (storage, "map_arena"), RuntimeError("unable to mmap"), "step=00000004"
-    return failing(folder, 1, *whole, nth=2, snapshot_codec="delta-bf16", strategy="fsdp2")
+    return failing(folder, 1, *whole, nth=2, snapshot_codec="delta-fp16", strategy="fsdp2")
 
 
 CASES = {
@@ -177,7 +177,7 @@ CASES = {
     "spoilt fsdp2 1": (spoilt, {"strategy": "fsdp2", "rank": 1}),
     "writing 0": (writing, {"rank": 0}),
     "writing 1": (writing, {"rank": 1}),
-    "writing a difference": (writing, {"rank": 1, "snapshot_codec": "delta-bf16"}),
+    "writing a difference": (writing, {"rank": 1, "snapshot_codec": "delta-fp16"}),
     "making whole": (making_whole, {}),
     "making whole in memory": (making_whole, {"storage": "cpu"}),
     "mapping what was made whole": (mapping_what_was_made_whole, {}),

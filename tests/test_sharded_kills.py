@@ -37,7 +37,7 @@ OF_DIFFERENCES = {
 }
 """Of runs that keep two snapshots, as differences: that of step 6 is the first to evict another."""
 
-CODEC = {"snapshot_codec": "delta-bf16", "window": 2}
+CODEC = {"snapshot_codec": "delta-fp16", "window": 2}
 
 DEFAULT = [
     ("ddp", 1, "after its file is written"),

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(600)
 STOPPED, TAKEN = 7, [2, 4, 6]
 """The step of the checkpoint, and the snapshots taken until then."""
 
-CODEC = {"snapshot_codec": "delta-bf16"}
+CODEC = {"snapshot_codec": "delta-fp16"}
 
 DAMAGES = [("truncated", ""), ("flipped", ""), ("missing", ""), ("no list", "")]
 DAMAGES += [(damage, ", resharded") for damage in ("emptied", "flipped header", "folder missing")]

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(600)  # the processes of a whole file start und
 SAME_BITS = [(2, "ddp"), (2, "fsdp2"), (2, "fsdp1")]
 ALL = [*SAME_BITS, (4, "fsdp2_tp")]
 
-CODEC = {"snapshot_codec": "delta-bf16"}
+CODEC = {"snapshot_codec": "delta-fp16"}
 CODED = ["ddp", "fsdp2"]
 
 

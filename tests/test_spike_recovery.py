@@ -77,7 +77,7 @@ def test_the_live_weights_become_the_merge_of_differences_and_later_ones_build_o
         tmp_path,
         storage=storage,
         durable=storage == "disk",
-        snapshot_codec="delta-bf16",
+        snapshot_codec="delta-fp16",
         callbacks=[Damage({FIRES + 1: look})],
     )
 

@@ -38,7 +38,7 @@ from torch import nn
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.merging import LinearMethod, Weighted
 
-CODEC = {"snapshot_codec": "delta-bf16"}
+CODEC = {"snapshot_codec": "delta-fp16"}
 WAYS = pytest.mark.parametrize("codec", [{}, CODEC], ids=["whole", "differences"])
 
 LAST = [20, 22, 24, 26]
@@ -546,7 +546,7 @@ def test_a_folder_that_turns_read_only_and_back_leaves_a_right_window(tmp_path, 
 
 @pytest.mark.parametrize("storage", ["disk", "cpu"])
 def test_a_window_that_can_not_fit_is_refused_with_its_size_and_a_way_out(tmp_path, storage):
-    mend = r"needs 1\d+\.\d TB of .* free: choose .*snapshot_codec='delta-bf16'"
+    mend = r"needs 1\d+\.\d TB of .* free: choose .*snapshot_codec='delta-fp16'"
     with pytest.raises(ValueError, match=mend):
         fit(tmp_path, window=100_000_000_000, storage=storage)
 

@@ -1,4 +1,4 @@
-"""A snapshot that is kept as the difference to the one before (``snapshot_codec="delta-bf16"``)."""
+"""A snapshot that is kept as the difference to the one before (``snapshot_codec=``)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, read_json
 from merge_callback.reduce import one_pass
+from merge_callback.snapshots.layout import delta_unit
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 from merge_callback.snapshots.window_folder import MANIFEST
 
@@ -41,7 +42,8 @@ def decode_snapshot(
     summed = map_tensors(spool or default_spool(), wide)
     for name, out in summed.items():
         stored = [_part(name, out, stage) for stage in chain]
-        one_pass(stored, [1.0] * len(stored), out.view(-1))
+        units = [delta_unit(part.dtype) if part.dtype != out.dtype else 1.0 for part in stored]
+        one_pass(stored, units, out.view(-1))
     return replace(
         checkpoint,
         tensors={**checkpoint.tensors, **summed},

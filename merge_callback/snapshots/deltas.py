@@ -1,13 +1,13 @@
-"""Snapshots kept as differences: ``snapshot_codec="delta-bf16"``.
+"""Snapshots kept as differences: ``snapshot_codec="delta-fp16"`` or ``"delta-bf16"``.
 
-The oldest snapshot of a window is whole, and each later one is the difference to the one before, in bf16::
+The oldest snapshot of a window is whole, and each later one is the difference to the one before, in 16 bits::
 
-    x̂_0 = x_0        δ_i = bf16(x_i − x̂_{i−1})        x̂_i = fp32(x̂_{i−1} + δ_i)
+    x̂_0 = x_0        δ_i = fp16(x_i − x̂_{i−1})        x̂_i = fp32(x̂_{i−1} + δ_i)
 
 It is the difference to what the reader will see, so what one rounding lost the next difference holds: errors
-do not add up along the chain, and each is at most 2⁻⁸ of what a weight has moved since the snapshot before
-(in raw bf16: of the weight). A weighted sum of snapshots is one of what is stored, with other weights, and so
-is a distance: linear merges and the diversity read each stored byte once, and decode nothing.
+do not add up along the chain, and each is at most 2⁻¹¹ of what a weight has moved since the snapshot before,
+or 2⁻⁸ in bf16 (in raw bf16: of the weight). A weighted sum of snapshots is one of what is stored, with other
+weights, and so is a distance: linear merges and the diversity read each stored byte once, and decode nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_map
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.layout import Group
+
+CODECS = {"delta-fp16": torch.float16, "delta-bf16": torch.bfloat16}
+"""What differences are stored in, by the codec's name."""
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = (
@@ -54,9 +57,10 @@ def terms(
     """
     sums, total = [], 0.0
     for arena, factor in zip(reversed(arenas), reversed(factors), strict=True):
+        stored = arena.counterpart(group)
         total += factor  # a difference is part of every snapshot from its own up to the next whole one
-        sums.append(total)
-        if not arena.counterpart(group).is_delta:
+        sums.append(total * stored.unit)
+        if not stored.is_delta:
             total = 0.0
     return [arena.flat(arena.counterpart(group)) for arena in arenas], sums[::-1]
 
@@ -67,14 +71,15 @@ def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
     Args:
         arena: the snapshot, whole.
         before: of the window's snapshots from its oldest on; the last is the one before.
-        out: of ``arena.layout.delta``.
+        out: of one of the ``arena.layout.delta``.
     """
     for group in out.layout.groups:
         here = arena.flat(arena.counterpart(group))
         if group.is_delta:
+            scale = 1 / group.unit  # a power of two: it rounds nothing
             stored, factors = terms(before, group, _last(before))
             # The one before first, summed up as a reader does it: with its roundings, which this one mends.
-            one_pass([*stored, here], [*(-factor for factor in factors), 1.0], out.flat(group))
+            one_pass([*stored, here], [*(-scale * factor for factor in factors), scale], out.flat(group))
         else:
             out.flat(group).copy_(here)
 
@@ -99,10 +104,11 @@ def flat_tensors(arenas: Sequence[Arena]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for group in arenas[-1].layout.groups:
         stored, factors = terms(arenas, group, _last(arenas))
-        needed = [flat for flat, factor in zip(stored, factors, strict=True) if factor]
+        needed = [(flat, factor) for flat, factor in zip(stored, factors, strict=True) if factor]
         for s in group.segments:
-            parts = [flat[s.start : s.stop] for flat in needed]
-            tensors[s.name] = parts[0] if len(parts) == 1 else cast(Tensor, Decoded(parts))
+            parts = [flat[s.start : s.stop] for flat, _ in needed]
+            units = [factor for _, factor in needed]
+            tensors[s.name] = parts[0] if len(parts) == 1 else cast(Tensor, Decoded(parts, units))
     return tensors
 
 
@@ -113,10 +119,12 @@ class Decoded:
 
     Args:
         parts: 1-D, of one size and device; summed in order, in the first one's dtype.
+        units: what a 1 stands for in each.
     """
 
-    def __init__(self, parts: Sequence[Tensor]) -> None:
-        self.parts, self.dtype, self.device = parts, parts[0].dtype, parts[0].device
+    def __init__(self, parts: Sequence[Tensor], units: Sequence[float]) -> None:
+        self.parts, self.units = parts, units
+        self.dtype, self.device = parts[0].dtype, parts[0].device
 
     def numel(self) -> int:
         """Elements."""
@@ -127,7 +135,7 @@ class Decoded:
             return self[:][index]
         parts = [part[index] for part in self.parts]
         out = torch.empty_like(parts[0])
-        one_pass(parts, [1.0] * len(parts), out)
+        one_pass(parts, self.units, out)
         return out
 
     def __getattr__(self, name: str) -> Any:

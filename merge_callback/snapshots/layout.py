@@ -27,6 +27,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 """The dtypes a snapshot can hold, by their names in a safetensors header."""
 
+_FP16_UNIT = 2.0**-10
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -63,6 +65,11 @@ class Group:
     def key(self) -> tuple[torch.dtype, bool]:
         """What pairs it with the same tensors of another layout."""
         return self.dtype, self.still
+
+    @property
+    def unit(self) -> float:
+        """What a stored 1 stands for."""
+        return delta_unit(self.stored) if self.is_delta else 1.0
 
     @property
     def numel(self) -> int:
@@ -131,10 +138,13 @@ class Layout:
         """The same tensors stored in the model's own dtypes; its groups pair with these by ``key``."""
         return self._packed(self.groups, lambda group: None)
 
-    @cached_property
-    def delta(self) -> Layout:
-        """The same tensors stored as differences in bf16, where that is narrower and they do train."""
-        return self._packed(self.groups, _narrower, is_delta=True)
+    def delta(self, stored: torch.dtype) -> Layout:
+        """The same tensors stored as differences in ``stored``, where that is narrower and they do train."""
+
+        def narrower(group: Group) -> torch.dtype | None:
+            return stored if group.dtype.itemsize > stored.itemsize else None
+
+        return self._packed(self.groups, narrower, is_delta=True)
 
     @cached_property
     def by_key(self) -> dict[tuple[torch.dtype, bool], Group]:
@@ -184,8 +194,13 @@ def _segments(named: list[tuple[str, Tensor]]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _narrower(group: Group) -> torch.dtype | None:
-    return torch.bfloat16 if group.dtype.itemsize > torch.bfloat16.itemsize else None
+def delta_unit(stored: torch.dtype) -> float:
+    """What a 1 stands for in differences of a dtype.
+
+    For fp16 it is 2⁻¹⁰: so weights can move by 64, and moves down to 6e-8 keep all 11 significant bits. What
+    is smaller is off by 3e-11 at most.
+    """
+    return _FP16_UNIT if stored == torch.float16 else 1.0
 
 
 def check_storable(name: str, tensor: Tensor) -> None:

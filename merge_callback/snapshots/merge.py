@@ -221,7 +221,7 @@ def merge_arenas(
     Args:
         weights: one normalised weight a snapshot, or 0; ``None``: measure only.
         arenas: of a window's snapshots from its oldest on, at least one; whole ones of one layout, or
-            differences in its ``delta``.
+            differences in one of its ``delta``.
         out: of the same tensors, in any float dtypes (``layout.native`` gives the model's).
         copied: names of tensors that are not averaged.
         contrast: one factor a snapshot; −1 and 1 at two of them, and 0 elsewhere, give their distance.

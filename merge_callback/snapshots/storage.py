@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.deltas import decode, encode
+from merge_callback.snapshots.deltas import CODECS, decode, encode
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
@@ -87,7 +87,7 @@ class SnapshotStore:
         masks: names of buffers that may hold Inf (attention masks do).
         sharding: which part of each tensor this rank keeps; ``layout`` is of these parts.
         whole: the layout of the whole model, where the rank does not keep all of it.
-        codec: ``"delta-bf16"`` keeps snapshots as differences to the one before; ``""`` as they are.
+        codec: of ``CODECS``: keeps snapshots as differences to the one before; ``""`` as they are.
 
     Raises:
         ValueError: for ``"disk"`` without a folder.
@@ -111,6 +111,7 @@ class SnapshotStore:
         self.live_device = torch.device(device)
         self.masks = masks
         self.codec = codec
+        self._later = self._packed(layout)  # of all snapshots but the oldest
         self.sharding, self.whole = sharding or Sharding({}, {}), whole or layout
         self.ranks = self.sharding.ranks
         self.session = self.ranks.from_first(uuid.uuid4().hex[:12])  # of this process and its fellows
@@ -221,12 +222,12 @@ class SnapshotStore:
 
     def layout_of(self, snapshot: Snapshot) -> Layout:
         """How a snapshot lies in its arena and file."""
-        return self.layout if snapshot.difference_to is None else self.layout.delta
+        return self.layout if snapshot.difference_to is None else self._later
 
     def nbytes(self, count: int, of_all_ranks: bool = False) -> int:
         """Bytes of ``count`` snapshots of a window."""
         layout = self.whole if of_all_ranks else self.layout
-        return layout.nbytes + (count - 1) * (layout.delta if self.codec else layout).nbytes
+        return layout.nbytes + (count - 1) * self._packed(layout).nbytes
 
     def peak_nbytes(self, count: int, of_all_ranks: bool = False) -> int:
         """Bytes of the most that lies there at once: the newest is taken in before the oldest goes."""
@@ -323,14 +324,15 @@ class SnapshotStore:
         Raises:
             NonFiniteSnapshotError: where a weight has moved further than the difference can hold.
         """
-        delta = self.empty(self.device, self.layout.delta)
+        delta = self.empty(self.device, self._later)
         encode(arena, [earlier.arena for earlier in before], delta)
         try:
             self.check_finite(delta)
         except NonFiniteSnapshotError as error:
             self.give_back(delta)
             raise NonFiniteSnapshotError(
-                f"in the difference to that of step {before[-1].step} {error}"
+                f"in the difference to that of step {before[-1].step} {error}: "
+                f"it moved too far for snapshot_codec={self.codec!r}"
             ) from None
         snapshot.difference_to = before[-1].step
         self.give_back(arena)
@@ -341,6 +343,9 @@ class SnapshotStore:
         whole = self.empty(self.device)
         decode([snapshot.arena for snapshot in snapshots], whole)
         return whole
+
+    def _packed(self, layout: Layout) -> Layout:
+        return layout.delta(CODECS[self.codec]) if self.codec else layout
 
     def _shards_name(self, snapshot: Snapshot) -> str:
         return shards_name(snapshot.step, self.session, snapshot.difference_to is not None)

@@ -175,5 +175,5 @@ def _check_fits(storage: str, needed: int, free: int, codec: str) -> None:
     }[storage]
     raise ValueError(
         f"the window needs {in_bytes(needed)} of {storage} room and {in_bytes(free)} are free: "
-        f"choose {other}, or a smaller window=" + ("" if codec else ", or snapshot_codec='delta-bf16'")
+        f"choose {other}, or a smaller window=" + ("" if codec else ", or snapshot_codec='delta-fp16'")
     )

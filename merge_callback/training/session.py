@@ -21,6 +21,7 @@ from merge_callback.publish.export import Naming
 from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.folder_lock import holder, lock_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
@@ -368,7 +369,9 @@ def _kept_as_they_are(
     before = recorded.get("still", ())
     if (dtype or recorded.get("codec")) and Layout.of(tensors, dtype, before).hash == recorded.get("layout"):
         still = set(before)
-    codec = options.snapshot_codec if Layout.of(tensors, dtype, still).delta.is_delta else ""
+    codec = options.snapshot_codec
+    if codec and not Layout.of(tensors, dtype, still).delta(CODECS[codec]).is_delta:
+        codec = ""
     return (still if dtype or codec else set()), codec
 
 
