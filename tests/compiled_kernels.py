@@ -14,6 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from merge_callback.reduce import triton_census, triton_kernels, triton_products, triton_ties
+from merge_callback.reduce.dispatch import Cut
 
 
 class Described:
@@ -69,7 +70,7 @@ def sum_up(given):
 
 
 def elect(given):
-    cuts = [triton_ties.Cut(0.5, 1.0, 7)] * (len(given) - 1)
+    cuts = [Cut(0.5, 1.0, 7)] * (len(given) - 1)
     triton_ties.elect(given[0], given[1:], torch.empty_like(given[-1]), 1.0, cuts)
 
 

@@ -25,6 +25,7 @@ from merge_callback.reduce import (
     triton_products,
     triton_ties,
 )
+from merge_callback.reduce.dispatch import Cut
 from merge_callback.reduce.triton_sources import elements
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,7 +204,7 @@ def test_more_than_2_to_the_31_elements_are_reached():
         [size - begin, 3 * (size - begin)],
         [3 * (size - begin), 9 * (size - begin)],
     ]
-    triton_ties.elect(sources[0], sources[1:], out, 1.0, [triton_ties.Cut(1.0, 3.0, size - 1)])
+    triton_ties.elect(sources[0], sources[1:], out, 1.0, [Cut(1.0, 3.0, size - 1)])
     assert (out[begin : size - 1] == 3).all()
     assert out[-1] == 1
 
@@ -240,6 +241,12 @@ def test_inner_products_of_random_numbers_are_close_to_those_of_the_blocks():
 
 def ties_by_blocks(method, inputs):
     """What PyTorch's operations give on the CPU, and what each task vector keeps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "EAGER", True)
+        return _ties_by_blocks(method, inputs)
+
+
+def _ties_by_blocks(method, inputs):
     own = Inputs("w", [t.cpu() for t in inputs.tensors], None if inputs.base is None else inputs.base.cpu())
     kept = sparse.kept_of_all({"w": TaskVectors(own)}, method.density)
     out = torch.empty(len(own.tensors[0]))
@@ -250,7 +257,7 @@ def ties_by_blocks(method, inputs):
 def ties_in_one_launch(method, inputs, kept, dtype=torch.float32):
     vectors = TaskVectors(inputs)
     out = torch.empty(vectors.size, dtype=dtype, device=DEVICE)
-    cuts = [triton_ties.Cut(*sparse._largest(k.magnitude, torch.float32), k.end) for k in kept]
+    cuts = [Cut(*sparse._largest(k.magnitude, torch.float32), k.end) for k in kept]
     triton_ties.elect(vectors.initial, vectors.others, out, method.scale, cuts, block=64)
     return out
 
@@ -323,10 +330,11 @@ def test_the_census_is_that_of_the_blocks(size, low, high):
 def _kernels_serve_the_cpu(monkeypatch):
     """Under the interpreter; on a GPU they serve it anyway."""
     if INTERPRETED:
-        for place in (dispatch, slerp, sparse, threshold):
+        for place in (dispatch, slerp, threshold):
             monkeypatch.setattr(
                 place, "triton_serves", lambda *t, dtypes=dispatch.NARROW: all(x.dtype in dtypes for x in t)
             )
+        monkeypatch.setattr(threshold, "compiled_serves", lambda *t: False)
 
 
 def model(seed, dtype):
@@ -353,7 +361,7 @@ def model(seed, dtype):
 def test_methods_give_what_they_give_without_the_kernels(method, options, dtype, monkeypatch):
     models = [model(seed, dtype) for seed in range(4)]
     merged = merge_state_dicts(models, method, **options)
-    for place in (dispatch, slerp, sparse, threshold):
+    for place in (dispatch, slerp, threshold):
         monkeypatch.setattr(place, "triton_serves", lambda *t, **options: False)
     expected = merge_state_dicts([{k: t.cpu() for k, t in m.items()} for m in models], method, **options)
     # An ulp of the merge: fused products may round a sum of four otherwise, which a cast can bring to light.

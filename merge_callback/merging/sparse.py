@@ -24,7 +24,7 @@ from merge_callback.merging.threshold import (
     search_tie_ends,
     together,
 )
-from merge_callback.reduce.dispatch import triton_serves
+from merge_callback.reduce.dispatch import Cut, election
 
 _AT_ONCE = 128  # thresholds that processes search for together: they hold a sixtieth of the elements each
 
@@ -76,8 +76,9 @@ class Ties(MergeMethod):
         vectors = TaskVectors(inputs, hold=True)
         whole = kept_of_all({inputs.name: vectors}, self.density) if survey is None else survey
         kept = whole[inputs.name]
-        if triton_serves(out, vectors.initial, *vectors.others):
-            return _elect_in_one_launch(vectors, out, self.scale, kept)
+        if elect := election(vectors.initial, vectors.others, out):
+            cuts = [Cut(*_largest(k.magnitude, torch.float32), k.end) for k in kept]
+            return elect(vectors.initial, vectors.others, out, self.scale, cuts)
 
         def trim(which: int, block: Tensor, begin: int) -> Tensor:
             return kept[which].trim(block, begin)
@@ -288,13 +289,6 @@ def _combine(
     in_ranges(vectors.size, vectors.device, merge_range)
 
 
-def _elect_in_one_launch(vectors: TaskVectors, out: Tensor, scale: float, kept: Sequence[Kept]) -> None:
-    from merge_callback.reduce import triton_ties
-
-    cuts = [triton_ties.Cut(*_largest(k.magnitude, torch.float32), k.end) for k in kept]
-    triton_ties.elect(vectors.initial, vectors.others, out, scale, cuts)
-
-
 def _count(entries: Tensor, counts: Tensor) -> None:
     """Adds 1 where an entry is not 0."""
     if counts.device.type == "cpu":  # NumPy compares ten times as fast as PyTorch
@@ -308,7 +302,14 @@ def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
     """The ``which``-th task vector of every tensor, all in the widest dtype."""
     wide = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
     return [
-        Part(v.size, wide, v.device, partial(_widened, v, which, wide), v.shard.piece if v.shard else None)
+        Part(
+            v.size,
+            wide,
+            v.device,
+            partial(_widened, v, which, wide),
+            v.shard.piece if v.shard else None,
+            (v.others[which], v.initial) if wide == torch.float32 else None,
+        )
         for v in vectors
     ]
 

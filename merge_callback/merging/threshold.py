@@ -14,7 +14,7 @@ counts, and of the elements between only as many as are few (2^17), narrowing do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from merge_callback.merging.task_vectors import in_ranges
-from merge_callback.reduce.dispatch import triton_serves
+from merge_callback.reduce import compiled
+from merge_callback.reduce.dispatch import compiled_serves, triton_serves
 from merge_callback.sharding import Piece
 
 T = TypeVar("T")
@@ -35,6 +36,8 @@ Search: TypeAlias = Generator[Any, list[Any], T]
 """Yields what other processes have to know, and gets what each of them has yielded in its place."""
 
 Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
+
+Split: TypeAlias = tuple[int, int, int, Bits]
 
 Ties: TypeAlias = Sequence[tuple[int, int]]
 """The length of each block, and how many of its elements are equal to the threshold."""
@@ -46,6 +49,8 @@ _PICKED = 1 << 20  # elements between two bits, after which only every second on
 _TOLD = 1 << 17  # elements that processes tell each other at most, of each search
 
 _PLACES = 1 << 12  # stretches of a vector in which processes count equal elements at once
+
+_BLOCK = 1 << 18  # elements split at once in C: with fewer, threads would wait for Python
 
 _RUN = 512  # elements sampled in a row: a row costs as much as one element
 
@@ -60,6 +65,7 @@ class Part:
         device: of the blocks.
         blocks: yields the elements from one index up to another in blocks, which are overwritten.
         piece: which elements of a tensor these are, where other processes have the others.
+        difference: two flat tensors whose difference it is in fp32, where it is one.
     """
 
     size: int
@@ -67,6 +73,7 @@ class Part:
     device: torch.device
     blocks: Callable[[int, int], Iterable[Tensor]]
     piece: Piece | None = None
+    difference: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def kth_largest(parts: Sequence[Part], k: int) -> Threshold:
 def tie_ends(parts: Sequence[Part], threshold: Threshold) -> list[int]:
     """For each part the index up to which elements equal to the threshold are kept.
 
-    One block is read, and that only where some of the equal elements are not kept.
+    One block, as they were counted, is read, and that only where some of the equal elements are not kept.
     """
     return alone(search_tie_ends(parts, threshold))
 
@@ -261,12 +268,11 @@ def _census(parts: Iterable[Part], low: int, high: int) -> list[list[_Count]]:
     def count(part: Part, start: int, stop: int) -> list[_Count]:
         nonlocal seen  # threads may overwrite each other's: it need not be exact
         counts = []
-        for block in part.blocks(start, stop):
-            above, at_high, at_low, between = _split(_bits(block), low, high)
+        for length, (above, at_high, at_low, between) in _splits(part, start, stop, low, high):
             stride = 1 << (seen // _PICKED).bit_length()
             seen += len(between)
-            picked = between[::stride].copy() if stride > 1 else between
-            counts.append(_Count(block.numel(), above, at_high, len(between), at_low, stride, picked))
+            picked = between[::stride].copy()  # a view would hold more
+            counts.append(_Count(length, above, at_high, len(between), at_low, stride, picked))
         return counts
 
     ranges = (in_ranges(part.size, part.device, partial(count, part)) for part in parts)
@@ -312,7 +318,18 @@ def _threshold(
     return Threshold(magnitude, kept, sum(told), ties)
 
 
-def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
+def _splits(part: Part, start: int, stop: int, low: int, high: int) -> Iterator[tuple[int, Split]]:
+    """The length of each block of a part, and what ``_split`` says of it."""
+    if part.difference is None or not compiled_serves(*part.difference):
+        for block in part.blocks(start, stop):
+            yield block.numel(), _split(_bits(block), low, high)
+        return
+    for begin in range(start, stop, _BLOCK):
+        theta, initial = (whole[begin : min(begin + _BLOCK, stop)] for whole in part.difference)
+        yield theta.numel(), compiled.split(theta, initial, low, high)
+
+
+def _split(bits: Tensor, low: int, high: int) -> Split:
     """How many bits are above ``high``, equal to it, and equal to ``low`` (if that is lower); those between.
 
     A sample of a vector with few different magnitudes ends on frequent ones. Counting them is far cheaper
@@ -331,7 +348,7 @@ def _split(bits: Tensor, low: int, high: int) -> tuple[int, int, int, Bits]:
     above, from_high = int(count(array > high)), array >= high
     at_high = int(count(from_high)) - above
     if low == high:
-        return above, at_high, 0, array[:0].copy()  # a view would hold the block
+        return above, at_high, 0, array[:0]
     inside = (array > low) ^ from_high
     between = array[inside.nonzero()[0]]  # faster than a mask
     at_low = int(count(array >= low)) - len(between) - at_high - above
@@ -342,10 +359,14 @@ def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> int:
     """Up to which index at most ``keep`` elements equal to the magnitude lie."""
     begin, used = 0, 0
     for length, equal in ties:
-        if used + equal > keep:
-            (block,) = part.blocks(begin, begin + length)
-            return begin + int((block.abs_() == magnitude).nonzero()[keep - used])
-        begin, used = begin + length, used + equal
+        if used + equal <= keep:
+            begin, used = begin + length, used + equal
+            continue
+        for block in part.blocks(begin, begin + length):
+            places = (block.abs_() == magnitude).nonzero()
+            if used + len(places) > keep:
+                return begin + int(places[keep - used])
+            begin, used = begin + block.numel(), used + len(places)
     return part.size
 
 

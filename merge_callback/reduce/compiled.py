@@ -1,10 +1,11 @@
-"""The pass on a CPU, in C (``kernels.c``): each group of 64 elements of all sources is summed in registers.
+"""The passes on a CPU, in C (``kernels.c``): each group of 64 elements of all sources is summed in registers.
 
 The library is an optional part of an installation: where there was no compiler for it, or the processor has
 no fused multiply-add, ``instructions()`` is 0 and ``blocks`` does the same with PyTorch's operations.
 
 A weighted sum has the bits of the one there; a sum of squares is nearer to the exact one. The contrasts are
-formed in fp32, squared and summed in fp64, and their sum is the same for any number of threads.
+formed in fp32, squared and summed in fp64, and their sum is the same for any number of threads. TIES' two
+passes, ``elect`` and ``split``, give the bits of PyTorch's operations, too.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+
+if TYPE_CHECKING:
+    from merge_callback.reduce.dispatch import Cut
 
 _SHARE = 1 << 23  # bytes read by each thread, at least: half a millisecond; on a busy core a start takes more
 
@@ -51,6 +57,42 @@ class _Pass(ctypes.Structure):
     )
 
 
+class _Entries(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("end", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
+        ("below", ctypes.c_float),
+        ("at_most", ctypes.c_float),
+    )
+
+
+class _Election(ctypes.Structure):
+    _fields_ = (
+        ("initial", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("entries", ctypes.POINTER(_Entries)),
+        ("count", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("next", ctypes.c_int64),
+        ("initial_dtype", ctypes.c_int32),
+        ("out_dtype", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Split(ctypes.Structure):
+    _fields_ = (
+        ("theta", ctypes.c_void_p),
+        ("initial", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("theta_dtype", ctypes.c_int32),
+        ("initial_dtype", ctypes.c_int32),
+        ("low", ctypes.c_int32),
+        ("high", ctypes.c_int32),
+    )
+
+
 @cache
 def instructions() -> int:
     """Which of the passes in ``kernels.c`` is this processor's; 0: none, or the library is not there."""
@@ -59,7 +101,7 @@ def instructions() -> int:
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether the pass can be made here: contiguous fp32, bf16 and fp16 tensors in this process's memory."""
+    """Whether a pass can be made here: contiguous fp32, bf16 and fp16 tensors in this process's memory."""
     return instructions() > 0 and all(
         isinstance(t, Tensor)  # not what only reads like one (a `Decoded`)
         and t.dtype in _DTYPES
@@ -82,18 +124,72 @@ def one_pass(
     terms = _terms(sources, weights if target is not None else None, contrast)
     ends = np.asarray(bounds, dtype=np.int64)
     work = _Pass((_Source * len(terms))(*terms), len(terms), sources[0].numel())
-    chunks = -(-work.size // ctypes.c_int64.in_dll(_loaded(), "reduce_chunk").value)
+    chunks = _chunks(work.size)
     work.roles = _WEIGHTED if any(term.roles & _WEIGHTED for term in terms) else 0
     if target is not None:
         work.out, work.out_dtype = target.data_ptr(), _DTYPES[target.dtype]
     if contrast is not None:
         partials = np.zeros(len(ends) + chunks)
         work.partials, work.bounds, work.segments = partials.ctypes.data, ends.ctypes.data, len(ends)
-    read = sum(source.numel() * source.element_size() for source in sources)
-    _in_threads(work, min(chunks, read // _SHARE))
+    _in_threads(_loaded().reduce_take_chunks, work, min(chunks, _bytes(sources) // _SHARE))
     if target is not None:
         increment_version(target)  # as an operation in place does: autograd finds what it saved overwritten
     return None if contrast is None else _combined(work)
+
+
+def elect(initial: Tensor, others: Sequence[Tensor], out: Tensor, scale: float, cuts: Sequence[Cut]) -> None:
+    """Trims, elects and averages; each source is read once. See ``reduce.triton_ties.elect``."""
+    entries = [
+        _Entries(theta.data_ptr(), cut.end, _DTYPES[theta.dtype], cut.below, cut.at_most)
+        for theta, cut in zip(others, cuts, strict=True)
+    ]
+    work = _Election(
+        initial.data_ptr(),
+        out.data_ptr(),
+        (_Entries * len(entries))(*entries),
+        len(entries),
+        initial.numel(),
+        0,
+        _DTYPES[initial.dtype],
+        _DTYPES[out.dtype],
+        scale,
+    )
+    read = _bytes([initial, *others])
+    _in_threads(_loaded().reduce_elect_chunks, work, min(_chunks(work.size), read // _SHARE))
+    increment_version(out)
+
+
+def split(
+    theta: Tensor, initial: Tensor, low: int, high: int
+) -> tuple[int, int, int, npt.NDArray[np.signedinteger[Any]]]:
+    """How many magnitudes of ``θ − θ_init`` are above ``high``, at it, and at ``low``; and those between.
+
+    In the calling thread alone, which lets others run.
+
+    Args:
+        theta: flat and contiguous, fp32, bf16 or fp16.
+        initial: the same, of as many elements.
+        low: bits of an fp32 magnitude.
+        high: not less than ``low``; where it is the same, none is at ``low``.
+
+    Returns:
+        The three numbers, and the bits of those between, int32, in their order.
+    """
+    work = _Split(
+        theta.data_ptr(),
+        initial.data_ptr(),
+        theta.numel(),
+        _DTYPES[theta.dtype],
+        _DTYPES[initial.dtype],
+        low,
+        high,
+    )
+    counts, between = np.empty(3, dtype=np.int64), np.empty(work.size, dtype=np.int32)
+    found = _loaded().reduce_split(
+        ctypes.byref(work), counts.ctypes.data, between.ctypes.data, instructions()
+    )
+    above, at_high, at_low = counts.tolist()
+    return above, at_high, at_low, between[:found]
 
 
 def _terms(
@@ -109,12 +205,20 @@ def _terms(
     return terms
 
 
-def _in_threads(work: _Pass, most: int) -> None:
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _chunks(size: int) -> int:
+    return -(-size // ctypes.c_int64.in_dll(_loaded(), "reduce_chunk").value)
+
+
+def _in_threads(job: Callable[..., object], work: ctypes.Structure, most: int) -> None:
     """Has ``most`` threads, this one among them, take the chunks; never more than PyTorch would use.
 
     They are started for each pass: a pool would not outlive the ``fork`` of a data loader or a launcher.
     """
-    job, arguments = _loaded().reduce_take_chunks, (ctypes.byref(work), instructions())
+    arguments = ctypes.byref(work), instructions()
     count = min(torch.get_num_threads(), most)
     others = [threading.Thread(target=job, args=arguments, name="reduce") for _ in range(1, count)]
     for thread in others:
@@ -148,6 +252,15 @@ def _library() -> ctypes.CDLL | None:
         return None
     library.reduce_take_chunks.argtypes = (ctypes.POINTER(_Pass), ctypes.c_int)
     library.reduce_take_chunks.restype = None
+    library.reduce_elect_chunks.argtypes = (ctypes.POINTER(_Election), ctypes.c_int)
+    library.reduce_elect_chunks.restype = None
+    library.reduce_split.argtypes = (
+        ctypes.POINTER(_Split),
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int,
+    )
+    library.reduce_split.restype = ctypes.c_int64
     library.reduce_combine.argtypes = (ctypes.POINTER(_Pass), ctypes.c_void_p)
     library.reduce_combine.restype = None
     return library

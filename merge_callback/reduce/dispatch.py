@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,20 @@ EAGER = os.environ.get("MERGE_CALLBACK_EAGER", "") not in ("", "0")
 
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Floating-point dtypes that are summed in fp32."""
+
+
+class Cut(NamedTuple):
+    """What TIES trims of a task vector: magnitudes up to ``below`` before element ``end``, then ``at_most``.
+
+    Both are numbers of fp32. NaN is not trimmed.
+    """
+
+    below: float
+    at_most: float
+    end: int
+
+
+Elect = Callable[[Tensor, Sequence[Tensor], Tensor, float, Sequence[Cut]], None]
 
 Pass = Callable[
     [Sequence[Tensor], Sequence[float] | None, Tensor | None, Sequence[float] | None, Sequence[int]],
@@ -60,15 +75,28 @@ def one_pass(
 def _backend(sources: Sequence[Tensor], out: Tensor | None) -> Pass:
     """The fastest pass that takes these tensors; ``blocks`` takes all."""
     tensors = list(sources) if out is None else [*sources, out]
-    if EAGER:
-        return blocks.one_pass
     if triton_serves(*tensors):
         from merge_callback.reduce import triton_kernels  # imports Triton
 
         return triton_kernels.one_pass
-    if compiled.takes(tensors):
+    if compiled_serves(*tensors):
         return compiled.one_pass
     return blocks.one_pass
+
+
+def election(initial: Tensor, others: Sequence[Tensor], out: Tensor) -> Elect | None:
+    """The pass that trims, elects and averages these task vectors; ``None``: PyTorch's operations have to."""
+    tensors = (initial, *others, out)
+    if triton_serves(*tensors):
+        from merge_callback.reduce import triton_ties  # imports Triton
+
+        return triton_ties.elect
+    return compiled.elect if compiled_serves(*tensors) else None
+
+
+def compiled_serves(*tensors: Tensor) -> bool:
+    """Whether the passes in C take these tensors."""
+    return not EAGER and compiled.takes(tensors)
 
 
 def triton_serves(*tensors: Tensor, dtypes: Collection[torch.dtype] = NARROW) -> bool:

@@ -1,8 +1,8 @@
-/* Weighted sum and squared contrast of N flat arrays: one read of each, all sums in registers.
+/* Weighted sum and squared contrast of N flat arrays: one read of each, all sums in registers. TIES' two passes.
  *
  * No Python here: compiled.py loads the library with ctypes and calls `reduce_take_chunks` in each of its
- * threads, then `reduce_combine`. The passes themselves are in kernels_pass.h, compiled once for each
- * instruction set; which one runs is asked of the processor, so that a wheel fits all of them. (Not by
+ * threads, then `reduce_combine`. The passes themselves are in kernels_pass.h and kernels_ties.h, compiled once
+ * for each instruction set; which one runs is asked of the processor, so that a wheel fits all of them. (Not by
  * target_clones: it needs ifunc, which musl, macOS and older compilers lack.)
  *
  * Every product is added by a fused multiply-add, as PyTorch's add_(x, alpha=w) does: the sums are its bits.
@@ -20,6 +20,12 @@
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
 #define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
 #define STREAMED (8 << 20) /* bytes of output from which on it is written past the caches */
+
+#define VECTORS (GROUP / LANES)
+#define WIDE (LANES < 4 ? 4 : LANES) /* places of the compiler's own vectors */
+#define PARTS (GROUP / WIDE)
+#define UNROLL _Pragma("GCC unroll 64")
+#define INLINE static inline __attribute__((always_inline)) TARGET
 
 enum { FP32, BF16, FP16 };
 enum { WEIGHTED = 1, CONTRASTED = 2 };
@@ -45,11 +51,43 @@ typedef struct {
     int64_t next;     /* the first chunk that no thread has taken */
 } Pass;
 
+typedef struct {
+    const char *data;
+    int64_t end;   /* before it magnitudes up to `below` are trimmed, from it on up to `at_most` */
+    int32_t dtype;
+    float below;
+    float at_most;
+} Entries;
+
+typedef struct {
+    const char *initial;
+    char *out;
+    const Entries *entries; /* of each task vector */
+    int64_t count;
+    int64_t size;
+    int64_t next; /* the first chunk that no thread has taken */
+    int32_t initial_dtype;
+    int32_t out_dtype;
+    float scale;
+} Election;
+
+typedef struct {
+    const char *theta, *initial;
+    int64_t size;
+    int32_t theta_dtype, initial_dtype;
+    int32_t low, high;
+} Split;
+
 const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t width(int32_t dtype) { return dtype == FP32 ? 4 : 2; }
+
+/* Whether an output is written past the caches. One that fits is left in them for whoever reads it next. */
+static int streams(const char *out, int32_t dtype, int64_t size) {
+    return size * width(dtype) >= STREAMED && (uintptr_t)out % 64 == 0;
+}
 
 /* The first segment that ends after element `at`. */
 static int64_t segment_at(const Pass *pass, int64_t at) {
@@ -98,6 +136,7 @@ static inline TARGET void stream_half_avx512(void *p, __m256i x) { _mm256_stream
 static inline TARGET void fence_avx512(void) { _mm_sfence(); }
 typedef __m256i NAME(Halves);
 #include "kernels_pass.h"
+#include "kernels_ties.h"
 #undef NAME
 #undef TARGET
 #undef LANES
@@ -132,6 +171,7 @@ static inline TARGET void stream_half_avx2(void *p, __m128i x) { _mm_stream_si12
 static inline TARGET void fence_avx2(void) { _mm_sfence(); }
 typedef __m128i NAME(Halves);
 #include "kernels_pass.h"
+#include "kernels_ties.h"
 #undef NAME
 #undef TARGET
 #undef LANES
@@ -154,6 +194,17 @@ void reduce_take_chunks(Pass *pass, int instructions) {
         take_chunks_avx512(pass);
     else
         take_chunks_avx2(pass);
+}
+
+void reduce_elect_chunks(Election *election, int instructions) {
+    if (instructions == AVX512)
+        elect_chunks_avx512(election);
+    else
+        elect_chunks_avx2(election);
+}
+
+int64_t reduce_split(const Split *split, int64_t *counts, int32_t *between, int instructions) {
+    return instructions == AVX512 ? split_avx512(split, counts, between) : split_avx2(split, counts, between);
 }
 
 #elif defined(__FP_FAST_FMAF) && defined(__FLT16_MAX__)
@@ -202,12 +253,23 @@ static inline void store_half_plain(void *p, uint16_t x) { memcpy(p, &x, 2); }
 static inline void fence_plain(void) {}
 typedef uint16_t NAME(Halves);
 #include "kernels_pass.h"
+#include "kernels_ties.h"
 
 int reduce_instructions(void) { return 1; }
 
 void reduce_take_chunks(Pass *pass, int instructions) {
     (void)instructions;
     take_chunks_plain(pass);
+}
+
+void reduce_elect_chunks(Election *election, int instructions) {
+    (void)instructions;
+    elect_chunks_plain(election);
+}
+
+int64_t reduce_split(const Split *split, int64_t *counts, int32_t *between, int instructions) {
+    (void)instructions;
+    return split_plain(split, counts, between);
 }
 
 #else

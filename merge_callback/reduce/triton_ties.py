@@ -4,28 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from merge_callback.reduce.dispatch import Cut
 from merge_callback.reduce.triton_sources import elements, load, on, table, written
 
 BLOCK = 1024
 """Elements per program: 8 a thread, of θ_init, two sums and two numbers."""
-
-
-class Cut(NamedTuple):
-    """What is trimmed of a task vector: magnitudes up to ``below`` before element ``end``, then ``at_most``.
-
-    Both are numbers of fp32. NaN is not trimmed.
-    """
-
-    below: float
-    at_most: float
-    end: int
 
 
 @torch.no_grad()
