@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from record import write
+from record import QUIET, write
 from snapshot_stall import measure_stalls
 from spike_recovery import time_restores
 from torch import Tensor
@@ -143,10 +143,7 @@ def fit(callbacks: list[Callback], steps: int, folder: str, accelerator: str, ac
         accumulate_grad_batches=accumulate,
         gradient_clip_val=1.0,
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(DemoModule(), datamodule=DemoData())
 

@@ -14,6 +14,14 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 
+QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+"""A Trainer's options that leave what is measured alone."""
+
 
 def machine() -> dict[str, Any]:
     """What ran the benchmark."""

@@ -34,7 +34,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from metering import Event, Meter
 from projection import project
-from record import write
+from record import QUIET, write
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -273,10 +273,7 @@ def train(rank: int, ranks: int, strategy: str, mode: str, folder: Path, gpt: GP
         callbacks=callbacks,
         use_distributed_sampler=False,
         default_root_dir=folder,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     module = DemoModule(gpt, WSDSchedule(warmup=0, stable=100 * steps, decay=0), learning_rate=1e-4)
     batches, validation = Tokens(gpt, steps, seed=rank), Tokens(gpt, 1, seed=99)

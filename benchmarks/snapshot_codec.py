@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from record import write
+from record import QUIET, write
 from torch import Tensor
 
 from merge_callback import CheckpointMergeCallback, load_merge
@@ -78,10 +78,7 @@ def train(plan: DemoPlan, folder: Path) -> dict[int, float]:
         default_root_dir=folder,
         gradient_clip_val=1.0,
         limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **QUIET,
     )
     trainer.fit(DemoModule(schedule=plan.schedule), datamodule=DemoData(epoch_batches=plan.schedule.steps))
     return updates.rms

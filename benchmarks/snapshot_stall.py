@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from record import QUIET
 from spike_recovery import Wide
 
 from merge_callback import CheckpointMergeCallback
@@ -120,10 +121,7 @@ def fit(millions: int, repeats: int, accelerator: str, callbacks: list[Callback]
         devices=1,
         max_steps=(WARMUP + repeats + 1) * EVERY - 1,
         callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **{**QUIET, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)},
     )
     rows = torch.randn(4 * EVERY * (WARMUP + repeats + 1), 1000)
     trainer.fit(Wide(millions), torch.utils.data.DataLoader(rows, batch_size=4))

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
-from record import RESULTS, write
+from record import QUIET, RESULTS, write
 from torch import Tensor
 
 from merge_callback import CheckpointMergeCallback
@@ -203,11 +203,8 @@ def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
             max_steps=recipe.steps,
             gradient_clip_val=1.0,
             limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[merging, losses] if healthy else [losses],
+            **QUIET,
         )
         gpt = GPTConfig(qk_norm=recipe.qk_norm, experts=4 if recipe.moe else 0)
         trainer.fit(DemoModule(gpt, recipe.schedule, recipe.learning_rate), datamodule=RecipeData(recipe))

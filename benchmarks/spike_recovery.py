@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from record import RESULTS, write
+from record import QUIET, RESULTS, write
 from torch import nn
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
@@ -213,11 +213,8 @@ def time_restores(millions: int, repeats: int, accelerator: str = "cpu") -> dict
             accelerator=accelerator,
             devices=1,
             max_steps=4,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
             callbacks=[callback, timer],
+            **QUIET,
         )
         trainer.fit(Wide(millions), torch.utils.data.DataLoader(torch.randn(16, 1000), batch_size=4))
     seconds = {what: statistics.median(times) for what, times in timer.seconds.items()}

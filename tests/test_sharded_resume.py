@@ -200,7 +200,7 @@ def swapped(folder):
 
     before, part = window(ranks.rank)
     for step in (1, 2):
-        before.append(Snapshot(step, None, 0.1, 1.0, "stable", 0, step), {"t": part + step})
+        before.add(Snapshot(step, None, 0.1, 1.0, "stable", 0, step), before.capture({"t": part + step}))
     after, part = window([0, 2, 1, 3][ranks.rank])
     problems = after.restore(before.state_dict(), last_step=2)
     return problems, [torch.equal(s.arena.tensors()["t"], part + s.step) for s in after.snapshots]

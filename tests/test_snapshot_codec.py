@@ -69,7 +69,7 @@ def new_window(tensors, size=10, folder=None, still=(), codec=CODEC):
 
 
 def take(window, step, tensors):
-    window.append(Snapshot(step, step, 0.1, 1.0, "stable", 0, step), tensors)
+    window.add(Snapshot(step, step, 0.1, 1.0, "stable", 0, step), window.capture(tensors))
 
 
 def decoded(window):

@@ -19,7 +19,7 @@
 #define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
 #define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
-#define STREAMED (8 << 20) /* bytes of output from which on it is written past the caches */
+#define STREAMED (2 << 20) /* bytes of output from which on it is written past the caches */
 
 #define VECTORS (GROUP / LANES)
 #define WIDE (LANES < 4 ? 4 : LANES) /* places of the compiler's own vectors */

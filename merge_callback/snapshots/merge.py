@@ -12,6 +12,7 @@ from torch import Tensor
 
 from merge_callback.diversity import RMSDiversity
 from merge_callback.merging import Inputs, LinearMethod, MergeMethod, Shard, Trajectory
+from merge_callback.merging.task_vectors import in_ranges
 from merge_callback.reduce import one_pass
 from merge_callback.sharding import Sharding, overwrite
 from merge_callback.snapshots.arena import Arena
@@ -281,6 +282,8 @@ def merge_into(
 ) -> None:
     """Merges snapshots straight into live tensors, in place: each is written once, and there is no buffer.
 
+    On a CPU each thread takes those that begin in its part of the snapshots.
+
     Args:
         weights: one normalised weight a snapshot, or 0.
         arenas: of a window's snapshots from its oldest on.
@@ -289,8 +292,21 @@ def merge_into(
     """
     newest = flat_tensors(arenas)
     for group in arenas[0].layout.groups:
-        flats, factors = terms(arenas, group, weights)
+        _merge_group_into(group, *terms(arenas, group, weights), tensors, copied, newest)
+
+
+def _merge_group_into(
+    group: Group,
+    flats: Sequence[Tensor],
+    factors: Sequence[float],
+    tensors: Mapping[str, Tensor],
+    copied: Collection[str],
+    newest: Mapping[str, Tensor],
+) -> None:
+    def merge(start: int, stop: int) -> None:
         for segment in group.segments:
+            if not start <= segment.start < stop:
+                continue
             sources = [flat[segment.start : segment.stop] for flat in flats]
             tensor = tensors[segment.name]
             if segment.name in copied or not group.dtype.is_floating_point:
@@ -301,6 +317,8 @@ def merge_into(
                 merged = torch.empty_like(sources[0], dtype=tensor.dtype)
                 one_pass(sources, factors, merged)
                 overwrite(tensor, merged.view(segment.shape))
+
+    in_ranges(group.numel, tensors[group.segments[0].name].device, merge)
 
 
 def _is_flat(tensor: Tensor, device: torch.device) -> bool:

@@ -48,10 +48,6 @@ class Window:
     def __len__(self) -> int:
         return len(self.snapshots)
 
-    def append(self, snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
-        """Captures ``tensors`` as the newest snapshot and takes it in, one after the other: see ``add``."""
-        self.add(snapshot, self.capture(tensors))
-
     def capture(self, tensors: Mapping[str, Tensor]) -> Arena | Exception:
         """A copy of what this rank keeps of ``tensors``, or why there is none. Talks to no other rank."""
         try:
