@@ -1,6 +1,39 @@
 """What all tests share."""
 
+import json
+
+import pytest
 import torch
+from killed_run import fit, killable_runs, outcome
 
 # The models here are tiny: a second thread only waits, ten times as long where another process has the core.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """What a run leaves behind that was never stopped, by its options."""
+    known = {}
+
+    def outcome_of(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in known:
+            folder = tmp_path_factory.mktemp("unbroken")
+            _, module, _ = fit(folder, **options)
+            known[key] = outcome(folder, module)
+        return known[key]
+
+    return outcome_of
+
+
+@pytest.fixture(scope="module")
+def live():
+    """Lives through a run whose processes are killed; see `killed_run.live`."""
+    with killable_runs() as ask:
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def survivor(tmp_path_factory, live):
+    """The outcome of a run like the killed ones that nobody killed."""
+    return live(tmp_path_factory.mktemp("survivor"))["outcome"]

@@ -143,6 +143,12 @@ def test_nan_is_above_all_magnitudes():
     assert compiled.split(theta, torch.zeros(4), 0, infinity)[:3] == (2, 1, 0)
 
 
+def test_tensors_of_several_sizes_are_refused_before_memory_is_read():
+    inputs = Inputs("w", [torch.ones(100), torch.ones(90), torch.ones(100)])
+    with pytest.raises(RuntimeError, match="size"):
+        Ties().merge(inputs, torch.empty(100), Trajectory.even(3))
+
+
 @pytest.mark.parametrize("scope", ["tensor", "global"])
 def test_what_the_library_does_not_take_is_left_to_pytorch(scope):
     tensors = [randn(1000, seed).double() for seed in range(3)]

@@ -27,7 +27,9 @@ from killed_run import window as manifest_of
 from lightning.pytorch import Callback
 from safetensors import safe_open
 from test_arena import mixed_tensors
-from test_window_files import (
+from torch import nn
+from training_runs import assert_same_bits
+from window_runs import (
     LAST,
     Full,
     assert_nothing_is_half_there,
@@ -35,8 +37,6 @@ from test_window_files import (
     steps,
     unlimited,  # noqa: F401 (a fixture)
 )
-from torch import nn
-from training_runs import assert_same_bits
 
 from merge_callback import load_merge
 from merge_callback.merging import METHODS, Dare, LinearMethod, MergeMethod, Slerp, Ties, resolve_method

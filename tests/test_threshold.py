@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from merge_callback.merging import task_vectors, threshold
-from merge_callback.merging.threshold import Part, Threshold, kth_largest, tie_ends
+from merge_callback.merging.threshold import Part, Threshold, alone, search_kth_largest, search_tie_ends
+
+
+def kth_largest(parts, k):
+    return alone(search_kth_largest(parts, k))
+
+
+def tie_ends(parts, threshold):
+    return alone(search_tie_ends(parts, threshold))
 
 
 def part(vector, block=1000):
@@ -167,7 +175,7 @@ def test_threads_do_not_change_the_counts(monkeypatch):
 # What is read is made up block by block, so that the memory is the search's own.
 MEASURE = """
 import sys, threading, time, torch
-from merge_callback.merging.threshold import Part, kth_largest
+from merge_callback.merging.threshold import Part, alone, search_kth_largest
 torch.set_num_threads(2)
 kind, n = sys.argv[1], 1 << 24
 whole = torch.randn(1 << 15, generator=torch.Generator().manual_seed(0))
@@ -177,7 +185,7 @@ def blocks(start, stop):
 def own():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-find = lambda n: kth_largest([Part(n, torch.float32, torch.device("cpu"), blocks)], n * 4 // 5)
+find = lambda n: alone(search_kth_largest([Part(n, torch.float32, torch.device("cpu"), blocks)], n * 4 // 5))
 find(1 << 12)
 before, peak, done = own(), [0], threading.Event()
 def watch():

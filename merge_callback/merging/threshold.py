@@ -93,24 +93,6 @@ class Threshold:
     ties: Sequence[Ties] = field(default=(), compare=False, repr=False)
 
 
-def kth_largest(parts: Sequence[Part], k: int) -> Threshold:
-    """The k-th largest magnitude of all parts together.
-
-    Args:
-        parts: of one dtype.
-        k: from 1 to the number of all elements. Without any element, the threshold is 0.
-    """
-    return alone(search_kth_largest(parts, k))
-
-
-def tie_ends(parts: Sequence[Part], threshold: Threshold) -> list[int]:
-    """For each part the index up to which elements equal to the threshold are kept.
-
-    One block, as they were counted, is read, and that only where some of the equal elements are not kept.
-    """
-    return alone(search_tie_ends(parts, threshold))
-
-
 def alone(search: Search[T]) -> T:
     """Makes a search without other processes."""
     return together([search], lambda told: [told])[0]
@@ -138,7 +120,12 @@ def together(searches: Sequence[Search[T]], exchange: Callable[[Any], list[Any]]
 
 
 def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
-    """What ``kth_largest`` finds, where other processes may have further elements of each part."""
+    """The k-th largest magnitude of all parts together; other processes may have further elements of each.
+
+    Args:
+        parts: of one dtype.
+        k: from 1 to the number of all elements. Without any element, the threshold is 0.
+    """
     sizes = yield sum(part.size for part in parts)
     total = sum(sizes)
     if not total:
@@ -171,7 +158,11 @@ def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
 
 
 def search_tie_ends(parts: Sequence[Part], threshold: Threshold) -> Search[list[int]]:
-    """What ``tie_ends`` finds, where other processes may have further elements of each part."""
+    """For each part the index up to which elements equal to the threshold are kept.
+
+    One block, as they were counted, is read, and that only where some of the equal elements are not kept.
+    Other processes may have further elements of each part.
+    """
     if threshold.kept == threshold.equal:
         return [part.size for part in parts]
     left, ends = threshold.kept, []

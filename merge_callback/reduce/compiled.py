@@ -101,13 +101,14 @@ def instructions() -> int:
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether a pass can be made here: contiguous fp32, bf16 and fp16 tensors in this process's memory."""
+    """Whether a pass can be made here: contiguous fp32, bf16 and fp16 tensors of one size in host memory."""
     return instructions() > 0 and all(
         isinstance(t, Tensor)  # not what only reads like one (a `Decoded`)
         and t.dtype in _DTYPES
         and t.device.type == "cpu"
         and t.layout == torch.strided
         and t.is_contiguous()
+        and t.numel() == tensors[0].numel()
         for t in tensors
     )
 
