@@ -134,6 +134,7 @@ static inline TARGET __m256i to_bf16_avx512(__m512 x) {
 static inline TARGET void store_half_avx512(void *p, __m256i x) { _mm256_storeu_si256(p, x); }
 static inline TARGET void stream_half_avx512(void *p, __m256i x) { _mm256_stream_si256(p, x); }
 static inline TARGET void fence_avx512(void) { _mm_sfence(); }
+static inline TARGET uint32_t set_avx512(const void *mask) { return _mm512_movepi32_mask(_mm512_loadu_si512(mask)); }
 typedef __m256i NAME(Halves);
 #include "kernels_pass.h"
 #include "kernels_ties.h"
@@ -169,6 +170,7 @@ static inline TARGET __m128i to_bf16_avx2(__m256 x) {
 static inline TARGET void store_half_avx2(void *p, __m128i x) { _mm_storeu_si128(p, x); }
 static inline TARGET void stream_half_avx2(void *p, __m128i x) { _mm_stream_si128(p, x); }
 static inline TARGET void fence_avx2(void) { _mm_sfence(); }
+static inline TARGET uint32_t set_avx2(const void *mask) { return _mm256_movemask_ps(_mm256_loadu_ps(mask)); }
 typedef __m128i NAME(Halves);
 #include "kernels_pass.h"
 #include "kernels_ties.h"
@@ -251,6 +253,12 @@ static inline void store_half_plain(void *p, uint16_t x) { memcpy(p, &x, 2); }
 #define stream_fp32_plain store_fp32_plain
 #define stream_half_plain store_half_plain
 static inline void fence_plain(void) {}
+static inline uint32_t set_plain(const void *mask) {
+    uint32_t set = 0, places[4];
+    memcpy(places, mask, sizeof places);
+    for (int k = 0; k < 4; k++) set |= (places[k] & 1) << k;
+    return set;
+}
 typedef uint16_t NAME(Halves);
 #include "kernels_pass.h"
 #include "kernels_ties.h"

@@ -88,7 +88,8 @@ INLINE int64_t NAME(split_group)(
     const Split *split, int64_t at, int64_t count, NAME(Ints) *above, NAME(Ints) *at_high, NAME(Ints) *at_low,
     int32_t *between) {
     NAME(Floats) theta[PARTS], initial[PARTS];
-    NAME(Ints) bits[PARTS], inside[PARTS], some = {0};
+    NAME(Ints) bits[PARTS];
+    int64_t found = 0;
     NAME(widen)(theta, split->theta, at, split->theta_dtype, count);
     NAME(widen)(initial, split->initial, at, split->initial_dtype, count);
     UNROLL for (int v = 0; v < PARTS; v++) bits[v] = (NAME(Ints))NAME(absolute)(theta[v] - initial[v]);
@@ -98,17 +99,10 @@ INLINE int64_t NAME(split_group)(
         *above += bits[v] > split->high;
         *at_high += bits[v] == split->high;
         *at_low += bits[v] == split->low;
-        inside[v] = (bits[v] > split->low) & (bits[v] < split->high);
-        some |= inside[v];
+        NAME(Ints) inside = (bits[v] > split->low) & (bits[v] < split->high);
+        for (uint32_t set = NAME(set)(&inside); set; set &= set - 1)
+            between[found++] = ((int32_t *)(bits + v))[__builtin_ctz(set)];
     }
-    int64_t words[sizeof some / 8], any = 0, found = 0;
-    memcpy(words, &some, sizeof some);
-    for (unsigned k = 0; k < sizeof some / 8; k++) any |= words[k];
-    if (any)
-        for (int k = 0; k < count; k++) { /* not further: that might be one beyond the room */
-            between[found] = ((int32_t *)bits)[k];
-            found -= ((int32_t *)inside)[k];
-        }
     return found;
 }
 
