@@ -6,6 +6,7 @@ processor has; those of what is the library's alone follow at the end.
 
 import platform
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -370,6 +371,19 @@ def test_all_instructions_give_the_same_bits(monkeypatch):
     for out, squares in results:
         assert torch.equal(out, results[0][0])
         assert torch.equal(squares, results[0][1])
+
+
+@pytest.mark.parametrize("origin", ["own", "libm.so.6"])
+def test_a_library_of_another_version_is_named_and_left_alone(monkeypatch, origin):
+    """As an editable installation has it after an update of the sources; one without the functions, too."""
+    if origin == "own" and not BEST:
+        pytest.skip("no compiler built the library")
+    monkeypatch.setattr(compiled, "_VERSION", -1)
+    if origin != "own":
+        found = SimpleNamespace(origin=origin)
+        monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: found)
+    with pytest.warns(UserWarning, match=r"\.so.* was built of another version .* install it again"):
+        assert compiled._library.__wrapped__() is None
 
 
 def test_without_the_library_pytorch_does_it(monkeypatch):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from merge_callback.reduce.dispatch import Cut
 
 _SHARE = 1 << 23  # bytes read by each thread, at least: half a millisecond; on a busy core a start takes more
+
+_VERSION = 2  # of the structures below and the functions in kernels.c, which has the same number
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTED, _CONTRASTED = 1, 2
@@ -91,6 +94,19 @@ class _Split(ctypes.Structure):
         ("low", ctypes.c_int32),
         ("high", ctypes.c_int32),
     )
+
+
+_FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+    ("reduce_instructions", ctypes.c_int, ()),
+    ("reduce_take_chunks", None, (ctypes.POINTER(_Pass), ctypes.c_int)),
+    ("reduce_combine", None, (ctypes.POINTER(_Pass), ctypes.c_void_p)),
+    ("reduce_elect_chunks", None, (ctypes.POINTER(_Election), ctypes.c_int)),
+    (
+        "reduce_split",
+        ctypes.c_int64,
+        (ctypes.POINTER(_Split), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+    ),
+)
 
 
 @cache
@@ -249,19 +265,19 @@ def _library() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(found.origin)
+        for name, result, arguments in _FUNCTIONS:
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        version = ctypes.c_int64.in_dll(library, "reduce_version").value
     except OSError:  # of another machine
         return None
-    library.reduce_take_chunks.argtypes = (ctypes.POINTER(_Pass), ctypes.c_int)
-    library.reduce_take_chunks.restype = None
-    library.reduce_elect_chunks.argtypes = (ctypes.POINTER(_Election), ctypes.c_int)
-    library.reduce_elect_chunks.restype = None
-    library.reduce_split.argtypes = (
-        ctypes.POINTER(_Split),
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int,
+    except (AttributeError, ValueError):  # it lacks one of these
+        version = 0
+    if version == _VERSION:
+        return library
+    warnings.warn(
+        f"{found.origin} was built of another version of merge_callback: install it again; until then "
+        "merges take PyTorch's operations, which are slower",
+        stacklevel=2,
     )
-    library.reduce_split.restype = ctypes.c_int64
-    library.reduce_combine.argtypes = (ctypes.POINTER(_Pass), ctypes.c_void_p)
-    library.reduce_combine.restype = None
-    return library
+    return None

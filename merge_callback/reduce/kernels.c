@@ -78,6 +78,7 @@ typedef struct {
     int32_t low, high;
 } Split;
 
+const int64_t reduce_version = 2;   /* of all structures and functions: compiled.py has the same number */
 const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
