@@ -1,6 +1,8 @@
 """Hooks, data, failures and interrupts around a validation of the merge."""
 
 import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from evaluation_runs import Case, Curves, Tally, Watching, fit, merging, shuffled
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import (
@@ -77,6 +79,23 @@ def test_the_modules_hooks_run_twice_and_those_of_callbacks_once(tmp_path):
         **{hook: 2 * n for hook, n in once.items()},
         "on_validation_model_zero_grad": 1,
     }
+
+
+def test_a_bar_that_a_thread_draws_finds_itself_while_the_merge_is_validated(tmp_path, monkeypatch):
+    died = []
+    monkeypatch.setattr(threading, "excepthook", died.append)
+
+    class Slow(Classifier):
+        def validation_step(self, batch, batch_idx):
+            assert self.trainer.progress_bar_callback is bar
+            time.sleep(0.15)  # the thread draws ten times a second
+            super().validation_step(batch, batch_idx)
+
+    bar = RichProgressBar()
+    run = fit(Case(Slow), bar, merging(tmp_path), enable_progress_bar=True, max_epochs=1, limit_val_batches=2)
+    assert run.curves.of("merged/val_loss")
+    assert not died
+    assert not [name for name in vars(bar) if name.startswith("on_")]
 
 
 def test_a_merged_validation_is_given_the_batches_of_the_live_one(tmp_path):

@@ -1,8 +1,8 @@
 """Validation with other weights, inside a running fit.
 
 ``trainer.validate()`` inside fit corrupts the loops' state, so this runs Lightning's own evaluation loop
-beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, no other
-callbacks, and loggers that log nothing.
+beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, no callbacks
+but for a progress bar that stands still, and loggers that log nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -115,7 +115,9 @@ def validate_with(
         stack.callback(RandomState(trainer).restore)
         stack.enter_context(kept_python_state(trainer, module))
         tensors = stack.enter_context(kept_weights(trainer, module, merged.buffer.device))
-        stack.enter_context(_replaced(trainer, "callbacks", []))
+        bar = trainer.progress_bar_callback  # Rich's, drawn by a thread of its own, looks for itself here
+        stack.enter_context(_replaced(trainer, "callbacks", [] if bar is None else [bar]))
+        stack.enter_context(_silenced(bar))
         stack.enter_context(_replaced(trainer, "loggers", [DummyLogger() for _ in trainer.loggers]))
         stack.enter_context(_replaced(trainer, "should_stop", trainer.should_stop))
         stack.enter_context(_replaced(trainer, "_logger_connector", connector))
@@ -176,3 +178,21 @@ def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, kept)
+
+
+@contextmanager
+def _silenced(callback: Callback | None) -> Iterator[None]:
+    """Within, nothing reaches the hooks of a callback."""
+    own: dict[str, Any] = {} if callback is None else vars(callback)
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    kept = {name: own[name] for name in hooks if name in own}
+    own.update(dict.fromkeys(hooks, _nothing))
+    try:
+        yield
+    finally:
+        for name in hooks:
+            del own[name]
+        own.update(kept)
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
