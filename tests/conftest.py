@@ -4,10 +4,15 @@ import json
 
 import pytest
 import torch
+from hypothesis import settings
 from killed_run import fit, killable_runs, outcome
 
 # The models here are tiny: a second thread only waits, ten times as long where another process has the core.
 torch.set_num_threads(1)
+
+# The same examples every time, however slow the machine.
+settings.register_profile("suite", deadline=None, derandomize=True, database=None)
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="module")

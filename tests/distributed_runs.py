@@ -45,12 +45,12 @@ class RankError(AssertionError):
     """A rank failed or took too long; the message holds what each of them printed."""
 
 
-def run_ranks(nprocs: int, function: Callable[..., Any], timeout: float = 120, **options: Any) -> list[Any]:
+def run_ranks(nprocs: int, function: Callable[..., Any], timeout: float = 200, **options: Any) -> list[Any]:
     """What ``function(**options)`` returned, by rank."""
     return run_jobs(nprocs, {function.__name__: (function, options)}, timeout)[function.__name__]
 
 
-def run_jobs(nprocs: int, jobs: Mapping[str, Job], timeout: float = 120) -> dict[str, list[Any]]:
+def run_jobs(nprocs: int, jobs: Mapping[str, Job], timeout: float = 200) -> dict[str, list[Any]]:
     """Runs all jobs one after another in the same ``nprocs`` processes; results by job, then by rank."""
     with TemporaryDirectory() as folder:
         torch.save(dict(jobs), Path(folder, "jobs"))

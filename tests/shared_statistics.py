@@ -421,7 +421,7 @@ SCENARIOS = [
 
 def main(rank, meeting, folder):
     torch.set_num_threads(1)
-    store = {"init_method": f"file://{meeting}", "timeout": timedelta(seconds=60)}
+    store = {"init_method": f"file://{meeting}", "timeout": timedelta(seconds=180)}
     dist.init_process_group("gloo", rank=rank, world_size=2, **store)
     ranks, folder = Ranks.of_run(), Path(folder)
     found = {scenario.__name__: scenario(ranks) for scenario in SCENARIOS}

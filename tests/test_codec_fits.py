@@ -121,8 +121,10 @@ def test_merges_and_diversity_of_a_real_run_are_those_of_fp32_snapshots(tmp_path
     found = fitted(tmp_path, snapshot_codec=codec, **PLACES[place])
 
     assert_same_bits(found.weights, exact.weights)
-    # A rounding is off by 0.4 of the largest error (RMS), the mean of ten by 0.13; twice that, for luck.
-    assert 0 < found.merge_error(exact) < RELATIVE[codec] / 4 < 1e-3
+    # A rounding is off by 0.4 of the largest error (RMS), the mean of ten by 0.13; twice that, for luck. And
+    # the two merges are rounded to fp32, which is relative to the weights.
+    fp32 = 2 * 2**-24 * rms([exact.merge[name] for name in TRAINED]) / exact.update
+    assert 0 < found.merge_error(exact) < min(RELATIVE[codec] / 4 + fp32, 1e-3)
     assert found.diversity_error(exact) < 1e-2
     for name in exact.merge.keys() - TRAINED:
         assert torch.equal(found.merge[name], exact.merge[name]), name

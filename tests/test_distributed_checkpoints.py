@@ -25,7 +25,11 @@ def test_distributed_checkpoint_of_two_processes_is_put_together(tmp_path):
     folder = tmp_path / "step-9"
     script = [sys.executable, str(ROOT / "tests" / "sharded_save.py")]
     both = [subprocess.Popen([*script, str(r), str(tmp_path / "meet"), str(folder)]) for r in range(2)]
-    assert [process.wait(60) for process in both] == [0, 0]
+    try:
+        assert [process.wait(200) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
     checkpoint = open_checkpoint(folder, spool=tmp_path)
     model = sharded_save.build()
     model.train()(torch.ones(4, 5))  # moves the running statistics of the batch norm

@@ -272,7 +272,7 @@ def written(tmp_path_factory):
     return write(tmp_path_factory.mktemp("written"), "rows")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), in_header=st.booleans())
 def test_a_flipped_bit_anywhere_is_refused(written, place, bit, in_header):
     path, checksum = written

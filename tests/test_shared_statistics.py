@@ -28,7 +28,7 @@ def both(tmp_path_factory):
         command = [sys.executable, str(script), rank, str(folder / "meeting"), str(folder)]
         started.append(subprocess.Popen(command, env=environment))
     try:
-        assert [process.wait(90) for process in started] == [0, 0]
+        assert [process.wait(200) for process in started] == [0, 0]
     finally:
         for process in started:
             process.kill()

@@ -16,6 +16,8 @@ PLAN = SpikePlan(
 )
 """As short as the detector's history and a divergence allow."""
 
+pytestmark = pytest.mark.timeout(600)  # three trainings: 20 s alone, 100 s beside others
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
@@ -32,7 +34,7 @@ def test_the_run_with_the_callback_is_restored_from_before_the_divergence(demo):
     assert [s["step"] for s in event["snapshots"]] == [70, 80, 90]
     assert not unbroken.events
     assert not broken.events
-    assert unbroken.final < merged.final < broken.final
+    assert merged.final < 1.2 * unbroken.final < broken.final
 
 
 def test_the_runs_are_the_same_until_the_learning_rate_goes_wrong(demo):
