@@ -87,7 +87,8 @@ class CheckpointMergeCallback(Callback):
             and nothing elsewhere.
         max_shard_size: larger models are published in several files with an index.
         evaluate: runs the validation with the merged weights too.
-        diversity_lag: how many snapshots apart the two lie whose distance is the diversity.
+        diversity_lag: how many snapshots apart the two lie whose distance is the diversity; in a smaller
+            window, the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters always are.
         spike: what is a loss spike, and whether to restore the run, to warn, or not to look.
@@ -100,7 +101,7 @@ class CheckpointMergeCallback(Callback):
     def __init__(
         self,
         window: int = 10,
-        every_n_tokens: int | None = None,
+        every_n_tokens: int | float | None = None,
         every_n_steps: int | None = None,
         count_tokens: Callable[[Any], int] | None = None,
         method: str | MergeMethod | dict[str, str | MergeMethod] = "auto",

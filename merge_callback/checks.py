@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
@@ -35,7 +36,23 @@ def not_negative(option: str, value: float) -> int:
     Raises:
         ValueError: otherwise.
     """
-    return 0 if value == 0 and value is not False else positive(option, value)
+    if value == 0 and value is not False:
+        return 0
+    try:
+        return positive(option, value)
+    except ValueError:
+        raise ValueError(f"{option}={value!r} must be 0 or a positive whole number") from None
+
+
+def true_or_false(option: str, value: bool) -> bool:
+    """``value`` if it is one of the two; ``"no"`` would pass for true.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{option}={value!r} must be True or False")
+    return value
 
 
 def one_of(option: str, value: str, choices: Sequence[str]) -> None:
@@ -54,10 +71,10 @@ def patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     Raises:
         ValueError: for anything that is not a string in it.
     """
-    found = (value,) if isinstance(value, str) else tuple(value)
-    if not all(isinstance(pattern, str) for pattern in found):
+    found = (value,) if isinstance(value, str) else value
+    if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
         raise ValueError(f"{option}={value!r} must be a list of name patterns, e.g. ['*.router.bias']")
-    return found
+    return tuple(found)
 
 
 def resolve_dtype(option: str, dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -82,11 +99,13 @@ def resolve_size(option: str, size: int | str) -> int:
     Raises:
         ValueError: for any other text, or a size that is not positive.
     """
+    nbytes = size
     if isinstance(size, str):
         text = size.upper().replace(" ", "")
         unit = next((u for u in ("TB", "GB", "MB", "KB", "B") if text.endswith(u)), "")
-        try:
-            size = int(float(text.removesuffix(unit)) * _UNITS[unit or "B"])
-        except ValueError:
-            raise ValueError(f"{option}={size!r} must be a size like '5GB', or bytes") from None
-    return positive(option, size)
+        with suppress(ValueError, OverflowError):
+            nbytes = int(float(text.removesuffix(unit)) * _UNITS[unit or "B"])
+    try:
+        return positive(option, nbytes)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(f"{option}={size!r} must be a size like '5GB', or bytes") from None

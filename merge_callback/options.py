@@ -10,7 +10,14 @@ from typing import Any, Literal
 
 import torch
 
-from merge_callback.checks import patterns, positive, resolve_dtype, resolve_size
+from merge_callback.checks import (
+    not_negative,
+    patterns,
+    positive,
+    resolve_dtype,
+    resolve_size,
+    true_or_false,
+)
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.storage import Storage
@@ -60,32 +67,67 @@ class Options:
             ValueError: see the functions below.
         """
         every, unit = resolve_interval(given["every_n_tokens"], given["every_n_steps"])
-        keep_last, emit_every = given["keep_last"], given["emit_every"]
+        keep_last = given["keep_last"]
         return cls(
-            window=positive("window", given["window"]),
+            window=resolve_window(given["window"]),
             every=every,
             unit=unit,
-            count_tokens=given["count_tokens"],
+            count_tokens=resolve_counter(given["count_tokens"]),
             methods=resolve_methods(given["method"], given["window"]),
             storage=resolve_storage(given["storage"], given["durable"]),
-            durable=given["durable"],
+            durable=true_or_false("durable", given["durable"]),
             snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
             snapshot_codec=resolve_codec(given["snapshot_codec"], given["snapshot_dtype"]),
             dirpath=resolve_dirpath(given["dirpath"]),
-            emit_every=0 if emit_every == 0 else positive("emit_every", emit_every),
+            emit_every=not_negative("emit_every", given["emit_every"]),
             format=resolve_format(given["format"]),
             keep_last=None if keep_last is None else positive("keep_last", keep_last),
-            strip_prefix=given["strip_prefix"],
+            strip_prefix=resolve_prefix(given["strip_prefix"]),
             max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
-            evaluate=given["evaluate"],
+            evaluate=true_or_false("evaluate", given["evaluate"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             exclude=patterns("exclude", given["exclude"]),
             spike=resolve_spike(given["spike"]),
         )
 
 
+def resolve_window(window: int) -> int:
+    """The number of snapshots.
+
+    Raises:
+        ValueError: where it is not a whole number from 2 on.
+    """
+    if positive("window", window) == 1:
+        raise ValueError("window=1 holds nothing to merge; choose 2 or more")
+    return int(window)
+
+
+def resolve_counter(count_tokens: TokenCounter | None) -> TokenCounter | None:
+    """The function that counts a batch's tokens.
+
+    Raises:
+        ValueError: where it is none.
+    """
+    if count_tokens is not None and not callable(count_tokens):
+        raise ValueError(
+            f"count_tokens={count_tokens!r} must be a function from a batch to its number of tokens"
+        )
+    return count_tokens
+
+
+def resolve_prefix(strip_prefix: str | None) -> str | None:
+    """What is taken off the published names.
+
+    Raises:
+        ValueError: where it is no text.
+    """
+    if not isinstance(strip_prefix, (str, type(None))):
+        raise ValueError(f"strip_prefix={strip_prefix!r} must be text, e.g. 'model.'")
+    return strip_prefix
+
+
 def resolve_interval(
-    every_n_tokens: int | None, every_n_steps: int | None
+    every_n_tokens: float | None, every_n_steps: float | None
 ) -> tuple[int, Literal["tokens", "steps"]]:
     """The interval and its unit; 4B tokens where none is given.
 
@@ -111,21 +153,26 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
         ValueError: for an unknown phase, method or option, or given weights that can't serve a window that
             is filling up or full.
     """
-    if not isinstance(method, Mapping):
-        method = dict.fromkeys(MERGED_PHASES, method)
-    if unknown := set(method) - set(MERGED_PHASES):
+    by_phase = method if isinstance(method, Mapping) else dict.fromkeys(MERGED_PHASES, method)
+    if unknown := set(by_phase) - set(MERGED_PHASES):
         raise ValueError(
-            f"method={dict(method)!r} names the phases {sorted(unknown)}; "
-            f"the phases that are merged are {', '.join(MERGED_PHASES)}"
+            f"method={method!r} names the phases {sorted(unknown)}; the phases that are merged are "
+            f"{', '.join(MERGED_PHASES)}. For a method's options give an object, e.g. Ema(alpha=0.1)"
         )
-    chosen = {phase: method.get(phase, "auto") for phase in MERGED_PHASES}
-    methods = {phase: resolve_method(AUTO[phase] if m == "auto" else m) for phase, m in chosen.items()}
+    chosen = {phase: by_phase.get(phase, "auto") for phase in MERGED_PHASES}
+    try:
+        methods = {phase: resolve_method(AUTO[phase] if m == "auto" else m) for phase, m in chosen.items()}
+    except ValueError as error:
+        raise ValueError(f"method={method!r}: {error}") from None
     for weighted in (m for m in methods.values() if isinstance(m, Weighted)):
         for size in range(2, window + 1):
             try:
                 weighted.normalised_weights([float(i) for i in range(size)])
             except ValueError as error:
-                raise ValueError(f"method={weighted!r} does not serve window={window}: {error}") from None
+                raise ValueError(
+                    f"method={weighted!r} does not serve window={window}: {error}, or choose "
+                    f"window={len(weighted.weights)}"
+                ) from None
     return methods
 
 
@@ -184,6 +231,8 @@ def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
     """
     if dirpath is None:
         return None
+    if not isinstance(dirpath, (str, os.PathLike)):
+        raise ValueError(f"dirpath={dirpath!r} must be the path of a folder")
     path = Path(dirpath).expanduser()
     try:
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -9,8 +9,9 @@ from typing import Literal
 
 from torch.optim import Optimizer
 
-from merge_callback.checks import not_negative, one_of, positive
+from merge_callback.checks import not_negative, one_of, positive, true_or_false
 from merge_callback.merging import LinearMethod, MergeMethod, resolve_method
+from merge_callback.training.spike import HISTORY
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SpikeOptions:
 
     action: Literal["restore", "warn", "off"] = "restore"
     """``"restore"`` the run from the merge of the snapshots before the spike and go on; ``"warn"`` only; or
-    don't look at all."""
+    don't look at all, ``"off"`` (in quotes in YAML, where it else means false)."""
     threshold: float = 6.0
     """How many robust standard deviations above the median an outlier lies."""
     floor: float = 0.05
@@ -36,7 +37,8 @@ class SpikeOptions:
     grad_norm: bool = False
     """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
     pma_window: int = 3
-    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5)."""
+    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5); fewer
+    where the window holds fewer."""
     guard: int = 10
     """Optimizer steps before the first outlier from which on no snapshot is trusted: the damage is older than
     the loss shows (1 to 8 steps, arXiv 2304.13013 section 3.4)."""
@@ -66,8 +68,13 @@ class SpikeOptions:
         one_of("spike.no_snapshot", self.no_snapshot, ("warn", "stop"))
         if not callable(self.optimizer):
             one_of("spike.optimizer", self.optimizer, ("keep", "reset", "scale"))
+        true_or_false("spike.grad_norm", self.grad_norm)
         for option in ("patience", "pma_window", "max_restores"):
             object.__setattr__(self, option, positive(f"spike.{option}", getattr(self, option)))
+        if self.patience >= HISTORY:
+            raise ValueError(
+                f"spike.patience={self.patience} must be below {HISTORY}: so many make a new baseline"
+            )
         for option in ("guard", "rewarm_steps", "cooldown"):
             if option != "cooldown" or self.cooldown is not None:
                 object.__setattr__(self, option, not_negative(f"spike.{option}", getattr(self, option)))

@@ -98,6 +98,29 @@ def test_folder_without_checkpoints_says_what_to_give(tmp_path):
         select([str(tmp_path)])
 
 
+def test_folder_above_the_checkpoints_says_where_they_are(tmp_path):
+    checkpoints(tmp_path, "checkpoints/a.ckpt", "merges/step=4/", "other/a.txt")
+    with pytest.raises(FileNotFoundError, match=r"give '.*/checkpoints' or '.*/merges'$"):
+        select([str(tmp_path)])
+
+
+def test_a_step_that_was_saved_twice_counts_once(tmp_path):
+    every, best = (ModelCheckpoint(tmp_path, every_n_train_steps=n, save_top_k=-1) for n in (4, 8))
+    train(Classifier(), every, best, data=loader(), enable_checkpointing=True)
+    assert [path.name for path in sorted(tmp_path.iterdir())][1:] == [
+        "epoch=0-step=8-v1.ckpt",
+        "epoch=0-step=8.ckpt",
+        "epoch=1-step=12.ckpt",
+    ]
+    assert names(tmp_path) == ["epoch=0-step=4.ckpt", "epoch=0-step=8-v1.ckpt", "epoch=1-step=12.ckpt"]
+
+
+def test_versions_of_other_steps_are_other_checkpoints(tmp_path):
+    checkpoints(tmp_path, "model-v1.ckpt", global_step=10)
+    checkpoints(tmp_path, "model-v2.ckpt", global_step=20)
+    assert names(tmp_path) == ["model-v1.ckpt", "model-v2.ckpt"]
+
+
 def test_what_lightning_really_wrote_is_ordered(tmp_path):
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, save_last="link")
     train(Classifier(), saver, data=loader(), enable_checkpointing=True)

@@ -108,5 +108,42 @@ def test_a_method_is_registered_in_five_lines_and_used_by_name(monkeypatch):
         assert merged["w"].tolist() == [1, 1]
         with pytest.raises(ValueError, match="already registered"):
             register_method("newest", reference="again")(Newest)
+        assert resolve_method("newest").options() == {}
     finally:
         METHODS.pop("newest", None)
+
+
+def test_annotated_attributes_of_a_method_are_its_options():
+    try:
+
+        @register_method("last few", reference="this test")
+        class LastFew(LinearMethod):
+            count: int = 1
+
+            def raw_weights(self, positions):
+                return [float(i < self.count) for i in reversed(range(len(positions)))]
+
+        method = resolve_method("last few", count=2)
+        assert method.normalised_weights([1, 2, 3]) == [0, 0.5, 0.5]
+        assert method.options() == {"count": 2}
+        with pytest.raises(ValueError, match="'last few' has no option number; its options are count"):
+            resolve_method("last few", number=2)
+    finally:
+        METHODS.pop("last few", None)
+
+
+def test_options_that_could_not_be_recorded_are_refused():
+    class Hidden(LinearMethod):
+        def __init__(self, count):
+            self.count = count
+
+        def raw_weights(self, positions):
+            return [1.0] * len(positions)
+
+    with pytest.raises(TypeError, match="Hidden has an __init__ of its own"):
+        register_method("hidden", reference="this test")(Hidden)
+    assert "hidden" not in METHODS
+    given = resolve_method(Hidden(1))  # an object serves as it is
+    assert (given.name, given.options()) == ("hidden", {"count": 1})
+    with pytest.raises(ValueError, match=r"Sma'> is no merging method: give a name, or an object"):
+        resolve_method(Sma)

@@ -371,6 +371,12 @@ def test_a_rate_above_any_since_the_warmup_is_no_warmup():
     assert max(warming_up(RAMP + [1.0] * 100 + [1.05] * 5 + [30.0] * 5 + [1.0] * 300 + [2.0] * 300)) < 105
 
 
+def test_a_rise_after_a_quarter_of_the_run_at_one_rate_is_no_warmup():
+    assert warming_up([1.0] * 252 + [1000.0] * 20 + [1.0] * 100) == []
+    stairs = [0.25] * 100 + [0.5] * 100 + [1.0] * 100  # a schedule stepped per epoch may begin so
+    assert warming_up(stairs)[0] == 100
+
+
 @pytest.mark.parametrize("top", [1.0, 0.5])
 def test_a_restart_is_a_warmup_for_as_long_as_the_rate_stays_up(top):
     cosine = [top * 0.5 * (1 + math.cos(math.pi * i / 200)) for i in range(200)]

@@ -1,7 +1,9 @@
 """`merge-callback diversity` and `interference`: what they print, write and draw."""
 
 import csv
+import shutil
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,17 +222,23 @@ def test_a_base_of_its_own_leaves_every_checkpoint_a_task_vector(run, capsys):
     with_base = capsys.readouterr().out
     main(["interference", *paths])
     assert capsys.readouterr().out == with_base
+    main(["interference", str(Path(paths[0]).parent), "--base", paths[0]])  # a run's folder, the base in it
+    assert capsys.readouterr().out == with_base
     main(["interference", *paths[1:], "--base", paths[0], "--scope", "global"])
     mean = pair_mean(overlap(interference(states[1:], states[0], scope="global")))
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("overlap (%)"))
     assert numbers(line, "overlap (%)")[0] == f"{mean:.2f}"
 
 
+def copy_of(path):
+    return str(shutil.copy(path, Path(path).with_name("copy.safetensors")))
+
+
 @pytest.mark.parametrize(
     ("choose", "told"),
     [
         (lambda paths: paths[:2], "at least two checkpoints beside the base"),
-        (lambda paths: [*paths, "--base", paths[2]], "step=300.safetensors equals the base"),
+        (lambda paths: [*paths, "--base", copy_of(paths[2])], "step=300.safetensors equals the base"),
         (lambda paths: [*paths, "--top", "0"], "top=0 must be a percentage"),
     ],
 )

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -146,13 +147,15 @@ def test_the_record_says_all_and_inspect_verifies_it(tmp_path, checkpoints, caps
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out"), "--tensors"]) == 0
     told = capsys.readouterr().out
-    for part in ("wma", "weight 0.3333", "model.norm.weight", "float32", "5 with 418 values"):
+    for part in ("wma", "weight 0.3333", "model.norm.weight", "float32", "5 with 418 values", "verified"):
         assert part in told
     with open(tmp_path / "out/model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x7f")
     assert main(["inspect", str(tmp_path / "out")]) == 1
     assert "model.safetensors" in capsys.readouterr().out
+    assert main(["inspect", str(paths[0])]) == 0
+    assert "none recorded" in capsys.readouterr().out
 
 
 def test_prefixes_excluded_names_and_dtypes_are_the_user_s(tmp_path, checkpoints):
@@ -202,16 +205,15 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(tmp_path, che
 
 def test_a_method_of_one_s_own_is_imported(tmp_path, checkpoints, monkeypatch):
     (tmp_path / "own_methods.py").write_text(
-        "from dataclasses import dataclass\n"
         "from merge_callback import register_method\n"
         "from merge_callback.merging import LinearMethod\n"
         "@register_method('middle', reference='lab notes')\n"
-        "@dataclass(frozen=True)\n"
         "class Middle(LinearMethod):\n"
         "    def raw_weights(self, positions):\n"
         "        return [float(i == len(positions) // 2) for i in range(len(positions))]\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as a command has it
     paths, dicts = checkpoints
     assert merge(*paths, "--import", "own_methods", "--method", "middle", "--output", tmp_path / "out") == 0
     assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[1]["model.scale"])
@@ -237,7 +239,7 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def test_lightning_trains_merges_and_loads_again(tmp_path):
+def test_lightning_trains_merges_and_loads_again(tmp_path, capsys):
     data = torch.utils.data.DataLoader(torch.randn(24, 3), batch_size=6)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, **quiet)
@@ -257,6 +259,10 @@ def test_lightning_trains_merges_and_loads_again(tmp_path):
     assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
     assert trainer.validate(Net(width=5), data, ckpt_path=tmp_path / "out/merged.ckpt", verbose=False)
     assert files(tmp_path / "out") == ["merge.json", "merged.ckpt"]
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    for part in ("merged.ckpt", "checksums    verified", "weight 0.5000", "step         8"):
+        assert part in told
     # And what was merged can be merged again.
     assert merge(tmp_path / "out/merged.ckpt", paths[0], "--output", tmp_path / "again") == 0
 
@@ -318,6 +324,16 @@ def test_checkpoints_that_do_not_belong_together_are_refused(
     assert re.search(named, error), error
 
 
+def test_an_order_that_contradicts_the_steps_is_told(tmp_path, checkpoints):
+    paths, _ = checkpoints
+    with pytest.warns(UserWarning, match=r"steps are \[100, 300, 200\]: merged as given"):
+        merge(paths[0], paths[2], paths[1], "--method", "ema", "--output", tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(paths[0], paths[2], paths[1], "--output", tmp_path / "mean")
+        merge(*paths, "--method", "ema", "--output", tmp_path / "ema")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -331,6 +347,8 @@ def test_checkpoints_that_do_not_belong_together_are_refused(
         (["--exclude", "nothing*"], "'nothing\\*' matches no tensor"),
         (["--strip-prefix", "net."], "'net.' begins no tensor's name"),
         (["--last", "0"], "last"),
+        (["--method", "ema", "--alpha", "much"], "'ema' does not take {'alpha': 'much'}"),
+        (["--import", "nowhere"], "--import nowhere: No module named 'nowhere'"),
     ],
 )
 def test_wrong_options_name_themselves(tmp_path, checkpoints, capsys, options, named):

@@ -11,7 +11,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, XLAStrategy
 
 from merge_callback import CheckpointMergeCallback
-from merge_callback.merging import Ema, Sma
+from merge_callback.merging import Ema, Sma, Weighted
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,16 @@ from merge_callback.merging import Ema, Sma
         ({"every_n_tokens": 10, "every_n_steps": 10}, "every_n_tokens=10 and every_n_steps=10.*give one"),
         ({"window": 0}, "window=0"),
         ({"window": 2.5}, "window=2.5"),
+        ({"window": 1}, "window=1 holds nothing to merge; choose 2"),
+        ({"count_tokens": 128}, "count_tokens=128 must be a function"),
+        ({"strip_prefix": 3}, "strip_prefix=3"),
+        ({"durable": "no"}, "durable='no' must be True or False"),
+        ({"evaluate": 0}, "evaluate=0 must be True or False"),
+        ({"dirpath": 3}, "dirpath=3"),
+        ({"exclude": None}, "exclude=None"),
+        ({"method": ["sma"]}, r"method=\['sma'\].*give a name, or an object"),
+        ({"method": {"name": "ema", "alpha": 0.1}}, r"alpha.*give an object, e.g. Ema\(alpha=0.1\)"),
+        ({"method": Weighted([0.4, 0.6])}, "does not serve window=10: .* or choose window=2"),
         ({"every_n_steps": -1}, "every_n_steps=-1"),
         ({"every_n_tokens": 0}, "every_n_tokens=0"),
         ({"diversity_lag": 0}, "diversity_lag=0"),
@@ -30,10 +40,11 @@ from merge_callback.merging import Ema, Sma
         ({"storage": "ram"}, "storage='ram'.*'cpu'"),
         ({"storage": "disk", "durable": False}, "durable=False"),
         ({"snapshot_dtype": "int8"}, "snapshot_dtype='int8'.*bf16"),
-        ({"emit_every": -1}, "emit_every=-1"),
+        ({"emit_every": -1}, "emit_every=-1 must be 0 or a positive"),
         ({"keep_last": 0}, "keep_last=0"),
         ({"max_shard_size": "five"}, "max_shard_size='five'.*5GB"),
         ({"max_shard_size": 0}, "max_shard_size=0"),
+        ({"max_shard_size": "-5GB"}, "max_shard_size='-5GB'"),
         ({"exclude": [1]}, "exclude="),
     ],
 )

@@ -21,6 +21,8 @@ from merge_callback.training.spike import SpikeDetector
         ({"optimizer": None}, "spike.optimizer=None"),
         ({"patience": 0}, "spike.patience=0 must be a positive whole number"),
         ({"patience": True}, "spike.patience=True"),
+        ({"patience": 128}, "spike.patience=128 must be below 128"),
+        ({"grad_norm": "yes"}, "spike.grad_norm='yes' must be True or False"),
         ({"patience": 2.5}, "spike.patience=2.5"),
         ({"patience": None}, "spike.patience=None"),
         ({"pma_window": 0}, "spike.pma_window=0"),

@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -304,20 +303,28 @@ def test_a_folder_deleted_while_the_run_goes_on_is_made_again(tmp_path, storage,
 # --- what else may fail -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Fails(LinearMethod):
     """Raises on the third merge."""
 
-    error: str = "ours"
-
     def raw_weights(self, positions):
         if len(positions) == 4:
-            raise ZeroDivisionError(self.error)
+            raise ZeroDivisionError
         return [1.0] * len(positions)
 
 
-def test_a_method_that_fails_costs_its_merges_only(tmp_path):
-    trainer, _, _ = fit(tmp_path, method=Fails())
+class Nameless(LinearMethod):
+    """Raises when a merge is to say how it was made."""
+
+    def raw_weights(self, positions):
+        return [1.0] * len(positions)
+
+    def options(self):
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("method", [Fails, Nameless])
+def test_a_method_that_fails_costs_its_merges_only(tmp_path, method):
+    trainer, _, _ = fit(tmp_path, method=method())
 
     assert trainer.global_step == STEPS
     assert steps(tmp_path) == LAST

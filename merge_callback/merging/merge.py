@@ -117,6 +117,12 @@ def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
     """
     if not models:
         raise ValueError("a merge needs at least one model, got none")
+    for label, model in models:
+        if strange := next((name for name, tensor in model.items() if not isinstance(tensor, Tensor)), None):
+            raise ValueError(
+                f"{label} is no state dict: {strange!r} is a {type(model[strange]).__name__}; of a Lightning "
+                "checkpoint take ['state_dict']"
+            )
     newest, last = models[-1]
     for label, other in models[:-1]:
         if other.keys() != last.keys():

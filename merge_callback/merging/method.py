@@ -6,7 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import Tensor
@@ -80,18 +80,9 @@ class Trajectory:
 class MergeMethod(ABC):
     """A way to merge snapshots: a dataclass of options with a name, a source, and what it needs.
 
-    Register an own one in five lines; for one that is a weighted sum::
-
-        @register_method("middle", reference="our lab notes, 2026")
-        @dataclass(frozen=True)
-        class Middle(LinearMethod):
-            def raw_weights(self, positions):
-                return [float(i == len(positions) // 2) for i in range(len(positions))]
-
-    and for any other::
+    An own one that is a weighted sum is five lines, see ``register_method``. Any other::
 
         @register_method("median", reference="our lab notes, 2026")
-        @dataclass(frozen=True)
         class Median(MergeMethod):
             def merge(self, inputs, out, trajectory, survey=None):
                 out.copy_(torch.stack(list(inputs.tensors)).float().median(0).values)
@@ -100,6 +91,9 @@ class MergeMethod(ABC):
     name: ClassVar[str] = ""
     reference: ClassVar[str] = ""
     needs: ClassVar[tuple[Need, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.name = cls.__name__.lower()  # until it is registered
 
     def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
         """Reads the whole model first, where one tensor's merge depends on the others; as a rule it does not.
@@ -123,7 +117,8 @@ class MergeMethod(ABC):
 
     def options(self) -> dict[str, Any]:
         """The options as primitives, for provenance."""
-        return {key: v if _is_primitive(v) else repr(v) for key, v in asdict(self).items()}  # type: ignore[call-overload]
+        found = asdict(self) if is_dataclass(self) else vars(self)
+        return {key: v if _is_primitive(v) else repr(v) for key, v in found.items()}
 
 
 class LinearMethod(MergeMethod):
@@ -156,9 +151,30 @@ M = TypeVar("M", bound=type[MergeMethod])
 
 
 def register_method(name: str, reference: str) -> Callable[[M], M]:
-    """Class decorator: makes a method known as ``name``, with the source of its definition."""
+    """Class decorator: makes a method known as ``name``, with the source of its definition.
+
+    It makes the class a frozen dataclass, if it is none: annotated attributes are the method's options.
+
+    Example:
+        >>> @register_method("newest", reference="our lab notes, 2026")
+        ... class Newest(LinearMethod):
+        ...     count: int = 2
+        ...     def raw_weights(self, positions):
+        ...         return [float(i < self.count) for i in reversed(range(len(positions)))]
+
+    Raises:
+        ValueError: where the name is taken.
+        TypeError: where ``__init__`` keeps the options to itself: every merge records those it was made with.
+    """
 
     def register(method: M) -> M:
+        if not is_dataclass(method):
+            if "__init__" in vars(method):
+                raise TypeError(
+                    f"{method.__name__} has an __init__ of its own: annotate its options in the class "
+                    "instead, as of a dataclass"
+                )
+            dataclass(frozen=True)(method)  # in place
         if name in METHODS:
             raise ValueError(f"a merging method named {name!r} is already registered: {METHODS[name]}")
         method.name, method.reference = name, reference
@@ -172,18 +188,25 @@ def resolve_method(method: str | MergeMethod, **options: Any) -> MergeMethod:
     """The method object for a name (with its options) or for itself.
 
     Raises:
-        ValueError: for an unknown name (the known ones are listed) or options it does not have.
+        ValueError: for an unknown name (the known ones are listed), options it does not have, or what is
+            neither a name nor an object.
     """
     if isinstance(method, MergeMethod):
         if options:
             raise ValueError(f"options {sorted(options)} were given beside the method object {method!r}")
         return method
+    if not isinstance(method, str):
+        raise ValueError(f"{method!r} is no merging method: give a name, or an object, e.g. Ema(alpha=0.1)")
     if method not in METHODS:
         raise ValueError(f"unknown merging method {method!r}; choose one of {', '.join(sorted(METHODS))}")
+    known = [option.name for option in fields(METHODS[method])]  # type: ignore[arg-type]
+    if unknown := sorted(set(options) - set(known)):
+        has = f"its options are {', '.join(known)}" if known else "it has no options"
+        raise ValueError(f"method {method!r} has no option {', '.join(unknown)}; {has}")
     try:
         return METHODS[method](**options)
     except TypeError as error:
-        raise ValueError(f"method {method!r}: {error}") from None
+        raise ValueError(f"method {method!r} does not take {options}: {error}") from None
 
 
 def normalised(weights: Sequence[float]) -> list[float]:

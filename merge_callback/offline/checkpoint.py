@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from merge_callback.offline.delta_snapshot import decode_snapshot
@@ -18,6 +19,9 @@ from merge_callback.offline.safetensors_folder import (
 from merge_callback.offline.safetensors_folder import recorded_step as _folder_step
 
 __all__ = ["Checkpoint", "is_checkpoint_folder", "open_checkpoint", "recorded_step", "verify"]
+
+MERGED_CKPT = "merged.ckpt"
+"""The file of a merge that was written for Lightning, beside its record."""
 
 _METADATA = ".metadata"  # of torch.distributed.checkpoint, which takes 0.7 s to import
 _SHARDS = "shards.json"  # of a snapshot of several ranks, which is put together by it, too
@@ -60,6 +64,8 @@ def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:
         from merge_callback.offline.sharded_snapshot import open_sharded_snapshot
 
         return open_sharded_snapshot(path, spool)
+    if (path / PROVENANCE).is_file() and (path / MERGED_CKPT).is_file():
+        return replace(open_pytorch(path / MERGED_CKPT), path=path, format="emission")
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():
@@ -67,11 +73,11 @@ def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:
     return open_file(path) if path.suffix == ".safetensors" else open_pytorch(path, state_key)
 
 
-def verify(checkpoint: Checkpoint) -> list[str]:
+def verify(checkpoint: Checkpoint) -> list[str] | None:
     """Compares a checkpoint's files with the checksums recorded for them (an emission's, a snapshot's).
 
     Returns:
-        One line for each file that differs or is gone. Empty where all is well, or nothing was recorded.
+        One line for each file that differs or is gone; ``None`` where nothing was recorded.
     """
     return failed_checksums(checkpoint)
 

@@ -99,7 +99,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
         help="how several processes train (%(default)s)",
     )
     parser.add_argument(
-        "--devices", type=int, default=1, metavar="N", help="processes that share each batch (%(default)s)"
+        "--devices", type=_count, default=1, metavar="N", help="processes that share each batch (%(default)s)"
     )
 
 
@@ -135,6 +135,13 @@ def _has_demo_extra(*modules: str) -> bool:
     if missing:
         print(f"{', '.join(missing)} is missing: pip install 'merge-callback[demo]'", file=sys.stderr)
     return not missing
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
 
 
 def _positive(text: str) -> float:

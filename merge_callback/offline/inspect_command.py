@@ -28,7 +28,9 @@ def _inspect(parsed: argparse.Namespace) -> int:
             dtype = str(tensor.dtype).removeprefix("torch.")
             print(f"  {name:60} {dtype:10} {list(tensor.shape)}")
     problems = verify(checkpoint)
-    for problem in problems:
+    if not problems:
+        print(f"checksums    {'none recorded' if problems is None else 'verified'}")
+    for problem in problems or ():
         print(f"problem      {problem}")
     return 1 if problems else 0
 

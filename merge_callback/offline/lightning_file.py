@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_callback.offline.checkpoint import Checkpoint
+from merge_callback.offline.checkpoint import MERGED_CKPT, Checkpoint
 from merge_callback.snapshots.safetensors_file import file_checksum, sync
-
-NAME = "merged.ckpt"
 
 _CARRIED = ("pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
 
@@ -41,11 +39,11 @@ def write_lightning(folder: Path, tensors: Mapping[str, Tensor], newest: Checkpo
     """
     drafts = list(folder.iterdir())
     content = {**_carried(newest), "state_dict": dict(tensors)}
-    torch.save(content, folder / NAME)
-    sync(folder / NAME)
+    torch.save(content, folder / MERGED_CKPT)
+    sync(folder / MERGED_CKPT)
     for draft in drafts:
         draft.unlink()
-    return {NAME: file_checksum(folder / NAME)}
+    return {MERGED_CKPT: file_checksum(folder / MERGED_CKPT)}
 
 
 def _carried(newest: Checkpoint) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="oldest first; files, folders, or folders of a run")
-    add("--last", type=int, metavar="N", help="of a run's folder, only the last N checkpoints")
-    add("--every", type=int, default=1, metavar="K", help="of a run's folder, only every K-th, from the last")
+    add("--last", type=int, metavar="N", help="of all these, only the last N")
+    add("--every", type=int, default=1, metavar="K", help="of all these, only every K-th, from the last")
 
 
 def _diversity(parsed: argparse.Namespace) -> int:
@@ -120,8 +120,9 @@ def _lags(asked: int | None, count: int) -> list[int]:
 
 
 def _interference(parsed: argparse.Namespace) -> int:
-    checkpoints = _open_all(parsed)
-    base = open_checkpoint(parsed.base) if parsed.base else checkpoints.pop(0)
+    base = open_checkpoint(parsed.base) if parsed.base else None
+    checkpoints = [c for c in _open_all(parsed) if base is None or c.path.resolve() != base.path.resolve()]
+    base = base or checkpoints.pop(0)
     if len(checkpoints) < 2:
         raise ValueError(
             f"interference needs at least two checkpoints beside the base {base.path}, got {len(checkpoints)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +21,7 @@ from merge_callback.offline.selection import select
 
 _EXAMPLES = """\
 examples:
-  merge-callback merge run/step=*.ckpt --method wma --output merged
+  merge-callback merge run/*step=*.ckpt --method wma --output merged
   merge-callback merge run/ --last 10 --method ties --density 0.8 --output merged
   merge-callback merge run-a/ckpt run-b/ckpt --weights 0.5 0.5 --dtype bf16 --output merged
   merge-callback merge --config merge.yaml --output merged
@@ -37,8 +37,8 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options, by their long names")
     add("--output", type=Path, metavar="DIR", help="the folder to make")
     add("--method", default="sma", help="a name that `merge-callback methods` lists (%(default)s)")
-    add("--last", type=int, metavar="N", help="of a run's folder, only the last N checkpoints")
-    add("--every", type=int, default=1, metavar="K", help="of a run's folder, only every K-th, from the last")
+    add("--last", type=int, metavar="N", help="of all these, only the last N")
+    add("--every", type=int, default=1, metavar="K", help="of all these, only every K-th, from the last")
     add("--base", type=Path, metavar="CKPT", help="initial model of the task vectors (the first checkpoint)")
     add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
     add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names copied from the last checkpoint")
@@ -68,8 +68,7 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 def _merge(parsed: argparse.Namespace) -> int:
     given = {**vars(parsed), **(_read_config(parsed) if parsed.config else {})}
-    for module in given["imports"]:
-        import_module(module)
+    _import(given["imports"])
     if not given["checkpoints"] or given["output"] is None:
         raise ValueError("name the checkpoints to merge, and the folder to make with --output")
     job = _job(given)
@@ -82,6 +81,16 @@ def _merge(parsed: argparse.Namespace) -> int:
     method = record["method"]["name"]
     print(f"{given['output']}: {method} of {len(record['inputs'])} checkpoints", file=sys.stderr)
     return 0
+
+
+def _import(modules: Iterable[str]) -> None:
+    """Imports the modules that register methods, from the current folder too, as ``python -m`` would."""
+    sys.path.insert(0, "")
+    for module in modules:
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--import {module}: {error}") from None
 
 
 def _job(given: Mapping[str, Any]) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from merge_callback.merging import (
     Inputs,
     LinearMethod,
     MergeMethod,
+    Sma,
     Trajectory,
     Weighted,
     check_alike,
@@ -265,6 +267,13 @@ def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None)
             raise ValueError(
                 f"--exclude {pattern!r} matches no tensor; the first is {next(iter(newest.tensors))!r}"
             )
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    known = [step for step in steps if step is not None]
+    if known != sorted(known) and not isinstance(method, (Sma, Weighted)):
+        warnings.warn(
+            f"the checkpoints' steps are {steps}: merged as given, the first as the oldest",
+            stacklevel=2,
+        )
     job.naming.check([*newest.tensors, *newest.tied])
     for name, tensor in newest.tensors.items():
         check_storable(name, tensor)

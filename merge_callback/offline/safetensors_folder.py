@@ -105,8 +105,8 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     raise ValueError(f"{folder}: {_whats_wrong(folder, indices)}")
 
 
-def failed_checksums(checkpoint: Checkpoint) -> list[str]:
-    """One line for each file that is not, byte for byte, what an emission or snapshot recorded."""
+def failed_checksums(checkpoint: Checkpoint) -> list[str] | None:
+    """One line for each file that is not, byte for byte, what an emission or snapshot recorded, if it did."""
     path, problems = checkpoint.path, []
     if checkpoint.format == "snapshot" and path.is_dir():
         recorded = dict(read_json(path / "shards.json").get("files", {}))
@@ -123,7 +123,7 @@ def failed_checksums(checkpoint: Checkpoint) -> list[str]:
             continue
         if not isinstance(checksum, str) or not found.startswith(checksum):
             problems.append(f"{path / name}: its SHA-256 is {found}, recorded was {checksum}")
-    return problems
+    return problems if recorded else None
 
 
 def recorded_step(folder: Path) -> int | None:
@@ -136,7 +136,9 @@ def _whats_wrong(folder: Path, indices: list[str]) -> str:
     if len(indices) > 1:
         return f"has several indices ({', '.join(indices)}), none of them {INDEX}; move the others away"
     mend = "give a checkpoint file, or a folder with safetensors files or a DCP .metadata"
-    if bins := sorted(path.name for path in folder.glob("*.bin")):
+    if (folder / MANIFEST).exists():
+        mend = "it is a window of snapshots: give one of them"
+    elif bins := sorted(path.name for path in folder.glob("*.bin")):
         mend = f"give the file itself: {folder / bins[0]}"
     elif any(folder.glob("*.distcp")):
         mend = "a distributed checkpoint without its .metadata was never finished: use an earlier one"

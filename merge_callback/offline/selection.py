@@ -20,6 +20,7 @@ _RUN_FILES = {".ckpt", ".safetensors"}
 _GLOB_FILES = {*_RUN_FILES, ".pt", ".pth", ".bin"}
 _UNFINISHED = re.compile(r"\.|tmp-|.*(\.tmp|\.part|\.incomplete|~)$", re.DOTALL)
 _REPEATED = re.compile(r"last(-v\d+)?(\.ckpt|\.safetensors)?", re.DOTALL)
+_VERSION = re.compile(r"-v(\d+)(?=\.|$)")  # Lightning's, of a file whose name was taken
 _WINDOW = "window"
 
 
@@ -37,7 +38,8 @@ def select(paths: Sequence[str], last: int | None = None, every: int = 1) -> lis
 
     What a glob or a run gives is ordered by the step in the names, else by the recorded one, else by the one
     number in which the names differ. Left out are hidden and unfinished ones, further links to the same
-    file, and a ``last.ckpt`` beside others, which repeats one of them.
+    file, a ``last.ckpt`` beside others, which repeats one of them, and ``a.ckpt`` where ``a-v1.ckpt`` is of
+    the same step: two callbacks, or two attempts, that saved the same.
 
     Args:
         paths: the arguments, whose order is kept.
@@ -94,11 +96,16 @@ def _of_run(folder: Path, inside: list[Path]) -> list[Path]:
     if snapshots:
         return snapshots
     if not inside:
+        below = [f"'{p}'" for p in sorted(folder.iterdir()) if p.is_dir() and _holds_some(p)]
+        mend = f"give {' or '.join(below)}" if below else f"for other files give a glob, e.g. '{folder}/*.pt'"
         raise FileNotFoundError(
-            f"{folder}: no checkpoints in it (.ckpt or .safetensors files, or folders of one); "
-            f"for other files give a glob, e.g. '{folder}/*.pt'"
+            f"{folder}: no checkpoints in it (.ckpt or .safetensors files, or folders of one); {mend}"
         )
     return _in_order(str(folder), others or _distinct(merges))
+
+
+def _holds_some(folder: Path) -> bool:
+    return any(_is_checkpoint(path, _RUN_FILES) for path in folder.iterdir())
 
 
 def _of_window(window: Path) -> list[Path]:
@@ -134,9 +141,18 @@ def _in_order(given: str, found: list[Path]) -> list[Path]:
         return found
     steps = [recorded_step(path) for path in found]
     known = [step for step in steps if step is not None]
-    if len(known) == len(found):
-        return [path for _, _, path in sorted((s, _natural(p), p) for s, p in zip(known, found, strict=True))]
-    return _by_number(given, found)
+    if len(known) < len(found):
+        return _by_number(given, found)
+    newest: dict[tuple[int, Path], Path] = {}
+    for path, step in sorted(zip(found, known, strict=True), key=lambda item: _version(item[0])):
+        unversioned = path.with_name(_VERSION.sub("", path.name))
+        newest[step, unversioned] = path
+    return [path for _, _, path in sorted((step, _natural(p), p) for (step, _), p in newest.items())]
+
+
+def _version(path: Path) -> int:
+    found = _VERSION.search(path.name)
+    return int(found[1]) if found else 0
 
 
 def _by_number(given: str, found: list[Path]) -> list[Path]:

@@ -185,6 +185,9 @@ class Publisher:
 def load_merge(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
 
+    That of the LightningModule, as a rule; where a prefix was stripped from the names (``"model."``, as of a
+    wrapped Hugging Face model), that of the model under it: ``module.model.load_state_dict(…)``.
+
     Args:
         path: an emission's folder, e.g. ``…/merges/latest``.
 
@@ -194,6 +197,9 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = Path(path)
+    if not (path / PROVENANCE).exists():
+        mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
+        raise FileNotFoundError(f"{path}: no published merge; {mend}")
     tied = json.loads((path / PROVENANCE).read_text())["tied"]
     if (path / _DISTRIBUTED).exists():
         from merge_callback.offline.dcp import open_dcp

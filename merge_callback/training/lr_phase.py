@@ -97,10 +97,10 @@ class LRPhaseDetector:
     """
 
     def __init__(self, total_steps: float | None = None) -> None:
-        self._patience = 100
+        self._patience, self._longest_stair = 100, 5000.0
         if total_steps is not None and 0 < total_steps < math.inf:
             # At least three: a peak shared by two chained schedulers lasts two steps and is no plateau.
-            self._patience = max(3, int(total_steps) // 200)
+            self._patience, self._longest_stair = max(3, int(total_steps) // 200), total_steps / 4
         self._trace = _Trace()
 
     @property
@@ -133,7 +133,8 @@ class LRPhaseDetector:
         """Whether the rate is rising, or just rose, to where it was before or for the first time.
 
         Then the loss can't be judged by what it was. Not so where a rate rises a tenth above any since the
-        first warmup, or fell back again: what that does to the loss is no warmup's doing.
+        first warmup, or since a quarter of the run went by at one rate; nor where it fell back again: what
+        that does to the loss is no warmup's doing.
         """
         trace = self._trace
         uncharted = 0 < 1.1 * trace.settled < trace.rate
@@ -155,7 +156,8 @@ class LRPhaseDetector:
         if math.isfinite(rate):
             trace.rate, trace.peak = rate, max(rate, trace.peak)
             self._read(now, math.log(max(rate, _FLOOR * trace.peak, 1e-30)))
-            if trace.phase is not Phase.WARMUP and trace.since > 0:
+            held = now - trace.level_since
+            if trace.phase is not Phase.WARMUP and (trace.since > 0 or not self._is_stair(held)):
                 trace.settled = max(trace.settled, rate)
         return trace.phase
 
@@ -226,7 +228,7 @@ class LRPhaseDetector:
 
     def _is_stair(self, held: int) -> bool:
         """Whether a hold is short enough for a stair of a warmup: a quarter of the run."""
-        return held <= 50 * self._patience
+        return held <= self._longest_stair
 
     def _warmed_up(self, now: int) -> bool:
         """Whether no new high came for the patience, or on top of a staircase for 1.5 of its stairs."""

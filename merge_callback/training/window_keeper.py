@@ -150,7 +150,7 @@ class WindowKeeper:
         self.background.drain()
         self.settle()
         self._handed_in = self._window.ranks.from_first(self._emitted)  # it alone knows what could be written
-        self._emit(model)
+        self.background.submit(partial(self._emit, model))  # what fails there is logged
         self.background.drain()
         if not self.publisher.published:
             rank_zero_warn(
