@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from merge_callback.merging import MergeMethod
 from merge_callback.options import Options
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.training.session import MergeSession
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointMergeCallback(Callback):
@@ -150,7 +154,7 @@ class CheckpointMergeCallback(Callback):
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
-        self.session = MergeSession(self.options, trainer, pl_module, self._resume)
+        self.session = MergeSession(_beside_others(self.options, trainer), trainer, pl_module, self._resume)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -190,11 +194,20 @@ class CheckpointMergeCallback(Callback):
             self.session = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets go of the folder: ``teardown`` does not come after an exception."""
+        """Lets go of the folder: ``teardown`` does not come after an exception.
+
+        Raises nothing itself: the next callback may have a checkpoint to rescue.
+        """
         if self.session:
-            self._resume = self.session.state_dict()
-            self.session.close()
-            self.session = None
+            session, self.session = self.session, None
+            try:
+                self._resume = session.state_dict()
+            except Exception:
+                log.exception("merge: the state of the run could not be taken")
+            try:
+                session.close()
+            except Exception:
+                log.exception("merge: the folder could not be given back")
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, phase, and the records of the window's snapshots, as primitives."""
@@ -240,6 +253,15 @@ def _why_not(strategy: Strategy) -> str:
     if isinstance(strategy, known) and not isinstance(strategy, (SingleDeviceXLAStrategy, XLAStrategy)):
         return ""
     return "which part of the weights is where is not known"
+
+
+def _beside_others(options: Options, trainer: Trainer) -> Options:
+    """Of several callbacks the first one restores the run; the others note the spikes for their windows."""
+    sessions = [getattr(c, "session", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
+    if options.spike.action != "restore" or "restore" not in actions:
+        return options
+    return replace(options, spike=replace(options.spike, action="warn"))
 
 
 def _check_folders(trainer: Trainer) -> None:

@@ -57,7 +57,7 @@ class Slerp(MergeMethod):
         if self.scope == "tensor":
             return None
         count = len(trajectory.positions)
-        products = torch.zeros(count, count, dtype=torch.float64)
+        products = torch.zeros(count, count, dtype=torch.float64, device="cpu")
         total: Callable[[Tensor], Tensor] = lambda products: products  # noqa: E731
         for inputs in model:
             products += inner_products(inputs.tensors)

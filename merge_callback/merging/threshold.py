@@ -288,7 +288,7 @@ def _picked(counts: Sequence[Sequence[_Count]], stride: int, dtype: torch.dtype)
 
 
 def _joined(pieces: Sequence[Bits], dtype: torch.dtype) -> Bits:
-    empty = torch.empty(0, dtype=_integer(dtype)).numpy()
+    empty = np.empty(0, dtype=np.int64 if dtype == torch.float64 else np.int32)
     return np.concatenate([empty, *pieces])
 
 
@@ -304,7 +304,7 @@ def _threshold(
     equal: Callable[[_Count], int],
 ) -> Search[Threshold]:
     ties = [[(block.length, equal(block)) for block in part] for part in counts]
-    magnitude = torch.tensor(bits, dtype=_integer(dtype)).view(dtype).item()
+    magnitude = torch.tensor(bits, dtype=_integer(dtype), device="cpu").view(dtype).item()
     told = yield sum(number for part in ties for _, number in part)
     return Threshold(magnitude, kept, sum(told), ties)
 

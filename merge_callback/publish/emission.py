@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 PROVENANCE = "merge.json"
 LATEST = "latest"
+_DRAFT = re.compile(r"\.(step=.*|latest)\.\d+\.(tmp|old)", re.DOTALL)  # the number is a process's
 _DISTRIBUTED = ".metadata"  # of torch.distributed.checkpoint
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -46,11 +47,15 @@ class Publisher:
 
     def sweep(self) -> None:
         """Removes what a killed process left half written. Only for the one run that uses the folder."""
-        for path in (*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")):
+        for path in [p for p in self.folder.glob(".*") if _DRAFT.fullmatch(p.name)]:
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+    def resume(self, published: Iterable[str], run_id: str) -> None:
+        """Goes on from what a run had published, as far as it is in this folder."""
+        self.published = [n for n in published if _read_record(self.folder / n).get("run_id") == run_id]
 
     def publish(
         self,

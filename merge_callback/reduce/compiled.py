@@ -246,7 +246,7 @@ def _in_threads(job: Callable[..., object], work: ctypes.Structure, most: int) -
 
 
 def _combined(work: _Pass) -> Tensor:
-    squares = torch.empty(work.segments, dtype=torch.float64)
+    squares = torch.empty(work.segments, dtype=torch.float64, device="cpu")
     _loaded().reduce_combine(ctypes.byref(work), ctypes.c_void_p(squares.data_ptr()))
     return squares
 

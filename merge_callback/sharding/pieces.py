@@ -151,7 +151,11 @@ def _index(whole: tuple[int, ...], place: Sequence[int]) -> int:
 
 
 def _indices(whole: tuple[int, ...], box: Box, start: int, stop: int) -> Tensor:
-    left, indices, stride = torch.arange(start, max(start, stop)), torch.zeros(max(0, stop - start)).long(), 1
+    left, indices, stride = (
+        torch.arange(start, max(start, stop), device="cpu"),
+        torch.zeros(max(0, stop - start), device="cpu").long(),
+        1,
+    )
     for size, offset, length in zip(reversed(whole), reversed(box.offset), reversed(box.shape), strict=True):
         indices += (left % length + offset) * stride
         left, stride = left // length, stride * size

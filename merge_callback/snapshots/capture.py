@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -50,7 +51,7 @@ class ModelTensors:
             root: what a strategy has wrapped it in, where that is another module.
 
         Raises:
-            ValueError: where a tensor is still lazy or on the meta device, so that it holds no values.
+            ValueError: where a tensor is sparse, or has no values yet (lazy, or on the meta device).
         """
         found, local_piece = cls(), _local_pieces(root or module)
         for name, tensor in _saved_tensors(module):
@@ -58,6 +59,11 @@ class ModelTensors:
                 raise ValueError(
                     f"tensor {name!r} holds no values yet (lazy or meta); "
                     "materialise the model before training starts"
+                )
+            if tensor.layout != torch.strided:
+                raise ValueError(
+                    f"tensor {name!r} has the layout {tensor.layout}, which snapshots can't hold; "
+                    "register it with persistent=False, or make it dense"
                 )
             first = found.names.setdefault(id(tensor), name)
             if first != name:

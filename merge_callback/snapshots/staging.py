@@ -30,7 +30,9 @@ class ToHost:
             yield buffer.cpu()
             return
         if not self._slots:  # one by one: the allocator rounds each up to a power of 2
-            self._slots = [torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self._slots = [
+                torch.empty(_CHUNK, dtype=torch.uint8, pin_memory=True, device="cpu") for _ in range(2)
+            ]
         pieces = torch.split(buffer, _CHUNK)
         arrived = [_send(piece, slot) for piece, slot in zip(pieces[:1], self._slots, strict=False)]
         for index, piece in enumerate(pieces):

@@ -84,7 +84,8 @@ class SnapshotStore:
             ``"device"`` keep arenas in memory.
         folder: for the snapshot files; ``None`` keeps snapshots in memory only.
         device: of the live model.
-        masks: names of buffers that may hold Inf (attention masks do).
+        masks: names of buffers that may hold Inf.
+        buffers: names of those that may hold -Inf: attention masks, which the first forward pass may fill.
         sharding: which part of each tensor this rank keeps; ``layout`` is of these parts.
         whole: the layout of the whole model, where the rank does not keep all of it.
         codec: of ``CODECS``: keeps snapshots as differences to the one before; ``""`` as they are.
@@ -100,6 +101,7 @@ class SnapshotStore:
         folder: Path | None,
         device: torch.device | str = "cpu",
         masks: Collection[str] = (),
+        buffers: Collection[str] = (),
         sharding: Sharding | None = None,
         whole: Layout | None = None,
         codec: str = "",
@@ -109,7 +111,7 @@ class SnapshotStore:
         self.layout, self.storage, self.folder = layout, storage, folder
         self.device = torch.device(device if storage == "device" else "cpu")  # of the window's arenas
         self.live_device = torch.device(device)
-        self.masks = masks
+        self.masks, self.buffers = masks, buffers
         self.codec = codec
         self._later = self._packed(layout)  # of all snapshots but the oldest
         self.sharding, self.whole = sharding or Sharding({}, {}), whole or layout
@@ -147,7 +149,7 @@ class SnapshotStore:
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf.
         """
-        if bad := [name for name in arena.non_finite() if name not in self.masks]:
+        if bad := [name for name in arena.non_finite() if not self._may_hold(name, arena.tensors()[name])]:
             raise NonFiniteSnapshotError(
                 f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
             )
@@ -343,6 +345,11 @@ class SnapshotStore:
         whole = self.empty(self.device)
         decode([snapshot.arena for snapshot in snapshots], whole)
         return whole
+
+    def _may_hold(self, name: str, tensor: Tensor) -> bool:
+        if name in self.masks:
+            return True
+        return name in self.buffers and bool((tensor.isfinite() | (tensor == -torch.inf)).all())
 
     def _packed(self, layout: Layout) -> Layout:
         return layout.delta(CODECS[self.codec]) if self.codec else layout

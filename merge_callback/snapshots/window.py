@@ -208,7 +208,7 @@ class Window:
         for snapshot in self.snapshots:
             with contextlib.suppress(OSError):  # a removed file stays readable through its map
                 path = self.store.own_file(self.store.folder / snapshot.file)
-                if path.stat().st_size < snapshot.arena.layout.nbytes:
+                if path.stat().st_size < snapshot.arena.buffer.untyped_storage().nbytes():  # header and all
                     cut.add(snapshot.step)
         cut = set().union(*self.ranks.exchange(cut))
         for snapshot in self.snapshots:  # oldest first: a loss takes all that builds on it along

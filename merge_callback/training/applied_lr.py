@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 class AppliedLR:
     """Notes each optimizer's rates just before its step, when the schedulers have not moved on yet.
 
+    The rate of an optimizer that has none (parameter-free ones, Adafactor's relative steps) counts as
+    constant: 1.
+
     A rate that is a tensor on an accelerator (``capturable`` optimizers) costs one wait a step: keep such
     rates on the CPU, as ``torch.optim`` recommends.
 
@@ -36,7 +39,7 @@ class AppliedLR:
         sizes = self._sizes.get(index)
         if sizes is None or len(sizes) != len(groups):
             self._sizes[index] = [self._size(group) for group in groups]
-        self._rates[index] = [float(group["lr"]) for group in groups]
+        self._rates[index] = [_rate(group) for group in groups]
 
     @property
     def rates(self) -> list[float]:
@@ -64,3 +67,8 @@ class AppliedLR:
 
     def _size(self, group: dict[str, Any]) -> int:
         return sum(self._numel(parameter) for parameter in group["params"])
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    rate = group.get("lr")
+    return 1.0 if rate is None else float(rate)

@@ -43,18 +43,22 @@ class Background:
         self._last: threading.Event | None = None
 
     def submit(self, work: Callable[[], object]) -> threading.Event:
-        """Hands a job in, without waiting; what is returned is set when it is done."""
+        """Hands a job in, without waiting; what is returned is set when it is done.
+
+        Where the system has no thread left, the job is done at once, by the caller.
+        """
         ready = (
             None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
         )
         job = _Job(work, ready, threading.Event())
         with self._lock:
-            self._jobs.append(job)
-            self._last = job.done
             if self._thread is None:
-                # A daemon: a process that ends after an exception must not wait for ranks that are gone.
-                self._thread = threading.Thread(target=self._run, name="merge-background", daemon=True)
-                self._thread.start()
+                self._thread = self._started()
+            if self._thread is not None:
+                self._jobs.append(job)
+                self._last = job.done
+                return job.done
+        self._do(job)
         return job.done
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -73,6 +77,16 @@ class Background:
         """Whether this is called by a job."""
         return threading.current_thread() is self._thread
 
+    def _started(self) -> threading.Thread | None:
+        # A daemon: a process that ends after an exception must not wait for ranks that are gone.
+        thread = threading.Thread(target=self._run, name="merge-background", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("merge: training waits for what is done beside it as a rule: %s", error)
+            return None
+        return thread
+
     def _run(self) -> None:
         while True:
             with self._lock:
@@ -80,14 +94,17 @@ class Background:
                     self._thread = None
                     return
                 job = self._jobs.popleft()
-            try:
-                self._do(job)
-            except BaseException:
-                log.exception("merge: a job beside training failed; training goes on")
-            finally:
-                job.done.set()
+            self._do(job)
 
     def _do(self, job: _Job) -> None:
+        try:
+            self._work(job)
+        except BaseException:
+            log.exception("merge: a job beside training failed; training goes on")
+        finally:
+            job.done.set()
+
+    def _work(self, job: _Job) -> None:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())  # like the device and the stream, each thread has its own
             if self._stream is not None and job.ready is not None:

@@ -69,7 +69,7 @@ class MergedValidation:
                 log_metrics(self.trainer, {**self.metrics, **gains(self.trainer, results, live, merged)})
         # A monitor must find its key from the first validation on: so far the merge is the model itself.
         known = {f"merged/{name}": value for name, value in live.items()}
-        known |= {name: torch.tensor(value) for name, value in self.metrics.items()}
+        known |= {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         self.trainer.callback_metrics.update(known)
 
     def state_dict(self) -> dict[str, Any]:

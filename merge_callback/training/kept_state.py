@@ -116,6 +116,12 @@ def _container_restore(container: Any) -> Restore:
     kept = copy.copy(container)
 
     def restore() -> None:
+        if isinstance(container, dict):  # not emptied first: a thread may be reading a module's attributes
+            for key in [key for key in container if key not in kept]:
+                del container[key]
+            container.update(kept)
+            if list(container) == list(kept):
+                return
         container.clear()
         container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
 

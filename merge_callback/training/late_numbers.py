@@ -62,7 +62,9 @@ def send_sum(numbers: Sequence[float | Tensor], ranks: Ranks, device: torch.devi
 
 
 def _vector(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
-    known = torch.tensor([0.0 if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float64)
+    known = torch.tensor(
+        [0.0 if isinstance(n, Tensor) else n for n in numbers], dtype=torch.float64, device="cpu"
+    )
     if device.type == "cuda":
         known = known.pin_memory()  # else the copy would wait for the device
     vector = known.to(device, non_blocking=True)
@@ -74,7 +76,7 @@ def _vector(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
 
 def _copy(vector: Tensor) -> Read:
     """Copies a CUDA vector behind what the current stream has to do; keeps it until that is done."""
-    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+    host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True, device="cpu")
     host.copy_(vector, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(torch.cuda.current_stream(vector.device))

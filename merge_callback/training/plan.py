@@ -65,7 +65,11 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan at the start of fit."""
-        place = f"{self.storage} ({self.folder})" if self.folder else f"{self.storage}, lost with the process"
+        place = f"{self.storage}, lost with the process"
+        if self.folder:
+            here = Path.cwd()
+            shown = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
+            place = f"{self.storage} ({shown})"
         one, every = in_bytes(self.snapshot_bytes), f"{self.every:,} {self.unit}"
         share = (
             "" if self.rank_bytes == self.snapshot_bytes else f" ({in_bytes(self.rank_bytes)} of this rank)"

@@ -42,9 +42,11 @@ class Recovery:
         self.lr = LRScale(trainer.optimizers, lambda: trainer.global_step)
         self.scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
         self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # what a run begins with
-        if options.action == "restore" and not callable(options.optimizer):
+        if options.action == "restore":
             for optimizer in trainer.optimizers:
-                _check_known(optimizer)
+                _check_scalable(optimizer)
+                if not callable(options.optimizer):
+                    _check_known(optimizer)
 
     def restore(self, snapshots: list[Snapshot], step: int, lasting: float) -> list[float]:
         """Restores the run from the merge of ``snapshots``.
@@ -111,6 +113,14 @@ class Recovery:
     def _reset_loss_scale(self) -> None:
         if self.scaler and (state := self.scaler.state_dict()):  # empty where it is disabled
             self.scaler.load_state_dict({**state, "scale": self._loss_scale, "_growth_tracker": 0})
+
+
+def _check_scalable(optimizer: Optimizer) -> None:
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"after a loss spike the learning rate of {type(optimizer).__qualname__} would have to be warmed "
+            "up again, and it has none: pass spike=SpikeOptions(action='warn') to be told of spikes only"
+        )
 
 
 def _check_known(optimizer: Any) -> None:

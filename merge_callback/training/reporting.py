@@ -25,10 +25,20 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def log_metrics(trainer: Trainer, metrics: Mapping[str, float], step: int | None = None) -> None:
-    """Sends scalars to every logger, at ``step`` (default: now), and to ``trainer.callback_metrics``."""
-    step = logged_step(trainer) if step is None else step
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+def log_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Sends scalars to every logger, and to ``trainer.callback_metrics``: on all ranks at the same time."""
+    show_metrics(trainer, metrics)
+    tell_loggers(trainer, metrics, logged_step(trainer))
+
+
+def show_metrics(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Makes scalars known to callbacks that monitor them: all ranks have to know the same."""
+    known = {name: torch.tensor(value, device="cpu") for name, value in metrics.items()}
+    trainer.callback_metrics.update(known)
+
+
+def tell_loggers(trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Sends scalars to every logger, at ``step``."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
         logger.save()

@@ -6,6 +6,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +41,8 @@ from merge_callback.training.window_keeper import WindowKeeper
 
 log = logging.getLogger(__name__)
 
+_UNSEEN = 256  # batches without a step, after which something is wrong
+
 _MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
 
 
@@ -61,7 +64,8 @@ class MergeSession:
     ) -> None:
         self.options, self.trainer, self.module = options, trainer, module
         self.ranks = Ranks.of_run()
-        self.dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
+        dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
+        self.dirpath = dirpath.absolute()  # the run may change the current folder
         naming = Naming.of(module, options.strip_prefix)
         model = self.live()
         _check_exclude(options.exclude, model)
@@ -69,9 +73,13 @@ class MergeSession:
         self._names = model.names
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
-            self.ranks, counts_batches(trainer), trainer.strategy.root_device, self.clock, self._own_gradient
+            self.ranks,
+            counts_batches(trainer),
+            trainer.strategy.root_device,
+            self.clock,
+            partial(_own_gradient, self._names, self.sharding),
         )
-        self.applied = AppliedLR(trainer.optimizers, self._whole_numel)
+        self.applied = AppliedLR(trainer.optimizers, partial(_whole_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(total_steps(trainer))
         still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
         layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
@@ -84,6 +92,7 @@ class MergeSession:
             folder,
             module.device,
             masks,
+            model.buffers,
             self.sharding,
             whole,
             codec=codec,
@@ -93,6 +102,7 @@ class MergeSession:
         self.keeper = WindowKeeper(options, trainer, Window(options.window, store, run_id), publisher, naming)
         self.step = trainer.global_step  # the last optimizer step seen
         self._progress = step_progress(trainer)
+        self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
@@ -166,14 +176,15 @@ class MergeSession:
         """
         if self.clock.countable is not False:
             self._count(batch)
-        if self.spikes:
+        if self.spikes and self._stepless < _UNSEEN:
             self.spikes.add_batch(outputs)
         if self.keeper.has_news:
-            self.keeper.settle()
+            self.keeper.log_news()
         step = self._progress.completed
         if step == self.step:
+            self._note_no_step()
             return False  # gradients are being accumulated
-        self.step = step
+        self.step, self._stepless = step, 0
         self._observe_learning_rates()
         seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
         if step - self._first[0] == _MEASURED_OVER:
@@ -226,7 +237,7 @@ class MergeSession:
         kept = self.keeper.state_dict()
         statistics = self.statistics.state_dict()  # before the clock is read: it may advance it
         return {
-            "dirpath": str(self.dirpath.absolute()),
+            "dirpath": str(self.dirpath),
             "tokens": self.clock.tokens,
             "step": self.step,
             "mark": self.interval.mark,
@@ -253,7 +264,7 @@ class MergeSession:
 
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
         if different := self.window.layout_difference(state):
-            if dirpath == self.dirpath.absolute():
+            if dirpath == self.dirpath:
                 raise ValueError(
                     f"the run that is resumed kept a window of another model in dirpath={str(dirpath)!r}: "
                     f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
@@ -274,25 +285,11 @@ class MergeSession:
             options,
             self.trainer,
             self.module,
-            lambda: self.merger,
+            partial(getattr, self.keeper, "merger"),  # no lambda: it would keep the session alive
             self.statistics,
             self.dirpath,
             self.keeper.newest_emission_up_to,
         )
-
-    def _own_gradient(self, parameter: Tensor) -> Tensor | None:
-        """The part of a gradient that no other rank answers for."""
-        gradient, name = parameter.grad, self._names.get(id(parameter))
-        if gradient is None or name is None:
-            return gradient
-        if gradient.is_sparse:  # DDP's, so it is everybody's
-            return gradient if self.ranks.is_first else None
-        return self.sharding.own_part(name, local(gradient))
-
-    def _whole_numel(self, parameter: Tensor) -> int:
-        """A parameter's elements, on all ranks together."""
-        name = self._names.get(id(parameter))
-        return parameter.numel() if name is None else math.prod(self.sharding.wholes[name])
 
     def _take_folder(self) -> None:
         """Locks the run's folder and puts it in order: the first rank, for all of them.
@@ -317,6 +314,15 @@ class MergeSession:
             )
         self.ranks.agree(problem)
 
+    def _note_no_step(self) -> None:
+        """Tells the user where the steps of a manual optimization are nobody's to see."""
+        self._stepless += not self.module.automatic_optimization
+        if self._stepless == _UNSEEN:
+            rank_zero_warn(
+                f"merge: no optimizer step was seen in {_UNSEEN} batches, so no snapshot is taken: step with "
+                "self.optimizers(), not with those of use_pl_optimizer=False, which Lightning does not count"
+            )
+
     def _count(self, batch: Any) -> None:
         try:
             self.statistics.add_tokens(int(self.clock.count(batch)))
@@ -337,6 +343,22 @@ class MergeSession:
             self.statistics.settle()
             per_step = (self.clock.tokens - self._first[1]) / _MEASURED_OVER
             _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
+
+
+def _own_gradient(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> Tensor | None:
+    """The part of a gradient that no other rank answers for."""
+    gradient, name = parameter.grad, names.get(id(parameter))
+    if gradient is None or name is None:
+        return gradient
+    if gradient.is_sparse:  # DDP's, so it is everybody's
+        return gradient if sharding.ranks.is_first else None
+    return sharding.own_part(name, local(gradient))
+
+
+def _whole_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> int:
+    """A parameter's elements, on all ranks together."""
+    name = names.get(id(parameter))
+    return parameter.numel() if name is None else math.prod(sharding.wholes[name])
 
 
 def _default_dirpath(trainer: Trainer) -> Path:

@@ -25,7 +25,7 @@ from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.training.background import Background
 from merge_callback.training.lr_phase import Phase
-from merge_callback.training.reporting import advice, log_metrics, logged_step
+from merge_callback.training.reporting import advice, logged_step, show_metrics, tell_loggers
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ class WindowKeeper:
         self._advised: list[str] = []
         self._pending: threading.Event | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
+        self._logged: dict[str, float] = {}  # what loggers know already, and callbacks are still to be shown
         self._told_to_wait = False
 
     @property
@@ -90,8 +91,8 @@ class WindowKeeper:
 
     @property
     def has_news(self) -> bool:
-        """Whether there is something to ``settle`` that need not be waited for."""
-        return self._pending is not None and self._pending.is_set()
+        """Whether there is something to log."""
+        return bool(self._reports)
 
     def take(self, snapshot: Snapshot, phase: Phase, live: Callable[[], ModelTensors], calm: bool) -> None:
         """Copies the live weights, and has the copy kept, measured, merged and published.
@@ -110,11 +111,18 @@ class WindowKeeper:
         report = _Report(logged_step(self.trainer), phase, snapshot)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
 
-    def settle(self, timeout: float | None = None) -> None:
-        """Waits until the last snapshot is in the window, measured and merged, and logs it."""
-        if self._pending is None or self.background.is_current or not self._pending.wait(timeout):
+    def settle(self) -> None:
+        """Waits until the last snapshot is in the window, measured and merged; all ranks do so together."""
+        if self._pending is None or self.background.is_current:
             return
+        self._pending.wait()
         self._pending = None
+        self.log_news()
+        show_metrics(self.trainer, self._logged)
+        self._logged = {}
+
+    def log_news(self) -> None:
+        """Tells the loggers of the snapshots that are in the window by now; each rank when it has them."""
         while self._reports:
             self._log(self._reports.pop(0))
 
@@ -165,7 +173,10 @@ class WindowKeeper:
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as primitives: a checkpoint counts on all that was written before it."""
         self.wait()
-        self.settle(0)
+        try:
+            self.log_news()
+        except Exception:  # a checkpoint is worth more than a curve
+            log.exception("merge: a snapshot could not be logged")
         return {
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
@@ -182,7 +193,7 @@ class WindowKeeper:
         self._taken = state["taken"]
         self._emitted = self._handed_in = state["emitted_step"]
         self._advised = list(state["advised"])
-        self.publisher.published = list(state["published"])
+        self.publisher.resume(state["published"], state["run_id"])
         self._merger.metric.first, self._merger.diversity = state["first_diversity"], state["diversity"]
 
     def _capture(self, live: Callable[[], ModelTensors]) -> tuple[ModelTensors, Arena | Exception]:
@@ -285,7 +296,8 @@ class WindowKeeper:
         if diversity is not None:
             metrics["merge/diversity_rms"] = diversity["rms"]
             metrics["merge/diversity_change"] = diversity["change_percent"]
-        log_metrics(self.trainer, metrics, report.logged_step)
+        tell_loggers(self.trainer, metrics, report.logged_step)
+        self._logged |= metrics
         change = diversity["change_percent"] if diversity else None
         if line := advice(report.phase, snapshot.since, change, self._advised):
             rank_zero_info(line)
