@@ -256,7 +256,7 @@ def _why_not(strategy: Strategy) -> str:
 
 
 def _beside_others(options: Options, trainer: Trainer) -> Options:
-    """Of several callbacks the first one restores the run; the others note the spikes for their windows."""
+    """Of several callbacks the first one restores the run; the others only note and report its spikes."""
     sessions = [getattr(c, "session", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
     actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
     if options.spike.action != "restore" or "restore" not in actions:

@@ -86,8 +86,7 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-    # zipfile raises NotImplementedError for what it can't read of the format.
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:  # the last for versions it can't read
         raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
     if packed:
         raise CorruptFileError(
