@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
     from merge_callback.publish import load_merge
     from merge_callback.spike_options import SpikeOptions
-    from merge_callback.training.spike_watch import TrainingDivergedError
+    from merge_callback.training.spike_policy import TrainingDivergedError
 
 __all__ = [
     "METHODS",
@@ -29,7 +29,7 @@ _HOMES = {
     "METHODS": "merging",
     "RMSDiversity": "diversity",
     "SpikeOptions": "spike_options",
-    "TrainingDivergedError": "training.spike_watch",
+    "TrainingDivergedError": "training.spike_policy",
     "load_merge": "publish",
     "merge_state_dicts": "merging",
     "register_method": "merging",

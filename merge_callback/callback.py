@@ -159,9 +159,9 @@ class CheckpointMergeCallback(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Makes sure that batches can be counted, before the first step is spent."""
+        """Notes the batch; makes sure that batches can be counted, before the first step is spent."""
         if self.session:
-            self.session.check_countable(batch)
+            self.session.begin_batch(batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 
-from merge_callback.checks import not_negative, one_of, positive, true_or_false
+from merge_callback.checks import not_negative, one_of, patterns, positive, true_or_false
 from merge_callback.merging import LinearMethod, MergeMethod, resolve_method
-from merge_callback.training.spike import HISTORY
+from merge_callback.training.baseline import HISTORY
+
+_STOP_AFTER_RESTORE = "stop_after_restore"
 
 
 @dataclass(frozen=True)
 class SpikeOptions:
     """What is a loss spike, and what is done about it.
 
-    A spike is a loss that is not finite, or ``patience`` losses in a row above
-    ``median + max(threshold · 1.4826 · MAD, floor · |median|)`` of the last 128 losses that were not.
+    A spike is ``patience`` losses in a row above the limit of the last 128 that were not (``Baseline``), or a
+    loss that is not finite while weights, gradients or optimizer state are not, either. Before the run is
+    restored, the weights that would replace the live ones are tried on the batch that raised the alarm; only
+    where they do clearly better were the live weights to blame.
 
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the mend.
@@ -33,9 +37,18 @@ class SpikeOptions:
     floor: float = 0.05
     """How far above the median an outlier lies at least, as a share of it."""
     patience: int = 5
-    """Outliers in a row that make a spike; fewer heal by themselves. A NaN is one at once."""
+    """Outliers in a row that make a spike; fewer heal by themselves."""
     grad_norm: bool = False
     """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
+    watch: Sequence[str] | Mapping[str, str] = ()
+    """Further scalars to watch by the same rule: ``fnmatch`` patterns of names that the module logs while it
+    trains, ``["train/mtp2_loss", "grad_norm/*"]``. One that spikes is warned of; to restore the run (on the
+    same evidence as for the loss), give a mapping: ``{"grad_norm/*": "restore"}``."""
+    evidence: Literal["batch", "validation", "rules"] = "batch"
+    """What must speak against the weights before they are replaced: the loss of the ``"batch"`` that raised
+    the alarm, computed again with both weights; the loss of the ``"validation"`` (its first 8 batches),
+    which also serves where the training step can't be run again; or the ``"rules"`` for the losses
+    alone."""
     pma_window: int = 3
     """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5); fewer
     where the window holds fewer."""
@@ -54,18 +67,30 @@ class SpikeOptions:
     """Optimizer steps over which the learning rate ramps up again, from 0 to where the schedule then is."""
     lr_factor: float = 1.0
     """Multiplies the learning rate for good, at each restore."""
-    cooldown: int | None = None
-    """Optimizer steps after a restore within which another spike means that it did not help: the next restore
-    is from older snapshots, those after it halve the learning rate. Default: five times ``rewarm_steps``, at
-    least 128."""
+    cooldown: int = 128
+    """Clean losses, after a restore and the warm-up that follows it, that make it a success. A spike before
+    that means that it did not help: the next restore is from older snapshots, those after it halve the
+    learning rate."""
     max_restores: int = 5
-    """Restores in a row, each within the cooldown of the one before; a further one stops the run."""
+    """Restores in a row, of which none was a success; a further one stops the run."""
     no_snapshot: Literal["warn", "stop"] = "warn"
     """What to do about a spike before there is a snapshot old enough to restore."""
+    on_spike: Callable[[Mapping[str, Any]], object] | Literal["stop_after_restore"] | None = None
+    """A function that is called on all ranks after each event, with its line of ``spikes.jsonl`` as a
+    mapping. Where it returns ``"stop"``, training ends after this step, as with ``trainer.should_stop``.
+    ``"stop_after_restore"`` does so after a restore."""
 
     def __post_init__(self) -> None:
         one_of("spike.action", self.action, ("restore", "warn", "off"))
         one_of("spike.no_snapshot", self.no_snapshot, ("warn", "stop"))
+        one_of("spike.evidence", self.evidence, ("batch", "validation", "rules"))
+        if not (self.on_spike in (None, _STOP_AFTER_RESTORE) or callable(self.on_spike)):
+            raise ValueError(
+                f"spike.on_spike={self.on_spike!r} must be a function of the event, "
+                f"or {_STOP_AFTER_RESTORE!r}"
+            )
+        watch = _resolve_watch(self.watch)
+        object.__setattr__(self, "watch", watch if isinstance(self.watch, Mapping) else tuple(watch))
         if not callable(self.optimizer):
             one_of("spike.optimizer", self.optimizer, ("keep", "reset", "scale"))
         true_or_false("spike.grad_norm", self.grad_norm)
@@ -76,8 +101,7 @@ class SpikeOptions:
                 f"spike.patience={self.patience} must be below {HISTORY}: so many make a new baseline"
             )
         for option in ("guard", "rewarm_steps", "cooldown"):
-            if option != "cooldown" or self.cooldown is not None:
-                object.__setattr__(self, option, not_negative(f"spike.{option}", getattr(self, option)))
+            object.__setattr__(self, option, not_negative(f"spike.{option}", getattr(self, option)))
         for option in ("threshold", "floor", "lr_factor", "optimizer_scale"):
             value, most = (
                 getattr(self, option),
@@ -102,9 +126,15 @@ class SpikeOptions:
         return method
 
     @property
-    def cooldown_steps(self) -> int:
-        """The cooldown in optimizer steps."""
-        return max(5 * self.rewarm_steps, 128) if self.cooldown is None else self.cooldown
+    def watched(self) -> Mapping[str, str]:
+        """What is done about each pattern of ``watch``."""
+        return _resolve_watch(self.watch)
+
+    def wants_stop(self, event: Mapping[str, Any]) -> bool:
+        """Hands an event to ``on_spike``; says whether training is to end."""
+        if callable(self.on_spike):
+            return self.on_spike(event) == "stop"
+        return self.on_spike == _STOP_AFTER_RESTORE and event["event"] == "restore"
 
     def _check_merging(self) -> None:
         """Makes sure that the method serves as many snapshots as there may be."""
@@ -115,6 +145,15 @@ class SpikeOptions:
             raise ValueError(
                 f"spike.method={self.method!r} does not serve spike.pma_window={self.pma_window}: {error}"
             ) from None
+
+
+def _resolve_watch(watch: object) -> dict[str, str]:
+    """What to do about each pattern."""
+    if isinstance(watch, Mapping):
+        for pattern, action in watch.items():
+            one_of(f"spike.watch[{pattern!r}]", action, ("restore", "warn"))
+        return {str(pattern): action for pattern, action in watch.items()}
+    return dict.fromkeys(patterns("spike.watch", watch), "warn")  # type: ignore[arg-type]
 
 
 def resolve_spike(spike: SpikeOptions | None) -> SpikeOptions:

@@ -9,12 +9,12 @@ def healthy(n=200, level=2.0, noise=0.02, seed=0):
     return list(level + noise * np.random.default_rng(seed).standard_normal(n))
 
 
-def watch(detector, values, start=0, **how):
-    """The events of a curve, by the step each was reported at."""
+def watch(detector, values, start=0, rises=False, **how):
+    """The events of a curve, by the step each was reported at; rises, which are only questions, if asked."""
     found = {}
     for step, value in enumerate(values, start):
         event = detector.observe(step, float(value), **how)
-        if event is not None:
+        if event is not None and (rises or event.kind != "rise"):
             assert event.step == step
             found[step] = event
     return found

@@ -85,7 +85,9 @@ class Metrics(Callback):
 
 
 class Tally:
-    """Counts, out of reach of whatever restores the attributes of a module."""
+    """Counts, out of reach of whatever restores the attributes of a module and of objects in it."""
+
+    __slots__ = ("counts",)
 
     def __init__(self) -> None:
         self.counts: Counter = Counter()

@@ -32,6 +32,9 @@ BURST = range(SPIKE, FIRES)
 USED = [60, 65, 70]
 """The last three snapshots that are `GUARD` steps older than the first bad batch."""
 
+RULES = {"rewarm_steps": 10, "evidence": "rules"}
+"""Bad batches are the data's fault: evidence would acquit the weights, and nothing would be restored."""
+
 MEMORY = {"durable": False, "emit_every": 0, "evaluate": False}
 """Options of a callback that writes no files but its record, ten times as fast."""
 
@@ -198,7 +201,7 @@ def _refuse(constant):
 
 
 def spiking(folder, data=None, steps=100, module=None, callbacks=(), spike=None, fit=None, **options):
-    """Trains with the callback; by default on `BURST`, in memory, with a re-warm-up of ten steps.
+    """Trains with the callback; by default on `BURST`, in memory, by `RULES`.
 
     Args:
         folder: of the emissions, the window and the record.
@@ -212,7 +215,7 @@ def spiking(folder, data=None, steps=100, module=None, callbacks=(), spike=None,
     """
     seed()
     if not isinstance(spike, SpikeOptions):
-        spike = SpikeOptions(**{"rewarm_steps": 10, "cooldown": 1000, **(spike or {})})
+        spike = SpikeOptions(**{**RULES, "cooldown": 1000, **(spike or {})})
     module = (module or Line)()
     options = {"every_n_steps": EVERY, **MEMORY, **options}
     callback, watch = CheckpointMergeCallback(dirpath=folder, spike=spike, **options), Watch()
@@ -246,7 +249,7 @@ def fit(folder, ckpt_path=None, callbacks=(), data=None, steps=STEPS, trainer=No
     folder.mkdir(parents=True, exist_ok=True)
     seed_everything(7, verbose=False)
     given = {"every_n_steps": EVERY, "dirpath": folder / "merges", "emit_every": 4, "evaluate": False}
-    spike = options.pop("spike", None) or SpikeOptions(rewarm_steps=REWARM, cooldown=40)
+    spike = options.pop("spike", None) or SpikeOptions(rewarm_steps=REWARM, cooldown=20, evidence="rules")
     callback = CheckpointMergeCallback(**{**given, **options}, spike=spike)
     module = Line(schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 2 * STEPS))
     chosen = {

@@ -49,13 +49,13 @@ class StepsOnADevice(Callback):
             return
         session = self.merging.session
         with FakeTensorMode(allow_non_fake_inputs=True), NoWayToTheHost():
-            session.spikes.recovery.scaler = SimpleNamespace(_scale=torch.ones((), device="cuda"))
+            session.spikes.policy.recovery.scaler = SimpleNamespace(_scale=torch.ones((), device="cuda"))
             weight = nn.Parameter(torch.ones(4, 4, device="cuda"))
             weight.grad = torch.ones(4, 4, device="cuda")
             optimizer = torch.optim.SGD([weight], lr=0.1)
             for _ in range(self.steps):
                 self._step(trainer, optimizer)
-        session.spikes.recovery.scaler, self.over = None, True
+        session.spikes.policy.recovery.scaler, self.over = None, True
 
     def _step(self, trainer, optimizer):
         micro_batch = {"input_ids": torch.ones(2, 8, dtype=torch.long, device="cuda")}

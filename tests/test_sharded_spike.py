@@ -6,7 +6,7 @@ from distributed_runs import run_jobs
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from sharded_runs import merged_fit, on_rank
-from spiking_runs import BURST, EVERY, FIRES, USED, Batches, Line, events, used
+from spiking_runs import BURST, EVERY, FIRES, RULES, USED, Batches, Line, events, used
 from torch.distributed.fsdp import fully_shard
 from training_runs import assert_same_bits, seed
 
@@ -86,7 +86,7 @@ def spiking(strategy, folder, spike=None, data=None, steps=STEPS, **options):
         module=Spiking(**(data or {"bad": BURST})),
         raises=True,
         trainer={"max_steps": steps, "every": 5, "val_check_interval": None},
-        spike=SpikeOptions(**{"rewarm_steps": 10, "cooldown": 1000, **(spike or {})}),
+        spike=SpikeOptions(**{**RULES, "cooldown": 1000, **(spike or {})}),
         **given,
     )
     outcome.states = states.seen

@@ -92,9 +92,11 @@ def rough_curve(n, rng):
 
 
 def act(detector, step, value, active, skipped, restore):
-    event = detector.observe(step, value, active, skipped)
+    event = detector.observe(step, value, active, skipped, broken=step % 3 == 0)
     if restore:
         detector.restored(5)
+    elif event and event.kind == "spike" and step % 2:
+        detector.acquit()
     # repr, since NaN is not equal to itself
     return repr((event, detector.onset, detector.baseline, detector.threshold))
 

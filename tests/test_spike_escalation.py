@@ -9,7 +9,7 @@ import torch.nn.utils.prune as prune
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from spiking_runs import BURST, FIRES, SPIKE, USED, Batches, Line, bursts, events, plain, spiking, used
+from spiking_runs import BURST, FIRES, RULES, SPIKE, USED, Batches, Line, bursts, events, plain, spiking, used
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
 from training_runs import assert_same_bits
 
@@ -121,7 +121,7 @@ def test_where_nothing_is_older_the_learning_rate_falls_at_once(tmp_path):
 
 
 def test_a_spike_after_the_cooldown_starts_over(tmp_path):
-    run = spiking(tmp_path, Batches(bad=bursts(80, 130)), 150, slow, spike={"cooldown": 40})
+    run = spiking(tmp_path, Batches(bad=bursts(80, 130)), 150, slow, spike={"cooldown": 30})
 
     assert [(e["in_a_row"], used(e)) for e in run.restores] == [(1, USED), (1, [110, 115, 120])]
     assert [event["lr_factor"] for event in run.restores] == [1.0, 1.0]
@@ -168,28 +168,29 @@ def test_before_there_is_a_snapshot_a_run_stops_if_asked(tmp_path):
 
 
 def test_a_second_spike_is_survived_though_the_window_has_rolled_on_since_the_first(tmp_path):
-    run = spiking(tmp_path, Batches(bad=bursts(80, 200)), 210, slow, spike=SpikeOptions())
+    run = spiking(tmp_path, Batches(bad=bursts(80, 200)), 210, slow, spike=SpikeOptions(evidence="rules"))
 
     assert [event["event"] for event in run.events] == ["restore", "restore"]
 
 
 def test_bad_data_now_and_then_never_stops_a_run(tmp_path):
-    every = SpikeOptions(rewarm_steps=10).cooldown_steps + 10
+    spike = SpikeOptions(**RULES)
+    every = spike.rewarm_steps + spike.cooldown + 20
     data = Batches(bad=bursts(*range(80, 80 + 7 * every, every)))
-    run = spiking(tmp_path, data, 90 + 6 * every, slow, spike=SpikeOptions(rewarm_steps=10))
+    run = spiking(tmp_path, data, 90 + 6 * every, slow, spike=spike)
 
     assert [(event["in_a_row"], event["lr_factor"]) for event in run.restores] == [(1, 1.0)] * 7
 
 
 def test_a_run_without_a_second_warm_up_escalates_too(tmp_path):
-    spike = SpikeOptions(rewarm_steps=0)
+    spike = SpikeOptions(rewarm_steps=0, evidence="rules")
     run = spiking(tmp_path, Batches(bad=bursts(80, 110)), 120, slow, spike=spike, window=30)
 
     assert [event["in_a_row"] for event in run.restores] == [1, 2]
 
 
 def test_a_change_of_the_data_is_no_reason_to_restore_twice_let_alone_to_stop(tmp_path):
-    run = spiking(tmp_path, Batches(shift=90), 300, spike=SpikeOptions())
+    run = spiking(tmp_path, Batches(shift=90), 300, spike=SpikeOptions(evidence="rules"))
 
     assert [event["event"] for event in run.events] in (["restore", "shift"], ["shift"])
 

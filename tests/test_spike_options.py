@@ -94,12 +94,8 @@ def test_numbers_may_come_from_numpy():
     assert SpikeOptions(threshold=np.float64(3.0)).threshold == 3.0
 
 
-def test_the_cooldown_is_five_times_the_re_warm_up_unless_given():
-    assert SpikeOptions().cooldown_steps == 500
-    assert SpikeOptions(rewarm_steps=7).cooldown_steps == 128
-    assert SpikeOptions(rewarm_steps=0).cooldown_steps == 128
-    assert SpikeOptions(rewarm_steps=7, cooldown=0).cooldown_steps == 0
-    assert SpikeOptions(rewarm_steps=7, cooldown=5).cooldown_steps == 5
+def test_the_cooldown_is_a_full_history_unless_given():
+    assert SpikeOptions().cooldown == 128
 
 
 @pytest.mark.parametrize(

@@ -365,7 +365,7 @@ def test_a_healthy_run_is_never_touched_whatever_its_schedule(tmp_path):
     def build():
         return Line(schedule=lambda o: LambdaLR(o, lambda s: min(1, (s + 1) / 30, max(0.0, (300 - s) / 60))))
 
-    run = spiking(tmp_path, Batches(), 300, build, spike=SpikeOptions(grad_norm=True))
+    run = spiking(tmp_path, Batches(), 300, build, spike=SpikeOptions(grad_norm=True, evidence="rules"))
 
     assert not run.events
     assert_same_bits(run.watch.weights, plain(Batches(), 300, build).watch.weights)

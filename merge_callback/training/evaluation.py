@@ -52,7 +52,7 @@ class MergedValidation:
     def update(self, merge: Merge | None) -> None:
         """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on."""
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
-        live = _epoch_metrics(results, self.trainer.callback_metrics)
+        live = epoch_metrics(results, self.trainer.callback_metrics)
         if merge is not None and merge.step != self.step:
             problem = None
             try:
@@ -106,30 +106,52 @@ def validate_with(
     Raises:
         Exception: whatever the module's validation raises.
     """
-    loop, connector = _BesideLoop(trainer), _LoggerConnector(trainer)
+    loop, sharding = BesideLoop(trainer), sharding or Sharding({}, {})
+    swap = undisturbed(trainer, module, merged.buffer.device)
+    with swap as tensors, replaced(trainer.fit_loop.epoch_loop, "val_loop", loop):
+        merged.copy_to(sharding.own(tensors))
+        sharding.spread(tensors)
+        if random is not None:
+            random.restore()
+        loop.run()
+        return epoch_metrics(loop._results, trainer._logger_connector._callback_metrics)
+
+
+@contextmanager
+def undisturbed(
+    trainer: Trainer, module: LightningModule, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Within, the module may be run on anything, with other weights, and nobody hears of it.
+
+    On exit, also by an exception, the live weights, the module's Python state and torchmetrics, schedulers,
+    and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
+    callbacks and loggers are out of reach.
+
+    Args:
+        trainer: in fit.
+        module: its module.
+        device: for the copy of the live weights.
+
+    Yields:
+        The live tensors (or shards) by name.
+    """
+    connector = _LoggerConnector(trainer)
     connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
     with ExitStack() as stack:
-        # This hook runs under the outer loop's inference mode, whose tensors could never be trained on.
+        # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.callback(RandomState(trainer).restore)
         stack.enter_context(kept_python_state(trainer, module))
-        tensors = stack.enter_context(kept_weights(trainer, module, merged.buffer.device))
+        tensors = stack.enter_context(kept_weights(trainer, module, device))
         bar = trainer.progress_bar_callback  # Rich's, drawn by a thread of its own, looks for itself here
-        stack.enter_context(_replaced(trainer, "callbacks", [] if bar is None else [bar]))
+        stack.enter_context(replaced(trainer, "callbacks", [] if bar is None else [bar]))
         stack.enter_context(_silenced(bar))
-        stack.enter_context(_replaced(trainer, "loggers", [DummyLogger() for _ in trainer.loggers]))
-        stack.enter_context(_replaced(trainer, "should_stop", trainer.should_stop))
-        stack.enter_context(_replaced(trainer, "_logger_connector", connector))
-        stack.enter_context(_replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
-        sharding = sharding or Sharding({}, {})
-        merged.copy_to(sharding.own(tensors))
-        sharding.spread(tensors)
+        stack.enter_context(replaced(trainer, "loggers", [DummyLogger() for _ in trainer.loggers]))
+        stack.enter_context(replaced(trainer, "should_stop", trainer.should_stop))
+        stack.enter_context(replaced(trainer, "_logger_connector", connector))
         reset_metrics(module)
-        if random is not None:
-            random.restore()
-        loop.run()
-    return _epoch_metrics(loop._results, connector._callback_metrics)
+        yield tensors
 
 
 def _validation_is_next(trainer: Trainer) -> bool:
@@ -145,10 +167,16 @@ def _validation_is_next(trainer: Trainer) -> bool:
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
 
 
-class _BesideLoop(_EvaluationLoop):
-    """An evaluation loop that shares the dataloaders of the trainer's validation loop."""
+class BesideLoop(_EvaluationLoop):
+    """An evaluation loop that shares the dataloaders of the trainer's validation loop.
 
-    def __init__(self, trainer: Trainer) -> None:
+    Args:
+        trainer: in fit.
+        at_most: batches of each dataloader.
+    """
+
+    def __init__(self, trainer: Trainer, at_most: float = math.inf) -> None:
+        self._at_most = at_most
         self._live = trainer.fit_loop.epoch_loop.val_loop
         super().__init__(
             trainer,
@@ -159,19 +187,21 @@ class _BesideLoop(_EvaluationLoop):
         )
 
     def setup_data(self) -> None:
+        """Takes the dataloaders of the trainer's loop."""
         self._combined_loader = self._live._combined_loader
-        self._max_batches = self._live._max_batches
+        self._max_batches = [min(n, self._at_most) for n in self._live._max_batches]
         self._seen_batches_per_dataloader = defaultdict(int)
 
 
-def _epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of the ``known`` metrics that a validation logged for its epoch."""
     names = [n for r in results.values() if r.meta.on_epoch for n in results._forked_name(r, on_step=False)]
     return {name: known[name] for name in names if name in known and name != "step"}  # an axis, no metric
 
 
 @contextmanager
-def _replaced(owner: object, name: str, value: object) -> Iterator[None]:
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Within, an attribute has another value."""
     kept = getattr(owner, name)
     setattr(owner, name, value)
     try:

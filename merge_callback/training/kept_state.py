@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
 
 from merge_callback.snapshots.arena import Arena
@@ -26,6 +28,9 @@ _PLAIN_TENSOR = 1 << 20  # elements; a larger plain attribute is a cache or a da
 _LOOKED_INTO = 10_000  # items; of a larger container only the container itself is kept
 # Exact types: a subclass may refuse to be written to (Hugging Face's ModelOutput does).
 _CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter, AttributeDict)
+
+_LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy"}
+_LIBRARIES |= sys.stdlib_module_names
 
 Restore = Callable[[], object]
 
@@ -70,8 +75,8 @@ def kept_weights(trainer: Trainer, module: nn.Module, device: torch.device) -> I
 def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[None]:
     """On exit all Python state of the module, its optimizers and schedulers is as it was.
 
-    That is attributes, the containers in them, metrics and generators: hooks count validations, keep the
-    best one, or step a scheduler.
+    That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
+    validations, keep the best one, step a scheduler or an environment.
     """
     restores: list[Restore] = []
     seen: set[int] = set()
@@ -110,6 +115,22 @@ def _keep(value: Any, restores: list[Restore], seen: set[int]) -> None:
             _keep(item, restores, seen)
     elif isinstance(value, LRScheduler):  # chained schedulers hold others
         _keep(vars(value), restores, seen)
+    elif isinstance(value, np.ndarray) and value.size <= _PLAIN_TENSOR:
+        restores.append(_array_restore(value))
+    elif _is_of_users(value):
+        _keep(vars(value), restores, seen)
+        _keep_plain_tensors(value, restores)
+
+
+def _is_of_users(value: Any) -> bool:
+    """Whether a value is an object of somebody's own class: an environment, a buffer of past steps."""
+    if (
+        not hasattr(value, "__dict__")
+        or isinstance(value, (type, Tensor, nn.Module, Dataset))
+        or callable(value)
+    ):
+        return False
+    return type(value).__module__.partition(".")[0] not in _LIBRARIES
 
 
 def _container_restore(container: Any) -> Restore:
@@ -144,7 +165,12 @@ def _generator_restore(value: Any) -> Restore | None:
     return None
 
 
-def _keep_plain_tensors(part: nn.Module, restores: list[Restore]) -> None:
+def _array_restore(array: np.ndarray) -> Restore:
+    kept = array.copy()
+    return lambda: np.copyto(array, kept) if array.flags.writeable else None
+
+
+def _keep_plain_tensors(part: object, restores: list[Restore]) -> None:
     for value in vars(part).values():
         if isinstance(value, Tensor) and value.numel() <= _PLAIN_TENSOR:
             restores.append(_tensor_restore(value.data))

@@ -142,13 +142,15 @@ class MergeSession:
         """Whether tokens can be counted; ``None`` before the first batch."""
         return self.clock.countable
 
-    def check_countable(self, batch: Any) -> None:
-        """Finds out, on the first batch, whether tokens can be counted, by all ranks.
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Notes a batch before it is trained on; of the first one finds out whether tokens can be counted.
 
         Raises:
             ValueError: where they can't and the interval is in tokens.
             RemoteError: where another rank raises.
         """
+        if self.spikes:
+            self.spikes.begin_batch(batch, batch_idx)
         if self.clock.countable is None and batch is not None:
             error = _failure(self.clock.count, batch)
             bearable = isinstance(error, ValueError) and self.options.unit == "steps"
@@ -158,12 +160,12 @@ class MergeSession:
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that comes now."""
         self.applied.note(optimizer)
-        if self.spikes and self.spikes.grad_norm:
-            self.spikes.note_gradients(optimizer)
+        if self.spikes:
+            self.spikes.note_step(optimizer)
 
     def lr_factor(self, step: int) -> float:
         """What the rates of the update after ``step`` optimizer steps are scaled by, since a restore."""
-        return self.spikes.recovery.lr.factor(step) if self.spikes else 1.0
+        return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
     def end_batch(self, outputs: Any, batch: Any) -> bool:
         """Counts a batch and, where an optimizer step was taken with it, the step; restores after a spike.
@@ -186,6 +188,8 @@ class MergeSession:
             return False  # gradients are being accumulated
         self.step, self._stepless = step, 0
         self._observe_learning_rates()
+        if self.spikes:
+            self.spikes.note_end_of_step(step)
         seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
         if step - self._first[0] == _MEASURED_OVER:
             self._report_tokens_per_step()

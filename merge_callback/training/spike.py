@@ -1,37 +1,34 @@
-"""Tells a loss spike from noise, from a spike that heals by itself, and from a shift of the data."""
+"""Tells a loss spike from noise, from hard data, from a spike that heals by itself, and from a shift."""
 
 from __future__ import annotations
 
 import copy
 import math
-from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-HISTORY = 128
-"""Clean values that make the baseline; and values after which most being outliers is the new normal."""
+from merge_callback.training.baseline import ACTIVE_FROM, HISTORY, Baseline, RiseTest, ShiftTest, middle
 
-ACTIVE_FROM = 64
-"""Clean values from which a finite value can be an outlier."""
+__all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]
 
-_FIRST = 16  # values after a restore by which changed data are judged
+_FEW = 16  # values below which the spread of hard data can't be told
 
-_MOSTLY = 0.75  # the share of outliers that makes a shift
-
-_SIGMA = 1.4826  # the standard deviation of normal noise in units of its median absolute deviation
+_FAR = 4.0  # while the rate rises: how many times as far above the baseline as usually an outlier lies,
+_TIMES = 2.0  # and how many times the baseline it lies above that,
+_AS_AT_FIRST = 0.5  # and the share of the level at the start of the run that it reaches
 
 
 @dataclass(frozen=True)
 class SpikeEvent:
-    """What a detector has to say: a spike, or a shift that it now takes for the new normal.
+    """What a detector has to say: a spike, a rise, or a shift that it now takes for the new normal.
 
     ``onset`` is the step of the first outlier, ``step`` the one whose value settled it, ``values`` are the
-    outliers (of a shift those among its 128 values, of a spike the last 128). ``baseline`` and ``threshold``
-    are those the outliers were judged by, NaN where there were too few clean values for one.
+    outliers (of a shift those among its 128 values, of a spike the last 128, of a rise the last 16 values).
+    ``baseline`` and ``threshold`` are those they were judged by, NaN where there were too few clean values.
     """
 
-    kind: Literal["spike", "shift"]
+    kind: Literal["spike", "rise", "shift"]
     watched: str
     onset: int
     step: int
@@ -47,39 +44,54 @@ class SpikeEvent:
 
 
 @dataclass
-class _Trace:
-    """All that is remembered."""
+class _Streak:
+    """Outliers in a row."""
 
-    clean: list[float] = field(default_factory=list)  # the baseline, oldest first
-    outliers: list[float] = field(default_factory=list)  # of the current streak, oldest first
-    active: bool = True  # whether the last value was judged
-    onset: int | None = None  # step of the streak's first outlier
-    reported: bool = False  # whether this streak was reported
-    trouble: list[tuple[int, float]] = field(default_factory=list)  # the last 128, from an outlier on
-    first: list[float] | None = None  # values since a restore, while the data may have changed
-    unmoved: int = 1  # how many of them are of weights as they were restored
-    clean_in_a_row: int = 0
+    onset: int
+    outliers: list[float] = field(default_factory=list)  # the last 128, oldest first
+    length: int = 0
+    beyond: int = 0  # how many of the newest stand out of the hard data, too
+    ask_at: int | None = None  # the length at which it is reported though it looks like hard data
+    reported: bool = False  # and nobody answered
+    answered: bool = False
+
+
+@dataclass
+class _AfterRestore:
+    """The first values of restored weights, until it is known whether the data have changed, too."""
+
+    unmoved: int  # how many are of weights as they were restored
+    values: list[float] = field(default_factory=list)
 
 
 class SpikeDetector:
     """Watches one number per optimizer step, the loss or the gradient norm. Pure: no device, no trainer.
 
-    A value is an outlier above ``median + max(k · 1.4826 · MAD, floor · |median|)`` of the last 128 clean
-    values; outliers never enter that baseline, so neither a spike nor a NaN can poison it.
+    It is in one of three states. *Calm*: a value above the limit of the last 128 clean values (see
+    ``Baseline``) is an outlier; outliers never enter that baseline, so neither a spike nor a NaN can poison
+    it. *Streak*: outliers in a row.
 
-    * A finite **spike** is ``patience`` outliers in a row: most spikes heal by themselves.
-    * A **non-finite** value is a spike at once; after a step that fp16 loss scaling skipped, in a row only.
-    * Each streak is reported once.
-    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline. A
-      change of the data ends so.
-    * After a restore, the first values are those of weights known to be good. If more than a quarter of
-      them are outliers all the same, the data are the cause, and the first 16 values are what a spike is
-      judged by, until 16 in a row are clean by the old measure again or the shift is complete.
+    * A **spike** is ``patience`` outliers in a row: most spikes heal by themselves. A value that is not
+      finite is an outlier like others, unless the weights are broken: then it is a spike at once.
+    * The answer to a spike may be ``acquit()``: the weights are sound, it was **hard data**. Its values make
+      a baseline of their own, and what lies within that is no reason to report again before the streak is
+      twice as long.
+    * A streak that ends by itself after it was reported was hard data as well. A later one **like it** is
+      reported when it is twice as long.
+    * A **rise** is none of these: the values of late lie clearly above those of before, though few are
+      outliers (see ``RiseTest``). By itself it proves nothing: it is a reason to ask the data.
+    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline.
+
+    *After a restore*, the first values are those of weights known to be good. If more than a quarter of them
+    are outliers all the same, the data are the cause: these values are hard data.
+
+    While the learning rate rises the loss can't be judged by what it was, unless it lies several times above
+    that, and is no better than at the start of the run.
 
     Args:
         k: how many robust standard deviations above the median an outlier lies.
         floor: how far above the median it lies at least, as a share of the median.
-        patience: finite outliers in a row that make a spike.
+        patience: outliers in a row that make a spike.
         watched: the number's name, for the reports.
 
     Example:
@@ -91,162 +103,251 @@ class SpikeDetector:
 
     def __init__(self, k: float = 6.0, floor: float = 0.05, patience: int = 5, watched: str = "loss") -> None:
         self.k, self.floor, self.patience, self.watched = k, floor, patience, watched
-        self._trace = _Trace()
-        self._sorted: list[float] = []
+        self._clean = Baseline(k, floor)
+        self._hard = Baseline(k, floor)  # of streaks that were not the weights' fault
+        self._healed = 0  # outliers of the longest such streak
+        self._shift, self._rise = ShiftTest(), RiseTest(k, floor)
+        self._streak: _Streak | None = None
+        self._after: _AfterRestore | None = None
+        self._former: Baseline | None = None  # before the shift that was reported just now
+        self._active = True  # whether the last value was judged
+        self._before: tuple[float, float] | None = None  # baseline and threshold before the rate rose
+        self._start: list[float] = []  # the first values of the run, and
+        self._level = 0.0  # how large they are
 
     @property
     def onset(self) -> int | None:
         """Step of the first outlier of the current streak; ``None`` while all is well."""
-        return self._trace.onset
+        return self._streak.onset if self._streak else None
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing speaks against the weights: no streak, or nothing in it but hard data."""
+        return self._streak is None or (self._streak.beyond == 0 and self._after is None)
 
     @property
     def baseline(self) -> float:
         """Median of the last clean values; NaN before there is one."""
-        return _middle(self._sorted) if self._sorted else math.nan
+        return self._clean.median
 
     @property
     def threshold(self) -> float:
-        """What a value must exceed to be an outlier; NaN before 64 clean values, or where most are 0."""
-        return self._limit(self._sorted) if len(self._sorted) >= ACTIVE_FROM else math.nan
+        """What a value must exceed to be an outlier; NaN before 64 clean values, or where all are 0."""
+        return self._clean.limit(self._level) if len(self._clean) >= ACTIVE_FROM else math.nan
 
     def observe(
-        self, step: int, value: float, active: bool = True, skipped: bool = False
+        self, step: int, value: float, active: bool = True, skipped: bool = False, broken: bool = False
     ) -> SpikeEvent | None:
         """Reads the value of one optimizer step.
 
         Args:
             step: the optimizer step; only ever grows.
             value: its loss, or gradient norm.
-            active: ``False`` while the learning rate warms up: a finite value is then never an outlier, and
-                those before, at another rate, are forgotten.
+            active: ``False`` while the learning rate warms up: those before, at another rate, are forgotten,
+                and only what lies several times above them is an outlier.
             skipped: whether the step was skipped because its scaled fp16 gradients overflowed. That is how
                 loss scaling works, and no spike.
+            broken: whether weights, gradients or optimizer state are known not to be finite.
 
         Returns:
             What there is to report, as a rule nothing.
         """
-        trace = self._trace
-        if skipped and math.isfinite(value):
+        finite = math.isfinite(value)
+        if skipped and finite:
             return None
-        if trace.active and not active:
-            trace.clean, self._sorted = [], []
-        trace.active = active
-        outlier = self._is_outlier(value, active)
-        if outlier or trace.trouble:
-            self._note_trouble(step, value, active)
-        if trace.first is not None:
-            self._note_first(trace.first, value, outlier)
+        self._former = None
+        self._note_activity(active)
+        outlier = not finite or self._is_outlier(value)
+        if finite and len(self._start) < ACTIVE_FROM:
+            self._start.append(value)
+            self._level = middle(sorted(map(abs, self._start)))
+        if outlier or self._shift.entries:
+            self._shift.note(step, value, self.threshold)
+        rise = self._note_rise(step, value) if finite else None
         if not outlier:
-            if trace.onset is not None:
-                trace.outliers, trace.onset, trace.reported = [], None, False
-            self._admit(value)
-            return None
-        if trace.onset is None:
-            trace.onset = step
-        trace.outliers = [*trace.outliers[1 - HISTORY :], value]
-        if len(trace.trouble) == HISTORY and (event := self._settle(step)):
-            return event
-        if not trace.reported and self._is_spike(skipped):
-            trace.reported = True
-            return self._event("spike", step, trace.onset, list(trace.outliers))
-        return None
+            self._end_streak()
+            if self._after:
+                self._note_restored(value)
+            self._clean.admit(value)
+            return rise
+        streak = self._note_outlier(step, value)
+        if outliers := self._shift.outliers(self.threshold):
+            return self._accept_shift(step, outliers)
+        if not streak.reported and ((broken and not skipped) or self._is_spike(streak)):
+            streak.reported = True
+            return self._event("spike", step, streak.onset, list(streak.outliers))
+        return rise
+
+    def acquit(self) -> bool:
+        """The answer to a spike: it was not the weights. Asks again when the streak is twice as long.
+
+        Returns:
+            Whether it is the first answer to this streak.
+        """
+        streak = self._streak
+        if streak is None:
+            return False
+        self._acquit(streak.outliers)
+        first, streak.answered, streak.ask_at = not streak.answered, True, 2 * streak.length
+        return first
 
     def restored(self, unmoved: int) -> None:
-        """Ends the streak: the weights are now those of a merge of clean snapshots.
+        """The answer to an event: the weights are now those of a merge of clean snapshots.
 
         Args:
             unmoved: the coming values that are of these weights, but for the noise of a few small updates.
         """
-        clean, active = self._trace.clean, self._trace.active
-        self._trace = _Trace(clean, active=active, first=[], unmoved=min(unmoved, self.patience))
+        if self._former is not None:
+            self._clean = self._former
+        self._streak, self._former = None, None
+        self._shift, self._rise = ShiftTest(), RiseTest(self.k, self.floor)
+        self._after = _AfterRestore(min(unmoved, self.patience))
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as JSON types (NaN and infinities as Python's ``json`` writes them)."""
-        return asdict(self._trace)
+        return {
+            "clean": list(self._clean.values),
+            "hard": list(self._hard.values),
+            "healed": self._healed,
+            "trouble": [list(entry) for entry in self._shift.entries],
+            "rise": [[list(entry) for entry in self._rise.recent], self._rise.pause, self._rise.asked],
+            "streak": asdict(self._streak) if self._streak else None,
+            "after": asdict(self._after) if self._after else None,
+            "active": self._active,
+            "before": list(self._before) if self._before else None,
+            "start": list(self._start),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict`` as if there had been no break."""
-        self._trace = _Trace(**copy.deepcopy(dict(state)))
-        self._trace.trouble = [(step, value) for step, value in state["trouble"]]
-        self._sorted = sorted(self._trace.clean)
+        state = copy.deepcopy(dict(state))
+        self._clean = Baseline(self.k, self.floor, state["clean"])
+        self._hard = Baseline(self.k, self.floor, state["hard"])
+        self._healed, self._active, self._start = state["healed"], state["active"], state["start"]
+        self._shift, self._rise = ShiftTest(state["trouble"]), RiseTest(self.k, self.floor, *state["rise"])
+        self._streak = _Streak(**state["streak"]) if state["streak"] else None
+        self._after = _AfterRestore(**state["after"]) if state["after"] else None
+        self._before = tuple(state["before"]) if state["before"] else None
+        self._level = middle(sorted(map(abs, self._start))) if self._start else 0.0
 
-    def _is_outlier(self, value: float, active: bool) -> bool:
-        if not math.isfinite(value):
-            return True
-        if not active or len(self._sorted) < ACTIVE_FROM:
-            return False
-        middle = _middle(self._sorted)  # the deviation takes a sort, which most values don't need
-        return value > middle + self.floor * abs(middle) and value > self.threshold
+    def _note_activity(self, active: bool) -> None:
+        """At the beginning of a warm-up a new baseline begins; the old one is kept until its end."""
+        if self._active and not active:
+            known = len(self._clean) >= ACTIVE_FROM
+            self._before = (self.baseline, self.threshold) if known else None
+            self._clean, self._shift = Baseline(self.k, self.floor), ShiftTest()
+            self._rise = RiseTest(self.k, self.floor)
+        elif active:
+            self._before = None
+        self._active = active
 
-    def _is_spike(self, skipped: bool) -> bool:
-        outliers = self._trace.outliers
-        if not math.isfinite(outliers[-1]) and not skipped:
-            return True
-        ceiling = self._ceiling
-        return len(outliers) >= self.patience and not any(v <= ceiling for v in outliers[-self.patience :])
+    def _is_outlier(self, value: float) -> bool:
+        if not self._active:
+            return value > self._far_off
+        # The spread takes a sort, which most values don't need.
+        known = len(self._clean) >= ACTIVE_FROM
+        return known and value > self._clean.least_limit(self._level) and value > self.threshold
 
     @property
-    def _ceiling(self) -> float:
-        """What a spike must exceed: the threshold, or what it would be for changed data."""
-        first, threshold = self._trace.first, self.threshold
-        if not first:
-            return threshold
-        if len(first) == _FIRST:
-            return max(threshold, self._limit(sorted(first)))
-        top, baseline = max(first[: self._trace.unmoved]), self.baseline
+    def _far_off(self) -> float:
+        """What a value must exceed while the rate rises, to be an outlier all the same."""
+        if self._before is None or not math.isfinite(self._before[1]):
+            return math.inf
+        baseline, threshold = self._before
+        far = baseline + max(_FAR * (threshold - baseline), _TIMES * abs(baseline))
+        return max(far, _AS_AT_FIRST * self._level)
+
+    def _note_rise(self, step: int, value: float) -> SpikeEvent | None:
+        found = self._rise.onset(step, value, self._clean, self._level) if self._active else None
+        streak = self._streak
+        if found is None or (streak and (streak.reported or streak.answered)) or self._after:
+            return None
+        onset, baseline, limit = found
+        values = [value for _, value in self._rise.recent]
+        if middle(sorted(values)) <= self._hard_limit:
+            return None
+        return SpikeEvent("rise", self.watched, onset, step, values, baseline, (baseline + limit) / 2)
+
+    def _note_outlier(self, step: int, value: float) -> _Streak:
+        """Adds an outlier to the streak, or begins one with it."""
+        if self._streak is None:
+            # Without an answer from the data a change of them is all that hard data can turn out to be.
+            ask_at = 2 * self._healed + self.patience if self._healed else None
+            self._streak = _Streak(step, ask_at=ask_at)
+        streak = self._streak
+        streak.outliers = [*streak.outliers[1 - HISTORY :], value]
+        streak.length += 1
+        is_like_hard_data = math.isfinite(value) and value <= self._hard_limit
+        streak.beyond = 0 if is_like_hard_data else streak.beyond + 1
+        if is_like_hard_data:
+            self._hard.admit(value)
+        if self._after:
+            self._note_restored(value)
+        return streak
+
+    @property
+    def _hard_limit(self) -> float:
+        """Up to where an outlier looks like the hard data that are known; -inf where none are."""
+        if not self._hard.values:
+            return -math.inf
+        if len(self._hard) >= _FEW:
+            return self._hard.limit(self._level)
+        top, baseline, threshold = max(self._hard.values), self.baseline, self.threshold
         return top + (threshold - baseline) * (max(1.0, top / baseline) if baseline > 0 else 1.0)
 
-    def _limit(self, ordered: list[float]) -> float:
-        """The threshold that these values make; NaN where most are 0: that has no scale."""
-        middle = _middle(ordered)
-        deviation = _middle(sorted([abs(value - middle) for value in ordered]))
-        return middle + (max(self.k * _SIGMA * deviation, self.floor * abs(middle)) or math.nan)
+    def _is_spike(self, streak: _Streak) -> bool:
+        if self._after and self._after.values:
+            return False  # it is not known yet whether the data changed
+        is_due = streak.ask_at is not None and streak.length >= streak.ask_at
+        return is_due or streak.beyond >= self.patience
 
-    def _note_first(self, first: list[float], value: float, outlier: bool) -> None:
-        trace = self._trace
+    def _note_restored(self, value: float) -> None:
+        """Notes one of the first values after a restore; the last one tells whether the data changed."""
+        after = self._after
+        assert after is not None
         if not math.isfinite(value):
             return
-        trace.clean_in_a_row = 0 if outlier else trace.clean_in_a_row + 1
-        if len(first) < _FIRST:
-            first.append(value)
-        unchanged = len(first) == trace.unmoved and sorted(first)[trace.unmoved // 4] <= self.threshold
-        if unchanged or trace.clean_in_a_row == _FIRST:
-            trace.first = None
+        after.values.append(value)
+        if len(after.values) < after.unmoved:
+            return
+        self._after = None
+        threshold = self.threshold
+        if sorted(after.values)[after.unmoved // 4] > threshold:
+            self._acquit([value for value in after.values if value > threshold])
+        elif self._streak:
+            self._streak.beyond = self._streak.length
 
-    def _note_trouble(self, step: int, value: float, active: bool) -> None:
-        """Notes an outlier, or what came after one."""
-        trace = self._trace
-        if not active or not math.isfinite(value):
-            trace.trouble = []
-        else:
-            trace.trouble = [*trace.trouble[1 - HISTORY :], (step, value)]
-            while trace.trouble and trace.trouble[0][1] <= self.threshold:
-                del trace.trouble[0]
+    def _acquit(self, values: list[float]) -> None:
+        self._note_hard(values)
+        if self._streak:
+            self._streak.reported, self._streak.beyond = False, 0
 
-    def _settle(self, step: int) -> SpikeEvent | None:
-        """Takes the outliers for the new baseline, where they are the rule by now."""
-        (onset, _), threshold = self._trace.trouble[0], self.threshold
-        outliers = [value for _, value in self._trace.trouble if value > threshold]
-        if len(outliers) < _MOSTLY * HISTORY:
-            return None
-        event = self._event("shift", step, onset, outliers)
-        self._trace = _Trace(clean=list(outliers))
-        self._sorted = sorted(outliers)
+    def _note_hard(self, values: list[float]) -> None:
+        """Takes outliers for hard data: of the kind that is known, or of a kind of their own."""
+        finite, limit = list(filter(math.isfinite, values)), self._hard_limit
+        if finite and max(finite) > limit:
+            self._hard = Baseline(self.k, self.floor)
+        for value in finite:
+            self._hard.admit(value)
+
+    def _end_streak(self) -> None:
+        """A streak that ended by itself was none of the weights' fault, if it was long enough to ask."""
+        streak, self._streak = self._streak, None
+        if streak and (streak.reported or streak.ask_at):
+            self._note_hard(streak.outliers)
+            self._healed = max(self._healed, streak.length)
+
+    def _accept_shift(self, step: int, outliers: list[float]) -> SpikeEvent:
+        """Takes the outliers for the new baseline: they are the rule by now."""
+        event = self._event("shift", step, self._shift.entries[0][0], outliers)
+        self._former = self._clean
+        self._clean = Baseline(self.k, self.floor, outliers)
+        self._shift, self._streak, self._after = ShiftTest(), None, None
+        self._rise = RiseTest(self.k, self.floor)
         return event
-
-    def _admit(self, value: float) -> None:
-        clean = self._trace.clean
-        clean.append(value)
-        insort(self._sorted, value)
-        if len(clean) > HISTORY:
-            del self._sorted[bisect_left(self._sorted, clean.pop(0))]
 
     def _event(
         self, kind: Literal["spike", "shift"], step: int, onset: int, values: list[float]
     ) -> SpikeEvent:
-        return SpikeEvent(kind, self.watched, onset, step, values, self.baseline, self.threshold)
-
-
-def _middle(ordered: list[float]) -> float:
-    half = len(ordered) // 2
-    return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+        baseline, threshold = self._before or (self.baseline, self.threshold)
+        return SpikeEvent(kind, self.watched, onset, step, values, baseline, threshold)

@@ -58,26 +58,50 @@ def sentence(record: Mapping[str, Any]) -> str:
     >>> print(sentence({**event, "baseline": 2.0, "threshold": 2.5, "reason": "told only"}))
     merge: loss spike: 5 outliers from step 8 to 12, the last 3 (baseline 2, threshold 2.5); told only
     """
-    values, watched = record["values"], record["trigger"]
+    watched = record["trigger"]
+    if record["event"] == "drift":
+        return (
+            f"merge: {watched} drift: it has crept up from {record['best']:.4g} to {record['level']:.4g} by "
+            f"step {record['step']}; nothing is done about it"
+        )
+    values = record["values"]
     what = (
         f"{len(values)} outlier{'s' * (len(values) > 1)} from step {record['onset']} to {record['step']}, "
         f"the last {values[-1]:.4g} (baseline {record['baseline']:.4g}, threshold {record['threshold']:.4g})"
     )
     kind = "shift" if record["event"] == "shift" else "spike"
-    return f"merge: {watched} {kind}: {what}; {_outcome(record)}"
+    sick = record.get("sick_rank")
+    rank = "" if sick is None else f"; only rank {sick} has seen them, which may be a fault of its hardware"
+    return f"merge: {watched} {kind}: {what}; {_outcome(record)}{rank}"
 
 
 def _outcome(record: Mapping[str, Any]) -> str:
     if record["event"] == "shift":
         return "this is the new baseline"
+    if record["event"] == "hard data":
+        return f"hard data, the weights are sound: {sentence_of(record['evidence'])}"
     if record["event"] != "restore":
         return str(record.get("reason", "nothing is done about it"))
     steps = ", ".join(str(s["step"]) for s in record["snapshots"])
+    tried = f"{sentence_of(record['evidence'])}; " if record.get("evidence") else ""
     factor = "" if record["lr_factor"] == 1 else f" to {record['lr_factor']:g} of the schedule"
     return (
-        f"restored the {record['method']} of the snapshots of steps {steps} in {record['seconds']:.2f} s "
-        f"(number {record['in_a_row']} in a row); optimizer: {record['optimizer']}, the learning rate warms "
-        f"up again over {record['rewarm_steps']} steps{factor}"
+        f"{tried}restored the {record['method']} of the snapshots of steps {steps} in "
+        f"{record['seconds']:.2f} s (number {record['in_a_row']} in a row); optimizer: "
+        f"{record['optimizer']}, the learning rate warms up again over {record['rewarm_steps']} steps{factor}"
+    )
+
+
+def sentence_of(evidence: Mapping[str, Any]) -> str:
+    """The record of an ``Evidence`` for people."""
+    live, candidate = evidence["live"], evidence["candidate"]
+    if evidence["source"] == "weights":
+        return "weights or optimizer state are not finite"
+    if math.isnan(candidate) and math.isfinite(live):
+        return f"on the same {evidence['source']} they score {live:.4g} now"
+    return (
+        f"on the same {evidence['source']} the live weights score {live:.4g}, those before the spike "
+        f"{candidate:.4g}"
     )
 
 

@@ -1,12 +1,8 @@
-"""From each step's loss to a decision, and from the decision to a restored run."""
+"""From each optimizer step's numbers to spikes, and with those to the policy."""
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +11,28 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from merge_callback.sharding import local
+from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.merge import WindowMerger
-from merge_callback.snapshots.storage import Snapshot
-from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
-from merge_callback.training.recovery import Recovery
+from merge_callback.training.evidence import HeldBatches
+from merge_callback.training.logged_scalars import LoggedScalars
 from merge_callback.training.reporting import log_metrics
-from merge_callback.training.spike import SpikeDetector, SpikeEvent
-from merge_callback.training.spike_record import RECORD, announce, append
-from merge_callback.training.step_statistics import Statistics, StepStatistics
-
-log = logging.getLogger(__name__)
-
-_LOWER = 0.5
-"""What the learning rate is multiplied by where older snapshots did not help."""
-
-
-_UNMOVED = 20
-"""In this fraction of a re-warm-up the weights are as they were restored, as far as the loss can tell."""
-
-
-class TrainingDivergedError(RuntimeError):
-    """The run keeps diverging, or diverged with nothing to restore; the message says what to try."""
-
-
-@dataclass
-class _Restores:
-    """What was restored so far."""
-
-    count: int = 0
-    in_a_row: int = 0  # each within the cooldown of the one before
-    step: int | None = None  # of the last one
-    used: list[int] = field(default_factory=list)  # steps of its snapshots
+from merge_callback.training.spike import SpikeEvent
+from merge_callback.training.spike_policy import SpikePolicy
+from merge_callback.training.step_statistics import Statistics, StepStatistics, dense
+from merge_callback.training.watched_numbers import WatchedNumbers
 
 
 class SpikeWatch:
-    """Watches the loss of one fit, and restores the run after a spike.
+    """Watches the numbers of one fit, and has the run restored after a spike that is the weights' fault.
 
     Args:
         options: what is a spike and what is done about it.
         trainer: in fit.
         module: its module.
         merger: gives the window's, once the last snapshot is in it.
-        statistics: of the fit's steps; this notes their losses and gradients.
+        statistics: of the fit's steps; this notes their losses, gradients and further scalars.
         dirpath: for the record of events.
         last_good_merge: finds the newest published merge that holds no snapshot after a step.
 
@@ -75,94 +50,95 @@ class SpikeWatch:
         dirpath: Path,
         last_good_merge: Callable[[int], Path | None],
     ) -> None:
-        self.options, self.trainer, self.module = options, trainer, module
+        self.options, self.trainer, self.module, self.statistics = options, trainer, module, statistics
+        self.numbers, self.batches = WatchedNumbers(options), HeldBatches()
+        self.policy = SpikePolicy(
+            options, trainer, module, merger, self.numbers, self.batches, statistics, dirpath, last_good_merge
+        )
         self._merger = merger
-        self.dirpath, self.last_good_merge = dirpath, last_good_merge
-        self.statistics = statistics
-        rule = (options.threshold, options.floor, options.patience)
-        self.loss = SpikeDetector(*rule)
-        self.grad_norm = SpikeDetector(*rule, watched="gradient norm") if options.grad_norm else None
-        self.recovery = Recovery(options, trainer, module, merger)
-        self.restores = _Restores()
+        self._scalars = LoggedScalars(trainer, [*options.watch]) if options.watch else None
+        statistics.names = [] if options.watch else None
+        self._stepped: set[int] = set()  # optimizers that have stepped since the last step ended
+        self._optimizers = ["", ""]  # those of the step before the last one, and of the last one
         self._seen = trainer.global_step  # the last step whose loss was read
         self._told = False  # that there is no loss to watch
 
     @property
-    def merger(self) -> WindowMerger:
-        """Merges the window."""
-        return self._merger()
-
-    @property
-    def window(self) -> Window:
-        """The run's snapshots."""
-        return self.merger.window
-
-    @property
     def calm(self) -> bool:
-        """Whether the newest loss that was read is no outlier."""
-        return self.loss.onset is None and (self.grad_norm is None or self.grad_norm.onset is None)
+        """Whether nothing that was read speaks against the weights."""
+        return self.numbers.calm
 
     @property
     def loss_scale(self) -> Tensor | None:
         """What fp16 training scales the loss by; ``None`` where it does not."""
-        scaler = self.recovery.scaler
+        scaler = self.policy.recovery.scaler
         return scaler._scale if scaler else None
 
-    def note_gradients(self, optimizer: Optimizer) -> None:
-        """Notes the norm of the gradients an optimizer is about to apply."""
-        self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Notes a micro-batch before it is trained on."""
+        self.batches.add(batch, batch_idx)
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Notes which optimizer is about to step and, where it is watched, the norm of its gradients."""
+        if len(self.trainer.optimizers) > 1:
+            self._stepped.add(next(i for i, o in enumerate(self.trainer.optimizers) if o is optimizer))
+        if self.options.grad_norm:
+            self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def add_batch(self, outputs: Any) -> None:
         """Notes the loss of a micro-batch, as Lightning hands it to ``on_train_batch_end``."""
         automatic = self.module.automatic_optimization
         self.statistics.add_loss(outputs, self.trainer.accumulate_grad_batches if automatic else 1)
 
-    def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
-        """Ends an optimizer step: acts on the loss of the one before it.
+    def note_end_of_step(self, step: int) -> None:
+        """Notes what belongs to the step that ends, before its statistics are sent off."""
+        self.batches.end_step(step)
+        self.policy.origins.end_step(step)
+        if self._scalars:
+            self.statistics.add_scalars(self._scalars.new_values())
+        self._optimizers = [self._optimizers[1], ",".join(map(str, sorted(self._stepped)))]
+        self._stepped.clear()
 
-        Args:
-            step: optimizer steps taken so far.
-            warming_up: whether the learning rate is.
-            statistics: of the step before, if there was one.
+    def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
+        """Reads the statistics of the step before, and acts on them.
 
         Returns:
             Whether the live weights were replaced.
 
         Raises:
-            TrainingDivergedError: where the options say to stop the run.
+            TrainingDivergedError: where the run is to stop.
         """
-        self.recovery.lr.end_step(step)
+        self.policy.recovery.lr.end_step(step)
         restored = False
         if statistics is not None:
             for event in self._observe(statistics, warming_up):
-                restored = restored or self._act(event, step)
+                restored = restored or self.policy.act(event, step)
+        if restored:
+            self.statistics.forget()
+            self._seen = step
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and step % every == 0 and not restored:
-            self._log(0.0 if self.calm else 1.0)
+            log_metrics(self.trainer, self.policy.metrics(0.0 if self.calm else 1.0))
         return restored
 
     def close(self) -> None:
         """Sets the learning rates back to the schedule's."""
-        self.recovery.lr.close()
+        self.policy.recovery.lr.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives."""
         return {
-            "loss": self.loss.state_dict(),
-            "grad_norm": self.grad_norm.state_dict() if self.grad_norm else None,
-            "recovery": self.recovery.state_dict(),
-            "restores": asdict(self.restores),
+            "numbers": self.numbers.state_dict(),
+            "policy": self.policy.state_dict(),
             "seen": self._seen,
+            "optimizers": list(self._optimizers),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict`` as if there had been no break."""
-        self.loss.load_state_dict(state["loss"])
-        if self.grad_norm and state["grad_norm"]:
-            self.grad_norm.load_state_dict(state["grad_norm"])
-        self.recovery.load_state_dict(state["recovery"])
-        self.restores = _Restores(**{**state["restores"], "used": list(state["restores"]["used"])})
-        self._seen = state["seen"]
+        self.numbers.load_state_dict(state["numbers"])
+        self.policy.load_state_dict(state["policy"])
+        self._seen, self._optimizers = state["seen"], list(state["optimizers"])
 
     def _observe(self, seen: Statistics, warming_up: bool) -> list[SpikeEvent]:
         """What the detectors have to say of a step, spikes first."""
@@ -171,135 +147,31 @@ class SpikeWatch:
             rank_zero_warn(
                 "merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}"
             )
-        by_loss = by_norm = None
-        if seen.loss is not None:
-            by_loss = self.loss.observe(seen.step, seen.loss, not warming_up, seen.skipped)
-        if self.grad_norm is not None and seen.grad_norm is not None and not seen.skipped:
-            by_norm = self.grad_norm.observe(seen.step, seen.grad_norm, not warming_up)
-        if not self.calm and self.window.mark_in_spike(self._seen, seen.step):
-            self.merger.forget()
+        if seen.unknown_scalars:
+            self._agree_on_scalars()
+        events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
+        if not self.calm:
+            if self._merger().window.mark_in_spike(self._seen, seen.step):
+                self._merger().forget()
+        elif self.numbers.loss.onset is None:
+            self.policy.note_clean(seen.step)
         self._seen = seen.step
-        events = [event for event in (by_loss, by_norm) if event]
-        return sorted(events, key=lambda event: event.kind == "shift")
+        if not events and (drift := self.numbers.drifted(seen, not warming_up)):
+            self.policy.report_drift(seen.step, *drift)
+        return events
 
-    def _act(self, event: SpikeEvent, step: int) -> bool:
-        """Does what the options say about an event; says whether the live weights were replaced."""
-        if event.kind == "shift":
-            self.window.clear_in_spike(event.onset)
-            self.restores.in_a_row = 0  # it was not the weights
-        elif self.options.action == "restore":
-            return self._restore(event, step)
-        self._report(event, "shift" if event.kind == "shift" else "warn")
-        return False
+    def _agree_on_scalars(self) -> None:
+        """Gives the further scalars an order that is the same on all ranks."""
+        assert self._scalars is not None
+        assert self.statistics.names is not None
+        told = self._merger().ranks.exchange(self._scalars.names)
+        new = {name for names in told for name in names}.difference(self.statistics.names)
+        self.statistics.names = [*self.statistics.names, *sorted(new)]
 
-    def _restore(self, event: SpikeEvent, step: int) -> bool:
-        in_a_row = self.restores.in_a_row + 1 if self._is_cooling(event.onset) else 1
-        if in_a_row > self.options.max_restores:
-            self._stop(event, f"{in_a_row - 1} restores in a row did not help")
-        for line in self.window.drop_damaged():  # reading past the end of a cut file would kill the process
-            rank_zero_warn(f"merge: left out of the window: {line}")
-        snapshots, lower = self._choose(event.onset, in_a_row)
-        if not snapshots:
-            newest = event.onset - self.options.guard
-            return self._give_up(event, f"no clean snapshot is older than step {newest}, nothing to restore")
-        lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
-        start = time.perf_counter()
-        try:
-            weights = self.recovery.restore(snapshots, step, lasting)
-        except Exception as error:
-            log.exception("merge: the run could not be restored at step %s", step)
-            return self._give_up(event, f"the restore failed ({error!r})")
-        seconds = time.perf_counter() - start
-        used = [snapshot.step for snapshot in snapshots]
-        self.restores = _Restores(self.restores.count + 1, in_a_row, step, used)
-        self._forget_the_spike(used[-1], step)
-        self._report(
-            event,
-            "restore",
-            restored_at=step,
-            snapshots=[
-                {"step": s.step, "tokens": s.tokens, "file": s.file, "weight": w}
-                for s, w in zip(snapshots, weights, strict=True)
-            ],
-            method=self.options.merging.name,
-            optimizer=getattr(self.options.optimizer, "__name__", self.options.optimizer),
-            rewarm_steps=self.options.rewarm_steps,
-            lr_factor=lasting,
-            in_a_row=in_a_row,
-            restores=self.restores.count,
-            seconds=seconds,
-        )
-        return True
-
-    def _is_cooling(self, onset: int) -> bool:
-        last = self.restores.step
-        return last is not None and onset <= last + self.options.cooldown_steps
-
-    def _choose(self, onset: int, in_a_row: int) -> tuple[list[Snapshot], bool]:
-        """The snapshots to restore, and whether to lower the learning rate.
-
-        The second restore in a row goes one window older; those after it, or where there is nothing older,
-        stay there and lower the learning rate. Snapshots taken since the first one are not used; unless no
-        other is left: then the oldest ones are, which are a window older as a rule.
-        """
-        newest, count = onset - self.options.guard, self.options.pma_window
-        if in_a_row == 1:
-            return self.window.before_spike(newest)[-count:], False
-        used = self.restores.used
-        older = self.window.before_spike(used[0] - 1)
-        if in_a_row == 2 and older and older[-1].phase != "warmup":
-            return older[-count:], False
-        if known := self.window.before_spike(min(newest, used[-1])):
-            return known[-count:], True
-        since = self.window.before_spike(newest)
-        return since[:count], in_a_row > 2 or len(since) <= count
-
-    def _forget_the_spike(self, last_step: int, step: int) -> None:
-        """Goes on as from clean weights: what was seen of the others is dropped."""
-        self.statistics.forget()
-        self._seen = step
-        unmoved = max(1, self.options.rewarm_steps // _UNMOVED)
-        for detector in (self.loss, self.grad_norm):
-            if detector is not None:
-                detector.restored(unmoved)
-        try:
-            self.window.drop_newer(last_step)
-        except OSError as error:
-            rank_zero_warn(f"merge: the window's manifest could not be written ({error}); training goes on")
-
-    def _give_up(self, event: SpikeEvent, reason: str) -> bool:
-        if self.options.no_snapshot == "stop":
-            self._stop(event, reason)
-        self._report(event, "warn", reason=f"{reason}; training goes on as it is")
-        return False
-
-    def _stop(self, event: SpikeEvent, reason: str) -> None:
-        merge = self.last_good_merge(event.onset - self.options.guard)
-        self._report(event, "stop", reason=f"{reason}: stopped", last_good_merge=merge and str(merge))
-        folder = self.window.store.folder
-        good = f"the last good merge is {merge}" if merge else "no good merge was published"
-        if folder is not None and self.window.snapshots:
-            good += f", the last snapshots are in {folder}"
-        raise TrainingDivergedError(
-            f"the {event.trigger} left its baseline of {event.baseline:.4g} at step {event.onset} (the last "
-            f"value is {event.values[-1]:.4g}, the threshold {event.threshold:.4g}) and {reason}; {good}. "
-            "Try a lower learning rate, gradient clipping, qk-norm or z-loss, or other data from there; "
-            f"{self.dirpath / RECORD} has the whole story"
-        )
-
-    def _report(self, event: SpikeEvent, outcome: str, **more: Any) -> None:
-        record = {"event": outcome, "trigger": event.trigger, **asdict(event), **more}
-        del record["kind"]
-        if self.trainer.is_global_zero:
-            append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
-        announce(self.trainer, record)
-        self._log(0.0 if outcome == "shift" else 1.0)
-
-    def _log(self, spike: float) -> None:
-        metrics = {"merge/spike": spike, "merge/restores": float(self.restores.count)}
-        threshold = self.loss.threshold
-        if not math.isnan(threshold):
-            metrics |= {"merge/loss_baseline": self.loss.baseline, "merge/loss_threshold": threshold}
-        if self.restores.count:
-            metrics["merge/lr_factor"] = self.recovery.lr.factor(self.trainer.global_step)
-        log_metrics(self.trainer, metrics)
+    def _is_broken(self) -> bool:
+        """Whether weights, optimizer state or gradients are not finite, on any rank."""
+        if not self.policy.weights_are_finite():
+            return True
+        gradients = [p.grad for p in self.policy.parameters if p.grad is not None]
+        sound = all(all_finite(dense(local(gradient))) for gradient in gradients)
+        return not all(self._merger().ranks.exchange(sound))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,8 @@ from merge_callback.training.token_clock import TokenClock
 
 log = logging.getLogger(__name__)
 
+_REMEMBERED = 128  # steps whose own losses are kept
+
 _PATIENCE = timedelta(seconds=30)
 """How long a checkpoint waits for the numbers of other ranks, which may be gone."""
 
@@ -34,6 +38,8 @@ class Statistics(NamedTuple):
         grad_norm: global 2-norm of its gradients before clipping; ``None`` unless it is watched.
         skipped: whether fp16 loss scaling skipped it.
         tokens: in its micro-batches; 0 where they can't be counted.
+        scalars: mean over the ranks that had one, by name, of further numbers that are watched.
+        unknown_scalars: whether some rank had one under a name that is not among ``StepStatistics.names``.
     """
 
     step: int
@@ -41,14 +47,17 @@ class Statistics(NamedTuple):
     grad_norm: float | None
     skipped: bool
     tokens: int = 0
+    scalars: Mapping[str, float] = MappingProxyType({})
+    unknown_scalars: bool = False
 
 
 class StepStatistics:
     """Sums up micro-batches on their device and hands out each step's numbers when the next one ends.
 
-    On several ranks the sums are reduced over all of them, in one all-reduce of seven fp64 numbers a step. On
-    CUDA they travel in one small copy to pinned memory. Both are waited for one optimizer step later, when
-    the device has the whole next step in its queue: the device never idles for them.
+    On several ranks the sums are reduced over all of them, in one all-reduce of seven fp64 numbers a step
+    (and two for each further scalar that is watched). On CUDA they travel in one small copy to pinned memory.
+    Both are waited for one optimizer step later, when the device has the whole next step in its queue: the
+    device never idles for them.
 
     Args:
         ranks: that end every step together; default: this process alone.
@@ -59,6 +68,9 @@ class StepStatistics:
         own_part: the part of a parameter's gradient that this rank answers for, as a plain tensor, so that
             each gradient is summed up once; ``None`` where it has none. Default: the whole gradient, which
             is right for a lone rank.
+
+    Attributes:
+        names: of further scalars, in an order that is the same on all ranks; ``None`` where none are watched.
     """
 
     def __init__(
@@ -74,6 +86,9 @@ class StepStatistics:
         self._losses: list[float | Tensor] = []
         self._square_norms: list[float | Tensor] = []
         self._tokens = 0.0
+        self.names: list[str] | None = None
+        self._scalars: Mapping[str, Tensor | float] = {}
+        self._own_losses: deque[tuple[int, float | Tensor]] = deque(maxlen=_REMEMBERED)
         self._scale: float | None = None  # after the last step that was read; None where that is not known
         self._last: _Pending | None = None
 
@@ -84,7 +99,7 @@ class StepStatistics:
             outputs: what Lightning hands to ``on_train_batch_end``; without a ``"loss"`` nothing is noted.
             divided_by: what Lightning divided it by (``accumulate_grad_batches``; 1 in manual optimization).
         """
-        loss = outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
+        loss = loss_in(outputs)
         if isinstance(loss, (Tensor, float)):
             self._losses.append(_own(loss, divided_by))
 
@@ -95,9 +110,25 @@ class StepStatistics:
     @torch.no_grad()
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Notes the norm of the gradients that one optimizer is about to apply."""
-        gradients = [_dense(part) for p in parameters if (part := self._own_part(p)) is not None]
+        gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
             self._square_norms.append(_own(torch.nn.utils.get_total_norm(gradients), 1) ** 2)
+
+    def add_scalars(self, values: Mapping[str, Tensor | float]) -> None:
+        """Notes further scalars of the step that ends now, by name."""
+        self._scalars = values
+
+    def own_losses(self, steps: Iterable[int]) -> list[float | None]:
+        """This rank's own mean losses of some of the last steps, waited for; ``None`` where there is none."""
+        known = dict(self._own_losses)
+        return [None if (loss := known.get(step)) is None else float(loss) for step in steps]
+
+    @torch.no_grad()
+    def gradient_norm(self, parameters: Iterable[Tensor]) -> float:
+        """The global 2-norm of the gradients as they are now; waits for it. All ranks have to ask."""
+        gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
+        square = float(torch.nn.utils.get_total_norm(gradients)) ** 2 if gradients else 0.0
+        return math.sqrt(sum(self._ranks.exchange(square)))
 
     def end_step(self, step: int, scale: Tensor | None) -> Statistics | None:
         """Ends optimizer step ``step``; all ranks have to.
@@ -109,6 +140,8 @@ class StepStatistics:
         Returns:
             The statistics of the step before; ``None`` at the first one.
         """
+        if self._losses:
+            self._own_losses.append((step, sum(self._losses) / len(self._losses)))
         tokens, numbers = self._tokens, self._take(scale)
         last, self._last = self._last, self._send(step, numbers)
         if self._ranks.group is None:
@@ -127,7 +160,7 @@ class StepStatistics:
         Tokens are not: those of the step that has just ended are counted first.
         """
         self.settle()
-        self._losses, self._square_norms = [], []
+        self._losses, self._square_norms, self._scalars = [], [], {}
         self._scale, self._last = None, None
 
     def close(self) -> None:
@@ -146,6 +179,7 @@ class StepStatistics:
             "square_norms": [float(square) for square in self._square_norms],
             "tokens": self._tokens,
             "scale": self._scale,
+            "names": self.names,
             "last": self._last_step(),
         }
 
@@ -157,12 +191,13 @@ class StepStatistics:
         self._tokens = state["tokens"] if first else 0.0
         self._scale = state["scale"]
         self._last = None
+        self.names = state["names"] if self.names is not None else None
         if state["last"] is not None:
-            step, *sums = state["last"]
-            self._last = _Pending(step, _Sums(*sums))
+            step, names, *sums = state["last"]
+            self._last = _Pending(step, names, _Sums(*sums))
             self._last.counted = True
 
-    def _last_step(self) -> list[float | None] | None:
+    def _last_step(self) -> list[Any] | None:
         if self._last is None:
             return None
         try:
@@ -170,7 +205,7 @@ class StepStatistics:
         except Exception as error:  # of any backend
             log.warning("merge: the statistics of step %s are not saved: %s", self._last.step, error)
             return None
-        return [self._last.step, *self._last.read()]
+        return [self._last.step, self._last.names, *self._last.read()]
 
     def _take(self, scale: Tensor | None) -> list[float | Tensor]:
         """The sums of the step that ends; those of the next one begin."""
@@ -179,15 +214,25 @@ class StepStatistics:
         loss = sum(losses)
         counted = [loss, float(len(losses)), tokens] if self._counts else [0.0, 0.0, 0.0]
         bad = 0.0 if self._ranks.group is None else _is_bad(loss)
-        return [*counted, bad, sum(squares), float(len(squares)), 0.0 if scale is None else scale]
+        numbers = [*counted, bad, sum(squares), float(len(squares)), 0.0 if scale is None else scale]
+        return numbers if self.names is None else [*numbers, *self._take_scalars(self.names)]
+
+    def _take_scalars(self, names: Sequence[str]) -> list[float | Tensor]:
+        """Whether there are unknown ones; then of each known one its value, and whether there is one."""
+        found, self._scalars = self._scalars, {}
+        numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
+        for name in names:
+            value = found.get(name)
+            numbers += [0.0, 0.0] if value is None else [_own(value, 1), 1.0]
+        return numbers
 
     def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
         ranks = self._ranks
         tensors = [number for number in numbers if isinstance(number, Tensor)]
         if ranks.group is None and not tensors:
-            return _Pending(step, _reduced(numbers, 1))  # type: ignore[arg-type]
+            return _Pending(step, self.names, _reduced(numbers, 1))  # type: ignore[arg-type]
         read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
-        return _Pending(step, wait=lambda within: _reduced(read(within), ranks.size))
+        return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
         """Has the clock count a step, once."""
@@ -198,10 +243,16 @@ class StepStatistics:
     def _read(self, pending: _Pending) -> Statistics:
         if not pending.counted:
             self._count(pending)
-        loss, norm, scale, tokens = pending.sums or pending.read()
+        loss, norm, scale, tokens, *further = pending.sums or pending.read()
         skipped = scale is not None and self._was_skipped(loss, norm, scale)
         self._scale = scale
-        return Statistics(pending.step, loss, norm, skipped, 0 if math.isnan(tokens) else int(tokens))
+        tokens = 0 if math.isnan(tokens) else int(tokens)
+        if not further[0]:
+            return Statistics(pending.step, loss, norm, skipped, tokens)
+        unknown, *values = further[0]
+        pairs = zip(pending.names or [], values[::2], values[1::2], strict=True)
+        scalars = {name: value / count for name, value, count in pairs if count}
+        return Statistics(pending.step, loss, norm, skipped, tokens, scalars, bool(unknown))
 
     def _was_skipped(self, loss: float | None, norm: float | None, scale: float) -> bool:
         if self._scale is None:  # the first step, or the first after a restore: only an overflow can tell
@@ -216,6 +267,7 @@ class _Sums(NamedTuple):
     norm: float | None
     scale: float | None
     tokens: float
+    scalars: list[float] = []  # noqa: RUF012  # as ``_take_scalars`` lays them out; empty where none are watched
 
 
 class _Pending:
@@ -224,10 +276,11 @@ class _Pending:
     def __init__(
         self,
         step: int,
+        names: list[str] | None = None,
         sums: _Sums | None = None,
         wait: Callable[[timedelta | None], _Sums] | None = None,
     ) -> None:
-        self.step = step
+        self.step, self.names = step, names
         self.counted = False  # whether the clock knows its tokens
         self.sums, self._wait = sums, wait  # they are known, or waited for
 
@@ -236,6 +289,11 @@ class _Pending:
             assert self._wait is not None
             self.sums = self._wait(within)
         return self.sums
+
+
+def loss_in(outputs: Any) -> Any:
+    """The loss that a training step returned, if any."""
+    return outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
 
 
 def counts_batches(trainer: Trainer) -> bool:
@@ -255,11 +313,11 @@ def step_progress(trainer: Trainer) -> _ReadyCompletedTracker:
 
 
 def _reduced(numbers: list[float], ranks: int) -> _Sums:
-    loss, count, tokens, bad, square, squares, scale = numbers
+    loss, count, tokens, bad, square, squares, scale, *scalars = numbers
     mean = loss / count if count else None
     if bad and (mean is None or math.isfinite(mean)):  # on a rank whose loss is not summed up
         mean = math.nan
-    return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens)
+    return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens, scalars)
 
 
 def _is_bad(loss: float | Tensor) -> float | Tensor:
@@ -272,7 +330,8 @@ def _gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
 
 
-def _dense(gradient: Tensor) -> Tensor:
+def dense(gradient: Tensor) -> Tensor:
+    """The values that a gradient holds; of a sparse one those that are there."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 

@@ -1,0 +1,256 @@
+"""Is it the weights, or the data? The candidate is tried on the batch that raised the alarm.
+
+Before live weights are overwritten, the training loss of that batch is computed again, with the live weights
+and with those before the spike. Only where the latter do clearly better are the live weights to blame.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from merge_callback.sharding import Ranks
+from merge_callback.snapshots.capture import ModelTensors
+
+T = TypeVar("T")
+
+_MOST_BYTES = 256 << 20  # of a step's batches: larger ones are not held
+_MOST_BATCHES = 8  # of a step's micro-batches: the newest
+
+_SHARE = 0.5  # of the excess over the baseline that a candidate must take away
+
+
+class HeldBatch(NamedTuple):
+    """A micro-batch, and where in the epoch it came."""
+
+    batch: Any
+    batch_idx: int
+
+
+LossOf = Callable[[Sequence[HeldBatch]], float]
+"""The mean training loss of some batches, on this rank, with the weights that the module has now."""
+
+Rehearsal = Callable[[], AbstractContextManager[LossOf]]
+"""Makes a context within which losses can be computed with other weights in the module.
+
+On exit the module, its weights, metrics and logs, and all random generators are as they were, bit for bit.
+Each call of ``LossOf`` draws the same random numbers. This is all that a training loop has to supply.
+
+Raises:
+    UnrepeatableStepError: where the training step can't be run again.
+"""
+
+
+class UnrepeatableStepError(RuntimeError):
+    """The training step can't be run again just to compute a loss; the message says why."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the same batches cost with the live weights, and with those before the spike.
+
+    Args:
+        source: ``"batch"``, that of the step that raised the alarm, or ``"validation"``, its first batches;
+            or ``"weights"``: they are not finite, and nothing was tried.
+        live: loss of the live weights, over all ranks.
+        candidate: loss of the weights that would replace them; NaN where the live ones turned out sound.
+        snapshot: loss of the newest snapshot among those that the candidate is a merge of; NaN where the
+            candidate turned out no better.
+        validation: losses of the live weights and of the candidate on the first batches of the validation;
+            ``None`` where they were not asked for.
+        guilty: whether the live weights are to blame.
+    """
+
+    source: str
+    live: float
+    candidate: float = math.nan
+    snapshot: float = math.nan
+    validation: tuple[float, float] | None = None
+    guilty: bool = False
+
+    def record(self) -> dict[str, Any]:
+        """As primitives."""
+        return {key: value for key, value in vars(self).items() if key != "guilty"}
+
+
+def is_clearly_better(candidate: float, live: float, alarm: Alarm) -> bool:
+    """Whether a candidate's loss speaks against the live weights, rather than the data against both.
+
+    It does where the live loss lies above the threshold, and the candidate takes half of the excess over the
+    baseline away, or where it is finite and the live one is not.
+
+    >>> alarm = Alarm(baseline=2.0, threshold=2.2, value=9.0)
+    >>> is_clearly_better(candidate=2.1, live=9.0, alarm=alarm)
+    True
+    >>> is_clearly_better(candidate=8.8, live=9.0, alarm=alarm)  # hard data
+    False
+    """
+    if not math.isfinite(candidate) or not math.isfinite(live):
+        return math.isfinite(candidate)
+    return live > alarm.threshold and live - candidate >= _SHARE * (live - alarm.baseline)
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What raised it: an outlier, and the baseline and threshold that it was judged by."""
+
+    baseline: float
+    threshold: float
+    value: float
+
+    def scaled_to(self, live: float) -> Alarm:
+        """The same excess, as a share, over a loss of another kind that is ``live`` now."""
+        share = (self.value - self.baseline) / abs(self.value) if self.value else 1.0
+        baseline = live - (min(1.0, share) if math.isfinite(share) else 1.0) * abs(live)
+        return Alarm(baseline, baseline, live)
+
+
+class HeldBatches:
+    """The last eight micro-batches: the loss of a step is read when the next one ends.
+
+    Only references are held, to 256 MiB of tensors at most. Of larger batches those of the step that has just
+    ended serve, which are in memory anyway.
+    """
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[HeldBatch, int]] = deque(maxlen=_MOST_BATCHES)  # with their sizes
+        self._ends: deque[tuple[int, int]] = deque(
+            maxlen=2
+        )  # the last steps, and how many batches there were
+        self._count = self._nbytes = 0
+
+    def add(self, batch: Any, batch_idx: int) -> None:
+        """Notes a micro-batch, before the training step can take anything out of it."""
+        size = _nbytes(batch)
+        if len(self._held) == _MOST_BATCHES:
+            self._nbytes -= self._held.popleft()[1]
+        self._nbytes += size
+        while self._held and self._nbytes > _MOST_BYTES:
+            self._nbytes -= self._held.popleft()[1]
+        self._held.append(
+            (HeldBatch(batch.copy() if type(batch) in (dict, list) else batch, batch_idx), size)
+        )
+        self._count += 1
+
+    def end_step(self, step: int) -> None:
+        """Ends an optimizer step."""
+        self._ends.append((step, self._count))
+
+    def of(self, step: int) -> list[HeldBatch]:
+        """Those of a step; of the newest one where they are not there any more."""
+        first = self._count - len(self._held)
+        begin = 0
+        for end_of, end in self._ends:
+            if end_of >= step and (found := self.all[max(0, begin - first) : max(0, end - first)]):
+                return found
+            begin = end
+        return []
+
+    @property
+    def all(self) -> list[HeldBatch]:
+        """All that are held, oldest first."""
+        return [held for held, _ in self._held]
+
+
+class Trial:
+    """Tries the merge of some snapshots against the live weights, on all ranks together.
+
+    Args:
+        source: what the losses are of, for the record: ``"batch"`` or ``"validation"``.
+        rehearse: makes it possible to compute losses with other weights.
+        live: gives the live model's tensors.
+        ranks: of the run.
+    """
+
+    def __init__(
+        self, source: str, rehearse: Rehearsal, live: Callable[[], ModelTensors], ranks: Ranks
+    ) -> None:
+        self.source, self.ranks = source, ranks
+        self._rehearse, self._live = rehearse, live
+
+    def hold(
+        self,
+        candidate: Callable[[ModelTensors], object],
+        newest: Callable[[ModelTensors], object] | None,
+        batches: Sequence[HeldBatch],
+        alarm: Alarm,
+    ) -> Evidence:
+        """Computes the losses of the live weights and of those before the spike; the live ones are back then.
+
+        That takes one pass over the batches where the live weights turn out sound, two where the candidate is
+        no better, else three: a merge may be better than any single checkpoint, on hard data too, so that the
+        newest snapshot has to be clearly better as well. Only parameters are exchanged: what the model keeps
+        in buffers (a queue, a running statistic) is part of the data here.
+
+        Args:
+            candidate: overwrites the live parameters with those that would replace them.
+            newest: overwrites them with the newest snapshot among these; ``None`` where that is the same.
+            batches: of the step that raised the alarm, on this rank.
+            alarm: what raised it.
+
+        Raises:
+            UnrepeatableStepError: where a loss can't be computed, on this rank or another.
+        """
+        fewest = min(self.ranks.exchange(len(batches)))
+        batches = batches[len(batches) - fewest :]
+        with ExitStack() as stack:
+            loss_of = self._agreed(lambda: stack.enter_context(self._rehearse()))
+            live = self._loss(loss_of, batches)
+            if self.source != "batch":
+                alarm = alarm.scaled_to(live)
+            if live <= alarm.threshold:
+                return Evidence(self.source, live)
+            self._agreed(lambda: candidate(self._live()))
+            merged = single = self._loss(loss_of, batches)
+            if not is_clearly_better(merged, live, alarm):
+                return Evidence(self.source, live, merged)
+            if newest is not None:
+                self._agreed(lambda: newest(self._live()))
+                single = self._loss(loss_of, batches)
+        guilty = is_clearly_better(single, live, alarm)
+        return Evidence(self.source, live, merged, single, guilty=guilty)
+
+    def compare(self, candidate: Callable[[ModelTensors], object]) -> tuple[float, float]:
+        """The losses of the live weights and of the candidate, on what needs no batches.
+
+        Raises:
+            UnrepeatableStepError: where a loss can't be computed, on this rank or another.
+        """
+        with ExitStack() as stack:
+            loss_of = self._agreed(lambda: stack.enter_context(self._rehearse()))
+            live = self._loss(loss_of, [])
+            self._agreed(lambda: candidate(self._live()))
+            return live, self._loss(loss_of, [])
+
+    def _loss(self, loss_of: LossOf, batches: Sequence[HeldBatch]) -> float:
+        """The mean of all ranks."""
+        own = self._agreed(lambda: loss_of(batches))
+        losses = self.ranks.exchange(own)
+        return sum(losses) / len(losses)
+
+    def _agreed(self, action: Callable[[], T]) -> T:
+        """What an action gives on this rank, once it has gone well on all of them."""
+        problem: str | None = None
+        try:
+            found = action()
+        except Exception as error:
+            problem = str(error) if isinstance(error, UnrepeatableStepError) else repr(error)
+        told = self.ranks.exchange(problem)
+        if problems := [text for text in told if text]:
+            raise UnrepeatableStepError(problems[0])
+        return found
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of the tensors in a batch, as far as containers show them."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_nbytes, value.values()))
+    return sum(map(_nbytes, value)) if isinstance(value, (list, tuple)) else 0

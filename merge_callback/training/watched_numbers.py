@@ -1,0 +1,109 @@
+"""The numbers of a run that are watched for spikes, each by a detector of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from merge_callback.spike_options import SpikeOptions
+from merge_callback.training.drift import Drift, SpikeScore
+from merge_callback.training.spike import SpikeDetector, SpikeEvent
+from merge_callback.training.step_statistics import Statistics
+
+LOSS, GRAD_NORM = "loss", "gradient norm"
+
+
+class WatchedNumbers:
+    """The loss, the gradient norm and further scalars, each judged by what it was before.
+
+    Where several optimizers take turns (the two sides of a GAN), each has losses of a kind of its own: so
+    there is a detector for every number and every set of optimizers that stepped.
+
+    Args:
+        options: what is a spike.
+    """
+
+    def __init__(self, options: SpikeOptions) -> None:
+        self.drift, self.score = Drift(options.floor), SpikeScore()
+        self._rule = (options.threshold, options.floor, options.patience)
+        self._detectors: dict[tuple[str, str], SpikeDetector] = {}
+        self._key = ""  # of the loss that was read last
+
+    def __getitem__(self, watched: str) -> SpikeDetector:
+        """The detector of a number, of the kind that was read last."""
+        return self._detector(watched, self._key)
+
+    @property
+    def loss(self) -> SpikeDetector:
+        """That of the loss."""
+        return self[LOSS]
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing speaks against the weights."""
+        return all(detector.calm for detector in self._detectors.values())
+
+    def observe(
+        self, seen: Statistics, active: bool, optimizers: str, is_broken: Callable[[], bool]
+    ) -> list[SpikeEvent]:
+        """Reads the numbers of one optimizer step; returns what there is to report, spikes first.
+
+        Args:
+            seen: the numbers.
+            active: ``False`` while the learning rate warms up.
+            optimizers: which of them stepped, as a key.
+            is_broken: finds out whether weights, gradients or optimizer state are not finite; asked only
+                where a number is not.
+        """
+        self._key = optimizers
+        numbers = {LOSS: seen.loss, GRAD_NORM: None if seen.skipped else seen.grad_norm, **seen.scalars}
+        events = []
+        for watched, value in numbers.items():
+            if value is None:
+                continue
+            detector = self._detector(watched, optimizers)
+            broken = not math.isfinite(value) and not seen.skipped and is_broken()
+            skipped = seen.skipped and watched == LOSS
+            if event := detector.observe(seen.step, value, active, skipped, broken):
+                events.append(event)
+        if seen.loss is not None and not seen.skipped:
+            self.score.observe(seen.loss)
+        return sorted(events, key=lambda event: ("spike", "rise", "shift").index(event.kind))
+
+    def drifted(self, seen: Statistics, active: bool) -> tuple[float, float] | None:
+        """The best level of the loss and the present one, where it has crept up from there."""
+        if not active:
+            self.drift.restart()
+        if not active or seen.loss is None or self.loss.onset is not None:
+            return None
+        return self.drift.observe(seen.loss, self.loss.threshold - self.loss.baseline)
+
+    def restored(self, unmoved: int) -> None:
+        """All numbers are those of restored weights from now on."""
+        self.drift.restart()
+        for detector in self._detectors.values():
+            detector.restored(unmoved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, as primitives."""
+        return {
+            "detectors": [[*key, detector.state_dict()] for key, detector in self._detectors.items()],
+            "key": self._key,
+            "drift": self.drift.state_dict(),
+            "score": self.score.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``."""
+        self._key = state["key"]
+        for watched, optimizers, detector in state["detectors"]:
+            self._detector(watched, optimizers).load_state_dict(detector)
+        self.drift.load_state_dict(state["drift"])
+        self.score.load_state_dict(state["score"])
+
+    def _detector(self, watched: str, optimizers: str) -> SpikeDetector:
+        key = (watched, optimizers)
+        if key not in self._detectors:
+            self._detectors[key] = SpikeDetector(*self._rule, watched=watched)
+        return self._detectors[key]
