@@ -9,7 +9,8 @@ All arms take over an hour on one core; with TMPDIR on a disk in memory no time 
 A small GPT trains once per seed, with a snapshot every 10 steps. From a checkpoint shortly before the onset
 it goes on in several ways: unbroken; broken and only warned of; broken and restored, for every combination of
 ``guard`` (5, 10, 30, 100 steps), ``pma_window`` (1, 3, 10) and ``optimizer`` (keep, reset). `CAUSES` says
-what breaks it. A cause ends with the first restore, as if somebody had mended it then, or after its length.
+what breaks it. A cause ends with the first restore, as if somebody had mended it
+then, or after its length; corrupted data go on to their end.
 
 A run is *recovered* if its final validation loss, the mean of three validations, is within 2 % of the
 unbroken run's. It is *back on trend* once its training loss (mean of 10 steps) is within 2 % of the unbroken
@@ -102,6 +103,8 @@ class Cause:
 
     seed: int
     length = 1
+    mends = True
+    """Whether it ends with the first restore, as if somebody had mended it then."""
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(1000 + self.seed)
@@ -190,9 +193,13 @@ class ClippedOutliers(LostClipping):
 
 
 class CorruptBatches(Cause):
-    """The labels of 150 batches are random bytes, as after a wrong offset in a file."""
+    """The labels of 150 batches are random bytes, as after a wrong offset in a file.
+
+    No restore changes the data: they go on to their end.
+    """
 
     length = 150
+    mends = False
 
     def batch(self, batch: Batch, step: int) -> Batch:
         return random_labels(batch, self.generator)
@@ -326,7 +333,7 @@ class Recorder(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self.run.losses.append(float(outputs["loss"]))
-        if self.cause and not self.cause.ended:
+        if self.cause and self.cause.mends and not self.cause.ended:
             self.cause.ended = any(event["event"] == "restore" for event in read_events(self.folder))
             if self.cause.ended:  # the scheduler has set the next step's rate already
                 for group in trainer.optimizers[0].param_groups:
@@ -483,14 +490,35 @@ def run_seed(cache: Cache, model: str, seed: int, kinds: Sequence[str], arms: Se
         print(f"{model} seed {seed} trunk: {trunk.seconds:.1f} s {brief(trunk)}", flush=True)
         for kind, arm in missing:
             cause = None if arm == "unbroken" else (CAUSES | EXTRA)[kind](seed)
-            run = train(model, seed, folder / "arm", ARMS.get(arm, watch), cause, checkpoint)
-            shutil.rmtree(folder / "arm")
+            run = twin(cache, model, seed, kind, arm)
+            if run is None:
+                run = train(model, seed, folder / "arm", ARMS.get(arm, watch), cause, checkpoint)
+                shutil.rmtree(folder / "arm")
             cache.save(run, model, seed, kind, arm)
             ratio = run.final / cache.load(model, seed, "", "unbroken").final
             print(
                 f"{model} seed {seed} {kind:18} {arm:42} {ratio:.4f} {run.seconds:.1f} s {brief(run)}",
                 flush=True,
             )
+
+
+def twin(cache: Cache, model: str, seed: int, kind: str, arm: str) -> Run | None:
+    """A run with another guard that is done and was restored once, from the very snapshots this one would be.
+
+    The two are then the same bit for bit, and one of them need not be trained.
+    """
+    options = ARMS.get(arm)
+    if options is None or options.action != "restore":
+        return None
+    for guard in GUARDS:
+        key = (model, seed, kind, arm_name(guard, options.pma_window, str(options.optimizer)))
+        if not cache.has(*key) or len((run := cache.load(*key)).restores) != 1:
+            continue
+        (event,) = run.restores
+        taken = range(0, event["onset"] - options.guard + 1, PLAN.every)
+        if [s["step"] for s in event["snapshots"]] == list(taken)[-options.pma_window :]:
+            return run
+    return None
 
 
 def brief(run: Run) -> str:

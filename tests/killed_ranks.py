@@ -73,7 +73,8 @@ def lived(case):
     for dies in (case["dies"], None) if case["dies"] else (None,):
         options = {**case, "dies": dies}
         with TemporaryDirectory() as place:
-            codes, took = forked({"attempt": (attempt, options)}, Path(place))
+            run_case = options.pop("run", attempt)
+            codes, took = forked({"attempt": (run_case, options)}, Path(place))
             logs = [log.read_text()[-2000:] for log in sorted(Path(place).glob("*.log"))]
             done = [Path(place, f"rank{rank}.pt") for rank in range(2)]
             if all(path.exists() for path in done):
@@ -102,7 +103,10 @@ def forked(jobs, place):
 
 
 def live(cases, timeout=500):
-    """The outcomes of cases, by name: ``{"strategy": …, "folder": …, "dies": …, …}``; see ``attempt``."""
+    """The outcomes of cases, by name: ``{"strategy": …, "folder": …, "dies": …, …}``; see ``attempt``.
+
+    With ``"run"``, another function takes the place of ``attempt``.
+    """
     with TemporaryDirectory() as folder:
         torch.save(cases, Path(folder, "cases"))
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}

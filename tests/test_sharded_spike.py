@@ -1,12 +1,15 @@
 """A spike on several ranks: seen by all at the same step, and all go on from the same weights."""
 
+import os
+
 import pytest
 import torch
 from distributed_runs import run_jobs
+from killed_ranks import PATIENCE, live
 from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 from sharded_runs import merged_fit, on_rank
-from spiking_runs import BURST, EVERY, FIRES, RULES, USED, Batches, Line, events, used
+from spiking_runs import BURST, EVERY, FIRES, RULES, SPIKE, USED, Batches, Line, events, used
 from torch.distributed.fsdp import fully_shard
 from training_runs import assert_same_bits, seed
 
@@ -25,15 +28,35 @@ class Spiking(Line):
         broken: batches of NaN.
         broken_rank: that sees them; ``None``: all do.
         spoilt_rank: whose moments hold a NaN when the run is restored.
+        bad_rank: that sees the bad batches; ``None``: all do.
+        wrecked: steps after which the weights are wrecked.
+        dying_rank: that dies when a batch is tried again.
     """
 
-    def __init__(self, bad=(), broken=(), broken_rank=None, spoilt_rank=None):
+    def __init__(
+        self,
+        bad=(),
+        broken=(),
+        broken_rank=None,
+        spoilt_rank=None,
+        bad_rank=None,
+        wrecked=(),
+        dying_rank=None,
+    ):
         seed()
         super().__init__()
         self.batches = {"bad": list(bad), "broken": list(broken)}
         if broken_rank is not None and not on_rank(broken_rank):
             self.batches["broken"] = []
+        if bad_rank is not None and not on_rank(bad_rank):
+            self.batches["bad"] = []
         self.spoilt_rank, self.steps = spoilt_rank, 0
+        self.wrecked, self.dying_rank = wrecked, dying_rank
+
+    def training_step(self, batch, batch_idx):
+        if self.dying_rank is not None and not torch.is_grad_enabled() and on_rank(self.dying_rank):
+            os._exit(9)
+        return super().training_step(batch, batch_idx)
 
     def configure_model(self):
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -46,6 +69,9 @@ class Spiking(Line):
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.steps += 1
+        if self.steps in self.wrecked:
+            with torch.no_grad():
+                self.net[2].bias += 30
         if self.steps == FIRES and self.spoilt_rank is not None and on_rank(self.spoilt_rank):
             moment = next(iter(optimizer.optimizer.state.values()))["exp_avg"]
             (moment.to_local() if hasattr(moment, "to_local") else moment).fill_(torch.nan)
@@ -109,12 +135,20 @@ ON_ONE_RANK = {
     "spoilt moments on one rank": {"data": {"bad": BURST, "spoilt_rank": 1}},
     "nothing to restore, on one rank": {**EARLY, "data": {"broken": [5], "broken_rank": 1}},
 }
-ALL = {**CASES, **ON_ONE_RANK}
+EVIDENCE = {"spike": {"evidence": "batch"}}
+TRIED = {
+    "hard data": {**EVIDENCE, "data": {"bad": BURST}},
+    "wrecked weights": {**EVIDENCE, "data": {"wrecked": [SPIKE - 1]}},
+}
+HARD_ON_ONE = {"hard data on one rank": {**EVIDENCE, "data": {"bad": BURST, "bad_rank": 1}}}
+ALL = {**CASES, **ON_ONE_RANK, **TRIED, **HARD_ON_ONE}
 RESTORED = [("ddp", "outliers"), ("fsdp2", "outliers"), ("ddp", "reset"), ("fsdp2", "scale")]
 NAN_ON_ONE = [("ddp", "NaN on the first rank"), ("fsdp2", "NaN on one rank")]
 SPOILT = [("ddp", "spoilt moments on one rank"), ("fsdp2", "spoilt moments on one rank")]
 STOPPED = [("ddp", "nothing to restore, on one rank"), ("fsdp2", "nothing to restore, on one rank")]
 NORMS = [("ddp", "gradient norm"), ("fsdp2", "gradient norm")]
+TRIALS = [(strategy, name) for strategy in ("ddp", "fsdp2") for name in TRIED]
+ON_ONE = [("ddp", "hard data on one rank"), ("fsdp2", "hard data on one rank")]
 
 
 @pytest.fixture(scope="module")
@@ -129,20 +163,25 @@ def runs(folder):
             spiking,
             {"strategy": strategy, "folder": str(folder / f"{strategy} {name}"), **ALL[name]},
         )
-        for strategy, name in RESTORED + NAN_ON_ONE + SPOILT + STOPPED + NORMS
+        for strategy, name in RESTORED + NAN_ON_ONE + SPOILT + STOPPED + NORMS + TRIALS + ON_ONE
     }
     return run_jobs(2, jobs, timeout=400)
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return {name: spiking("alone", folder / f"alone {name}", **case) for name, case in CASES.items()}
+    return {
+        name: spiking("alone", folder / f"alone {name}", **case) for name, case in {**CASES, **TRIED}.items()
+    }
+
+
+UNLIKE = ("time", "seconds", "snapshots", "batches")
 
 
 def story(folder):
     """The events without times and places; of the snapshots the steps and weights."""
     return [
-        {k: v for k, v in event.items() if k not in ("time", "seconds", "snapshots")}
+        {k: v for k, v in event.items() if k not in UNLIKE}
         | {"used": [(s["step"], s["weight"]) for s in event.get("snapshots", ())]}
         for event in events(folder / "merges")
     ]
@@ -202,15 +241,67 @@ def test_a_run_without_a_snapshot_stops_on_all_ranks(runs, alone, folder, strate
     assert event["event"] == "stop"
 
 
+@pytest.mark.parametrize(("strategy", "case"), TRIALS)
+def test_several_ranks_try_a_batch_and_decide_like_one_process(runs, alone, folder, strategy, case):
+    told, expected = events(folder / f"{strategy} {case}" / "merges"), alone[case]
+    (event,) = told
+    (reference,) = events(folder / f"alone {case}" / "merges")
+    assert event["event"] == reference["event"] == ("hard data" if case == "hard data" else "restore")
+    for name, value in reference["evidence"].items():
+        if isinstance(value, float):  # the mean over two ranks of the same batch, summed in another order
+            assert event["evidence"][name] == pytest.approx(value, rel=1e-5)
+    for rank in runs[strategy, case]:
+        for step in expected.run.weights:
+            assert_same_bits(rank.run.weights[step], expected.run.weights[step])
+        assert rank.differ == []
+        assert rank.replaced == []
+
+
+@pytest.mark.parametrize(("strategy", "case"), ON_ONE)
+def test_data_that_are_hard_on_one_rank_restore_nobody_and_the_record_says_which_rank(
+    runs, folder, strategy, case
+):
+    (event,) = events(folder / f"{strategy} {case}" / "merges")
+    assert event["event"] == "hard data"
+    for batch in event["batches"]:
+        sound, hard = batch["rank_losses"]
+        assert hard > 10 * sound
+    for rank in runs[strategy, case]:
+        assert rank.differ == []
+
+
+def dying(strategy, folder, dies=None):
+    """A run of which a rank dies in the middle of a trial."""
+    data = {"wrecked": [SPIKE - 1], "dying_rank": 1}
+    return spiking(strategy, folder, spike={"evidence": "batch"}, data=data)
+
+
+def test_a_rank_that_dies_in_the_middle_of_a_trial_leaves_nobody_hanging(tmp_path):
+    cases = {
+        strategy: {"run": dying, "strategy": strategy, "folder": str(tmp_path / strategy), "dies": None}
+        for strategy in ("ddp", "fsdp2")
+    }
+    for outcome in live(cases).values():
+        (codes,), (seconds,) = outcome["ends"], outcome["seconds"]
+        assert codes[1] == 9
+        assert codes[0] is not None  # it ended by itself, with the error of a lost connection
+        assert seconds < PATIENCE
+
+
 @pytest.mark.parametrize(("strategy", "case"), NORMS)
 def test_gradients_are_as_large_as_in_one_process(runs, alone, strategy, case):
-    expected = alone[case].state["spikes"]["grad_norm"]
+    expected = norms(alone[case].state)
     for rank in runs[strategy, case]:
-        found = rank.state["spikes"]["grad_norm"]
+        found = norms(rank.state)
         # The squares are summed up part by part.
         torch.testing.assert_close(
             torch.tensor(numbers(found)), torch.tensor(numbers(expected)), rtol=1e-5, atol=0
         )
+
+
+def norms(state):
+    (found,) = [d for watched, _, d in state["spikes"]["numbers"]["detectors"] if watched == "gradient norm"]
+    return found
 
 
 def numbers(state):

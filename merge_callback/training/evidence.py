@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -120,9 +121,7 @@ class HeldBatches:
 
     def __init__(self) -> None:
         self._held: deque[tuple[HeldBatch, int]] = deque(maxlen=_MOST_BATCHES)  # with their sizes
-        self._ends: deque[tuple[int, int]] = deque(
-            maxlen=2
-        )  # the last steps, and how many batches there were
+        self._ends = deque([(0, 0)], maxlen=3)  # the last steps, and how many batches there were by their end
         self._count = self._nbytes = 0
 
     def add(self, batch: Any, batch_idx: int) -> None:
@@ -145,11 +144,9 @@ class HeldBatches:
     def of(self, step: int) -> list[HeldBatch]:
         """Those of a step; of the newest one where they are not there any more."""
         first = self._count - len(self._held)
-        begin = 0
-        for end_of, end in self._ends:
-            if end_of >= step and (found := self.all[max(0, begin - first) : max(0, end - first)]):
+        for (_, begin), (last, end) in pairwise(self._ends):
+            if last >= step and (found := self.all[max(0, begin - first) : max(0, end - first)]):
                 return found
-            begin = end
         return []
 
     @property

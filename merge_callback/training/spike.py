@@ -53,7 +53,7 @@ class _Streak:
     beyond: int = 0  # how many of the newest stand out of the hard data, too
     ask_at: int | None = None  # the length at which it is reported though it looks like hard data
     reported: bool = False  # and nobody answered
-    answered: bool = False
+    answers: int = 0
 
 
 @dataclass
@@ -62,6 +62,16 @@ class _AfterRestore:
 
     unmoved: int  # how many are of weights as they were restored
     values: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _BeforeShift:
+    """What was normal before the last shift."""
+
+    onset: int  # of the shift
+    clean: list[float]
+    median: float
+    low: int = 0  # values in a row that lie nearer to that than to the new baseline
 
 
 class SpikeDetector:
@@ -74,13 +84,14 @@ class SpikeDetector:
     * A **spike** is ``patience`` outliers in a row: most spikes heal by themselves. A value that is not
       finite is an outlier like others, unless the weights are broken: then it is a spike at once.
     * The answer to a spike may be ``acquit()``: the weights are sound, it was **hard data**. Its values make
-      a baseline of their own, and what lies within that is no reason to report again before the streak is
-      twice as long.
+      a baseline of their own, and what lies within that is no reason to report again but after 1, 2, 4, …
+      further outliers.
     * A streak that ends by itself after it was reported was hard data as well. A later one **like it** is
       reported when it is twice as long.
     * A **rise** is none of these: the values of late lie clearly above those of before, though few are
       outliers (see ``RiseTest``). By itself it proves nothing: it is a reason to ask the data.
-    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline.
+    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline. If the
+      values come down again later, they are judged by the old one: hard data may have harmed the weights.
 
     *After a restore*, the first values are those of weights known to be good. If more than a quarter of them
     are outliers all the same, the data are the cause: these values are hard data.
@@ -109,7 +120,7 @@ class SpikeDetector:
         self._shift, self._rise = ShiftTest(), RiseTest(k, floor)
         self._streak: _Streak | None = None
         self._after: _AfterRestore | None = None
-        self._former: Baseline | None = None  # before the shift that was reported just now
+        self._before_shift: _BeforeShift | None = None
         self._active = True  # whether the last value was judged
         self._before: tuple[float, float] | None = None  # baseline and threshold before the rate rose
         self._start: list[float] = []  # the first values of the run, and
@@ -155,7 +166,6 @@ class SpikeDetector:
         finite = math.isfinite(value)
         if skipped and finite:
             return None
-        self._former = None
         self._note_activity(active)
         outlier = not finite or self._is_outlier(value)
         if finite and len(self._start) < ACTIVE_FROM:
@@ -169,6 +179,8 @@ class SpikeDetector:
             if self._after:
                 self._note_restored(value)
             self._clean.admit(value)
+            if self._before_shift:
+                self._note_return(value)
             return rise
         streak = self._note_outlier(step, value)
         if outliers := self._shift.outliers(self.threshold):
@@ -179,7 +191,7 @@ class SpikeDetector:
         return rise
 
     def acquit(self) -> bool:
-        """The answer to a spike: it was not the weights. Asks again when the streak is twice as long.
+        """The answer to a spike: it was not the weights. Asks again after 1, 2, 4, … further outliers.
 
         Returns:
             Whether it is the first answer to this streak.
@@ -188,8 +200,9 @@ class SpikeDetector:
         if streak is None:
             return False
         self._acquit(streak.outliers)
-        first, streak.answered, streak.ask_at = not streak.answered, True, 2 * streak.length
-        return first
+        streak.ask_at = streak.length + 2**streak.answers
+        streak.answers += 1
+        return streak.answers == 1
 
     def restored(self, unmoved: int) -> None:
         """The answer to an event: the weights are now those of a merge of clean snapshots.
@@ -197,9 +210,9 @@ class SpikeDetector:
         Args:
             unmoved: the coming values that are of these weights, but for the noise of a few small updates.
         """
-        if self._former is not None:
-            self._clean = self._former
-        self._streak, self._former = None, None
+        if self._before_shift:
+            self._clean = Baseline(self.k, self.floor, self._before_shift.clean)
+        self._streak = self._before_shift = None
         self._shift, self._rise = ShiftTest(), RiseTest(self.k, self.floor)
         self._after = _AfterRestore(min(unmoved, self.patience))
 
@@ -215,6 +228,7 @@ class SpikeDetector:
             "after": asdict(self._after) if self._after else None,
             "active": self._active,
             "before": list(self._before) if self._before else None,
+            "before_shift": asdict(self._before_shift) if self._before_shift else None,
             "start": list(self._start),
         }
 
@@ -228,6 +242,7 @@ class SpikeDetector:
         self._streak = _Streak(**state["streak"]) if state["streak"] else None
         self._after = _AfterRestore(**state["after"]) if state["after"] else None
         self._before = tuple(state["before"]) if state["before"] else None
+        self._before_shift = _BeforeShift(**state["before_shift"]) if state["before_shift"] else None
         self._level = middle(sorted(map(abs, self._start))) if self._start else 0.0
 
     def _note_activity(self, active: bool) -> None:
@@ -236,6 +251,7 @@ class SpikeDetector:
             known = len(self._clean) >= ACTIVE_FROM
             self._before = (self.baseline, self.threshold) if known else None
             self._clean, self._shift = Baseline(self.k, self.floor), ShiftTest()
+            self._before_shift = None
             self._rise = RiseTest(self.k, self.floor)
         elif active:
             self._before = None
@@ -260,11 +276,12 @@ class SpikeDetector:
     def _note_rise(self, step: int, value: float) -> SpikeEvent | None:
         found = self._rise.onset(step, value, self._clean, self._level) if self._active else None
         streak = self._streak
-        if found is None or (streak and (streak.reported or streak.answered)) or self._after:
+        if found is None or (streak and (streak.reported or streak.answers)) or self._after:
             return None
         onset, baseline, limit = found
         values = [value for _, value in self._rise.recent]
-        if middle(sorted(values)) <= self._hard_limit:
+        low, high = self._hard_range
+        if low <= middle(sorted(values)) <= high:
             return None
         return SpikeEvent("rise", self.watched, onset, step, values, baseline, (baseline + limit) / 2)
 
@@ -277,7 +294,8 @@ class SpikeDetector:
         streak = self._streak
         streak.outliers = [*streak.outliers[1 - HISTORY :], value]
         streak.length += 1
-        is_like_hard_data = math.isfinite(value) and value <= self._hard_limit
+        low, high = self._hard_range
+        is_like_hard_data = low <= value <= high
         streak.beyond = 0 if is_like_hard_data else streak.beyond + 1
         if is_like_hard_data:
             self._hard.admit(value)
@@ -286,14 +304,20 @@ class SpikeDetector:
         return streak
 
     @property
-    def _hard_limit(self) -> float:
-        """Up to where an outlier looks like the hard data that are known; -inf where none are."""
-        if not self._hard.values:
-            return -math.inf
-        if len(self._hard) >= _FEW:
-            return self._hard.limit(self._level)
-        top, baseline, threshold = max(self._hard.values), self.baseline, self.threshold
-        return top + (threshold - baseline) * (max(1.0, top / baseline) if baseline > 0 else 1.0)
+    def _hard_range(self) -> tuple[float, float]:
+        """Where an outlier looks like the hard data that are known; nowhere, if none are.
+
+        What lies below is no longer hard data, and not clean either: it may be what they did to the weights.
+        """
+        hard = self._hard.values
+        if not hard:
+            return math.inf, -math.inf
+        if len(hard) >= _FEW:
+            limit, median = self._hard.limit(self._level), self._hard.median
+            return 2 * median - limit, limit
+        top, baseline, threshold = max(hard), self.baseline, self.threshold
+        margin = (threshold - baseline) * (max(1.0, top / baseline) if baseline > 0 else 1.0)
+        return min(hard) - margin, top + margin
 
     def _is_spike(self, streak: _Streak) -> bool:
         if self._after and self._after.values:
@@ -324,8 +348,8 @@ class SpikeDetector:
 
     def _note_hard(self, values: list[float]) -> None:
         """Takes outliers for hard data: of the kind that is known, or of a kind of their own."""
-        finite, limit = list(filter(math.isfinite, values)), self._hard_limit
-        if finite and max(finite) > limit:
+        finite = list(filter(math.isfinite, values))
+        if finite and max(finite) > self._hard_range[1]:
             self._hard = Baseline(self.k, self.floor)
         for value in finite:
             self._hard.admit(value)
@@ -340,11 +364,25 @@ class SpikeDetector:
     def _accept_shift(self, step: int, outliers: list[float]) -> SpikeEvent:
         """Takes the outliers for the new baseline: they are the rule by now."""
         event = self._event("shift", step, self._shift.entries[0][0], outliers)
-        self._former = self._clean
+        self._before_shift = _BeforeShift(event.onset, list(self._clean.values), self._clean.median)
         self._clean = Baseline(self.k, self.floor, outliers)
         self._shift, self._streak, self._after = ShiftTest(), None, None
         self._rise = RiseTest(self.k, self.floor)
         return event
+
+    def _note_return(self, value: float) -> None:
+        """Finds out whether the data are again what they were before the shift; then judges by those.
+
+        What is still off then is no hard data any more: they have harmed the weights, and the streak began
+        with them.
+        """
+        before = self._before_shift
+        assert before is not None
+        before.low = before.low + 1 if value < (self.baseline + before.median) / 2 else 0
+        if before.low == _FEW:
+            self._clean, self._before_shift = Baseline(self.k, self.floor, before.clean), None
+            self._rise = RiseTest(self.k, self.floor)
+            self._streak = _Streak(before.onset)
 
     def _event(
         self, kind: Literal["spike", "shift"], step: int, onset: int, values: list[float]

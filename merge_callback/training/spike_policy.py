@@ -25,7 +25,14 @@ from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.training import optimizer_state
 from merge_callback.training.drift import DRIFT_STEPS
-from merge_callback.training.evidence import Alarm, Evidence, HeldBatches, Trial, UnrepeatableStepError
+from merge_callback.training.evidence import (
+    Alarm,
+    Evidence,
+    HeldBatch,
+    HeldBatches,
+    Trial,
+    UnrepeatableStepError,
+)
 from merge_callback.training.recovery import Recovery
 from merge_callback.training.rehearsal import rehearsed_training, rehearsed_validation
 from merge_callback.training.reporting import log_metrics
@@ -273,18 +280,31 @@ class SpikePolicy:
             (event.baseline, event.threshold) if event.watched == LOSS else (loss.baseline, loss.threshold)
         )
         alarm = Alarm(*judged_by, event.values[-1])
-        # One batch may be hard by chance. Five in a row are not; a small rise needs more evidence.
-        batches = self.batches.all if event.kind == "rise" else self.batches.of(event.step)
+        batches = self._batches_for(event)
         candidate = partial(self._put_in, snapshots)
         newest = partial(self._put_in, snapshots[-1:]) if len(snapshots) > 1 else None
         for trial in self._trials(snapshots[-1]):
             try:
-                evidence = trial.hold(candidate, newest, batches, alarm)
+                found = [trial.hold(candidate, newest, batches[0], alarm)]
+                if not found[0].guilty and trial.source == "batch":
+                    found += [trial.hold(candidate, newest, others, alarm) for others in batches[1:]]
             except UnrepeatableStepError as error:
                 self._tell_once(trial.source, error)
                 continue
+            evidence = next((each for each in found if each.guilty), found[0])
             return self._hear_validation(evidence, candidate, snapshots[-1])
         return None
+
+    def _batches_for(self, event: SpikeEvent) -> list[list[HeldBatch]]:
+        """The batches that an event is tried on, in turn, until one set speaks against the weights.
+
+        Those of its step; then those of the step after it, which no alarm has picked: where only some batches
+        are bad, weights that are broken as well would else be found sound. A rise, which is small, takes all
+        that are held at once.
+        """
+        if event.kind == "rise":
+            return [self.batches.all]
+        return [self.batches.of(event.step), self.batches.of(event.step + 1)]
 
     def _hear_validation(
         self, evidence: Evidence, candidate: Callable[[ModelTensors], object], snapshot: Snapshot

@@ -1,0 +1,493 @@
+"""Whose fault a spike is: the judgement, the trial, and real runs with hard data or broken weights."""
+
+import copy
+import json
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from spiking_runs import BURST, EVERY, FIRES, MEMORY, SPIKE, USED, Batches, Damage, Line, plain, spiking, used
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from training_runs import assert_same_bits
+
+from merge_callback import SpikeOptions, TrainingDivergedError
+from merge_callback import merge_state_dicts as merge
+from merge_callback.sharding import Ranks
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.training.evidence import (
+    Alarm,
+    HeldBatch,
+    HeldBatches,
+    Trial,
+    UnrepeatableStepError,
+    is_clearly_better,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:merge:")
+
+NAN, INF = math.nan, math.inf
+ALARM = Alarm(baseline=2.0, threshold=2.2, value=9.0)
+
+
+# --- the judgement ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("live", "candidate", "guilty"),
+    [
+        (9.0, 2.0, True),
+        (9.0, 5.5, True),  # half of the excess of 7 is gone
+        (9.0, 5.6, False),
+        (9.0, 9.5, False),
+        (2.2, 1.0, False),  # sound by now, however good the other
+        (NAN, 50.0, True),
+        (INF, 2.0, True),
+        (9.0, NAN, False),
+        (NAN, NAN, False),  # a batch that is NaN with any weights
+        (INF, INF, False),
+    ],
+)
+def test_the_weights_are_to_blame_where_others_do_clearly_better(live, candidate, guilty):
+    assert is_clearly_better(candidate, live, ALARM) is guilty
+
+
+@pytest.mark.parametrize(("baseline", "live", "candidate"), [(-3.0, 1.0, -2.0), (0.0, 1.0, 0.4)])
+def test_losses_may_be_negative_or_zero(baseline, live, candidate):
+    alarm = Alarm(baseline, baseline + 0.1, live)
+    assert is_clearly_better(candidate, live, alarm)
+    assert not is_clearly_better(live - 0.4 * (live - baseline), live, alarm)
+
+
+def test_another_loss_is_judged_by_the_same_share_of_excess():
+    alarm = Alarm(baseline=2.0, threshold=2.2, value=4.0)  # half of it is excess
+    assert alarm.scaled_to(10.0) == Alarm(5.0, 5.0, 10.0)
+    assert alarm.scaled_to(-10.0).baseline == -15.0
+    assert Alarm(2.0, 2.2, NAN).scaled_to(10.0).baseline == 0.0
+
+
+# --- the trial, of a plain model ----------------------------------------------------------------------------
+
+
+class PlainTrial:
+    """A trial as a plain training loop would set it up: this is all that it has to supply."""
+
+    def __init__(self, weight):
+        self.model = nn.Linear(1, 1, bias=False)
+        self.model.weight.data.fill_(weight)
+        self.passes = []
+        self.trial = Trial("batch", self.rehearse, lambda: ModelTensors.of(self.model), Ranks())
+
+    @contextmanager
+    def rehearse(self):
+        kept = copy.deepcopy(self.model.state_dict())
+        yield self.loss_of
+        self.model.load_state_dict(kept)
+
+    def loss_of(self, batches):
+        self.passes.append(float(self.model.weight))
+        return sum(float(self.model(held.batch).mean()) for held in batches) / len(batches)
+
+    @staticmethod
+    def put_in(weight):
+        return lambda model: model.tensors["weight"].fill_(weight)
+
+    def hold(self, candidate, newest, batches=None):
+        batches = batches or [HeldBatch(torch.ones(2, 1), 0)]
+        return self.trial.hold(self.put_in(candidate), self.put_in(newest), batches, ALARM)
+
+
+def test_sound_weights_take_one_pass_hard_data_two_and_guilt_three():
+    for live, candidate, newest, passes in [(2.1, 2, 2, 1), (9, 8.9, 2, 2), (9, 2, 8.9, 3), (9, 2, 2.1, 3)]:
+        case = PlainTrial(live)
+        evidence = case.hold(candidate, newest)
+        assert evidence.guilty == (newest == 2.1)
+        assert len(case.passes) == passes
+        assert evidence.live == pytest.approx(live)
+        assert float(case.model.weight) == pytest.approx(live)  # they are back
+
+
+def test_a_merge_that_is_better_than_any_single_snapshot_proves_nothing():
+    # On hard data, too: what speaks against the live weights is a single snapshot that does better.
+    evidence = PlainTrial(9.0).hold(candidate=3.0, newest=8.8)
+    assert not evidence.guilty
+    assert (evidence.candidate, evidence.snapshot) == pytest.approx((3.0, 8.8))
+
+
+def test_a_loss_that_cannot_be_computed_is_no_evidence_and_the_weights_are_back():
+    case = PlainTrial(9.0)
+    with pytest.raises(UnrepeatableStepError, match="RuntimeError"):
+        case.hold(2.0, 2.0, [HeldBatch(torch.ones(3, 7), 0)])
+    assert float(case.model.weight) == 9.0
+
+
+# --- the batches that are held ------------------------------------------------------------------------------
+
+
+def held(batches, step):
+    return [held.batch for held in batches.of(step)]
+
+
+def test_the_batches_of_the_last_two_steps_are_held():
+    batches = HeldBatches()
+    for step in (1, 2, 3):
+        for micro in "ab":
+            batches.add(f"{step}{micro}", 0)
+        batches.end_step(step)
+    assert held(batches, 2) == ["2a", "2b"]
+    assert held(batches, 3) == ["3a", "3b"]
+    assert held(batches, 1) == ["2a", "2b"]  # of the oldest that are there
+
+
+def test_of_many_micro_batches_the_newest_eight_are_held():
+    batches = HeldBatches()
+    for step in (1, 2):
+        for micro in range(20):
+            batches.add((step, micro), micro)
+        batches.end_step(step)
+    assert held(batches, 2) == [(2, micro) for micro in range(12, 20)]
+    assert held(batches, 1) == held(batches, 2)  # the others are gone
+
+
+def test_large_batches_are_not_held_any_longer_than_training_does(monkeypatch):
+    monkeypatch.setattr("merge_callback.training.evidence._MOST_BYTES", 1000)
+    batches = HeldBatches()
+    for step in (1, 2):
+        batches.add({"x": torch.zeros(300), "n": step}, 0)
+        batches.end_step(step)
+        assert len(batches.all) == 1
+        assert held(batches, 1)[0]["n"] == step
+    small = HeldBatches()
+    for step in range(9):
+        small.add([torch.zeros(60)], step)  # 240 bytes
+        small.end_step(step)
+    assert len(small.all) == 4
+
+
+def test_what_a_training_step_takes_out_of_a_batch_is_still_held():
+    batches, batch = HeldBatches(), {"x": 1, "labels": 2}
+    batches.add(batch, 0)
+    batch.pop("labels")
+    batches.end_step(1)
+    assert held(batches, 1) == [{"x": 1, "labels": 2}]
+
+
+# --- real runs ----------------------------------------------------------------------------------------------
+
+EVIDENCE = {"evidence": "batch", "rewarm_steps": 10, "cooldown": 128}
+
+
+def wreck(module):
+    """What no data do: the output is off by 30 from now on."""
+    module.net[2].bias += 30
+
+
+WRECKED = Damage({SPIKE - 1: wreck})
+"""The loss of the next batch, number ``SPIKE``, is the first that shows it."""
+
+
+def test_a_burst_of_bad_data_restores_nothing_and_changes_not_one_bit(tmp_path):
+    data = {"bad": BURST, "broken": [120]}
+    run = spiking(tmp_path, Batches(bad=BURST), 200, spike=EVIDENCE)
+
+    (event,) = [e for e in run.events if e["event"] != "drift"]
+    assert (event["event"], event["onset"], event["step"]) == ("hard data", SPIKE, FIRES - 1)
+    assert event["evidence"]["source"] == "batch"
+    assert event["evidence"]["candidate"] > 0.5 * event["evidence"]["live"]
+    assert_same_bits(run.watch.weights, plain(Batches(bad=BURST), 200).watch.weights)
+    assert data
+
+
+def test_snapshots_of_hard_data_are_merged_like_others(tmp_path):
+    run = spiking(tmp_path, Batches(bad=BURST), 100, spike=EVIDENCE)
+
+    assert not any(snapshot["in_spike"] for snapshot in run.window)
+
+
+def test_broken_weights_are_restored_at_the_step_they_always_were(tmp_path):
+    run = spiking(tmp_path, Batches(), 100, callbacks=[WRECKED], spike=EVIDENCE)
+
+    (event,) = run.restores
+    assert used(event) == USED
+    assert (event["onset"], event["step"], event["restored_at"]) == (SPIKE, FIRES - 1, FIRES)
+    assert_same_bits(run.watch.weights[FIRES], merge([run.watch.weights[step] for step in USED]))
+    evidence = event["evidence"]
+    assert evidence["live"] > 100 > 10 > evidence["candidate"]
+    assert evidence["snapshot"] < 10
+
+
+def test_the_losses_of_the_trial_are_those_of_the_very_batch(tmp_path):
+    run = spiking(tmp_path, Batches(), 100, callbacks=[WRECKED], spike=EVIDENCE)
+
+    (event,) = run.restores
+    batch = Batches().draw(event["step"])
+    module = Line()
+    module.load_state_dict(run.watch.weights[event["step"] + 0])
+    module.train()
+    # The live weights of the trial have taken one step more; the merge is what was restored.
+    module.load_state_dict(run.watch.weights[FIRES])
+    assert event["evidence"]["candidate"] == pytest.approx(float(module.loss(batch)), rel=1e-6)
+
+
+def test_weights_that_are_not_finite_need_no_trial(tmp_path):
+    def poison(module):
+        module.net[2].bias.fill_(torch.nan)
+
+    run = spiking(tmp_path, Batches(), 100, callbacks=[Damage({SPIKE - 1: poison})], spike=EVIDENCE)
+
+    (event,) = run.restores
+    assert event["step"] == SPIKE  # at once
+    assert event["evidence"]["source"] == "weights"
+    assert all(tensor.isfinite().all() for tensor in run.watch.weights[100].values())
+
+
+class Guarded(Line):
+    """Drops the gradients of a batch whose loss is not finite."""
+
+    def on_before_optimizer_step(self, optimizer):
+        for parameter in self.parameters():
+            torch.nan_to_num_(parameter.grad, 0.0, 0.0, 0.0)
+
+
+class Infinite(Guarded):
+    """Has an infinite loss now and then, and for eight batches in a row."""
+
+    def training_step(self, batch, batch_idx):
+        step = self.global_step
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if step % 25 == 20 or step in range(150, 158) else loss
+
+
+def test_a_loss_that_is_not_finite_is_hard_data_where_the_weights_are_sound(tmp_path):
+    run = spiking(tmp_path, Batches(), 200, Infinite, spike=EVIDENCE)
+
+    assert not run.restores
+    (event,) = [e for e in run.events if e["event"] != "drift"]
+    assert (event["event"], event["trigger"]) == ("hard data", "non-finite loss")
+    assert_same_bits(run.watch.weights, plain(Batches(), 200, Infinite).watch.weights)
+
+
+def test_a_change_of_the_data_ends_as_the_new_normal_without_a_restore(tmp_path):
+    run = spiking(tmp_path, Batches(shift=90), 400, spike=EVIDENCE)
+
+    assert not run.restores
+    assert run.events[0]["event"] == "hard data"
+    assert_same_bits(run.watch.weights[400], plain(Batches(shift=90), 400).watch.weights[400])
+
+
+def test_damage_that_is_no_outlier_is_found_as_a_rise_that_lasts(tmp_path):
+    def harm(module):  # by 4 standard deviations of the loss, where 6 make an outlier
+        module.net[2].bias += 1.6
+
+    class Settled(Line):
+        """Has learned what there is to learn by step 200, and goes on so slowly that it does not heal."""
+
+        def __init__(self):
+            super().__init__(schedule=lambda o: LambdaLR(o, lambda step: 1.0 if step < 200 else 0.01))
+
+    wrecking = Damage({450: harm})
+    run = spiking(tmp_path, Batches(), 600, Settled, callbacks=[wrecking], spike=EVIDENCE, window=30)
+
+    (event,) = run.restores
+    assert event["trigger"] == "loss"
+    assert 450 - 16 <= event["onset"] <= 482
+    assert all(step <= 450 for step in used(event))
+    assert run.watch.weights[600]["net.2.bias"] - run.watch.weights[450]["net.2.bias"] < 0.2
+
+
+# --- in a row -----------------------------------------------------------------------------------------------
+
+
+def test_a_restore_followed_by_a_clean_history_was_a_success(tmp_path):
+    wrecks = Damage(dict.fromkeys(range(79, 79 + 9 * 160, 160), wreck))
+    run = spiking(tmp_path, Batches(), 79 + 9 * 160, callbacks=[wrecks], spike=EVIDENCE)
+
+    assert [event["in_a_row"] for event in run.restores] == [1] * 9
+    assert {event["lr_factor"] for event in run.restores} == {1.0}
+    # Always the newest clean snapshots, never further back.
+    assert all(event["onset"] - 30 <= used(event)[-1] for event in run.restores)
+
+
+def test_a_run_is_ended_only_by_a_divergence_that_restores_did_not_cure(tmp_path):
+    wrecks = Damage(dict.fromkeys(range(79, 400, 12), wreck))
+    with pytest.raises(TrainingDivergedError) as stopped:
+        spiking(tmp_path, Batches(), 400, callbacks=[wrecks], spike={**EVIDENCE, "max_restores": 2})
+
+    said = str(stopped.value)
+    assert "2 restores in a row did not help (on the same batch the live weights score" in said
+    for part in ("gradient norm is", "the learning rate 0.0", "qk-norm", "z-loss", "fp32", "other data"):
+        assert part in said
+    record = json.loads((tmp_path / "spikes.jsonl").read_text().splitlines()[-1])
+    assert record["event"] == "stop"
+    assert record["evidence"]["live"] > record["evidence"]["candidate"]
+    assert record["grad_norm"] > 0
+    assert 0 < record["lr"] <= 0.02
+
+
+# --- what can't be repeated ---------------------------------------------------------------------------------
+
+
+class ByHand(Line):
+    """Trains by hand, accumulates by hand, clips and steps the optimizer and its scheduler."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization, self.runs = False, 0
+
+    def training_step(self, batch, batch_idx):
+        self.runs += 1
+        optimizer = self.optimizers()
+        loss = self.loss(batch)
+        self.toggle_optimizer(optimizer)
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        self.untoggle_optimizer(optimizer)
+        return loss
+
+
+def test_a_manual_optimization_is_tried_without_training_anything(tmp_path):
+    hard = spiking(tmp_path / "a", Batches(bad=BURST), 150, ByHand, spike=EVIDENCE)
+    assert [e["event"] for e in hard.events if e["event"] != "drift"] == ["hard data"]
+    unwatched = plain(Batches(bad=BURST), 150, ByHand)
+    assert_same_bits(hard.watch.weights, unwatched.watch.weights)
+    assert_same_bits(hard.watch.states, unwatched.watch.states)
+    assert hard.module.runs == unwatched.module.runs == 150
+
+    broken = spiking(tmp_path / "b", Batches(), 100, ByHand, callbacks=[WRECKED], spike=EVIDENCE)
+    assert [used(event) for event in broken.restores] == [USED]
+
+
+class Taking(Line):
+    """Takes the noise that it adds from an iterator."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = iter(range(10**6))
+
+    def training_step(self, batch, batch_idx):
+        next(self.noise)
+        return super().training_step(batch, batch_idx)
+
+
+class Validated(Taking):
+    """The same, validated now and then; it learns so slowly that a burst does it no harm."""
+
+    def __init__(self, lr=1e-3):
+        super().__init__()
+        self.build = lambda parameters: torch.optim.Adam(parameters, lr=lr)
+
+    def val_dataloader(self):
+        return DataLoader([Batches().draw(10**4 + i) for i in range(12)], batch_size=None)
+
+
+def test_a_step_that_takes_from_an_iterator_is_judged_by_the_validation(tmp_path):
+    fit = {"val_check_interval": 20}
+    hard = spiking(tmp_path / "a", Batches(bad=BURST), 100, Validated, spike=EVIDENCE, fit=fit)
+    (event,) = [e for e in hard.events if e["event"] != "drift"]
+    assert (event["event"], event["evidence"]["source"]) == ("hard data", "validation")
+    assert_same_bits(hard.watch.weights, plain(Batches(bad=BURST), 100, Validated, fit=fit).watch.weights)
+
+    broken = spiking(tmp_path / "b", Batches(), 100, Validated, callbacks=[WRECKED], spike=EVIDENCE, fit=fit)
+    (event,) = broken.restores
+    assert (used(event), event["evidence"]["source"]) == (USED, "validation")
+
+
+def test_without_a_validation_the_losses_alone_decide_and_that_is_said_once(tmp_path):
+    with pytest.warns(UserWarning, match="could not be tried on the batch") as warned:
+        run = spiking(tmp_path, Batches(bad=[*BURST, *range(110, 115)]), 130, Taking, spike=EVIDENCE)
+
+    assert len(run.restores) >= 1
+    assert run.restores[0]["evidence"] is None
+    said = [str(w.message) for w in warned if "could not be tried on the batch" in str(w.message)]
+    assert len(said) == 1
+    assert "may take from an iterator, noise" in said[0]
+
+
+def test_the_loss_of_opponents_restores_nothing_without_evidence(tmp_path):
+    from spiking_runs import TwoOptimizers
+
+    run = spiking(tmp_path, Batches(bad=BURST), 200, TwoOptimizers, spike=EVIDENCE)
+
+    assert [event["event"] for event in run.events] == ["warn"]
+    assert "take turns" in run.events[0]["reason"]
+
+
+class Penalised(Line):
+    """Asks for gradients in its training step."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return torch.nn.functional.mse_loss(self.net(x), batch[1]) + 1e-3 * slope.square().mean()
+
+
+def test_a_step_that_needs_gradients_has_them(tmp_path):
+    run = spiking(tmp_path, Batches(bad=BURST), 100, Penalised, spike=EVIDENCE)
+
+    assert [e["event"] for e in run.events if e["event"] != "drift"] == ["hard data"]
+    assert_same_bits(run.watch.weights, plain(Batches(bad=BURST), 100, Penalised).watch.weights)
+
+
+# --- what the validation has to say -------------------------------------------------------------------------
+
+
+class Surrogate(Line):
+    """Trains on what is no measure of how good it is: its scale is learned, too, and grows."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step >= SPIKE:
+            with torch.no_grad():
+                self.scale += 1.0
+        return super().training_step(batch, batch_idx) * self.scale.detach() + 0 * self.scale
+
+    def val_dataloader(self):
+        return DataLoader([Batches().draw(10**4 + i) for i in range(12)], batch_size=None)
+
+
+def test_the_validation_may_speak_up_for_weights_whose_training_loss_rises_by_design(tmp_path):
+    fit = {"val_check_interval": 20}
+    run = spiking(tmp_path, Batches(), 140, Surrogate, spike=EVIDENCE, fit=fit)
+
+    events = [e for e in run.events if e["event"] != "drift"]
+    assert not run.restores
+    live, candidate = events[0]["evidence"]["validation"]
+    assert live <= candidate
+    assert_same_bits(run.watch.weights, plain(Batches(), 140, Surrogate, fit=fit).watch.weights)
+
+
+# --- options ------------------------------------------------------------------------------------------------
+
+
+def test_by_the_rules_alone_a_burst_restores(tmp_path):
+    run = spiking(tmp_path, spike={**EVIDENCE, "evidence": "rules"})
+
+    assert [event["evidence"] for event in run.restores] == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"evidence": "loss"}, "spike.evidence='loss' must be one of 'batch', 'validation', 'rules'"),
+        ({"on_spike": "stop"}, "spike.on_spike='stop' must be a function of the event"),
+        ({"watch": 3}, "spike.watch=3 must be a list of name patterns"),
+        ({"watch": {"loss/*": "stop"}}, r"spike.watch\['loss/\*'\]='stop' must be one of 'restore', 'warn'"),
+    ],
+)
+def test_wrong_options_name_themselves(options, named):
+    with pytest.raises(ValueError, match=named):
+        SpikeOptions(**options)
+
+
+def test_the_callback_s_memory_options_hold(tmp_path):
+    assert EVERY == 5
+    assert MEMORY["durable"] is False
+    assert isinstance(WRECKED, Callback)
