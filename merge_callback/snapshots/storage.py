@@ -17,6 +17,7 @@ from torch import Tensor
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.deltas import CODECS, decode, encode
+from merge_callback.snapshots.files import clear, make_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
@@ -175,9 +176,9 @@ class SnapshotStore:
             folder = self.folder / self._shards_name(snapshot)
             return write_shard(folder, self.sharding, header, data, metadata)
         # The name ends in the checksum: two timelines of one run can never take each other's file.
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         temporary = self.folder / f".step={snapshot.step:08d}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
+        clear(temporary)
         checksum = write_file(temporary, header, data, metadata)
         file = f"step={snapshot.step:08d}-{checksum[:12]}.safetensors"
         os.replace(temporary, self.folder / file)
