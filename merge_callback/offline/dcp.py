@@ -26,6 +26,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.dcp_metadata import read_metadata
 from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
+from merge_callback.offline.pytorch_file import check_archive
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 METADATA = ".metadata"
@@ -77,8 +78,9 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
 def recorded_step(folder: Path) -> int | None:
     """The step in Lightning's part of a sharded checkpoint, if safely read; else in the folder's name."""
     try:
-        content = torch.load(folder / _LIGHTNING, map_location="meta", weights_only=True)
-        step = whole(content["global_step"])
+        path = contained(folder, _LIGHTNING)
+        check_archive(path)
+        step = whole(torch.load(path, map_location="meta", weights_only=True)["global_step"])
     except Exception:  # whatever a foreign pickle does wrong: a step is good to have, no more
         step = None
     return step_in_name(folder) if step is None else step

@@ -32,6 +32,7 @@ from merge_callback.diversity.tables import (
 )
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.selection import select
+from merge_callback.snapshots.files import printable
 
 
 def add_diversity(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +83,7 @@ def _diversity(parsed: argparse.Namespace) -> int:
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
     model, layers = found.model(), found.by_layer() if parsed.by_layer else {}
     for line in _diversity_report(sources, found, model, layers, lags):
-        print(line)
+        print(printable(line))
     if parsed.csv:
         write_csv(parsed.csv, sources, {WHOLE_MODEL: model, **layers})
     if parsed.plot:
@@ -136,9 +137,9 @@ def _interference(parsed: argparse.Namespace) -> int:
     )
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
     kept = "each tensor" if parsed.scope == "tensor" else "the model"
-    print(f"task vectors from {base.path}, the {parsed.top:g} % of largest magnitude of {kept}\n")
-    for line in (*source_table(sources), "", *_interference_table(counts, parsed.top)):
-        print(line)
+    print(printable(f"task vectors from {base.path}, the {parsed.top:g} % of largest magnitude of {kept}"))
+    for line in ("", *source_table(sources), "", *_interference_table(counts, parsed.top)):
+        print(printable(line))
     return 0
 
 
