@@ -267,10 +267,7 @@ class SnapshotStore:
             CorruptFileError: where the file is not, byte for byte, what was written, or has another layout.
             OSError: where it is missing or unreadable.
         """
-        expected = snapshot.checksum
-        if self.ranks.size > 1:
-            expected = listed_shards(path, expected)[shard_file(self.ranks.rank, self.ranks.size)]
-            path = self.own_file(path)
+        expected, path = self._own_checksum(snapshot, path), self.own_file(path)
         mapped = map_arena(path, self.layout_of(snapshot))
         if file_checksum(path) != expected:
             raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
@@ -279,6 +276,27 @@ class SnapshotStore:
             arena.buffer.copy_(mapped.buffer)
             mapped = arena
         snapshot.arena = mapped
+
+    def mapped_file(self, snapshot: Snapshot) -> Path:
+        """The file of this rank that a snapshot of a window on disk is mapped from."""
+        assert self.folder is not None
+        return self.own_file(self.folder / snapshot.file)
+
+    def is_as_written(self, snapshot: Snapshot) -> bool:
+        """Whether that file still is, byte for byte, what was written.
+
+        Raises:
+            CorruptFileError: where it is no regular file, or the list of all ranks' files is another.
+            OSError: where it is missing or unreadable.
+        """
+        assert self.folder is not None
+        expected = self._own_checksum(snapshot, self.folder / snapshot.file)
+        return file_checksum(self.mapped_file(snapshot)) == expected
+
+    def _own_checksum(self, snapshot: Snapshot, path: Path) -> str:
+        if self.ranks.size == 1:
+            return snapshot.checksum
+        return listed_shards(path, snapshot.checksum)[shard_file(self.ranks.rank, self.ranks.size)]
 
     def taken_out(self, snapshot: Snapshot) -> Arena:
         """The arena of a loaded snapshot, to be written and kept anew; never one that is mapped."""
