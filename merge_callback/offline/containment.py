@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.snapshots.files import CorruptFileError
 
 
 def contained(folder: Path, name: object) -> Path:
@@ -24,7 +24,10 @@ def contained(folder: Path, name: object) -> Path:
             f"{folder}: refers to the file {name!r}, expected a plain name within the folder"
         )
     root = folder.resolve()
-    target = (root / name).resolve()
+    try:
+        target = (root / name).resolve()
+    except RuntimeError:  # what Python before 3.13 says of a link that leads to itself
+        raise CorruptFileError(f"{folder / name} is a link that leads to itself") from None
     if target.parent not in (root, _blobs(root)):
         raise CorruptFileError(
             f"{folder / name} is a link to {target}, outside of the folder; "

@@ -101,8 +101,6 @@ def check_archive(path: Path) -> None:
                     for i in archive.infolist()
                     if i.filename.endswith("/data.pkl")
                 )
-        except OSError:
-            raise
         except Exception as error:  # a broken archive raises anything
             raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
     if packed:

@@ -7,7 +7,6 @@ larger than metadata ever is.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -195,9 +194,9 @@ def _check_regular(path: Path, found: os.stat_result) -> None:
 
 def _check_own(path: Path, found: os.stat_result) -> None:
     if not stat.S_ISREG(found.st_mode):
-        number = errno.ELOOP if stat.S_ISLNK(found.st_mode) else errno.EINVAL
-        message = f"is {_kind(found.st_mode)}, expected a regular file of this run's own; remove it"
-        raise OSError(number, message, str(path))
+        raise OSError(
+            f"{path}: is {_kind(found.st_mode)}, expected a regular file of this run's own; remove it"
+        )
 
 
 def _kind(mode: int) -> str:
