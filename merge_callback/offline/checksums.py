@@ -78,5 +78,6 @@ def _in_manifest(snapshot: Path) -> object:
     records = read_json(snapshot.parent, MANIFEST).get("snapshots")
     for record in records if isinstance(records, list) else []:
         if isinstance(record, dict) and record.get("file") == snapshot.name:
-            return record.get("checksum", "")
+            found = record.get("checksum")
+            return "" if found is None else found
     return None

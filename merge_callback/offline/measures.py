@@ -78,6 +78,8 @@ def _diversity(parsed: argparse.Namespace) -> int:
     if parsed.plot and not _has_matplotlib():
         return 1
     checkpoints = _open_all(parsed)
+    for option, path in (("--csv", parsed.csv), ("--plot", parsed.plot)):
+        _check_no_input(option, path, checkpoints)
     lags = _lags(parsed.lag, len(checkpoints))
     found = pairwise_distances([c.tensors for c in checkpoints], labels=[c.path for c in checkpoints])
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
@@ -169,6 +171,12 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
 
 def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
     return [open_checkpoint(path) for path in select(parsed.checkpoints, parsed.last, parsed.every)]
+
+
+def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:
+    files = (file for checkpoint in checkpoints for file in (*checkpoint.files, *checkpoint.extras))
+    if path is not None and path.exists() and any(path.samefile(file) for file in files):
+        raise ValueError(f"{option} {path}: is a file of a checkpoint that is measured; name another one")
 
 
 def _has_matplotlib() -> bool:

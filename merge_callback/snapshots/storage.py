@@ -46,6 +46,10 @@ class NonFiniteSnapshotError(ValueError):
     """A snapshot that holds NaN or Inf; the message names the tensors."""
 
 
+class DifferenceError(NonFiniteSnapshotError):
+    """A snapshot whose difference to the one before can't be stored; the message names the tensors."""
+
+
 @dataclass
 class Snapshot:
     """The weights at one optimizer step.
@@ -339,11 +343,11 @@ class SnapshotStore:
 
         Args:
             snapshot: whose ``difference_to`` is set.
-            arena: of it, whole and at home; given back.
+            arena: of it, whole and at home.
             before: the window's snapshots, of which the last can be relied on.
 
         Raises:
-            NonFiniteSnapshotError: where a weight has moved further than the difference can hold.
+            DifferenceError: where a weight has moved further than the difference can hold.
         """
         delta = self.empty(self.device, self._later)
         encode(arena, [earlier.arena for earlier in before], delta)
@@ -351,12 +355,11 @@ class SnapshotStore:
             self.check_finite(delta)
         except NonFiniteSnapshotError as error:
             self.give_back(delta)
-            raise NonFiniteSnapshotError(
+            raise DifferenceError(
                 f"in the difference to that of step {before[-1].step} {error}: "
                 f"it moved too far for snapshot_codec={self.codec!r}"
             ) from None
         snapshot.difference_to = before[-1].step
-        self.give_back(arena)
         return delta
 
     def decoded(self, snapshots: Sequence[Snapshot]) -> Arena:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -19,10 +19,12 @@ from merge_callback.snapshots.safetensors_file import (
     difference,
     read_header,
 )
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.storage import DifferenceError, Snapshot, SnapshotStore
 from merge_callback.snapshots.window_folder import WindowFolder
 
 log = logging.getLogger(__name__)
+
+_ALTERED = "is not what was written to it"
 
 
 class Window:
@@ -205,7 +207,7 @@ class Window:
         Returns:
             One line for each.
         """
-        return self._drop(self._is_altered, "is not what was written to it")
+        return self._drop(self._is_altered, _ALTERED, self.snapshots)
 
     def drop_cut(self) -> list[str]:
         """Drops snapshots whose mapped file was cut: reading past its end would kill the process.
@@ -213,12 +215,19 @@ class Window:
         Returns:
             One line for each.
         """
-        return self._drop(self._is_cut, "was cut")
+        return self._drop(self._is_cut, "was cut", self.snapshots)
 
-    def _drop(self, is_damaged: Callable[[Snapshot], bool], what: str) -> list[str]:
+    def _warned(self, lost: list[str]) -> bool:
+        for line in lost:
+            log.warning("merge: left out of the window: %s", line)
+        return bool(lost)
+
+    def _drop(
+        self, is_damaged: Callable[[Snapshot], bool], what: str, among: Sequence[Snapshot]
+    ) -> list[str]:
         if self.store.storage != "disk" or self.store.folder is None:
             return []
-        damaged = {snapshot.step for snapshot in self.snapshots if is_damaged(snapshot)}
+        damaged = {snapshot.step for snapshot in among if is_damaged(snapshot)}
         damaged = set().union(*self.ranks.exchange(damaged))
         for snapshot in self.snapshots:  # oldest first: a loss takes all that builds on it along
             if snapshot.difference_to in damaged:
@@ -259,19 +268,46 @@ class Window:
         if isinstance(captured, Arena):
             try:
                 self.store.check_finite(captured)
-                if self.store.can_build_on(self.snapshots):
-                    captured = self.store.at_home(captured)
-                    captured = self.store.encoded(snapshot, captured, self.snapshots)
             except (ValueError, RuntimeError) as error:
                 problem = error
         try:
             self.ranks.agree(problem)
+            assert isinstance(captured, Arena)
+            if self.store.can_build_on(self.snapshots):
+                captured = self.store.at_home(captured)
+                return self._difference(snapshot, captured) or captured
         except BaseException:
             if isinstance(captured, Arena):
                 self.store.give_back(captured)
             raise
-        assert isinstance(captured, Arena)
         return captured
+
+    def _difference(self, snapshot: Snapshot, captured: Arena) -> Arena | None:
+        """A captured snapshot as the difference to the one before, which then is all that is kept of it.
+
+        Returns:
+            ``None`` where the one before turned out to be no longer what was written to its file.
+
+        Raises:
+            DifferenceError: where this rank's, or another's, can't be stored.
+        """
+        problem, difference = None, None
+        try:
+            difference = self.store.encoded(snapshot, captured, self.snapshots)
+        except (ValueError, RuntimeError) as error:
+            problem = error
+        try:
+            self.ranks.agree(problem)
+        except Exception:
+            snapshot.difference_to = None
+            if difference is not None:
+                self.store.give_back(difference)
+            told = self.ranks.exchange(isinstance(problem, DifferenceError))
+            if not (any(told) and self._warned(self.drop_damaged())):
+                raise
+            return None
+        self.store.give_back(captured)
+        return difference
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
         """Takes a captured snapshot in as the newest one, and lets the oldest beyond ``size`` go.
@@ -304,6 +340,9 @@ class Window:
         """
         while len(self.snapshots) > self.size:
             if self.snapshots[1].difference_to is not None:
+                # Once they are summed up and written anew, nothing tells any more that one was altered.
+                if self._warned(self._drop(self._is_altered, _ALTERED, self.snapshots[:2])):
+                    continue
                 try:
                     self._make_whole(self.snapshots[1])
                 except (OSError, RuntimeError, MemoryError) as error:
