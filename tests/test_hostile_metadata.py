@@ -1,5 +1,6 @@
 """Metadata of somebody else's: what it is, how much, and of which types, is looked at before it is used."""
 
+import dataclasses
 import io
 import json
 import os
@@ -189,6 +190,52 @@ def test_a_pickle_that_begins_values_without_end_is_refused_at_once(tmp_path, fi
         assert file in refused("inspect", path if file == "a.ckpt" else path.parent)
     # Ended at the thousandth value, it takes milliseconds, and about four seconds otherwise.
     assert time.process_time() - begun < 2
+
+
+LONG = b"a" * 200_000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"c" + LONG + b"\nb\n.",
+        b"cbuiltins\n" + LONG + b"\n.",
+        b"X" + len(LONG).to_bytes(4, "little") + LONG + b")R.",
+    ],
+    ids=["module", "name", "function"],
+)
+@pytest.mark.parametrize("file", ["a.ckpt", "meta.pt", "__0_0.distcp"])
+def test_a_long_name_in_a_pickle_is_refused_at_once(tmp_path, file, content):
+    """Torch searches its reason by patterns that take the square of its length."""
+    place = save_distributed(tmp_path / "step=10", few_tensors())
+    stream = io.BytesIO()
+    torch.save(few_tensors(), stream)
+    with zipfile.ZipFile(stream) as old, zipfile.ZipFile(place / "new", "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"\x80\x02" + content if name.endswith("data.pkl") else old.read(name))
+    os.replace(place / "new", place / file)
+    if file == "__0_0.distcp":
+        metadata = pickle.loads((place / ".metadata").read_bytes())
+        size = (place / file).stat().st_size
+        for index, info in metadata.storage_data.items():
+            metadata.storage_data[index] = dataclasses.replace(info, offset=0, length=size)
+        (place / ".metadata").write_bytes(pickle.dumps(metadata))
+    begun = time.process_time()
+    if file == "meta.pt":
+        assert recorded_step(place) == 10
+    else:
+        error = refused("inspect", place / file if file == "a.ckpt" else place)
+        assert len(error) < 1500
+    assert time.process_time() - begun < 2
+
+
+def test_an_endless_configuration_is_not_copied(tmp_path):
+    model = sharded_folder(tmp_path / "model")
+    with open(model / "tokenizer.json", "wb") as file:
+        file.truncate(1 << 40)  # no room is taken
+    assert "tokenizer.json: has 1099511627776 bytes" in refused(
+        "merge", model, model, "--output", tmp_path / "out"
+    )
 
 
 def test_a_long_sound_pickle_is_read(tmp_path):

@@ -246,6 +246,25 @@ def test_folders_change_names_in_one_step_or_not_at_all(tmp_path):
         exchange(tmp_path / "a", tmp_path / "gone")
 
 
+def test_what_was_replaced_stays_until_that_is_on_the_disk(run, tmp_path, monkeypatch, capsys):
+    assert merge(run / "step=1.ckpt", "--output", tmp_path / "out") == 0
+    real = output_folder.sync
+
+    def fails(path):
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        real(path)
+
+    monkeypatch.setattr(output_folder, "sync", fails)
+    assert merge(run / "step=2.ckpt", "--output", tmp_path / "out", "--force") == 1
+    assert "Input/output error" in capsys.readouterr().err
+    (old,) = tmp_path.glob(".out.*")
+    assert {value(old), value(tmp_path / "out")} == {1.0, 2.0}
+    monkeypatch.setattr(output_folder, "sync", real)
+    assert merge(run / "step=3.ckpt", "--output", tmp_path / "out", "--force") == 0
+    assert (value(tmp_path / "out"), list(tmp_path.glob(".*"))) == (3.0, [])
+
+
 # --- what others left ---------------------------------------------------------------------------------------
 
 HOLDS = """

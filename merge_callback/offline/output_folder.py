@@ -37,6 +37,7 @@ class OutputFolder:
     def __init__(self, target: Path, force: bool, sources: Iterable[Path]) -> None:
         self.target = Path(os.path.abspath(target))  # "." and ".." have names, too
         self.force, self._given, self._sources = force, target, list(sources)
+        self._settled = True  # whether what has which name is on the disk
         if not self.target.name:
             raise ValueError(f"{target}: is no folder that can be made; name another one with --output")
         _sweep(self.target)
@@ -79,17 +80,20 @@ class OutputFolder:
             self.check()  # a merge takes hours: something else may be there by now
             self._place(draft)
         finally:
-            _discard(draft)
+            if self._settled:  # else what was replaced may be what a power loss brings back: it stays for now
+                _discard(draft)
             if lock is not None:
                 os.close(lock)
 
     def _place(self, draft: Path) -> None:
         """Puts the draft in its place; what it replaces then has the draft's name, or is gone."""
+        self._settled = False
         if not os.path.lexists(self.target):
             os.rename(draft, self.target)
         elif not exchange(draft, self.target):
             _rename_twice(draft, self.target)
         sync(self.target.parent)
+        self._settled = True
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -209,16 +213,16 @@ def _sweep(target: Path) -> None:
     named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.(tmp|old)")
     with suppress(OSError):
         for path in [p for p in target.parent.iterdir() if named.fullmatch(p.name)]:
-            found = path.lstat()
-            if path.is_symlink() or not path.is_dir() or found.st_uid != os.geteuid():
-                continue
-            if (lock := _locked(path)) is None:
+            if (lock := _locked(path)) is None:  # or a link, or no folder
                 continue
             with suppress(OSError):
-                if path.suffix == ".old" and not os.path.lexists(target):
+                if os.fstat(lock).st_uid != os.geteuid():
+                    pass
+                elif path.suffix == ".old" and not os.path.lexists(target):
                     os.rename(path, target)  # it was to be replaced, and is all there is
                     sync(target.parent)
                 else:
+                    sync(target.parent)
                     _discard(path)
             os.close(lock)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import pickle
 import pickletools
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _weights_only_unpickler, nn
 
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
 from merge_callback.snapshots.files import CorruptFileError, open_regular
@@ -62,7 +64,8 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
     """
     check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with short_reasons():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: loading it would run code, which this tool never does; save a file of tensors, numbers "
@@ -70,13 +73,36 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
         ) from None
     except RuntimeError as error:
         raise _unreadable(path, error) from None
-    except OSError:
-        raise
     except Exception as error:  # a broken pickle raises anything
         raise CorruptFileError(f"{path}: its content cannot be read ({error!r:.200})") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     return content
+
+
+class _ShortError(pickle.UnpicklingError):
+    def __str__(self) -> str:
+        return super().__str__()[:500]
+
+
+@contextmanager
+def short_reasons() -> Iterator[None]:
+    """Within, torch's reason to refuse a pickle is as long as a reason is, and is not printed.
+
+    It searches the reason by patterns that take the square of its length: with a name of 100,000 letters in
+    it, that takes minutes.
+    """
+    known = getattr(_weights_only_unpickler, "UnpicklingError", None)
+    if known is None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of the file beside refusing it
+        _weights_only_unpickler.UnpicklingError = _ShortError  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            _weights_only_unpickler.UnpicklingError = known  # type: ignore[attr-defined]
 
 
 def check_archive(path: Path) -> None:

@@ -18,6 +18,7 @@ from merge_callback.snapshots.files import CorruptFileError, read_small
 from merge_callback.snapshots.window_folder import MANIFEST
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_EXTRA = 1 << 28  # bytes; the largest tokenizers have about 40 million
 _SNAPSHOT_KEYS = {"layout", "lr_step", "phase", "since", "step"}
 _EXTRAS = (
     "config.json",
@@ -176,7 +177,14 @@ def _trainer_record(folder: Path) -> Mapping[str, Any]:
 
 def _extras(folder: Path) -> list[Path]:
     names = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in _EXTRAS)]
-    return [contained(folder, name) for name in names if not (folder / name).is_dir()]
+    extras = [contained(folder, name) for name in names if not (folder / name).is_dir()]
+    for path in extras:
+        if path.stat().st_size > _MOST_EXTRA:
+            size = path.stat().st_size
+            raise CorruptFileError(
+                f"{path}: has {size} bytes, expected a configuration or tokenizer, which is less"
+            )
+    return extras
 
 
 def _first(*steps: int | None) -> int | None:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 PROVENANCE = "merge.json"
 LATEST = "latest"
-_DRAFT = re.compile(r"\.(step=.*|latest)\.\d+\.(tmp|old)", re.DOTALL)  # the number is a process's
+_DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
 _WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 _SNAPSHOT = re.compile(r"step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
-_DRAFT = re.compile(r"\.(step=.*|manifest\.json)\.\d+\.tmp", re.DOTALL)  # the number is a process's
+_DRAFT = re.compile(r"\.(step=.*|manifest\.json)\.\d{1,10}\.tmp", re.DOTALL)  # the number is a process's
 
 
 class WindowFolder:
