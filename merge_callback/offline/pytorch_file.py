@@ -167,7 +167,8 @@ def _unreadable(path: Path, error: RuntimeError) -> Exception:
             "`sysctl vm.overcommit_memory=1`, or save the weights alone, as safetensors"
         )
         return OSError(errno.ENOMEM, message, str(path))
-    return CorruptFileError(f"{path}: cut, altered, or not written by torch.save ({str(error)[:200]})")
+    reason = " ".join(str(error).split())[:200]
+    return CorruptFileError(f"{path}: cut, altered, or not written by torch.save ({reason})")
 
 
 def _state_dict(path: Path, content: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
