@@ -37,13 +37,15 @@ def read_mutated(folder, count, seed=0):
     return wrong, read
 
 
-def test_the_sound_files_are_read(tmp_path):
+def test_the_sound_files_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)  # a test process has threads
     for name, make in mutated_files.FORMATS.items():
         (tmp_path / name).mkdir()
         file = make(tmp_path / name)
-        assert not mutated_files.verdict(tmp_path / name, file, 1), name
         if name != "options":
             assert mutated_files.run(["inspect", str(tmp_path / name / file)])[0] == 0, name
+        for number in (0, 1):  # the latter prunes the window
+            assert not mutated_files.verdict(tmp_path / name, file, number), name
 
 
 def test_three_hundred_mutated_files_are_read_or_refused_in_a_line(tmp_path):
