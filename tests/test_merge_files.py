@@ -383,14 +383,6 @@ def test_what_is_there_is_replaced_only_by_force(tmp_path, checkpoints, capsys):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_an_output_that_is_forced_over_its_own_inputs_still_reads_them(tmp_path, checkpoints):
-    paths, dicts = checkpoints
-    merge(*paths[:1], "--output", tmp_path / "out")
-    assert merge(tmp_path / "out", paths[1], "--output", tmp_path / "out", "--force") == 0
-    expected = merge_state_dicts(dicts[:2])
-    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], expected["model.scale"])
-
-
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, checkpoints, capsys, monkeypatch):
     paths, _ = checkpoints
 

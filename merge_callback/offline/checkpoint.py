@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from merge_callback.offline.checksums import SHARDS, failed_checksums
+from merge_callback.offline.containment import contained
 from merge_callback.offline.delta_snapshot import decode_snapshot
+from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
 from merge_callback.offline.safetensors_folder import (
     INDEX,
-    PROVENANCE,
     WEIGHTS,
-    failed_checksums,
     open_file,
     open_folder,
 )
@@ -24,7 +25,6 @@ MERGED_CKPT = "merged.ckpt"
 """The file of a merge that was written for Lightning, beside its record."""
 
 _METADATA = ".metadata"  # of torch.distributed.checkpoint, which takes 0.7 s to import
-_SHARDS = "shards.json"  # of a snapshot of several ranks, which is put together by it, too
 
 
 def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "state_dict") -> Checkpoint:
@@ -59,13 +59,16 @@ def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:
     if (path / _METADATA).is_file():
         from merge_callback.offline.dcp import open_dcp
 
-        return open_dcp(path, spool)
-    if (path / _SHARDS).is_file():
+        stored = open_dcp(path, spool)
+        tied = read_record(path).tied(stored.tensors) if (path / PROVENANCE).exists() else {}
+        return replace(stored, tied=tied)
+    if (path / SHARDS).is_file():
         from merge_callback.offline.sharded_snapshot import open_sharded_snapshot
 
         return open_sharded_snapshot(path, spool)
     if (path / PROVENANCE).is_file() and (path / MERGED_CKPT).is_file():
-        return replace(open_pytorch(path / MERGED_CKPT), path=path, format="emission")
+        stored = open_pytorch(contained(path, MERGED_CKPT))
+        return replace(stored, path=path, format="emission")
     if path.is_dir():
         return open_folder(path)
     if not path.is_file():
@@ -85,7 +88,7 @@ def verify(checkpoint: Checkpoint) -> list[str] | None:
 def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint."""
     return path.is_dir() and (
-        any((path / name).exists() for name in (_METADATA, _SHARDS, PROVENANCE, WEIGHTS, INDEX))
+        any((path / name).exists() for name in (_METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
         or any(path.glob("*.safetensors.index.json"))
     )
 

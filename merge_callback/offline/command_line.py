@@ -50,9 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:  # the user's, and told as such
-        print(f"merge-callback: {error}", file=sys.stderr)
-        return 1
+        return _refuse(str(error))
+    except MemoryError:
+        return _refuse("the memory does not suffice for what one of the files holds, or says it holds")
     return status
+
+
+def _refuse(reason: str) -> int:
+    from merge_callback.snapshots.files import printable
+
+    print(f"merge-callback: {printable(reason)}", file=sys.stderr)
+    return 1
 
 
 def _make_parser() -> argparse.ArgumentParser:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.snapshots.files import CorruptFileError, printable
 
 
 def contained(folder: Path, name: object) -> Path:
@@ -23,15 +23,18 @@ def contained(folder: Path, name: object) -> Path:
         raise CorruptFileError(
             f"{folder}: refers to the file {name!r}, expected a plain name within the folder"
         )
-    root = folder.resolve()
-    target = (root / name).resolve()
+    root, shown = folder.resolve(), printable(str(folder / name))
+    try:
+        target = (root / name).resolve()
+    except RuntimeError:  # what Python before 3.13 says of a link that leads to itself
+        raise CorruptFileError(f"{shown} is a link that leads to itself") from None
     if target.parent not in (root, _blobs(root)):
         raise CorruptFileError(
-            f"{folder / name} is a link to {target}, outside of the folder; "
+            f"{shown} is a link to {printable(str(target))}, outside of the folder; "
             "put the file itself there if it belongs to the checkpoint"
         )
     if not target.is_file():
-        raise FileNotFoundError(f"{folder / name} is missing, or no regular file")
+        raise FileNotFoundError(f"{shown} is missing, or no regular file")
     return folder / name
 
 

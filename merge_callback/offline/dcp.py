@@ -26,6 +26,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.dcp_metadata import read_metadata
 from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
+from merge_callback.offline.pytorch_file import check_archive, short_reasons
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 METADATA = ".metadata"
@@ -77,8 +78,10 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
 def recorded_step(folder: Path) -> int | None:
     """The step in Lightning's part of a sharded checkpoint, if safely read; else in the folder's name."""
     try:
-        content = torch.load(folder / _LIGHTNING, map_location="meta", weights_only=True)
-        step = whole(content["global_step"])
+        path = contained(folder, _LIGHTNING)
+        check_archive(path)
+        with short_reasons():
+            step = whole(torch.load(path, map_location="meta", weights_only=True)["global_step"])
     except Exception:  # whatever a foreign pickle does wrong: a step is good to have, no more
         step = None
     return step_in_name(folder) if step is None else step
@@ -208,6 +211,7 @@ def _fill(
         everything = ChunkStorageMetadata(torch.Size([0] * len(entry.size)), entry.size)
         for item in create_read_items_for_chunk_list(name, entry, [everything]):
             try:  # one by one: within one call the reader holds a chunk while it reads the next
-                reader.read_data(LoadPlan([item]), planner)
+                with short_reasons():
+                    reader.read_data(LoadPlan([item]), planner)
             except _BROKEN as error:
                 raise CorruptFileError(f"{folder}: tensor {name!r} cannot be read ({error!r:.200})") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from enum import Enum
 from pathlib import Path, PurePath
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.snapshots.files import CorruptFileError, read_small
 
 _DATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": None,  # every class it defines
@@ -26,6 +27,9 @@ _PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 
 
 _load_build: Any = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+_load_mark: Any = pickle._Unpickler.dispatch[pickle.MARK[0]]
+_DEEPEST = 1000
+_MOST = 1 << 28  # bytes; a million chunks have about half of that
 
 
 class _DataUnpickler(pickle._Unpickler):
@@ -35,6 +39,7 @@ class _DataUnpickler(pickle._Unpickler):
     """
 
     stack: list[Any]
+    metastack: list[Any]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -58,7 +63,14 @@ class _DataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it changes {self.stack[-2]!r}")
         _load_build(self)
 
+    def load_mark(self) -> None:
+        """Begins a nested value; a pickle of nothing but beginnings would take minutes and gigabytes."""
+        if len(self.metastack) >= _DEEPEST:
+            raise CorruptFileError(f"it nests more than {_DEEPEST} values")
+        _load_mark(self)
+
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.MARK[0]] = load_mark
 
 
 def _enum_member(kind: Any, name: Any) -> Enum:
@@ -76,8 +88,8 @@ def read_metadata(path: Path) -> Metadata:
         OSError: where it can't be opened.
     """
     try:
-        with open(path, "rb") as file:
-            metadata = _DataUnpickler(file).load()
+        # All of it first: what a length in the pickle promises is then never more than there is.
+        metadata = _DataUnpickler(io.BytesIO(read_small(path, _MOST))).load()
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: reading it could run code, which this tool never does: {error}; "

@@ -67,13 +67,15 @@ def _of_step(step: int, after: Checkpoint, open_stored: Callable[[Path], Checkpo
 def _candidates(step: int, path: Path) -> Iterator[Path]:
     """What the window lists of a step; of a snapshot that it no longer holds, the only one there is."""
     folder = path.resolve().parent
-    records = read_json(folder / MANIFEST).get("snapshots")
-    listed = (
-        {r.get("step"): r.get("file") for r in records if isinstance(r, dict)}
-        if isinstance(records, list)
-        else {}
-    )
-    if path.resolve().name in listed.values() and isinstance(listed.get(step), str):
+    records = read_json(folder, MANIFEST).get("snapshots")
+    listed = {
+        record["step"]: record["file"]
+        for record in (records if isinstance(records, list) else [])
+        if isinstance(record, dict)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("file"), str)
+    }
+    if path.resolve().name in listed.values() and step in listed:
         yield contained(folder, listed[step])
         return
     found = sorted(folder.glob(f"step={step:08d}-*"))

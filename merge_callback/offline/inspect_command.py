@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint, verify
-from merge_callback.publish.emission import PROVENANCE
+from merge_callback.offline.merge_record import PROVENANCE, read_record
+from merge_callback.snapshots.files import printable
 
 
 def add_inspect(parser: argparse.ArgumentParser) -> None:
@@ -21,17 +20,18 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 def _inspect(parsed: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(parsed.path)
-    for line in (*_layout(checkpoint), *_provenance(parsed.path)):
-        print(line)
+    merged = (parsed.path / PROVENANCE).exists()
+    for line in (*_layout(checkpoint), *(read_record(parsed.path).lines() if merged else [])):
+        print(printable(line))
     if parsed.tensors:
         for name, tensor in checkpoint.tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
-            print(f"  {name:60} {dtype:10} {list(tensor.shape)}")
+            print(f"  {printable(name):60} {dtype:10} {list(tensor.shape)}")
     problems = verify(checkpoint)
     if not problems:
         print(f"checksums    {'none recorded' if problems is None else 'verified'}")
     for problem in problems or ():
-        print(f"problem      {problem}")
+        print(printable(f"problem      {problem}"))
     return 1 if problems else 0
 
 
@@ -52,19 +52,4 @@ def _layout(checkpoint: Checkpoint) -> list[str]:
     if checkpoint.step is not None:
         tokens = "" if checkpoint.tokens is None else f", {checkpoint.tokens:,} tokens"
         lines.append(f"step         {checkpoint.step:,}{tokens}")
-    return lines
-
-
-def _provenance(path: Path) -> list[str]:
-    record = path / PROVENANCE
-    if not record.is_file():
-        return []
-    content: dict[str, Any] = json.loads(record.read_text())
-    method = content["method"]
-    lines = [f"method       {method['name']} {method['options']} ({method['reference']})"]
-    weights = content.get("weights")
-    for i, source in enumerate(content.get("inputs") or content.get("snapshots") or []):
-        weight = source.get("weight", weights[i] if weights else None)
-        share = "" if weight is None else f"weight {weight:.4f}  "
-        lines.append(f"  merged     {share}{source.get('path') or 'snapshot'} (step {source.get('step')})")
     return lines

@@ -8,6 +8,7 @@ import mmap
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -15,10 +16,10 @@ from typing import IO, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from merge_callback.snapshots.files import CorruptFileError, open_regular
 from merge_callback.snapshots.layout import DTYPE_NAMES
-from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.snapshots.safetensors_file import LONGEST_HEADER
 
-_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _ALIGNMENT = 64
 _MORE_DTYPES = {
     "U16": "uint16",
@@ -58,7 +59,7 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         CorruptFileError: where the file breaks any rule of the format; nothing of it is read then.
         OSError: where it can't be opened.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         header, start = _read_header(path, file, size)
         metadata = _metadata(path, header.pop("__metadata__", {}))
@@ -134,7 +135,7 @@ def _view(path: Path, data: Tensor, place: Place) -> Tensor:
 def _read_header(path: Path, file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:
     # Stricter than the reader of our own files: this file may be anyone's.
     length = int.from_bytes(file.read(8), "little")
-    if not 2 <= length <= min(size - 8, _LONGEST_HEADER):
+    if not 2 <= length <= min(size - 8, LONGEST_HEADER):
         raise CorruptFileError(
             f"{path}: the header length {length} does not fit a file of {size} bytes; "
             "it is cut, or no safetensors file"
@@ -151,8 +152,8 @@ def _read_header(path: Path, file: IO[bytes], size: int) -> tuple[dict[str, Any]
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} occurs twice")
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} occurs twice")
     return found
 
 

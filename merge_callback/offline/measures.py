@@ -32,6 +32,7 @@ from merge_callback.diversity.tables import (
 )
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.selection import select
+from merge_callback.snapshots.files import printable
 
 
 def add_diversity(parser: argparse.ArgumentParser) -> None:
@@ -77,12 +78,14 @@ def _diversity(parsed: argparse.Namespace) -> int:
     if parsed.plot and not _has_matplotlib():
         return 1
     checkpoints = _open_all(parsed)
+    for option, path in (("--csv", parsed.csv), ("--plot", parsed.plot)):
+        _check_no_input(option, path, checkpoints)
     lags = _lags(parsed.lag, len(checkpoints))
     found = pairwise_distances([c.tensors for c in checkpoints], labels=[c.path for c in checkpoints])
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
     model, layers = found.model(), found.by_layer() if parsed.by_layer else {}
     for line in _diversity_report(sources, found, model, layers, lags):
-        print(line)
+        print(printable(line))
     if parsed.csv:
         write_csv(parsed.csv, sources, {WHOLE_MODEL: model, **layers})
     if parsed.plot:
@@ -136,9 +139,9 @@ def _interference(parsed: argparse.Namespace) -> int:
     )
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
     kept = "each tensor" if parsed.scope == "tensor" else "the model"
-    print(f"task vectors from {base.path}, the {parsed.top:g} % of largest magnitude of {kept}\n")
-    for line in (*source_table(sources), "", *_interference_table(counts, parsed.top)):
-        print(line)
+    print(printable(f"task vectors from {base.path}, the {parsed.top:g} % of largest magnitude of {kept}"))
+    for line in ("", *source_table(sources), "", *_interference_table(counts, parsed.top)):
+        print(printable(line))
     return 0
 
 
@@ -168,6 +171,12 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
 
 def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
     return [open_checkpoint(path) for path in select(parsed.checkpoints, parsed.last, parsed.every)]
+
+
+def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:
+    files = (file for checkpoint in checkpoints for file in (*checkpoint.files, *checkpoint.extras))
+    if path is not None and path.exists() and any(path.samefile(file) for file in files):
+        raise ValueError(f"{option} {path}: is a file of a checkpoint that is measured; name another one")
 
 
 def _has_matplotlib() -> bool:

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from merge_callback.checks import resolve_dtype, resolve_size
+from merge_callback.checks import one_of, resolve_dtype, resolve_size
 from merge_callback.merging import METHODS, MergeMethod, resolve_method
 from merge_callback.offline import workers
+from merge_callback.offline.config_file import checked, is_plain, read_options, read_value
 from merge_callback.offline.merge_files import Job, Naming, merge_files
 from merge_callback.offline.selection import select
+from merge_callback.snapshots.files import printable
+
+_RENAMED = {"as": "kind", "import": "imports"}  # an option's name in a file, and its own
+_KINDS = {
+    "checkpoints": list,
+    "exclude": list,
+    "imports": list,
+    "last": int,
+    "every": int,
+    "force": bool,
+    "quiet": bool,
+}
+"""What a file may give for an option; text for all others."""
 
 _EXAMPLES = """\
 examples:
@@ -55,7 +71,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
             f"--{name.replace('_', '-')}",
             dest=f"option_{name}",
             nargs="+" if name == "weights" else None,
-            type=float if name == "weights" else yaml.safe_load,
+            type=float if name == "weights" else _option_value,
             default=argparse.SUPPRESS,
             help=", ".join(used_by),
         )
@@ -68,7 +84,8 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 def _merge(parsed: argparse.Namespace) -> int:
     given = {**vars(parsed), **(_read_config(parsed) if parsed.config else {})}
-    _import(given["imports"])
+    one_of("--as", given["kind"], ("safetensors", "lightning"))
+    _import(given["imports"], here=bool(parsed.imports))
     if not given["checkpoints"] or given["output"] is None:
         raise ValueError("name the checkpoints to merge, and the folder to make with --output")
     job = _job(given)
@@ -79,18 +96,51 @@ def _merge(parsed: argparse.Namespace) -> int:
     finally:
         torch.set_num_threads(threads)
     method = record["method"]["name"]
-    print(f"{given['output']}: {method} of {len(record['inputs'])} checkpoints", file=sys.stderr)
+    print(
+        f"{printable(str(given['output']))}: {method} of {len(record['inputs'])} checkpoints", file=sys.stderr
+    )
     return 0
 
 
-def _import(modules: Iterable[str]) -> None:
-    """Imports the modules that register methods, from the current folder too, as ``python -m`` would."""
-    sys.path.insert(0, "")
+class _InCurrentFolder(MetaPathFinder):
+    """Finds one module in the current folder, where Python finds it nowhere else.
+
+    One alone: the folder may be a downloaded one, and whatever is imported later, by torch say, must not be
+    found there.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.name = module.partition(".")[0]
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """The module, or the package that it lies in."""
+        return PathFinder.find_spec(fullname, [os.getcwd()]) if fullname == self.name else None
+
+
+def _import(modules: Iterable[str], here: bool) -> None:
+    """Imports the modules that register methods.
+
+    Args:
+        modules: their names.
+        here: from the current folder, too: not on the word of a file, which may be anyone's.
+    """
     for module in modules:
+        finders = [_InCurrentFolder(module)] if here else []
+        sys.meta_path += finders
         try:
             import_module(module)
-        except ImportError as error:
-            raise ValueError(f"--import {module}: {error}") from None
+        except (ImportError, TypeError) as error:
+            raise ValueError(f"--import {module}: {error}{_mend(module, error, here)}") from None
+        finally:
+            for finder in finders:
+                sys.meta_path.remove(finder)
+
+
+def _mend(module: str, error: Exception, here: bool) -> str:
+    missing = getattr(error, "name", None)
+    if not here:
+        return "; a module of the current folder has to be named on the command line, with --import"
+    return f"; if {missing} lies beside it, name it first" if missing and missing != module else ""
 
 
 def _job(given: Mapping[str, Any]) -> Job:
@@ -119,18 +169,27 @@ def _method(given: Mapping[str, Any]) -> MergeMethod:
 
 def _read_config(parsed: argparse.Namespace) -> dict[str, Any]:
     """The options of a file, where the command line does not give them."""
-    content = yaml.safe_load(parsed.config.read_text())
-    if not isinstance(content, dict):
-        raise ValueError(f"{parsed.config}: expected options and their values")
     known, options = vars(parsed).keys() - {"run", "config"}, _method_options().keys()
     found: dict[str, Any] = {}
-    for key, value in content.items():
-        name = {"as": "kind", "import": "imports"}.get(key, str(key).replace("-", "_"))
-        if name not in known and name not in options:
-            raise ValueError(f"{parsed.config}: unknown option {key!r}; see merge-callback merge --help")
-        found[f"option_{name}" if name in options else name] = value
+    for key, value in read_options(parsed.config).items():
+        name, where = _RENAMED.get(key, str(key).replace("-", "_")), f"{parsed.config}: {key!r:.100}"
+        if name in options and is_plain(value):
+            found[f"option_{name}"] = value
+        elif name in options:
+            raise ValueError(f"{where} is {value!r:.100}, expected a number, text or a list of them")
+        elif name in known and value is not None:
+            found[name] = checked(where, value, _KINDS.get(name, str))
+        elif name not in known:
+            raise ValueError(f"{where} is an unknown option; see merge-callback merge --help")
     untouched = _defaults()  # what the command line gives wins, as far as one can tell
     return {k: v for k, v in found.items() if getattr(parsed, k, None) == untouched.get(k)}
+
+
+def _option_value(text: str) -> Any:
+    try:
+        return read_value(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is {error}") from None
 
 
 def _defaults() -> dict[str, Any]:

@@ -26,7 +26,8 @@ from merge_callback.merging import (
 )
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
-from merge_callback.offline.output import ModelFiles, atomic_folder, copy_extras
+from merge_callback.offline.output import ModelFiles, copy_extras
+from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each
 from merge_callback.publish.emission import PROVENANCE, split_shards
 from merge_callback.publish.provenance import versions
@@ -106,13 +107,18 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: for checkpoints that don't belong together, values that are not finite, or options that
-            don't fit; the tensor is named. Nothing is written.
+            don't fit; the tensor is named. Or where ``force`` would destroy more than an earlier merge.
+            Nothing is written.
         FileExistsError: where the folder is there already.
         OSError: where a file can't be read or written.
     """
-    with atomic_folder(output, job.force) as draft:
+    sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
+    folder = OutputFolder(output, job.force, sources)
+    with folder.draft() as draft:
         checkpoints = [open_checkpoint(path, spool=draft) for path in job.checkpoints]
         base = None if job.base is None else open_checkpoint(job.base, spool=draft)
+        everything = [*checkpoints, *([] if base is None else [base])]
+        folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
         merging = _Merging(job, checkpoints, base)
         tensors, tied = merging.outputs()
         lightning = job.kind == "lightning"

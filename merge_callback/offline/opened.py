@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from merge_callback.offline.containment import contained
+from merge_callback.snapshots.files import read_small
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?(\d+)", re.IGNORECASE)
 _NUMBERED = re.compile(r"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?(\d+)", re.IGNORECASE)
@@ -61,10 +65,18 @@ def whole(value: object) -> int | None:
     return int(value) if isinstance(value, int | str) and re.fullmatch(r"\d{1,18}", str(value)) else None
 
 
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object beside the weights; empty where there is none, or none that can be read."""
+def read_json(folder: Path, name: str) -> Mapping[str, Any]:
+    """A JSON object beside the weights; empty where there is none, or none that is sound.
+
+    Raises:
+        CorruptFileError: where the file leads out of the folder, or is larger than metadata ever is.
+        FileNotFoundError: where it is no regular file.
+    """
+    if not os.path.lexists(folder / name):
+        return {}
+    text = read_small(contained(folder, name))
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(text)
+    except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

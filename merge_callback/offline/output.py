@@ -1,19 +1,17 @@
-"""A merged model's files, written through memory maps; and their folder, complete or not there at all."""
+"""A merged model's files, written through memory maps."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.publish.emission import shard_names, write_index
-from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, sync, tensors_header
+from merge_callback.publish.emission import INDEX, shard_names, write_index
+from merge_callback.snapshots.files import copy_file, sync
+from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
 
 _SYNCED = 64 << 20  # bytes after which the disk is set to work, while the rest is still merged
 
@@ -38,7 +36,7 @@ class ModelFiles:
         self.tensors: dict[str, Tensor] = {}
         self._files: dict[str, _File] = {}
         self._places: dict[str, _File] = {}
-        self._background = ThreadPoolExecutor(1)
+        self._folder, self._background = folder, ThreadPoolExecutor(1)
         names = shard_names(len(shards))
         for name, shard in zip(names, shards, strict=True):
             shared = {alias: kept for alias, kept in tied.items() if kept in shard}
@@ -63,6 +61,8 @@ class ModelFiles:
             sync(file.path)
         found = {name: file.checksum() for name, file in self._files.items()}
         self._background.shutdown()
+        if len(self._files) > 1:
+            found[INDEX] = file_checksum(self._folder / INDEX)
         return found
 
 
@@ -114,48 +114,8 @@ class _File:
             self._unsynced = 0
 
 
-@contextmanager
-def atomic_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill that takes the place of ``target`` once it is complete, and leaves nothing otherwise.
-
-    Args:
-        target: what is to appear.
-        force: replace what is there.
-
-    Raises:
-        FileExistsError: where something is, and ``force`` is not set.
-        OSError: where it can't be written.
-    """
-    if target.exists() and not force:
-        raise FileExistsError(f"{target} exists; name another folder, or replace it with --force")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
-    try:
-        yield draft
-        for path in draft.iterdir():
-            sync(path)
-        sync(draft)
-        _swap(draft, target, force)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _swap(draft: Path, target: Path, force: bool) -> None:
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if force and (target.exists() or target.is_symlink()):
-        os.rename(target, old)
-    os.rename(draft, target)
-    sync(target.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
-
-
 def copy_extras(extras: Mapping[str, Path], folder: Path) -> dict[str, str]:
     """Copies a model's configuration and tokenizer; returns the SHA-256 of each."""
     for name, path in extras.items():
-        shutil.copyfile(path, folder / name)
+        copy_file(path, folder / name)
     return {name: file_checksum(folder / name) for name in extras}

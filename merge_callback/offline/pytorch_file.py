@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import errno
 import pickle
+import pickletools
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, _weights_only_unpickler, nn
 
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
-from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.snapshots.files import CorruptFileError, open_regular
 
 _CALLBACK = "CheckpointMergeCallback"
+_DEEPEST = 1000  # values within values
+_MANY_MARKS = 100_000  # below that many, a pickle loads in a fraction of a second
 
 
 def open_pytorch(path: Path, state_key: str = "state_dict") -> Checkpoint:
@@ -57,9 +62,10 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
         CorruptFileError: where the file is cut or altered.
         OSError: where it can't be opened.
     """
-    _check_archive(path)
+    check_archive(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with short_reasons():
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: loading it would run code, which this tool never does; save a file of tensors, numbers "
@@ -67,32 +73,85 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
         ) from None
     except RuntimeError as error:
         raise _unreadable(path, error) from None
-    except (EOFError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+    except Exception as error:  # a broken pickle raises anything
         raise CorruptFileError(f"{path}: its content cannot be read ({error!r:.200})") from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     return content
 
 
-def _check_archive(path: Path) -> None:
-    """Makes sure that the tensors lie in the file as they are: not pickled inline, not compressed."""
-    with open(path, "rb") as file:
-        beginning = file.read(4)
-    if beginning != b"PK\x03\x04":
-        raise ValueError(
-            f"{path}: not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the "
-            "torch that wrote it and save it again, without _use_new_zipfile_serialization=False"
-        )
-    try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
-    except (zipfile.BadZipFile, ValueError, RuntimeError) as error:  # the last for versions it can't read
-        raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
+class _ShortError(pickle.UnpicklingError):
+    def __str__(self) -> str:
+        return super().__str__()[:500]
+
+
+@contextmanager
+def short_reasons() -> Iterator[None]:
+    """Within, torch's reason to refuse a pickle is as long as a reason is, and is not printed.
+
+    It searches the reason by patterns that take the square of its length: with a name of 100,000 letters in
+    it, that takes minutes.
+    """
+    known = getattr(_weights_only_unpickler, "UnpicklingError", None)
+    if known is None:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of the file beside refusing it
+        _weights_only_unpickler.UnpicklingError = _ShortError  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            _weights_only_unpickler.UnpicklingError = known  # type: ignore[attr-defined]
+
+
+def check_archive(path: Path) -> None:
+    """Makes sure that the tensors lie in the file as they are: not pickled inline, not compressed.
+
+    Raises:
+        ValueError: where it is not the kind of file that can be mapped.
+        CorruptFileError: where it is cut or altered, or its pickle would take minutes to be refused.
+        OSError: where it can't be opened.
+    """
+    with open_regular(path) as file:
+        if file.read(4) != b"PK\x03\x04":
+            raise ValueError(
+                f"{path}: not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the "
+                "torch that wrote it and save it again, without _use_new_zipfile_serialization=False"
+            )
+        try:
+            with zipfile.ZipFile(file) as archive:
+                packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
+                deep = not packed and any(
+                    _nests_too_deep(archive.read(i))
+                    for i in archive.infolist()
+                    if i.filename.endswith("/data.pkl")
+                )
+        except Exception as error:  # a broken archive raises anything
+            raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
     if packed:
         raise CorruptFileError(
-            f"{path}: {packed[0]} in it is compressed, which torch.save never does; "
+            f"{path}: {packed[0]!r} in it is compressed, which torch.save never does; "
             "save it again with torch.save"
         )
+    if deep:
+        raise CorruptFileError(f"{path}: its pickle nests more than {_DEEPEST} values; save it again")
+
+
+def _nests_too_deep(content: bytes) -> bool:
+    """Whether a pickle begins ever more values and ends none, which takes minutes and gigabytes to load."""
+    if content.count(pickle.MARK) < _MANY_MARKS:
+        return False
+    depth = 0
+    try:
+        for opcode, _, _ in pickletools.genops(content):
+            depth += opcode.name == "MARK"
+            depth -= pickletools.markobject in opcode.stack_before
+            if depth > _DEEPEST:
+                return True
+    except ValueError:  # where torch will stop, too
+        pass
+    return False
 
 
 def _reason(error: Exception) -> str:
@@ -108,7 +167,8 @@ def _unreadable(path: Path, error: RuntimeError) -> Exception:
             "`sysctl vm.overcommit_memory=1`, or save the weights alone, as safetensors"
         )
         return OSError(errno.ENOMEM, message, str(path))
-    return CorruptFileError(f"{path}: cut, altered, or not written by torch.save ({str(error)[:200]})")
+    reason = " ".join(str(error).split())[:200]
+    return CorruptFileError(f"{path}: cut, altered, or not written by torch.save ({reason})")
 
 
 def _state_dict(path: Path, content: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from merge_callback.offline.containment import contained
 from merge_callback.offline.mapped_file import map_safetensors
+from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import Checkpoint, read_json, step_in_name, whole
-from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
+from merge_callback.snapshots.files import CorruptFileError, read_small
 from merge_callback.snapshots.window_folder import MANIFEST
 
-PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_MOST_EXTRA = 1 << 28  # bytes; the largest tokenizers have about 40 million
 _SNAPSHOT_KEYS = {"layout", "lr_step", "phase", "since", "step"}
 _EXTRAS = (
     "config.json",
@@ -69,18 +69,18 @@ def open_folder(folder: Path) -> Checkpoint:
         ValueError: where the folder has both, or neither.
     """
     files = weight_files(folder)
-    emission = (folder / PROVENANCE).exists()
-    record = _read_record(folder) if emission else _trainer_record(folder)
+    merge = read_record(folder) if (folder / PROVENANCE).exists() else None
+    record = merge.content if merge else _trainer_record(folder)
     tensors, aliases = _read_shards(folder, files)
     return Checkpoint(
         path=folder,
         tensors=tensors,
-        tied=_recorded_ties(folder, record, tensors) if emission else aliases,
+        tied=merge.tied(tensors) if merge else aliases,
         step=_first(whole(record.get("step")), step_in_name(folder)),
         tokens=whole(record.get("tokens")),
         files=[folder / file for file in files],
         extras=_extras(folder),
-        format="emission" if emission else "safetensors",
+        format="emission" if merge else "safetensors",
     )
 
 
@@ -105,30 +105,9 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     raise ValueError(f"{folder}: {_whats_wrong(folder, indices)}")
 
 
-def failed_checksums(checkpoint: Checkpoint) -> list[str] | None:
-    """One line for each file that is not, byte for byte, what an emission or snapshot recorded, if it did."""
-    path, problems = checkpoint.path, []
-    if checkpoint.format == "snapshot" and path.is_dir():
-        recorded = dict(read_json(path / "shards.json").get("files", {}))
-    elif checkpoint.format == "snapshot":
-        recorded = {path.name: _snapshot_checksum(path)}
-        path = path.parent
-    else:
-        recorded = _read_record(path).get("files", {}) if checkpoint.format == "emission" else {}
-    for name, checksum in recorded.items():
-        try:
-            found = file_checksum(contained(path, name) if checkpoint.format == "emission" else path / name)
-        except (OSError, CorruptFileError) as error:
-            problems.append(str(error))
-            continue
-        if not isinstance(checksum, str) or not found.startswith(checksum):
-            problems.append(f"{path / name}: its SHA-256 is {found}, recorded was {checksum}")
-    return problems if recorded else None
-
-
 def recorded_step(folder: Path) -> int | None:
     """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
-    record = read_json(folder / PROVENANCE) or _trainer_record(folder)
+    record = read_json(folder, PROVENANCE) or _trainer_record(folder)
     return whole(record.get("step"))
 
 
@@ -148,7 +127,9 @@ def _whats_wrong(folder: Path, indices: list[str]) -> str:
 def _read_index(folder: Path, name: str) -> dict[str, set[str] | None]:
     path = contained(folder, name)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_small(path))
+    except CorruptFileError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CorruptFileError(f"{path}: not sound JSON ({error})") from None
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -189,45 +170,21 @@ def _aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict
     }
 
 
-def _read_record(folder: Path) -> Mapping[str, Any]:
-    record = read_json(contained(folder, PROVENANCE))
-    if not record or not isinstance(record.get("files", {}), dict):
-        raise CorruptFileError(f"{folder / PROVENANCE}: not the record of a merge; publish the merge again")
-    return record
-
-
-def _recorded_ties(folder: Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    tied = record.get("tied", {})
-    if not isinstance(tied, dict):
-        raise CorruptFileError(
-            f"{folder / PROVENANCE}: 'tied' is {tied!r:.100}, expected names mapped to names"
-        )
-    for alias, kept in tied.items():
-        if alias in tensors or kept not in list(tensors):
-            raise CorruptFileError(
-                f"{folder / PROVENANCE}: ties {alias!r} to {kept!r:.100}, against the files"
-            )
-    return tied
-
-
 def _trainer_record(folder: Path) -> Mapping[str, Any]:
-    state = read_json(folder / "trainer_state.json")
+    state = read_json(folder, "trainer_state.json")
     return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
 
 
 def _extras(folder: Path) -> list[Path]:
     names = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in _EXTRAS)]
-    return [contained(folder, name) for name in names if not (folder / name).is_dir()]
-
-
-def _snapshot_checksum(path: Path) -> str:
-    """What the manifest beside a snapshot says, else the twelve digits in its name, else nothing."""
-    records = read_json(path.parent / MANIFEST).get("snapshots", [])
-    for record in records if isinstance(records, list) else []:
-        if isinstance(record, dict) and record.get("file") == path.name:
-            return str(record.get("checksum", ""))
-    found = re.search(r"-([0-9a-f]{12})\.safetensors$", path.name)
-    return found[1] if found else ""
+    extras = [contained(folder, name) for name in names if not (folder / name).is_dir()]
+    for path in extras:
+        if path.stat().st_size > _MOST_EXTRA:
+            size = path.stat().st_size
+            raise CorruptFileError(
+                f"{path}: has {size} bytes, expected a configuration or tokenizer, which is less"
+            )
+    return extras
 
 
 def _first(*steps: int | None) -> int | None:

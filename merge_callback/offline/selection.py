@@ -11,8 +11,8 @@ from pathlib import Path
 
 from merge_callback.offline.checkpoint import is_checkpoint_folder, recorded_step
 from merge_callback.offline.containment import contained
+from merge_callback.offline.merge_record import PROVENANCE
 from merge_callback.offline.opened import read_json
-from merge_callback.offline.safetensors_folder import PROVENANCE
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 from merge_callback.snapshots.window_folder import MANIFEST
 
@@ -110,7 +110,7 @@ def _holds_some(folder: Path) -> bool:
 
 def _of_window(window: Path) -> list[Path]:
     """The snapshots a manifest lists, oldest first: not those that only an older checkpoint needs."""
-    records = read_json(window / MANIFEST).get("snapshots")
+    records = read_json(window, MANIFEST).get("snapshots")
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise CorruptFileError(
             f"{window / MANIFEST}: not the manifest of a window; give the snapshots as a glob"
@@ -172,4 +172,4 @@ def _by_number(given: str, found: list[Path]) -> list[Path]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    return [(int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", path.name)]

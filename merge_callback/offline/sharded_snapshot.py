@@ -70,7 +70,7 @@ def listed(folder: Path) -> dict[Path, str]:
         CorruptFileError: where the list is not one, or names what is no rank's file.
         FileNotFoundError: where one is missing.
     """
-    files = read_json(folder / SHARDS).get("files")
+    files = read_json(folder, SHARDS).get("files")
     if not isinstance(files, dict) or not files:
         raise CorruptFileError(f"{folder / SHARDS}: lists no files")
     for name, checksum in files.items():
@@ -82,5 +82,5 @@ def listed(folder: Path) -> dict[Path, str]:
 def _pieces(file: Path, metadata: dict[str, str]) -> dict[str, Piece]:
     try:
         return read_pieces(metadata["pieces"])
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CorruptFileError(f"{file}: does not say which parts it holds ({error!r})") from None

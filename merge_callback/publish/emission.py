@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,21 +13,22 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_callback.snapshots.safetensors_file import (
-    file_checksum,
+from merge_callback.snapshots.files import (
+    CorruptFileError,
+    clear,
+    make_folder,
+    read_object,
     sync,
-    tensors_header,
-    write_file,
     write_json,
 )
+from merge_callback.snapshots.safetensors_file import file_checksum, tensors_header, write_file
 
 log = logging.getLogger(__name__)
 
 PROVENANCE = "merge.json"
 LATEST = "latest"
-_DRAFT = re.compile(r"\.(step=.*|latest)\.\d+\.(tmp|old)", re.DOTALL)  # the number is a process's
-_DISTRIBUTED = ".metadata"  # of torch.distributed.checkpoint
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
+_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Publisher:
@@ -48,10 +47,8 @@ class Publisher:
     def sweep(self) -> None:
         """Removes what a killed process left half written. Only for the one run that uses the folder."""
         for path in [p for p in self.folder.glob(".*") if _DRAFT.fullmatch(p.name)]:
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                clear(path)
 
     def resume(self, published: Iterable[str], run_id: str) -> None:
         """Goes on from what a run had published, as far as it is in this folder."""
@@ -81,9 +78,9 @@ class Publisher:
         Raises:
             OSError: where it can't be written. Nothing is left behind.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         draft = self.folder / f".{name}.{os.getpid()}.tmp"
-        shutil.rmtree(draft, ignore_errors=True)
+        clear(draft)
         draft.mkdir()
         try:
             if add_files is not None:
@@ -93,7 +90,8 @@ class Publisher:
             write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
             target = self._place(draft, name, files)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                clear(draft)
         if _read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
             self.published = [*(p for p in self.published if p != target.name), target.name]
         if self._point_latest(target.name):
@@ -162,10 +160,11 @@ class Publisher:
 
     def _point_latest(self, name: str) -> bool:
         pointer = self.folder / f".{LATEST}.{os.getpid()}.tmp"
-        pointer.unlink(missing_ok=True)
         try:
+            clear(pointer)
             pointer.symlink_to(name, target_is_directory=True)
             os.replace(pointer, self.folder / LATEST)
+            sync(self.folder)  # before the merge that it pointed at may go
         except OSError as error:
             with contextlib.suppress(OSError):
                 pointer.unlink()
@@ -180,11 +179,14 @@ class Publisher:
             return
         while len(self.published) > self.keep_last:
             name = self.published.pop(0)
-            # Renamed first: a folder that is visible under its name is complete, also while it goes.
+            # Renamed first, and durably: a folder that is visible under its name is complete, also while it
+            # goes, and also after a power loss.
             doomed = self.folder / f".{name}.{os.getpid()}.old"
             with contextlib.suppress(OSError):
+                clear(doomed)
                 os.rename(self.folder / name, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+                sync(self.folder)
+                clear(doomed)
 
 
 def load_merge(path: str | Path) -> dict[str, Tensor]:
@@ -198,27 +200,17 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: where there is no published merge.
+        ValueError: where its record or a file of it is broken, or leads out of the folder.
     """
-    from safetensors.torch import load_file
-
     path = Path(path)
     if not (path / PROVENANCE).exists():
         mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
         raise FileNotFoundError(f"{path}: no published merge; {mend}")
-    tied = json.loads((path / PROVENANCE).read_text())["tied"]
-    if (path / _DISTRIBUTED).exists():
-        from merge_callback.offline.dcp import open_dcp
+    from merge_callback.offline.checkpoint import open_checkpoint
 
-        tensors = {name: tensor.clone() for name, tensor in open_dcp(path).tensors.items()}
-        return tensors | {alias: tensors[kept] for alias, kept in tied.items()}
-    index = path / _INDEX
-    files = {_WEIGHTS}
-    if index.exists():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-    tensors = {}
-    for file in sorted(files):
-        tensors |= load_file(path / file)
-    return tensors | {alias: tensors[kept] for alias, kept in tied.items()}
+    merge = open_checkpoint(path)
+    tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}
+    return tensors | {alias: tensors[kept] for alias, kept in merge.tied.items()}
 
 
 def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
@@ -247,15 +239,14 @@ def write_index(folder: Path, names: Sequence[str], shards: Sequence[Mapping[str
     """Writes which tensor is in which file (Hugging Face's scheme)."""
     weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / PROVENANCE).read_text())
-    except (OSError, ValueError):
+        return read_object(folder / PROVENANCE)
+    except (OSError, CorruptFileError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:

@@ -19,8 +19,12 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors, terms
 from merge_callback.snapshots.layout import Group
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.storage import NonFiniteSnapshotError, Snapshot
 from merge_callback.snapshots.window import Window
+
+
+class NonFiniteMergeError(ValueError):
+    """A merge that holds NaN or Inf, though its snapshots held none when they were taken."""
 
 
 @dataclass
@@ -148,8 +152,17 @@ class WindowMerger:
             chains = [self._arenas(snapshot) for snapshot in snapshots]
             merge_tensors(method, chains, self._out, copied, trajectory, self.sharding)
             squares = self._distance(pair) if pair else {}
+        self._check_finite(self._out, snapshots)
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
+
+    def _check_finite(self, merged: Arena, snapshots: Sequence[Snapshot]) -> None:
+        # A map shows what its file holds by now, and anybody may write to that.
+        try:
+            self.window.store.check_finite(merged)
+        except NonFiniteSnapshotError as error:
+            steps = ", ".join(str(snapshot.step) for snapshot in snapshots)
+            raise NonFiniteMergeError(f"in the merge of the snapshots of steps {steps} {error}") from None
 
     def _distance(self, pair: tuple[Snapshot, Snapshot]) -> dict[str, float]:
         return merge_arenas(None, self._arenas(), contrast=self._factors(pair, (-1.0, 1.0)))

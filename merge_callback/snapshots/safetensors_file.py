@@ -19,14 +19,29 @@ import torch
 from torch import Tensor
 
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.files import CorruptFileError, open_regular, sync, write_json
 from merge_callback.snapshots.layout import DTYPE_NAMES, Layout
+
+__all__ = [
+    "LONGEST_HEADER",
+    "CorruptFileError",
+    "arena_header",
+    "difference",
+    "file_checksum",
+    "map_arena",
+    "map_new_file",
+    "read_header",
+    "sync",
+    "tensors_header",
+    "write_file",
+    "write_json",
+]
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
 
 _PAGE = 4096
 _CHUNK = 1 << 24
-
-
-class CorruptFileError(ValueError):
-    """A file that is not what was written: truncated, altered, or of another layout."""
 
 
 def arena_header(layout: Layout) -> dict[str, dict[str, Any]]:
@@ -137,48 +152,35 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file and the offset of its data region.
 
     Raises:
-        CorruptFileError: where the length or the JSON is broken.
+        CorruptFileError: where the length, the JSON or a tensor's entry is broken.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= path.stat().st_size - 8:
+        if not 2 <= length <= min(os.fstat(file.fileno()).st_size - 8, LONGEST_HEADER):
             raise CorruptFileError(f"{path}: the header length {length} does not fit the file")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CorruptFileError(f"{path}: the header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise CorruptFileError(f"{path}: the header is not a JSON object")
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not (name == "__metadata__" or _is_shape(entry.get("shape"))):
+            raise CorruptFileError(f"{path}: {name!r} is {entry!r:.100}, expected its dtype, shape and place")
     return header, 8 + length
 
 
 def file_checksum(path: Path) -> str:
     """The SHA-256 of a file, in hex (what ``sha256sum`` prints)."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def write_json(path: Path, content: object) -> None:
-    """Replaces a JSON file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's bytes, or the renames in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _is_shape(shape: object) -> bool:
+    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
 def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_callback.sharding.pieces import Box, Piece
 from merge_callback.sharding.sharding import Sharding
+from merge_callback.snapshots.files import make_folder, read_small
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
     difference,
@@ -57,7 +58,7 @@ def write_shard(
     Raises:
         OSError: where it can't be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / shard_file(sharding.ranks.rank, sharding.ranks.size)
     path.unlink(missing_ok=True)
     checksum = write_file(path, header, data, {**metadata, "pieces": _to_json(sharding.kept)})
@@ -86,7 +87,7 @@ def listed_shards(folder: Path, checksum: str) -> dict[str, str]:
         CorruptFileError: where the list is not the one with this checksum.
         OSError: where it is missing: the snapshot was never completed.
     """
-    text = (folder / SHARDS).read_bytes()
+    text = read_small(folder / SHARDS)
     if hashlib.sha256(text).hexdigest() != checksum:
         raise CorruptFileError(f"{folder / SHARDS}: the checksum differs from the recorded one")
     files: dict[str, str] = json.loads(text)["files"]
@@ -152,7 +153,7 @@ def _sources(path: Path, checksum: str) -> Iterator[_Source]:
         header, _ = read_header(path / file)
         try:  # of a file that nothing is read from the checksum is not looked at
             pieces = read_pieces(header["__metadata__"]["pieces"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptFileError(f"{path / file}: does not say what it holds ({error!r})") from None
         yield _Source(path / file, expected, pieces)
 
@@ -222,8 +223,34 @@ def _to_json(pieces: Mapping[str, Piece]) -> str:
 
 
 def read_pieces(text: str) -> dict[str, Piece]:
-    """Which part of each tensor a file has, by what its metadata says under ``pieces``."""
-    return {
-        name: Piece(tuple(whole), tuple(Box(tuple(offset), tuple(shape)) for offset, shape in boxes), start)
-        for name, (whole, start, boxes) in json.loads(text).items()
-    }
+    """Which part of each tensor a file has, by what its metadata says under ``pieces``.
+
+    Raises:
+        ValueError: where it says no such thing.
+    """
+    content = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError(f"expected the parts of tensors by their names, got {text:.100}")
+    return {name: _piece(name, entry) for name, entry in content.items()}
+
+
+def _piece(name: str, entry: Any) -> Piece:
+    try:
+        whole, start, found = entry
+        boxes = tuple(Box(tuple(offset), tuple(shape)) for offset, shape in found)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"the part of {name!r} is {entry!r:.100}, expected a shape and boxes in it"
+        ) from None
+    fits = isinstance(whole, list) and all(map(_is_size, whole)) and (start is None or _is_size(start))
+    for box in boxes:
+        fits = fits and len(whole) == len(box.offset) == len(box.shape)
+        fits = fits and all(map(_is_size, (*box.offset, *box.shape)))
+        fits = fits and all(o + n <= size for o, n, size in zip(box.offset, box.shape, whole, strict=True))
+    if not fits:
+        raise ValueError(f"the part of {name!r} is {entry!r:.100}, expected boxes within its shape")
+    return Piece(tuple(whole), boxes, start)
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63

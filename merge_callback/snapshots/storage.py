@@ -17,6 +17,7 @@ from torch import Tensor
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.deltas import CODECS, decode, encode
+from merge_callback.snapshots.files import clear, make_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
@@ -43,6 +44,10 @@ Storage = Literal["disk", "cpu", "device"]
 
 class NonFiniteSnapshotError(ValueError):
     """A snapshot that holds NaN or Inf; the message names the tensors."""
+
+
+class DifferenceError(NonFiniteSnapshotError):
+    """A snapshot whose difference to the one before can't be stored; the message names the tensors."""
 
 
 @dataclass
@@ -175,9 +180,9 @@ class SnapshotStore:
             folder = self.folder / self._shards_name(snapshot)
             return write_shard(folder, self.sharding, header, data, metadata)
         # The name ends in the checksum: two timelines of one run can never take each other's file.
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         temporary = self.folder / f".step={snapshot.step:08d}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
+        clear(temporary)
         checksum = write_file(temporary, header, data, metadata)
         file = f"step={snapshot.step:08d}-{checksum[:12]}.safetensors"
         os.replace(temporary, self.folder / file)
@@ -266,10 +271,7 @@ class SnapshotStore:
             CorruptFileError: where the file is not, byte for byte, what was written, or has another layout.
             OSError: where it is missing or unreadable.
         """
-        expected = snapshot.checksum
-        if self.ranks.size > 1:
-            expected = listed_shards(path, expected)[shard_file(self.ranks.rank, self.ranks.size)]
-            path = self.own_file(path)
+        expected, path = self._own_checksum(snapshot, path), self.own_file(path)
         mapped = map_arena(path, self.layout_of(snapshot))
         if file_checksum(path) != expected:
             raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
@@ -278,6 +280,27 @@ class SnapshotStore:
             arena.buffer.copy_(mapped.buffer)
             mapped = arena
         snapshot.arena = mapped
+
+    def mapped_file(self, snapshot: Snapshot) -> Path:
+        """The file of this rank that a snapshot of a window on disk is mapped from."""
+        assert self.folder is not None
+        return self.own_file(self.folder / snapshot.file)
+
+    def is_as_written(self, snapshot: Snapshot) -> bool:
+        """Whether that file still is, byte for byte, what was written.
+
+        Raises:
+            CorruptFileError: where it is no regular file, or the list of all ranks' files is another.
+            OSError: where it is missing or unreadable.
+        """
+        assert self.folder is not None
+        expected = self._own_checksum(snapshot, self.folder / snapshot.file)
+        return file_checksum(self.mapped_file(snapshot)) == expected
+
+    def _own_checksum(self, snapshot: Snapshot, path: Path) -> str:
+        if self.ranks.size == 1:
+            return snapshot.checksum
+        return listed_shards(path, snapshot.checksum)[shard_file(self.ranks.rank, self.ranks.size)]
 
     def taken_out(self, snapshot: Snapshot) -> Arena:
         """The arena of a loaded snapshot, to be written and kept anew; never one that is mapped."""
@@ -320,11 +343,11 @@ class SnapshotStore:
 
         Args:
             snapshot: whose ``difference_to`` is set.
-            arena: of it, whole and at home; given back.
+            arena: of it, whole and at home.
             before: the window's snapshots, of which the last can be relied on.
 
         Raises:
-            NonFiniteSnapshotError: where a weight has moved further than the difference can hold.
+            DifferenceError: where a weight has moved further than the difference can hold.
         """
         delta = self.empty(self.device, self._later)
         encode(arena, [earlier.arena for earlier in before], delta)
@@ -332,12 +355,11 @@ class SnapshotStore:
             self.check_finite(delta)
         except NonFiniteSnapshotError as error:
             self.give_back(delta)
-            raise NonFiniteSnapshotError(
+            raise DifferenceError(
                 f"in the difference to that of step {before[-1].step} {error}: "
                 f"it moved too far for snapshot_codec={self.codec!r}"
             ) from None
         snapshot.difference_to = before[-1].step
-        self.give_back(arena)
         return delta
 
     def decoded(self, snapshots: Sequence[Snapshot]) -> Arena:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -19,10 +19,12 @@ from merge_callback.snapshots.safetensors_file import (
     difference,
     read_header,
 )
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.storage import DifferenceError, Snapshot, SnapshotStore
 from merge_callback.snapshots.window_folder import WindowFolder
 
 log = logging.getLogger(__name__)
+
+_ALTERED = "is not what was written to it"
 
 
 class Window:
@@ -149,7 +151,7 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         """The window as primitives: its snapshots' records. From now on a checkpoint needs their files."""
         saved = self.folder.note_saved([s.file for s in self.snapshots])
-        with contextlib.suppress(OSError):  # only a later resume from an older checkpoint would miss it
+        with suppress(OSError):  # only a later resume from an older checkpoint would miss it
             self._write_manifest()
         return {
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
@@ -170,7 +172,7 @@ class Window:
         if state["layout"] == layout.hash:
             return ""
         for record in state["snapshots"]:
-            with contextlib.suppress(OSError, CorruptFileError):
+            with suppress(OSError, CorruptFileError):
                 for path in self.folder.find(record["file"], state["folder"]):
                     header, _ = read_header(path)
                     header.pop("__metadata__", None)
@@ -197,26 +199,56 @@ class Window:
         return problems
 
     def drop_damaged(self) -> list[str]:
+        """Drops snapshots whose mapped file is not, byte for byte, what was written, and what builds on them.
+
+        Reads all of the window: before its weights go into the live model, or once a merge showed that
+        something is wrong.
+
+        Returns:
+            One line for each.
+        """
+        return self._drop(self._is_altered, _ALTERED, self.snapshots)
+
+    def drop_cut(self) -> list[str]:
         """Drops snapshots whose mapped file was cut: reading past its end would kill the process.
 
         Returns:
             One line for each.
         """
+        return self._drop(self._is_cut, "was cut", self.snapshots)
+
+    def _warned(self, lost: list[str]) -> bool:
+        for line in lost:
+            log.warning("merge: left out of the window: %s", line)
+        return bool(lost)
+
+    def _drop(
+        self, is_damaged: Callable[[Snapshot], bool], what: str, among: Sequence[Snapshot]
+    ) -> list[str]:
         if self.store.storage != "disk" or self.store.folder is None:
             return []
-        cut = set()
-        for snapshot in self.snapshots:
-            with contextlib.suppress(OSError):  # a removed file stays readable through its map
-                path = self.store.own_file(self.store.folder / snapshot.file)
-                if path.stat().st_size < snapshot.arena.buffer.untyped_storage().nbytes():  # header and all
-                    cut.add(snapshot.step)
-        cut = set().union(*self.ranks.exchange(cut))
+        damaged = {snapshot.step for snapshot in among if is_damaged(snapshot)}
+        damaged = set().union(*self.ranks.exchange(damaged))
         for snapshot in self.snapshots:  # oldest first: a loss takes all that builds on it along
-            if snapshot.difference_to in cut:
-                cut.add(snapshot.step)
-        lost = [snapshot for snapshot in self.snapshots if snapshot.step in cut]
-        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in cut]
-        return [f"snapshot of step {s.step}: {s.file}, or what it builds on, was cut" for s in lost]
+            if snapshot.difference_to in damaged:
+                damaged.add(snapshot.step)
+        lost = [snapshot for snapshot in self.snapshots if snapshot.step in damaged]
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in damaged]
+        return [f"snapshot of step {s.step}: {s.file}, or what it builds on, {what}" for s in lost]
+
+    def _is_cut(self, snapshot: Snapshot) -> bool:
+        with suppress(OSError):  # a removed file stays readable through its map
+            size = self.store.mapped_file(snapshot).stat().st_size
+            return size < snapshot.arena.buffer.untyped_storage().nbytes()  # header and all
+        return False
+
+    def _is_altered(self, snapshot: Snapshot) -> bool:
+        try:
+            return not self.store.is_as_written(snapshot)
+        except FileNotFoundError:  # likewise
+            return False
+        except (CorruptFileError, OSError):
+            return True
 
     def _make_room(self, captured: Arena | Exception) -> None:
         """Lets a snapshot go that could not go before: else the window would grow as long as that is so.
@@ -236,19 +268,46 @@ class Window:
         if isinstance(captured, Arena):
             try:
                 self.store.check_finite(captured)
-                if self.store.can_build_on(self.snapshots):
-                    captured = self.store.at_home(captured)
-                    captured = self.store.encoded(snapshot, captured, self.snapshots)
             except (ValueError, RuntimeError) as error:
                 problem = error
         try:
             self.ranks.agree(problem)
+            assert isinstance(captured, Arena)
+            if self.store.can_build_on(self.snapshots):
+                captured = self.store.at_home(captured)
+                return self._difference(snapshot, captured) or captured
         except BaseException:
             if isinstance(captured, Arena):
                 self.store.give_back(captured)
             raise
-        assert isinstance(captured, Arena)
         return captured
+
+    def _difference(self, snapshot: Snapshot, captured: Arena) -> Arena | None:
+        """A captured snapshot as the difference to the one before, which then is all that is kept of it.
+
+        Returns:
+            ``None`` where the one before turned out to be no longer what was written to its file.
+
+        Raises:
+            DifferenceError: where this rank's, or another's, can't be stored.
+        """
+        problem, difference = None, None
+        try:
+            difference = self.store.encoded(snapshot, captured, self.snapshots)
+        except (ValueError, RuntimeError) as error:
+            problem = error
+        try:
+            self.ranks.agree(problem)
+        except Exception:
+            snapshot.difference_to = None
+            if difference is not None:
+                self.store.give_back(difference)
+            told = self.ranks.exchange(isinstance(problem, DifferenceError))
+            if not (any(told) and self._warned(self.drop_damaged())):
+                raise
+            return None
+        self.store.give_back(captured)
+        return difference
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
         """Takes a captured snapshot in as the newest one, and lets the oldest beyond ``size`` go.
@@ -281,6 +340,9 @@ class Window:
         """
         while len(self.snapshots) > self.size:
             if self.snapshots[1].difference_to is not None:
+                # Once they are summed up and written anew, nothing tells any more that one was altered.
+                if self._warned(self._drop(self._is_altered, _ALTERED, self.snapshots[:2])):
+                    continue
                 try:
                     self._make_whole(self.snapshots[1])
                 except (OSError, RuntimeError, MemoryError) as error:

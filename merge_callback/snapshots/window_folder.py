@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
-import shutil
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-from merge_callback.snapshots.safetensors_file import sync, write_json
+from merge_callback.snapshots.files import (
+    CorruptFileError,
+    clear,
+    copy_file,
+    make_folder,
+    read_object,
+    sync,
+    write_json,
+)
 from merge_callback.snapshots.shard_files import step_of
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+_SNAPSHOT = re.compile(r"step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
+_DRAFT = re.compile(r"\.(step=.*|manifest\.json)\.\d{1,10}\.tmp", re.DOTALL)  # the number is a process's
 
 
 class WindowFolder:
@@ -49,7 +59,8 @@ class WindowFolder:
             aside = next(place for place in places if not place.exists())
             os.replace(folder, aside)
             log.warning("merge: %s holds the window of another run; it was moved to %s", folder, aside)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        sync(folder.parent)  # what was moved aside, too
 
     def note_saved(self, files: list[str]) -> list[list[str]]:
         """Notes that a checkpoint needs these files from now on; returns those of the last two."""
@@ -59,7 +70,7 @@ class WindowFolder:
     def resume(self, saved: Sequence[Sequence[str]]) -> None:
         """Goes on from what a checkpoint noted, and from what newer ones need: it may be an older one."""
         known = [list(files) for files in saved]
-        newer = self._manifest().get("saved", []) if self.path else []
+        newer = _file_lists(self._manifest().get("saved")) if self.path else []
         self.saved = [*(files for files in newer if files not in known), *known]
 
     def write_manifest(self, layout: str, snapshots: Sequence[Mapping[str, Any]]) -> None:
@@ -69,7 +80,7 @@ class WindowFolder:
             OSError: where it can't be written.
         """
         if self._own is not None:
-            self._own.mkdir(parents=True, exist_ok=True)
+            make_folder(self._own)
             manifest = {
                 "format": 1,
                 "run_id": self.run_id,
@@ -89,12 +100,14 @@ class WindowFolder:
         if self._own is None or not self._own.is_dir():
             return
         needed = {*held, *(file for files in self.saved for file in files)}
-        for path in (*self._own.glob("step=*"), *self._own.glob(".*.tmp")):
+        for path in [
+            p for p in self._own.iterdir() if _SNAPSHOT.fullmatch(p.name) or _DRAFT.fullmatch(p.name)
+        ]:
             step = step_of(path.name, self.session)  # of a folder that may not be complete yet
             if path.name in needed or (step is not None and step >= latest):
                 continue
             with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                clear(path)
 
     def find(self, file: str, recorded_folder: str) -> Iterator[Path]:
         """Where a snapshot's file may lie: here, in a window that was moved aside, or as recorded."""
@@ -111,20 +124,26 @@ class WindowFolder:
         target = self.path / source.name
         # A hard link costs no room, and snapshot files are only ever removed, never written to.
         draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        draft.unlink(missing_ok=True)
+        clear(draft)
         try:
             os.link(source, draft)
         except OSError:
-            shutil.copyfile(source, draft)
+            copy_file(source, draft)
             sync(draft)
         os.replace(draft, target)
+        sync(self.path)  # before the folder it came from may go
         return target
 
     def _manifest(self) -> dict[str, Any]:
         """What the manifest says; nothing where there is none that can be read."""
         assert self.path is not None
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
-        except (OSError, ValueError):
+            return read_object(self.path / MANIFEST)
+        except (OSError, CorruptFileError):
             return {}
-        return manifest if isinstance(manifest, dict) else {}
+
+
+def _file_lists(found: object) -> list[list[str]]:
+    """What a manifest says that checkpoints need, as far as it says so in lists of names."""
+    lists = [files for files in found if isinstance(files, list)] if isinstance(found, list) else []
+    return [files for files in lists if all(isinstance(file, str) for file in files)]

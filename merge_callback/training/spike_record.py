@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import Trainer
 
-from merge_callback.snapshots.safetensors_file import sync
+from merge_callback.snapshots.files import append_line
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +37,7 @@ def append(folder: Path, record: Mapping[str, Any]) -> None:
     path = folder / RECORD
     line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False, default=str)
     try:
-        new = not path.exists()
-        # A line that a kill cut off must not swallow this one.
-        torn = not new and path.stat().st_size > 0 and path.read_bytes()[-1:] != b"\n"
-        with path.open("a") as file:
-            file.write(f"{chr(10) if torn else ''}{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if new:
-            sync(folder)
+        append_line(path, line)
     except OSError as error:
         log.warning("merge: the event could not be written to %s (%s): %s", path, error, line)
 

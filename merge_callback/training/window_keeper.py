@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Trainer
@@ -20,7 +20,7 @@ from merge_callback.publish.export import Naming, prepare_emission
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.training.background import Background
@@ -28,6 +28,8 @@ from merge_callback.training.lr_phase import Phase
 from merge_callback.training.reporting import advice, logged_step, show_metrics, tell_loggers
 
 log = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _PATIENCE = 600.0  # seconds that what is under way may take, once a checkpoint waits for it
 
@@ -133,20 +135,12 @@ class WindowKeeper:
     def current_merge(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` where there is none, or it can't be made."""
         self.settle()
-        merge: Merge | None = None
-        problem: Exception | None = None
         try:
-            self._warn_of_damage()
-            merge = self._merger.current(model)
-        except Exception as error:
-            problem = error
-        try:
-            self._window.ranks.agree(problem)
+            self._warn_of_cuts()
+            return self._without_altered(partial(self._agreed_merge, model))
         except Exception:
-            self._merger.forget()  # on the ranks that could, too
             log.exception("merge: the window could not be merged; training goes on")
             return None
-        return merge
 
     def newest_emission_up_to(self, step: int) -> Path | None:
         """The newest published merge that holds no snapshot after a step."""
@@ -228,13 +222,13 @@ class WindowKeeper:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(self, model: ModelTensors, captured: Arena | Exception, report: _Report, calm: bool) -> None:
-        self._warn_of_damage()  # first: a difference is one to what the window holds
+        self._warn_of_cuts()  # first: a difference is one to what the window holds
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
         emit = calm and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.trainer.enable_validation
-        self._merger.measure(model, merge=emit or evaluate)
+        self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
             self._emit(model)
         report.window, report.diversity = len(self._window), self._merger.diversity
@@ -278,9 +272,45 @@ class WindowKeeper:
         except Exception as error:
             rank_zero_warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
 
-    def _warn_of_damage(self) -> None:
-        for line in self._window.drop_damaged():
+    def _warn_of_cuts(self) -> None:
+        for line in self._window.drop_cut():
             rank_zero_warn(f"merge: left out of the window: {line}")
+
+    def _agreed_merge(self, model: ModelTensors) -> Merge | None:
+        """The merge of the window as it is, if every rank could make its part of it.
+
+        Raises:
+            Exception: what one of them could not.
+        """
+        merge: Merge | None = None
+        problem: Exception | None = None
+        try:
+            merge = self._merger.current(model)
+        except Exception as error:
+            problem = error
+        try:
+            self._window.ranks.agree(problem)
+        except Exception:
+            self._merger.forget()  # on the ranks that could, too
+            raise
+        return merge
+
+    def _without_altered(self, merge: Callable[[], _T]) -> _T:
+        """Merges; where what comes out is not finite, once more without the snapshots whose files changed.
+
+        Args:
+            merge: raises on all ranks where it does on one.
+        """
+        try:
+            return merge()
+        except Exception as error:
+            spoilt = any(self._window.ranks.exchange(isinstance(error, NonFiniteMergeError)))
+            lost = self._window.drop_damaged() if spoilt else []
+            if not lost:
+                raise
+        for line in lost:
+            rank_zero_warn(f"merge: left out of the window: {line}")
+        return merge()
 
     # In training's thread again.
 

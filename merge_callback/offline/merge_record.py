@@ -1,0 +1,94 @@
+"""The record of a merge, ``merge.json``, as it may come from anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_callback.offline.containment import contained
+from merge_callback.snapshots.files import CorruptFileError, read_object
+
+PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics
+
+
+@dataclass(frozen=True)
+class MergeRecord:
+    """What a merge says of itself.
+
+    Args:
+        path: of the record.
+        content: of it, in which no type is sure.
+        files: what was recorded as the checksum of each file, by its name.
+    """
+
+    path: Path
+    content: Mapping[str, Any]
+    files: Mapping[str, object]
+
+    def tied(self, tensors: Collection[str]) -> dict[str, str]:
+        """The further names of shared tensors, each with the name it is kept under.
+
+        Raises:
+            CorruptFileError: where they do not go together with the names of the files' ``tensors``.
+        """
+        tied = self.content.get("tied", {})
+        if not isinstance(tied, dict):
+            raise CorruptFileError(f"{self.path}: 'tied' is {tied!r:.100}, expected names mapped to names")
+        for alias, kept in tied.items():
+            if alias in tensors or not isinstance(kept, str) or kept not in tensors:
+                raise CorruptFileError(f"{self.path}: ties {alias!r} to {kept!r:.100}, against the files")
+        return tied
+
+    def lines(self) -> list[str]:
+        """The method and what was merged, for people.
+
+        Raises:
+            CorruptFileError: where it does not say so.
+        """
+        method = self.content.get("method")
+        if not isinstance(method, dict) or not {"name", "options", "reference"} <= method.keys():
+            raise CorruptFileError(
+                f"{self.path}: 'method' is {method!r:.100}, expected its name, options and reference"
+            )
+        sources = self.content.get("inputs") or self.content.get("snapshots") or []
+        if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+            raise CorruptFileError(
+                f"{self.path}: the merged ones are {sources!r:.100}, expected their records"
+            )
+        weights = self.content.get("weights") or [source.get("weight") for source in sources]
+        if not isinstance(weights, list) or len(weights) != len(sources) or not all(map(_is_weight, weights)):
+            raise CorruptFileError(
+                f"{self.path}: 'weights' is {weights!r:.100}, expected one of each merged one"
+            )
+        return [
+            f"method       {method['name']} {method['options']} ({method['reference']})",
+            *(
+                f"  merged     {'' if weight is None else f'weight {weight:.4f}  '}"
+                f"{source.get('path') or 'snapshot'} (step {source.get('step')})"
+                for source, weight in zip(sources, weights, strict=True)
+            ),
+        ]
+
+
+def read_record(folder: Path) -> MergeRecord:
+    """The record of the merge in a folder.
+
+    Raises:
+        CorruptFileError: where it is none, or leads out of the folder.
+        FileNotFoundError: where there is none.
+    """
+    path = contained(folder, PROVENANCE)
+    try:
+        content = read_object(path)
+    except CorruptFileError as error:
+        raise CorruptFileError(f"{error}: not the record of a merge; publish the merge again") from None
+    files = content.get("files", {})
+    if not content or not isinstance(files, dict):
+        raise CorruptFileError(f"{path}: not the record of a merge; publish the merge again")
+    return MergeRecord(path, content, files)
+
+
+def _is_weight(weight: object) -> bool:
+    return weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool))

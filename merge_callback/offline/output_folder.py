@@ -1,0 +1,243 @@
+"""The folder a command makes: complete or not there at all, and in place of nothing but an earlier merge."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from merge_callback.offline.merge_record import PROVENANCE, read_record
+from merge_callback.snapshots.files import CorruptFileError, make_folder, sync
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
+_RENAME_SWAP = 2  # macOS
+_CANNOT_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV}
+
+
+class OutputFolder:
+    """A folder to fill that takes the place of ``target`` once it is complete.
+
+    Args:
+        target: what is to appear.
+        force: replace the merge that is there.
+        sources: what is merged: no folder that holds any of it is replaced.
+
+    Raises:
+        FileExistsError: where something is there, and ``force`` is not set.
+        ValueError: where what is there is no merge and nothing else, or holds something that is merged.
+    """
+
+    def __init__(self, target: Path, force: bool, sources: Iterable[Path]) -> None:
+        self.target = Path(os.path.abspath(target))  # "." and ".." have names, too
+        self.force, self._given, self._sources = force, target, list(sources)
+        self._settled = True  # whether what has which name is on the disk
+        if not self.target.name:
+            raise ValueError(f"{target}: is no folder that can be made; name another one with --output")
+        _sweep(self.target)
+        self.check()
+
+    def add_sources(self, sources: Iterable[Path]) -> None:
+        """Notes further files that are merged, which the folder must not hold either."""
+        self._sources += sources
+        self.check()
+
+    def check(self) -> None:
+        """Makes sure that nothing is lost where the folder takes its place.
+
+        Raises:
+            FileExistsError, ValueError: see above.
+        """
+        if not os.path.lexists(self.target):
+            return
+        if not self.force:
+            raise FileExistsError(f"{self._given} exists; name another folder, or replace it with --force")
+        if reason := _whats_lost(self.target, self._sources):
+            raise ValueError(
+                f"{self._given}: {reason}; --force replaces nothing but a merge: name another folder"
+            )
+
+    @contextmanager
+    def draft(self) -> Iterator[Path]:
+        """The folder under a temporary name; it takes its place at the end, and leaves nothing otherwise.
+
+        Raises:
+            OSError: where it can't be written.
+        """
+        make_folder(self.target.parent)
+        draft, lock = _new_draft(self.target)
+        try:
+            yield draft
+            for path in draft.iterdir():
+                sync(path)
+            sync(draft)
+            self.check()  # a merge takes hours: something else may be there by now
+            self._place(draft)
+        finally:
+            if self._settled:  # else what was replaced may be what a power loss brings back: it stays for now
+                _discard(draft)
+            if lock is not None:
+                os.close(lock)
+
+    def _place(self, draft: Path) -> None:
+        """Puts the draft in its place; what it replaces then has the draft's name, or is gone."""
+        self._settled = False
+        if not os.path.lexists(self.target):
+            os.rename(draft, self.target)
+        elif not exchange(draft, self.target):
+            _rename_twice(draft, self.target)
+        sync(self.target.parent)
+        self._settled = True
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Has two folders change names in one step, so that there is never neither; says whether it can be done.
+
+    Raises:
+        OSError: where it can be done here, but not with these.
+    """
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+    except (OSError, TypeError):  # no C library that is known by that name
+        return False
+    a, b = os.fsencode(one), os.fsencode(other)
+    if hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, a, _AT_FDCWD, b, ctypes.c_uint(_RENAME_EXCHANGE))
+    elif hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(a, b, ctypes.c_uint(_RENAME_SWAP))
+    else:
+        return False
+    if not failed:
+        return True
+    if (number := ctypes.get_errno()) in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def _rename_twice(draft: Path, target: Path) -> None:
+    """Replaces a folder where the two can't change names: a kill in between leaves it under ``….old``."""
+    lock = _locked(target)
+    old = draft.with_suffix(".old")
+    try:
+        os.rename(target, old)
+        try:
+            os.rename(draft, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
+        sync(target.parent)
+        _discard(old)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _whats_lost(target: Path, sources: Iterable[Path]) -> str:
+    """Why a folder may not be replaced; empty where it is a merge, or empty itself."""
+    if target.is_symlink():
+        return f"is a link to {target.readlink()}"
+    if not target.is_dir():
+        return "is no folder"
+    for source in sources:
+        if _lies_in(source, target):
+            return f"holds {source}, which is merged"
+    names = sorted(path.name for path in target.iterdir())
+    if not names:
+        return ""
+    if PROVENANCE not in names:
+        return f"has no {PROVENANCE}, and holds {names[0]!r}"
+    try:
+        own = _own_names(target)
+    except (CorruptFileError, OSError) as error:
+        return f"cannot be told to be a merge ({error})"
+    others = [name for name in names if name not in own or (target / name).is_dir()]
+    return f"holds {others[0]!r}, which is no part of the merge" if others else ""
+
+
+def _own_names(folder: Path) -> set[str]:
+    return {PROVENANCE, *read_record(folder).files}
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path, or what it links to, is a folder or lies in it, by whatever name that is reached."""
+    own = os.stat(folder)
+    for place in (Path(os.path.abspath(path)), path.resolve()):
+        for above in (place, *place.parents):
+            with suppress(OSError):
+                if os.path.samestat(os.stat(above), own):
+                    return True
+    return False
+
+
+def _new_draft(target: Path) -> tuple[Path, int | None]:
+    """A new folder beside the target, locked for as long as this process fills it."""
+    while True:
+        draft = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+        draft.mkdir()
+        lock = _locked(draft)
+        if lock is None:
+            return draft, None
+        with suppress(FileNotFoundError):  # another process took it for a dead one's before it was locked
+            if os.path.samestat(os.stat(draft), os.fstat(lock)):
+                return draft, lock
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder; ``None`` where another process has it, or where there are no such locks."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, AttributeError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep(target: Path) -> None:
+    """Puts in order what processes that died left beside a target: theirs are the drafts nobody holds.
+
+    Where there are no locks, nobody can tell, and they stay.
+    """
+    named = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{12}}\.(tmp|old)")
+    with suppress(OSError):
+        for path in [p for p in target.parent.iterdir() if named.fullmatch(p.name)]:
+            if (lock := _locked(path)) is None:  # or a link, or no folder
+                continue
+            with suppress(OSError):
+                if os.fstat(lock).st_uid != os.geteuid():
+                    pass
+                elif path.suffix == ".old" and not os.path.lexists(target):
+                    os.rename(path, target)  # it was to be replaced, and is all there is
+                    sync(target.parent)
+                else:
+                    sync(target.parent)
+                    _discard(path)
+            os.close(lock)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a draft, or the merge that one has replaced: of that, what it lists and nothing else."""
+    if not (folder / PROVENANCE).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(CorruptFileError, OSError):
+        own = _own_names(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == PROVENANCE):  # the list goes last
+            if path.name in own:
+                path.unlink()
+        os.rmdir(folder)
+    if folder.exists():
+        names = ", ".join(sorted(path.name for path in folder.iterdir()))
+        warnings.warn(f"{folder} is left, because of what came into it: {names}", stacklevel=2)

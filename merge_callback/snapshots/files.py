@@ -1,0 +1,223 @@
+"""Files in folders that others may write to: what is opened there, and the order in which it becomes durable.
+
+Whoever prepared such a folder may have put a link, a pipe or a device where a file of ours belongs. So
+nothing is written through a link, nothing is read that is not a regular file, and no metadata is read that is
+larger than metadata ever is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, BinaryIO
+
+MOST_METADATA = 64 << 20
+"""Bytes of the largest metadata file that is read; the index of a model of 140,000 tensors has 14 MB."""
+
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+class CorruptFileError(ValueError):
+    """A file that is not what was written: truncated, altered, or of another layout."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file to be read, through a link where it is one.
+
+    Raises:
+        CorruptFileError: for a pipe, a device or a folder; nothing is waited for.
+        OSError: where it is missing or unreadable.
+    """
+    _check_regular(path, os.stat(path))  # first: merely to open a device may do something
+    file = open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb")  # noqa: SIM115 - the caller's to close
+    try:
+        _check_regular(path, os.fstat(file.fileno()))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def read_small(path: Path, most: int = MOST_METADATA) -> bytes:
+    """All of a metadata file.
+
+    Raises:
+        CorruptFileError: where it is no regular file, or has more than ``most`` bytes.
+        OSError: where it is missing or unreadable.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise CorruptFileError(f"{path}: has more than {most} bytes, expected metadata, which is smaller")
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a metadata file.
+
+    Raises:
+        CorruptFileError: where it is no regular file, too large, or holds anything else.
+        OSError: where it is missing or unreadable.
+    """
+    try:
+        content = json.loads(read_small(path))
+    except CorruptFileError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not sound JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+    return content
+
+
+def open_own(path: Path) -> IO[str]:
+    """Opens a text file of ours to read and append to, and creates it where it is not there.
+
+    Raises:
+        OSError: for a link, which is not followed, a pipe, a device or a folder; or where it can't be opened.
+    """
+    with suppress(FileNotFoundError):
+        _check_own(path, os.lstat(path))
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | _NO_WAIT | _NO_LINK
+    file = open(os.open(path, flags, 0o666), "a+")  # noqa: SIM115 - the caller's to close
+    try:
+        _check_own(path, os.fstat(file.fileno()))
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def append_line(path: Path, line: str) -> None:
+    """Adds a line to a text file of ours, durably; a line before it that a kill cut off is ended first.
+
+    Raises:
+        OSError: where the file is a link, or nothing that can be appended to, or the disk is full.
+    """
+    with suppress(FileNotFoundError):
+        found = os.lstat(path)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+            _detach(path)
+    with open_own(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
+        file.write(f"{chr(10) if torn else ''}{line}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if not size:
+        sync(path.parent)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a regular file to a name that nothing has yet.
+
+    Raises:
+        CorruptFileError: where the source is no regular file.
+        OSError: where it can't be read, or the target is there or can't be written.
+    """
+    with open_regular(source) as read, open(target, "xb") as written:
+        shutil.copyfileobj(read, written, 1 << 20)
+
+
+def clear(path: Path) -> None:
+    """Removes what a draft of ours is to replace: a link itself, not what it leads to.
+
+    Raises:
+        OSError: where it can't be removed.
+    """
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it that are missing, and makes their names durable.
+
+    Raises:
+        OSError: where it can't be made.
+    """
+    new = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(new):
+        with suppress(PermissionError):  # who may not list a folder can make one in it, but not sync it
+            sync(folder.parent)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Replaces a JSON file atomically and durably."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    clear(temporary)
+    try:
+        with open(temporary, "x") as file:
+            json.dump(content, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or the renames in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def printable(text: str) -> str:
+    """Text on one line, as a terminal may show it.
+
+    A name that somebody else chose may hold sequences that move the cursor, hide or fake lines.
+
+    >>> printable("layer\\x1b[2K\\nchecksums    verified")
+    'layer\\\\x1b[2K\\\\nchecksums    verified'
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _check_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise CorruptFileError(f"{path}: is {_kind(found.st_mode)}, expected a regular file")
+
+
+def _check_own(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(
+            f"{path}: is {_kind(found.st_mode)}, expected a regular file of this run's own; remove it"
+        )
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_ISLNK: "a symbolic link",
+        stat.S_ISDIR: "a folder",
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+    }
+    return next((name for test, name in kinds.items() if test(mode)), "a device")
+
+
+def _detach(path: Path) -> None:
+    """Gives a file that has other names, too, bytes of its own: a backup's, or another's altogether."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    clear(draft)
+    try:
+        copy_file(path, draft)
+        sync(draft)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

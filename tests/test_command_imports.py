@@ -1,0 +1,141 @@
+"""The commands run no code of the folder they are run in, but what --import names."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoint_files import ROOT, save_distributed
+from safetensors.torch import save_file
+
+COMMAND = "import sys; from merge_callback.offline.command_line import main; sys.exit(main(sys.argv[1:]))"
+
+METHOD = """
+from merge_callback import register_method
+from merge_callback.merging import LinearMethod
+
+@register_method({name!r}, reference="lab notes")
+class Last(LinearMethod):
+    def raw_weights(self, positions):
+        return [0.0] * (len(positions) - 1) + [1.0]
+"""
+
+RAN = "open('RAN', 'a').write(__name__)\n"
+
+TEMPTING = [
+    "zstandard",
+    "fractions",
+    "decimal",
+    "sympy",
+    "pandas",
+    "scipy",
+    "cupy",
+    "triton",
+    "fsspec",
+    "expecttest",
+]
+"""Modules that torch, or what it imports, looks for while it works, installed or not."""
+
+
+@pytest.fixture
+def downloaded(tmp_path):
+    """A folder of distributed checkpoints with modules beside them."""
+    for i in (1, 2):
+        save_distributed(tmp_path / f"step={i}", {"weight": torch.full((8, 8), float(i))})
+        save_file({"weight": torch.full((8, 8), float(i))}, tmp_path / f"step={i}.safetensors")
+    for name in TEMPTING:
+        (tmp_path / f"{name}.py").write_text(RAN)
+    return tmp_path
+
+
+def run(folder, *arguments):
+    """Runs the command in a folder, as its script does: without that folder in the search path."""
+    paths = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", COMMAND] if sys.version_info >= (3, 11) else None
+    if command is None:  # what -P does: "" stands for the current folder
+        command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {COMMAND}"]
+    return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["step=1", "step=2"],
+        ["step=1", "step=2", "--as", "lightning"],
+        ["step=1.safetensors", "step=2.safetensors", "--method", "ties"],
+    ],
+    ids=str,
+)
+def test_a_merge_imports_nothing_of_the_current_folder(downloaded, arguments):
+    done = run(downloaded, "merge", *arguments, "--output", "out", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert not (downloaded / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "step=1"],
+        ["diversity", "step=1", "step=2"],
+        ["interference", "step=1", "step=2", "step=2"],
+    ],
+    ids=str,
+)
+def test_the_other_commands_do_not_either(downloaded, arguments):
+    assert run(downloaded, *arguments).returncode == 0
+    assert not (downloaded / "RAN").exists()
+
+
+def test_what_is_named_is_imported_and_nothing_else_that_lies_beside_it(downloaded):
+    (downloaded / "own.py").write_text(METHOD.format(name="newest"))
+    arguments = ["--import", "own", "--method", "newest", "--output", "out", "--quiet"]
+    done = run(downloaded, "merge", "step=1", "step=2", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert not (downloaded / "RAN").exists()
+
+
+def test_a_module_of_a_package_is_imported(downloaded):
+    (downloaded / "lab/methods").mkdir(parents=True)
+    (downloaded / "lab/methods/own.py").write_text("from .names import NAME\n" + METHOD.format(name="newest"))
+    (downloaded / "lab/methods/names.py").write_text("NAME = 'newest'\n")
+    arguments = ["--import", "lab.methods.own", "--method", "newest", "--output", "out", "--quiet"]
+    assert run(downloaded, "merge", "step=1", "step=2", *arguments).returncode == 0
+
+
+def test_a_module_that_one_needs_is_named_too(downloaded):
+    (downloaded / "own.py").write_text("import own_names\n" + METHOD.format(name="newest"))
+    (downloaded / "own_names.py").write_text("")
+    arguments = ["--method", "newest", "--output", "out", "--quiet", "--import"]
+    done = run(downloaded, "merge", "step=1", "step=2", *arguments, "own")
+    assert (
+        "--import own: No module named 'own_names'; if own_names lies beside it, name it first" in done.stderr
+    )
+    assert run(downloaded, "merge", "step=1", "step=2", *arguments, "own_names", "own").returncode == 0
+
+
+def test_an_installed_module_comes_before_one_of_that_name_in_the_folder(downloaded):
+    (downloaded / "tqdm.py").write_text(RAN)
+    (downloaded / "wave.py").write_text(RAN)  # Python's own, which nothing has imported yet
+    for name in ("tqdm", "wave"):
+        done = run(downloaded, "merge", "step=1", "--import", name, "--output", f"out-{name}", "--quiet")
+        assert done.returncode == 0, done.stderr
+    assert not (downloaded / "RAN").exists()
+
+
+def test_a_file_of_options_names_installed_modules_only(downloaded):
+    (downloaded / "own.py").write_text(RAN)
+    (downloaded / "merge.yaml").write_text("import: [own]\ncheckpoints: [step=1, step=2]\n")
+    done = run(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet")
+    assert (done.returncode, (downloaded / "RAN").exists()) == (1, False)
+    assert done.stderr.count("\n") == 1
+    assert "a module of the current folder has to be named on the command line" in done.stderr
+    (downloaded / "merge.yaml").write_text("import: [wave]\ncheckpoints: [step=1, step=2]\n")
+    assert run(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["", ".own", "a/b"])
+def test_what_is_no_name_of_a_module_is_refused_in_a_line(downloaded, name):
+    done = run(downloaded, "merge", "step=1", "--import", name, "--output", "out", "--quiet")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
