@@ -192,7 +192,7 @@ def test_a_run_without_a_second_warm_up_escalates_too(tmp_path):
 def test_a_change_of_the_data_is_no_reason_to_restore_twice_let_alone_to_stop(tmp_path):
     run = spiking(tmp_path, Batches(shift=90), 300, spike=SpikeOptions(evidence="rules"))
 
-    assert [event["event"] for event in run.events] in (["restore", "shift"], ["shift"])
+    assert [event["event"] for event in run.events] in (["restore"], ["restore", "shift"], ["shift"])
 
 
 def test_a_change_of_the_data_that_is_far_above_the_noise_is_accepted(tmp_path):
