@@ -156,6 +156,10 @@ def _resolve_watch(watch: object) -> dict[str, str]:
     return dict.fromkeys(patterns("spike.watch", watch), "warn")  # type: ignore[arg-type]
 
 
+DEFAULT = SpikeOptions()
+"""Where nothing is given. What it asks for and a run can't have is done without: see ``MergeSession``."""
+
+
 def resolve_spike(spike: SpikeOptions | None) -> SpikeOptions:
     """The defaults where nothing is given.
 
@@ -164,4 +168,4 @@ def resolve_spike(spike: SpikeOptions | None) -> SpikeOptions:
     """
     if spike is not None and not isinstance(spike, SpikeOptions):
         raise ValueError(f"spike={spike!r} must be a SpikeOptions, e.g. SpikeOptions(action='warn')")
-    return spike or SpikeOptions()
+    return spike or DEFAULT

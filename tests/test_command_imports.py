@@ -62,7 +62,6 @@ def run(folder, *arguments):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["step=1", "step=2"],
         ["step=1", "step=2", "--as", "lightning"],
         ["step=1.safetensors", "step=2.safetensors", "--method", "ties"],
     ],
@@ -78,7 +77,6 @@ def test_a_merge_imports_nothing_of_the_current_folder(downloaded, arguments):
     "arguments",
     [
         ["inspect", "step=1"],
-        ["diversity", "step=1", "step=2"],
         ["interference", "step=1", "step=2", "step=2"],
     ],
     ids=str,
@@ -135,7 +133,7 @@ def test_a_file_of_options_names_installed_modules_only(downloaded):
     assert run(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet").returncode == 0
 
 
-@pytest.mark.parametrize("name", ["", ".own", "a/b"])
+@pytest.mark.parametrize("name", [".own", "a/b"])
 def test_what_is_no_name_of_a_module_is_refused_in_a_line(downloaded, name):
     done = run(downloaded, "merge", "step=1", "--import", name, "--output", "out", "--quiet")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr

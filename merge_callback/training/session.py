@@ -6,6 +6,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.spike_options import DEFAULT
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.background import Background
 from merge_callback.training.evaluation import MergedValidation
@@ -285,15 +287,23 @@ class MergeSession:
         options = self.options.spike
         if options.action == "off":
             return None
-        return SpikeWatch(
-            options,
-            self.trainer,
-            self.module,
-            partial(getattr, self.keeper, "merger"),  # no lambda: it would keep the session alive
-            self.statistics,
-            self.dirpath,
-            self.keeper.newest_emission_up_to,
+        watch = partial(
+            SpikeWatch,
+            trainer=self.trainer,
+            module=self.module,
+            merger=partial(getattr, self.keeper, "merger"),  # no lambda: it would keep the session alive
+            statistics=self.statistics,
+            dirpath=self.dirpath,
+            last_good_merge=self.keeper.newest_emission_up_to,
         )
+        try:
+            return watch(options)
+        except ValueError as error:
+            if options is not DEFAULT:
+                raise
+            # Nobody has asked for restores, so that they are impossible must not keep the run from training.
+            rank_zero_warn(f"merge: loss spikes are told of, and nothing is restored: {error}")
+            return watch(replace(options, action="warn"))
 
     def _take_folder(self) -> None:
         """Locks the run's folder and puts it in order: the first rank, for all of them.
