@@ -126,6 +126,12 @@ class CheckpointMergeCallback(Callback):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.options = Options.resolve(**given)
+        # Made once: Lightning asks for it before every hook.
+        self._state_key = self._generate_state_key(
+            dirpath=str(self.options.dirpath or ""),
+            every=self.options.every,
+            **{phase: method.name for phase, method in self.options.methods.items()},
+        )
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
         self._loaded = False
@@ -133,10 +139,7 @@ class CheckpointMergeCallback(Callback):
     @property
     def state_key(self) -> str:
         """Tells several callbacks of this kind apart."""
-        methods = {phase: method.name for phase, method in self.options.methods.items()}
-        return self._generate_state_key(
-            dirpath=str(self.options.dirpath or ""), every=self.options.every, **methods
-        )
+        return self._state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what this callback can't do, before anything is set up."""

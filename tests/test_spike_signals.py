@@ -92,7 +92,7 @@ def test_a_scalar_that_is_not_logged_any_more_is_not_read_again(tmp_path):
 def drifts(values, margin=0.2):
     drift, found = Drift(), []
     for step, value in enumerate(values):
-        if (told := drift.observe(float(value), margin)) is not None:
+        if (told := drift.observe(float(value), lambda: margin)) is not None:
             found.append((step, *told))
     return found
 

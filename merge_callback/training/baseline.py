@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Iterable
 
 HISTORY = 128
@@ -143,7 +144,7 @@ class RiseTest:
         asked: int = _PAUSE // 2,
     ) -> None:
         self.k, self.floor = k, floor
-        self.recent = [(step, value) for step, value in recent]
+        self.recent = deque(((step, value) for step, value in recent), maxlen=_RECENT)
         self.pause, self.asked = pause, asked
 
     def onset(
@@ -151,7 +152,7 @@ class RiseTest:
     ) -> tuple[int, float, float] | None:
         """Reads a value; where there is a rise, gives its first step, the median before it and the limit."""
         self.pause -= 1
-        self.recent = [*self.recent[1 - _RECENT :], (step, value)]
+        self.recent.append((step, value))
         if self.pause > 0 or step % _EVERY or len(self.recent) < _RECENT or len(baseline) < HISTORY:
             return None
         now = middle(sorted(value for _, value in self.recent))

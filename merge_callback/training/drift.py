@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from merge_callback.training.baseline import middle
@@ -37,12 +37,13 @@ class Drift:
         self._block: list[float] = []
         self._points: list[float] = []
 
-    def observe(self, value: float, margin: float) -> tuple[float, float] | None:
+    def observe(self, value: float, margin: Callable[[], float]) -> tuple[float, float] | None:
         """Reads the loss of one optimizer step.
 
         Args:
             value: the loss.
-            margin: how far above the baseline an outlier lies; NaN where that is not known.
+            margin: tells how far above the baseline an outlier lies; NaN where that is not known. It is asked
+                once in 64 steps, for it takes a sort.
 
         Returns:
             The best level and the present one, where the loss has drifted up.
@@ -58,7 +59,8 @@ class Drift:
             return None
         level, best = middle(sorted(self._points)), self.best
         self.best = min(best, level)
-        rise = max(self.floor * abs(self.best), margin / 2 if math.isfinite(margin) else math.inf)
+        known = margin()
+        rise = max(self.floor * abs(self.best), known / 2 if math.isfinite(known) else math.inf)
         if level - self.best <= rise:
             return None
         self.best = level
@@ -85,6 +87,7 @@ class SpikeScore:
     """
 
     def __init__(self) -> None:
+        self._pending: list[float] = []  # not counted yet: many at once take half the time
         self._seen: deque[float] = deque()
         self._sum = self._squares = self._shift = 0.0
         self._off: deque[int] = deque()  # which of the steps were off
@@ -93,10 +96,21 @@ class SpikeScore:
     @property
     def value(self) -> float:
         """0 to 1."""
+        self._count()
         return len(self._off) / min(self._steps, _SCORED) if self._steps else 0.0
 
     def observe(self, value: float) -> None:
         """Reads the loss of one optimizer step."""
+        self._pending.append(value)
+        if len(self._pending) == _BLOCK:
+            self._count()
+
+    def _count(self) -> None:
+        pending, self._pending = self._pending, []
+        for value in pending:
+            self._count_one(value)
+
+    def _count_one(self, value: float) -> None:
         self._steps += 1
         if self._off and self._off[0] <= self._steps - _SCORED:
             self._off.popleft()
@@ -124,6 +138,7 @@ class SpikeScore:
 
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as primitives."""
+        self._count()
         sums = [self._sum, self._squares, self._shift]
         return {"seen": list(self._seen), "sums": sums, "off": list(self._off), "steps": self._steps}
 

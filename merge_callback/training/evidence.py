@@ -24,6 +24,8 @@ T = TypeVar("T")
 _MOST_BYTES = 256 << 20  # of a step's batches: larger ones are not held
 _MOST_BATCHES = 8  # of a step's micro-batches: the newest
 
+_WEIGHED = 16  # every so many batches one's size is looked at
+
 _SHARE = 0.5  # of the excess over the baseline that a candidate must take away
 
 
@@ -120,22 +122,23 @@ class HeldBatches:
     """
 
     def __init__(self) -> None:
-        self._held: deque[tuple[HeldBatch, int]] = deque(maxlen=_MOST_BATCHES)  # with their sizes
+        self._held: deque[HeldBatch] = deque(maxlen=_MOST_BATCHES)
         self._ends = deque([(0, 0)], maxlen=3)  # the last steps, and how many batches there were by their end
-        self._count = self._nbytes = 0
+        self._count = self._largest = 0
 
     def add(self, batch: Any, batch_idx: int) -> None:
         """Notes a micro-batch, before the training step can take anything out of it."""
-        size = _nbytes(batch)
-        if len(self._held) == _MOST_BATCHES:
-            self._nbytes -= self._held.popleft()[1]
-        self._nbytes += size
-        while self._held and self._nbytes > _MOST_BYTES:
-            self._nbytes -= self._held.popleft()[1]
-        self._held.append(
-            (HeldBatch(batch.copy() if type(batch) in (dict, list) else batch, batch_idx), size)
-        )
+        if self._count % _WEIGHED == 0:
+            self._weigh(batch)
+        self._held.append(HeldBatch(batch.copy() if type(batch) in (dict, list) else batch, batch_idx))
         self._count += 1
+
+    def _weigh(self, batch: Any) -> None:
+        """Holds no more batches than there is room for, if all are as large as the largest so far."""
+        self._largest = max(self._largest, _nbytes(batch))
+        room = max(1, _MOST_BYTES // self._largest) if self._largest else _MOST_BATCHES
+        if room < (self._held.maxlen or 0):
+            self._held = deque(self._held, maxlen=room)
 
     def end_step(self, step: int) -> None:
         """Ends an optimizer step."""
@@ -152,7 +155,7 @@ class HeldBatches:
     @property
     def all(self) -> list[HeldBatch]:
         """All that are held, oldest first."""
-        return [held for held, _ in self._held]
+        return list(self._held)
 
 
 class Trial:

@@ -166,14 +166,15 @@ class SpikeDetector:
         finite = math.isfinite(value)
         if skipped and finite:
             return None
-        self._note_activity(active)
+        if self._active is not active or self._before:
+            self._note_activity(active)
         outlier = not finite or self._is_outlier(value)
         if finite and len(self._start) < ACTIVE_FROM:
             self._start.append(value)
             self._level = middle(sorted(map(abs, self._start)))
         if outlier or self._shift.entries:
             self._shift.note(step, value, self.threshold)
-        rise = self._note_rise(step, value) if finite else None
+        rise = self._note_rise(step, value) if finite and active else None
         if not outlier:
             self._end_streak()
             if self._after:
@@ -274,9 +275,11 @@ class SpikeDetector:
         return max(far, _AS_AT_FIRST * self._level)
 
     def _note_rise(self, step: int, value: float) -> SpikeEvent | None:
-        found = self._rise.onset(step, value, self._clean, self._level) if self._active else None
+        found = self._rise.onset(step, value, self._clean, self._level)
+        if found is None:
+            return None
         streak = self._streak
-        if found is None or (streak and (streak.reported or streak.answers)) or self._after:
+        if (streak and (streak.reported or streak.answers)) or self._after:
             return None
         onset, baseline, limit = found
         values = [value for _, value in self._rise.recent]

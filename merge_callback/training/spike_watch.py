@@ -58,8 +58,10 @@ class SpikeWatch:
         self._merger = merger
         self._scalars = LoggedScalars(trainer, [*options.watch]) if options.watch else None
         statistics.names = [] if options.watch else None
+        self._several = len(trainer.optimizers) > 1
         self._stepped: set[int] = set()  # optimizers that have stepped since the last step ended
         self._optimizers = ["", ""]  # those of the step before the last one, and of the last one
+        self._batch_idx = 0
         self._seen = trainer.global_step  # the last step whose loss was read
         self._told = False  # that there is no loss to watch
 
@@ -76,11 +78,12 @@ class SpikeWatch:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Notes a micro-batch before it is trained on."""
+        self._batch_idx = batch_idx
         self.batches.add(batch, batch_idx)
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes which optimizer is about to step and, where it is watched, the norm of its gradients."""
-        if len(self.trainer.optimizers) > 1:
+        if self._several:
             self._stepped.add(next(i for i, o in enumerate(self.trainer.optimizers) if o is optimizer))
         if self.options.grad_norm:
             self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
@@ -93,11 +96,12 @@ class SpikeWatch:
     def note_end_of_step(self, step: int) -> None:
         """Notes what belongs to the step that ends, before its statistics are sent off."""
         self.batches.end_step(step)
-        self.policy.origins.end_step(step)
+        self.policy.origins.end_step(step, self._batch_idx)
         if self._scalars:
             self.statistics.add_scalars(self._scalars.new_values())
-        self._optimizers = [self._optimizers[1], ",".join(map(str, sorted(self._stepped)))]
-        self._stepped.clear()
+        if self._several:
+            self._optimizers = [self._optimizers[1], ",".join(map(str, sorted(self._stepped)))]
+            self._stepped.clear()
 
     def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
         """Reads the statistics of the step before, and acts on them.

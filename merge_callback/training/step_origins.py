@@ -30,12 +30,12 @@ class StepOrigins:
         self, trainer: Trainer, statistics: StepStatistics, merger: Callable[[], WindowMerger]
     ) -> None:
         self._trainer, self._statistics, self._merger = trainer, statistics, merger
+        self._epochs: Any = trainer.fit_loop.epoch_progress.current
         self._steps: deque[tuple[int, int, int]] = deque(maxlen=_REMEMBERED)  # step, epoch, last batch_idx
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, batch_idx: int) -> None:
         """Notes where in the data an optimizer step ends."""
-        loop = self._trainer.fit_loop
-        self._steps.append((step, self._trainer.current_epoch, loop.epoch_loop.batch_idx))
+        self._steps.append((step, self._epochs.processed, batch_idx))
 
     def of(self, step: int, count: int, threshold: float) -> dict[str, Any]:
         """The origins of ``step`` and of up to ``count`` steps in all that end with it, for a record.

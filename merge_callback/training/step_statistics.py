@@ -86,6 +86,7 @@ class StepStatistics:
         self._losses: list[float | Tensor] = []
         self._square_norms: list[float | Tensor] = []
         self._tokens = 0.0
+        self._on_device = False  # whether one of these is
         self.names: list[str] | None = None
         self._scalars: Mapping[str, Tensor | float] = {}
         self._own_losses: deque[tuple[int, float | Tensor]] = deque(maxlen=_REMEMBERED)
@@ -101,7 +102,9 @@ class StepStatistics:
         """
         loss = loss_in(outputs)
         if isinstance(loss, (Tensor, float)):
-            self._losses.append(_own(loss, divided_by))
+            loss = _own(loss, divided_by)
+            self._losses.append(loss)
+            self._on_device |= isinstance(loss, Tensor)
 
     def add_tokens(self, tokens: float) -> None:
         """Notes the tokens of a micro-batch: NaN where they can't be counted, which stops the clock."""
@@ -112,7 +115,9 @@ class StepStatistics:
         """Notes the norm of the gradients that one optimizer is about to apply."""
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
-            self._square_norms.append(_own(torch.nn.utils.get_total_norm(gradients), 1) ** 2)
+            square = _own(torch.nn.utils.get_total_norm(gradients), 1) ** 2
+            self._square_norms.append(square)
+            self._on_device |= isinstance(square, Tensor)
 
     def add_scalars(self, values: Mapping[str, Tensor | float]) -> None:
         """Notes further scalars of the step that ends now, by name."""
@@ -140,8 +145,8 @@ class StepStatistics:
         Returns:
             The statistics of the step before; ``None`` at the first one.
         """
-        if self._losses:
-            self._own_losses.append((step, sum(self._losses) / len(self._losses)))
+        if losses := self._losses:
+            self._own_losses.append((step, losses[0] if len(losses) == 1 else sum(losses) / len(losses)))
         tokens, numbers = self._tokens, self._take(scale)
         last, self._last = self._last, self._send(step, numbers)
         if self._ranks.group is None:
@@ -223,13 +228,15 @@ class StepStatistics:
         numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
         for name in names:
             value = found.get(name)
-            numbers += [0.0, 0.0] if value is None else [_own(value, 1), 1.0]
+            own = 0.0 if value is None else _own(value, 1)
+            numbers += [own, float(value is not None)]
+            self._on_device |= isinstance(own, Tensor)
         return numbers
 
     def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
         ranks = self._ranks
-        tensors = [number for number in numbers if isinstance(number, Tensor)]
-        if ranks.group is None and not tensors:
+        on_device, self._on_device = self._on_device or isinstance(numbers[6], Tensor), False
+        if ranks.group is None and not on_device:
             return _Pending(step, self.names, _reduced(numbers, 1))  # type: ignore[arg-type]
         read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
         return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))

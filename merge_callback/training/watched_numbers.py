@@ -13,6 +13,8 @@ from merge_callback.training.step_statistics import Statistics
 
 LOSS, GRAD_NORM = "loss", "gradient norm"
 
+_ORDER = {"spike": 0, "rise": 1, "shift": 2}
+
 
 class WatchedNumbers:
     """The loss, the gradient norm and further scalars, each judged by what it was before.
@@ -29,6 +31,7 @@ class WatchedNumbers:
         self._rule = (options.threshold, options.floor, options.patience)
         self._detectors: dict[tuple[str, str], SpikeDetector] = {}
         self._key = ""  # of the loss that was read last
+        self._loss = self._detector(LOSS, "")
 
     def __getitem__(self, watched: str) -> SpikeDetector:
         """The detector of a number, of the kind that was read last."""
@@ -37,12 +40,16 @@ class WatchedNumbers:
     @property
     def loss(self) -> SpikeDetector:
         """That of the loss."""
-        return self[LOSS]
+        return self._loss
 
     @property
     def calm(self) -> bool:
         """Whether nothing speaks against the weights."""
-        return all(detector.calm for detector in self._detectors.values())
+        # A loop, since this is asked every step: a generator takes three times as long.
+        for detector in self._detectors.values():  # noqa: SIM110
+            if not detector.calm:
+                return False
+        return True
 
     def observe(
         self, seen: Statistics, active: bool, optimizers: str, is_broken: Callable[[], bool]
@@ -56,28 +63,35 @@ class WatchedNumbers:
             is_broken: finds out whether weights, gradients or optimizer state are not finite; asked only
                 where a number is not.
         """
-        self._key = optimizers
-        numbers = {LOSS: seen.loss, GRAD_NORM: None if seen.skipped else seen.grad_norm, **seen.scalars}
+        if optimizers != self._key:
+            self._key, self._loss = optimizers, self._detector(LOSS, optimizers)
         events = []
-        for watched, value in numbers.items():
-            if value is None:
-                continue
-            detector = self._detector(watched, optimizers)
-            broken = not math.isfinite(value) and not seen.skipped and is_broken()
-            skipped = seen.skipped and watched == LOSS
-            if event := detector.observe(seen.step, value, active, skipped, broken):
+        loss, skipped = seen.loss, seen.skipped
+        if loss is not None:
+            broken = not math.isfinite(loss) and not skipped and is_broken()
+            if event := self._loss.observe(seen.step, loss, active, skipped, broken):
                 events.append(event)
-        if seen.loss is not None and not seen.skipped:
-            self.score.observe(seen.loss)
-        return sorted(events, key=lambda event: ("spike", "rise", "shift").index(event.kind))
+            if not skipped:
+                self.score.observe(loss)
+        further = dict(seen.scalars)
+        if seen.grad_norm is not None and not skipped:
+            further[GRAD_NORM] = seen.grad_norm
+        for watched, value in further.items():
+            broken = not math.isfinite(value) and not skipped and is_broken()
+            if event := self[watched].observe(seen.step, value, active, False, broken):
+                events.append(event)
+        return sorted(events, key=lambda event: _ORDER[event.kind]) if events else events
 
     def drifted(self, seen: Statistics, active: bool) -> tuple[float, float] | None:
         """The best level of the loss and the present one, where it has crept up from there."""
         if not active:
             self.drift.restart()
-        if not active or seen.loss is None or self.loss.onset is not None:
-            return None
-        return self.drift.observe(seen.loss, self.loss.threshold - self.loss.baseline)
+        elif seen.loss is not None and self._loss.onset is None:
+            return self.drift.observe(seen.loss, self._margin)
+        return None
+
+    def _margin(self) -> float:
+        return self.loss.threshold - self.loss.baseline
 
     def restored(self, unmoved: int) -> None:
         """All numbers are those of restored weights from now on."""
@@ -97,6 +111,7 @@ class WatchedNumbers:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict``."""
         self._key = state["key"]
+        self._loss = self._detector(LOSS, self._key)
         for watched, optimizers, detector in state["detectors"]:
             self._detector(watched, optimizers).load_state_dict(detector)
         self.drift.load_state_dict(state["drift"])
