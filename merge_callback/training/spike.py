@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from merge_callback.training.baseline import ACTIVE_FROM, HISTORY, Baseline, RiseTest, ShiftTest, middle
+from merge_callback.training.hard_data import HardData
 
 __all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]
 
-_FEW = 16  # values below which the spread of hard data can't be told
+_RETURNED = 16  # values in a row, nearer to the baseline before a shift, that bring it back
 
 _FAR = 4.0  # while the rate rises: how many times as far above the baseline as usually an outlier lies,
 _TIMES = 2.0  # and how many times the baseline it lies above that,
@@ -115,8 +116,7 @@ class SpikeDetector:
     def __init__(self, k: float = 6.0, floor: float = 0.05, patience: int = 5, watched: str = "loss") -> None:
         self.k, self.floor, self.patience, self.watched = k, floor, patience, watched
         self._clean = Baseline(k, floor)
-        self._hard = Baseline(k, floor)  # of streaks that were not the weights' fault
-        self._healed = 0  # outliers of the longest such streak
+        self._hard = HardData(k, floor)
         self._shift, self._rise = ShiftTest(), RiseTest(k, floor)
         self._streak: _Streak | None = None
         self._after: _AfterRestore | None = None
@@ -221,8 +221,8 @@ class SpikeDetector:
         """All that is remembered, as JSON types (NaN and infinities as Python's ``json`` writes them)."""
         return {
             "clean": list(self._clean.values),
-            "hard": list(self._hard.values),
-            "healed": self._healed,
+            "hard": list(self._hard.baseline.values),
+            "healed": self._hard.longest,
             "trouble": [list(entry) for entry in self._shift.entries],
             "rise": [[list(entry) for entry in self._rise.recent], self._rise.pause, self._rise.asked],
             "streak": asdict(self._streak) if self._streak else None,
@@ -237,8 +237,8 @@ class SpikeDetector:
         """Goes on from a ``state_dict`` as if there had been no break."""
         state = copy.deepcopy(dict(state))
         self._clean = Baseline(self.k, self.floor, state["clean"])
-        self._hard = Baseline(self.k, self.floor, state["hard"])
-        self._healed, self._active, self._start = state["healed"], state["active"], state["start"]
+        self._hard = HardData(self.k, self.floor, state["hard"], state["healed"])
+        self._active, self._start = state["active"], state["start"]
         self._shift, self._rise = ShiftTest(state["trouble"]), RiseTest(self.k, self.floor, *state["rise"])
         self._streak = _Streak(**state["streak"]) if state["streak"] else None
         self._after = _AfterRestore(**state["after"]) if state["after"] else None
@@ -283,8 +283,7 @@ class SpikeDetector:
             return None
         onset, baseline, limit = found
         values = [value for _, value in self._rise.recent]
-        low, high = self._hard_range
-        if low <= middle(sorted(values)) <= high:
+        if self._is_hard(middle(sorted(values))):
             return None
         return SpikeEvent("rise", self.watched, onset, step, values, baseline, (baseline + limit) / 2)
 
@@ -292,35 +291,25 @@ class SpikeDetector:
         """Adds an outlier to the streak, or begins one with it."""
         if self._streak is None:
             # Without an answer from the data a change of them is all that hard data can turn out to be.
-            ask_at = 2 * self._healed + self.patience if self._healed else None
+            longest = self._hard.longest
+            ask_at = 2 * longest + self.patience if longest else None
             self._streak = _Streak(step, ask_at=ask_at)
         streak = self._streak
         streak.outliers = [*streak.outliers[1 - HISTORY :], value]
         streak.length += 1
-        low, high = self._hard_range
-        is_like_hard_data = low <= value <= high
-        streak.beyond = 0 if is_like_hard_data else streak.beyond + 1
-        if is_like_hard_data:
-            self._hard.admit(value)
+        if self._is_hard(value):
+            streak.beyond = 0
+            self._hard.baseline.admit(value)
+        else:
+            streak.beyond += 1
         if self._after:
             self._note_restored(value)
         return streak
 
-    @property
-    def _hard_range(self) -> tuple[float, float]:
-        """Where an outlier looks like the hard data that are known; nowhere, if none are.
-
-        What lies below is no longer hard data, and not clean either: it may be what they did to the weights.
-        """
-        hard = self._hard.values
-        if not hard:
-            return math.inf, -math.inf
-        if len(hard) >= _FEW:
-            limit, median = self._hard.limit(self._level), self._hard.median
-            return 2 * median - limit, limit
-        top, baseline, threshold = max(hard), self.baseline, self.threshold
-        margin = (threshold - baseline) * (max(1.0, top / baseline) if baseline > 0 else 1.0)
-        return min(hard) - margin, top + margin
+    def _is_hard(self, value: float) -> bool:
+        """Whether a value looks like the hard data that are known."""
+        low, high = self._hard.range(self._clean, self._level)
+        return low <= value <= high
 
     def _is_spike(self, streak: _Streak) -> bool:
         if self._after and self._after.values:
@@ -345,24 +334,20 @@ class SpikeDetector:
             self._streak.beyond = self._streak.length
 
     def _acquit(self, values: list[float]) -> None:
-        self._note_hard(values)
+        self._hard.note(values, self._clean, self._level)
         if self._streak:
             self._streak.reported, self._streak.beyond = False, 0
-
-    def _note_hard(self, values: list[float]) -> None:
-        """Takes outliers for hard data: of the kind that is known, or of a kind of their own."""
-        finite = list(filter(math.isfinite, values))
-        if finite and max(finite) > self._hard_range[1]:
-            self._hard = Baseline(self.k, self.floor)
-        for value in finite:
-            self._hard.admit(value)
 
     def _end_streak(self) -> None:
         """A streak that ended by itself was none of the weights' fault, if it was long enough to ask."""
         streak, self._streak = self._streak, None
-        if streak and (streak.reported or streak.ask_at):
-            self._note_hard(streak.outliers)
-            self._healed = max(self._healed, streak.length)
+        if streak is None:
+            return
+        if streak.reported or streak.answers:
+            self._hard.note(streak.outliers, self._clean, self._level)
+        elif streak.beyond:
+            return
+        self._hard.longest = max(self._hard.longest, streak.length)
 
     def _accept_shift(self, step: int, outliers: list[float]) -> SpikeEvent:
         """Takes the outliers for the new baseline: they are the rule by now."""
@@ -382,7 +367,7 @@ class SpikeDetector:
         before = self._before_shift
         assert before is not None
         before.low = before.low + 1 if value < (self.baseline + before.median) / 2 else 0
-        if before.low == _FEW:
+        if before.low == _RETURNED:
             self._clean, self._before_shift = Baseline(self.k, self.floor, before.clean), None
             self._rise = RiseTest(self.k, self.floor)
             self._streak = _Streak(before.onset)

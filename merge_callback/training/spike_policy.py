@@ -5,36 +5,23 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
-from merge_callback.sharding import local, overwrite
-from merge_callback.snapshots.arena import all_finite
-from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
-from merge_callback.training import optimizer_state
 from merge_callback.training.drift import DRIFT_STEPS
-from merge_callback.training.evidence import (
-    Alarm,
-    Evidence,
-    HeldBatch,
-    HeldBatches,
-    Trial,
-    UnrepeatableStepError,
-)
+from merge_callback.training.evidence import Evidence, HeldBatches
+from merge_callback.training.inquiry import Inquiry
 from merge_callback.training.recovery import Recovery
-from merge_callback.training.rehearsal import rehearsed_training, rehearsed_validation
 from merge_callback.training.reporting import log_metrics
 from merge_callback.training.spike import SpikeEvent
 from merge_callback.training.spike_record import RECORD, announce, append, sentence_of
@@ -105,7 +92,8 @@ class SpikePolicy:
         last_good_merge: Callable[[int], Path | None],
     ) -> None:
         self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
-        self.numbers, self.batches, self.statistics = numbers, batches, statistics
+        self.numbers, self.statistics = numbers, statistics
+        self.inquiry = Inquiry(options, trainer, module, merger, numbers, batches)
         self.origins = StepOrigins(trainer, statistics, merger)
         self.dirpath, self.last_good_merge = dirpath, last_good_merge
         self.recovery = Recovery(options, trainer, module, merger)
@@ -114,7 +102,6 @@ class SpikePolicy:
             None  # onset of a rise that was the weights' fault, and when
         )
         self._actions = options.watched
-        self._told: set[str] = set()  # what can't be tried
 
     @property
     def window(self) -> Window:
@@ -138,18 +125,6 @@ class SpikePolicy:
             return False
         self._report(event, "shift" if event.kind == "shift" else "warn")
         return False
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """All that is trained, in the optimizers' order."""
-        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
-        return [parameter for group in groups for parameter in group["params"]]
-
-    def weights_are_finite(self) -> bool:
-        """Whether weights and optimizer state are, on all ranks."""
-        own = all(all_finite(local(parameter.data)) for parameter in self.parameters)
-        own = own and all(map(optimizer_state.is_finite, self.trainer.optimizers))
-        return all(self._merger().ranks.exchange(own))
 
     def note_clean(self, step: int) -> None:
         """Notes a clean loss: enough of them make the last restore a success."""
@@ -208,12 +183,12 @@ class SpikePolicy:
         for line in self.window.drop_damaged():  # reading past the end of a cut file would kill the process
             rank_zero_warn(f"merge: left out of the window: {line}")
         snapshots, lower = self._choose(event.onset, in_a_row)
-        evidence = self._try(event, snapshots) if snapshots else None
+        evidence = self.inquiry.evidence(event, snapshots) if snapshots else None
         if evidence is None and event.kind != "spike":
             return False  # by the rules alone it is the data
         if evidence is not None and not evidence.guilty:
             return self._acquit(event, evidence)
-        if evidence is None and self._can_compare_nothing(event):
+        if evidence is None and self.inquiry.compares_nothing(event):
             return self._give_up(event, "its optimizers take turns, so that losses can't be compared")
         if event.kind == "rise" and not self._is_lasting(event):
             return False
@@ -271,95 +246,10 @@ class SpikePolicy:
         since = self.window.before_spike(newest)
         return since[:count], in_a_row > 2 or len(since) <= count
 
-    def _try(self, event: SpikeEvent, snapshots: Sequence[Snapshot]) -> Evidence | None:
-        """What speaks for or against the live weights; ``None`` where nothing but the losses does."""
-        if not all(map(math.isfinite, event.values)) and not self.weights_are_finite():
-            return Evidence("weights", math.nan, guilty=True)
-        loss = self.numbers.loss
-        judged_by = (
-            (event.baseline, event.threshold) if event.watched == LOSS else (loss.baseline, loss.threshold)
-        )
-        alarm = Alarm(*judged_by, event.values[-1])
-        batches = self._batches_for(event)
-        candidate = partial(self._put_in, snapshots)
-        newest = partial(self._put_in, snapshots[-1:]) if len(snapshots) > 1 else None
-        for trial in self._trials(snapshots[-1]):
-            try:
-                found = [trial.hold(candidate, newest, batches[0], alarm)]
-                if not found[0].guilty and trial.source == "batch":
-                    found += [trial.hold(candidate, newest, others, alarm) for others in batches[1:]]
-            except UnrepeatableStepError as error:
-                self._tell_once(trial.source, error)
-                continue
-            evidence = next((each for each in found if each.guilty), found[0])
-            return self._hear_validation(evidence, candidate, snapshots[-1])
-        return None
-
-    def _batches_for(self, event: SpikeEvent) -> list[list[HeldBatch]]:
-        """The batches that an event is tried on, in turn, until one set speaks against the weights.
-
-        Those of its step; then those of the step after it, which no alarm has picked: where only some batches
-        are bad, weights that are broken as well would else be found sound. A rise, which is small, takes all
-        that are held at once.
-        """
-        if event.kind == "rise":
-            return [self.batches.all]
-        return [self.batches.of(event.step), self.batches.of(event.step + 1)]
-
-    def _hear_validation(
-        self, evidence: Evidence, candidate: Callable[[ModelTensors], object], snapshot: Snapshot
-    ) -> Evidence:
-        """Lets the validation's loss speak up for live weights that the training loss has found guilty.
-
-        A training loss may rise by design: parts of the model work against it (gradient reversal), or it is
-        no measure of what is learned (policy gradients).
-        """
-        if not evidence.guilty or evidence.source != "batch" or not math.isfinite(evidence.live):
-            return evidence
-        (trial,) = self._trials(snapshot)[1:]
-        try:
-            live, merged = trial.compare(candidate)
-        except UnrepeatableStepError:  # there is none, or not yet
-            return evidence
-        return replace(evidence, validation=(live, merged), guilty=not live <= merged)
-
     def _is_lasting(self, event: SpikeEvent) -> bool:
         """Whether the weights were found guilty of this rise before: most heal by themselves."""
         known, self._suspicion = self._suspicion is not None, (event.onset, event.step)
         return known
-
-    def _can_compare_nothing(self, event: SpikeEvent) -> bool:
-        """Whether the losses alone, which are to decide for lack of evidence, are those of opponents."""
-        finite = all(map(math.isfinite, event.values))
-        return finite and self.options.evidence != "rules" and len(self.trainer.optimizers) > 1
-
-    def _tell_once(self, source: str, error: Exception) -> None:
-        if source not in self._told:
-            self._told.add(source)
-            rank_zero_warn(
-                f"merge: the weights before the spike could not be tried on the {source}: {error}; so "
-                f"{'the validation tells, or' if source == 'batch' else ''} the losses alone tell, whether "
-                "to restore"
-            )
-
-    def _trials(self, snapshot: Snapshot) -> list[Trial]:
-        device, ranks = snapshot.arena.buffer.device, self._merger().ranks
-        sources = {"batch": rehearsed_training, "validation": rehearsed_validation}
-        wanted = {"batch": ("batch", "validation"), "validation": ("validation",), "rules": ()}
-        return [
-            Trial(source, partial(sources[source], self.trainer, self.module, device), self._live, ranks)
-            for source in wanted[self.options.evidence]
-        ]
-
-    def _live(self) -> ModelTensors:
-        return ModelTensors.of(self.module, self.trainer.strategy.model)
-
-    def _put_in(self, snapshots: Sequence[Snapshot], model: ModelTensors) -> None:
-        """Overwrites the live parameters, but no buffers, with the merge of some snapshots."""
-        buffers = {name: model.tensors[name].clone() for name in model.buffers}
-        self._merger().merge_into(model, snapshots, self.options.merging)
-        for name, kept in buffers.items():
-            overwrite(model.tensors[name], kept)
 
     def _acquit(self, event: SpikeEvent, evidence: Evidence) -> bool:
         """It was the data: their losses are judged by themselves from now on."""
@@ -396,7 +286,7 @@ class SpikePolicy:
         merge = self.last_good_merge(event.onset - self.options.guard)
         rate = max(float(g["lr"]) for optimizer in self.trainer.optimizers for g in optimizer.param_groups)
         seen = {
-            "grad_norm": self.statistics.gradient_norm(self.parameters),
+            "grad_norm": self.statistics.gradient_norm(self.inquiry.parameters),
             "lr": rate * self.recovery.lr.factor(self.trainer.global_step - 1),
             "evidence": evidence and evidence.record(),
         }

@@ -174,8 +174,8 @@ class SpikeWatch:
 
     def _is_broken(self) -> bool:
         """Whether weights, optimizer state or gradients are not finite, on any rank."""
-        if not self.policy.weights_are_finite():
+        if not self.policy.inquiry.weights_are_finite():
             return True
-        gradients = [p.grad for p in self.policy.parameters if p.grad is not None]
+        gradients = [p.grad for p in self.policy.inquiry.parameters if p.grad is not None]
         sound = all(all_finite(dense(local(gradient))) for gradient in gradients)
         return not all(self._merger().ranks.exchange(sound))
