@@ -345,7 +345,7 @@ class SpikeDetector:
             return
         if streak.reported or streak.answers:
             self._hard.note(streak.outliers, self._clean, self._level)
-        elif streak.beyond:
+        elif streak.beyond or not self._hard.longest:
             return
         self._hard.longest = max(self._hard.longest, streak.length)
 
