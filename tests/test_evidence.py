@@ -311,6 +311,20 @@ def test_damage_that_is_no_outlier_is_found_as_a_rise_that_lasts(tmp_path):
     assert run.watch.weights[600]["net.2.bias"] - run.watch.weights[450]["net.2.bias"] < 0.2
 
 
+def test_a_surge_of_the_rate_in_a_run_without_a_warm_up_is_seen(tmp_path):
+    # The phase takes the rise for a warm-up, in which nothing was judged for 290 steps.
+    def build():
+        return Line(schedule=lambda o: LambdaLR(o, lambda step: 60.0 if 200 <= step < 240 else 1.0))
+
+    run = spiking(tmp_path, Batches(), 400, build, spike=EVIDENCE, window=30)
+
+    first = run.restores[0]
+    assert 200 <= first["onset"] <= first["step"] <= 240
+    assert all(step <= 200 for step in used(first))
+    assert first["evidence"]["live"] > 3 * first["baseline"]
+    assert run.watch.losses[400] < 2 * first["threshold"]
+
+
 # --- in a row -----------------------------------------------------------------------------------------------
 
 

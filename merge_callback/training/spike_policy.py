@@ -115,6 +115,8 @@ class SpikePolicy:
             TrainingDivergedError: where the run is to stop.
         """
         restores = self._action(event.watched) == "restore"
+        if event.kind == "rise" and self._is_recovering:
+            return False  # what is left of the last divergence heals by itself, or will be a spike
         if event.kind == "shift":
             if restores and self._restore(event, step):
                 return True
@@ -168,6 +170,11 @@ class SpikePolicy:
         self.origins.load_state_dict(state["origins"])
         self._suspicion = tuple(state["suspicion"]) if state["suspicion"] else None
 
+    @property
+    def _is_recovering(self) -> bool:
+        """Whether there was a restore, and it is not known yet whether it helped."""
+        return self.restores.step is not None and self.restores.clean < self.options.cooldown
+
     def _action(self, watched: str) -> str:
         if watched in (LOSS, GRAD_NORM):
             return self.options.action
@@ -179,7 +186,7 @@ class SpikePolicy:
             self._suspicion = None
         if self._suspicion:
             event = replace(event, onset=min(event.onset, self._suspicion[0]))
-        in_a_row = self.restores.in_a_row + 1 if self.restores.clean < self.options.cooldown else 1
+        in_a_row = self.restores.in_a_row + 1 if self._is_recovering else 1
         for line in self.window.drop_damaged():  # reading past the end of a cut file would kill the process
             rank_zero_warn(f"merge: left out of the window: {line}")
         snapshots, lower = self._choose(event.onset, in_a_row)
