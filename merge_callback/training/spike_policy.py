@@ -24,6 +24,7 @@ from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.training import optimizer_state
+from merge_callback.training.deferred_signals import DeferredSignals
 from merge_callback.training.drift import DRIFT_STEPS
 from merge_callback.training.evidence import (
     Alarm,
@@ -223,16 +224,21 @@ class SpikePolicy:
             newest = event.onset - self.options.guard
             return self._give_up(event, f"no clean snapshot is older than step {newest}, nothing to restore")
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
-        start = time.perf_counter()
-        try:
-            weights = self.recovery.restore(snapshots, step, lasting)
-        except Exception as error:
-            log.exception("merge: the run could not be restored at step %s", step)
-            return self._give_up(event, f"the restore failed ({error!r})")
-        seconds = time.perf_counter() - start
-        used = [snapshot.step for snapshot in snapshots]
-        self.restores = _Restores(self.restores.count + 1, in_a_row, step, 0, used)
-        self._forget_the_spike(used[-1])
+        seconds = -time.perf_counter()
+        weights: list[float] | Exception
+        with DeferredSignals():  # what is saved on one has the restored weights and knows of the restore
+            try:
+                weights = self.recovery.restore(snapshots, step, lasting)
+            except Exception as error:
+                log.exception("merge: the run could not be restored at step %s", step)
+                weights = error
+            else:
+                used = [snapshot.step for snapshot in snapshots]
+                self.restores = _Restores(self.restores.count + 1, in_a_row, step, 0, used)
+                self._forget_the_spike(used[-1])
+        if isinstance(weights, Exception):
+            return self._give_up(event, f"the restore failed ({weights!r})")
+        seconds += time.perf_counter()
         self._report(
             event,
             "restore",
