@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ for line in sys.stdin:
     end = time.perf_counter() + float(delay)
     while time.perf_counter() < end: pass
     os.kill(int(process), int(number))
+    print("sent", flush=True)
 """
 """A process that sends signals a little later: a thread of this one would have to wait for its turn."""
 
@@ -67,6 +69,7 @@ class Part:
         (self.first, self.last, self.left), self.at = PARTS[name], at
         self.signals, self.delay = signals, delay
         self.count, self.active, self.owner = 0, False, None
+        self.is_sending = False
 
     def __enter__(self):
         threading.settrace(self.enter_frame)
@@ -104,8 +107,14 @@ class Part:
     def send(self):
         first, *second = self.signals
         for number in second:
+            self.is_sending = True
             print(os.getpid(), int(number), self.delay, file=SEND.stdin, flush=True)
         os.kill(os.getpid(), first)
+
+    def wait(self):
+        """Waits until the second signal was sent."""
+        if self.is_sending:
+            SEND.stdout.readline()
 
     @staticmethod
     def is_at(frame, place):
@@ -155,6 +164,10 @@ def wreck(module):
     module.net[2].bias += 30
 
 
+def ignore(*_):
+    """A signal that comes after the fit."""
+
+
 def fit(folder, part, in_hook=False, **traced):
     """Trains once; says what was known of it, and what is left."""
     seed()
@@ -178,12 +191,18 @@ def fit(folder, part, in_hook=False, **traced):
         limit_val_batches=2,
         callbacks=[callback, Damage({SPIKE - 1: wreck}), states, rescue],
     )
-    with Part(part, **traced) as place:
-        try:
+    how = "finished"
+    signal.signal(signal.SIGTERM, ignore)  # what Lightning's handler calls, and what it leaves behind
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with Part(part, **traced) as place:
             trainer.fit(module, Batches(), Batches())
-            how = "finished"
-        except BaseException as error:
-            how = type(error).__name__
+    except BaseException as error:
+        how = type(error).__name__
+    while signal.getsignal(signal.SIGINT) is not ignore:
+        with suppress(KeyboardInterrupt):
+            signal.signal(signal.SIGINT, ignore)
+    place.wait()
     rescued = Path(folder) / "rescued.ckpt"
     saved = torch.load(rescued, weights_only=False) if rescued.exists() else None
     left = weights_of(module), moments(trainer.optimizers[0].state_dict())
@@ -233,7 +252,6 @@ def answer(case):
     with tempfile.TemporaryDirectory() as folder:
         traced = {"at": int(case["where"] * count), "signals": signals, "delay": case.get("delay", 0.0)}
         _, left, saved, how, _ = fit(folder, part, case.get("in_hook", False), **traced)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     loose = part == "emission"  # the statistics of a batch norm move in the forward pass
     found = label(known, *left, loose)
     wrong = [] if found is not None else ["the model holds a mixture"]
@@ -247,7 +265,9 @@ def answer(case):
 
 
 if __name__ == "__main__":
-    SEND = subprocess.Popen([sys.executable, "-S", "-c", SENDER], stdin=subprocess.PIPE, text=True)
+    SEND = subprocess.Popen(
+        [sys.executable, "-S", "-c", SENDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     for name in ("lightning.pytorch", "lightning", "merge_callback"):

@@ -116,6 +116,7 @@ class SpikePolicy:
         )
         self._actions = options.watched
         self._told: set[str] = set()  # what can't be tried
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
     @property
     def window(self) -> Window:
@@ -430,7 +431,8 @@ class SpikePolicy:
     def _tell(self, record: dict[str, Any]) -> None:
         """Writes an event down, shows it, and hands it to the user's function."""
         if self.trainer.is_global_zero:
-            append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
+            event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
+            append(self.dirpath, event, self.before_writing)
         announce(self.trainer, record)
         if self.options.on_spike is None:
             return
