@@ -43,6 +43,7 @@ class Publisher:
     def __init__(self, folder: Path, keep_last: int | None, max_shard_bytes: int) -> None:
         self.folder, self.keep_last, self.max_shard_bytes = folder, keep_last, max_shard_bytes
         self.published: list[str] = []
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
     def sweep(self) -> None:
         """Removes what a killed process left half written. Only for the one run that uses the folder."""
@@ -78,6 +79,7 @@ class Publisher:
         Raises:
             OSError: where it can't be written. Nothing is left behind.
         """
+        self.before_writing()
         make_folder(self.folder)
         draft = self.folder / f".{name}.{os.getpid()}.tmp"
         clear(draft)

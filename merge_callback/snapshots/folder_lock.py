@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 from merge_callback.snapshots.files import CorruptFileError, make_folder, open_own, read_small
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
@@ -15,8 +20,71 @@ _SESSION = re.compile(rb"(?:[0-9a-f]{12})?")
 _LONGEST = 64  # bytes of the file that are read: more than it ever has
 
 
-def lock_folder(folder: Path, session: str = "") -> IO[str]:
-    """Takes the folder for this process until the returned file is closed or the process ends.
+class FolderLock:
+    """Holds a folder for one run, and notices where it is another folder by now.
+
+    One that is deleted or unmounted takes its lock along: what is written under its name then lies in a new
+    folder, or on the disk below, which any other run may use as well.
+
+    Args:
+        folder: whose it is.
+        session: whose it is, for ``holder``.
+        file: that is locked.
+    """
+
+    def __init__(self, folder: Path, session: str, file: IO[str]) -> None:
+        self.folder, self.session, self._file = folder, session, file
+        self.claim: Callable[[], object] = lambda: None
+        self._told: set[str] = set()
+        self._is_closed = self._was_lost = False
+        self._one_at_a_time = threading.RLock()  # checked by what is done beside training, too
+
+    def check(self) -> None:
+        """Makes sure, before something is written, that the folder is the one that is locked.
+
+        Where it is not, the one there is now is locked and claimed instead, which is told once.
+
+        Raises:
+            OSError: where another run has it, or it can't be made; told once, too. Where it was lost when it
+                was given back.
+        """
+        with self._one_at_a_time:
+            if self._was_lost:
+                raise OSError(f"{self.folder} was deleted, moved or unmounted before the run was over")
+            if self._is_closed or self._is_held():
+                return
+            self._file.close()  # first: network file systems may number the very same file anew
+            try:
+                self._file = _lock(self.folder, self.session)
+                self.claim()
+            except OSError as error:
+                self._file.close()
+                another = isinstance(error, BlockingIOError)
+                problem = "another run is using the one of that name now" if another else str(error)
+                self._tell(f"nothing is written there any more: {problem}")
+                raise OSError(f"{self.folder} was deleted, moved or unmounted: {problem}") from None
+            self._tell("snapshots and merges go on in the one of that name now, without those before")
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._was_lost = self._was_lost or not (self._is_closed or self._is_held())
+        self._is_closed = True
+        self._file.close()
+
+    def _tell(self, consequence: str) -> None:
+        if consequence not in self._told:
+            self._told.add(consequence)
+            log.warning("merge: the folder %s was deleted, moved or unmounted; %s", self.folder, consequence)
+
+    def _is_held(self) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.folder / LOCK), os.fstat(self._file.fileno()))
+        except (OSError, ValueError):  # it is gone, or closed
+            return False
+
+
+def lock_folder(folder: Path, session: str = "") -> FolderLock:
+    """Takes the folder for this process until what is returned is closed or the process ends.
 
     Where platform or file system know no such locks, nothing is locked.
 
@@ -28,7 +96,7 @@ def lock_folder(folder: Path, session: str = "") -> IO[str]:
         ValueError: where another run has it, in this process or another, or it can't be created or written.
     """
     try:
-        return _lock(folder, session)
+        return FolderLock(folder, session, _lock(folder, session))
     except BlockingIOError:
         reason, mend = "another run is using it", "give each run its own"
     except OSError as error:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,7 @@ class SnapshotStore:
         self.session = self.ranks.from_first(uuid.uuid4().hex[:12])  # of this process and its fellows
         self._free: dict[tuple[torch.device, bool], list[Arena]] = {}
         self._to_host = ToHost()
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
     def capture(self, tensors: Mapping[str, Tensor]) -> Arena:
         """A copy of what this rank keeps of ``tensors``: all that training waits for.
@@ -170,6 +171,7 @@ class SnapshotStore:
         """
         if self.folder is None:
             return ""
+        self.before_writing()
         metadata = {
             "format": "pt",
             **{k: str(v) for k, v in snapshot.record().items() if v not in ("", None)},

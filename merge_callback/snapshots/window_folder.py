@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class WindowFolder:
         self.path, self.run_id, self.session = path, run_id, session
         self.saved: list[list[str]] = []  # the files of the windows that the last two checkpoints need
         self._own = path if keeps else None
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
     def claim(self) -> None:
         """Makes the folder this run's own; a window in it that is not this run's is moved aside.
@@ -80,6 +81,7 @@ class WindowFolder:
             OSError: where it can't be written.
         """
         if self._own is not None:
+            self.before_writing()
             make_folder(self._own)
             manifest = {
                 "format": 1,
@@ -98,6 +100,10 @@ class WindowFolder:
             latest: the last step a snapshot was begun at: other ranks may be ahead with that of a later one.
         """
         if self._own is None or not self._own.is_dir():
+            return
+        try:
+            self.before_writing()
+        except OSError:  # they are another run's
             return
         needed = {*held, *(file for files in self.saved for file in files)}
         for path in [

@@ -1,8 +1,8 @@
 """Validation with other weights, inside a running fit.
 
 ``trainer.validate()`` inside fit corrupts the loops' state, so this runs Lightning's own evaluation loop
-beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, no callbacks
-but for a progress bar that stands still, and loggers that log nothing.
+beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, and nobody
+hears of it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
@@ -26,8 +23,10 @@ from torch import Tensor
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.merge import Merge
-from merge_callback.training.kept_state import RandomState, kept_python_state, kept_weights, reset_metrics
+from merge_callback.training.deferred_signals import DeferredSignals
+from merge_callback.training.kept_state import RandomState
 from merge_callback.training.reporting import gains, log_metrics
+from merge_callback.training.undisturbed import replaced, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -108,50 +107,15 @@ def validate_with(
     """
     loop, sharding = BesideLoop(trainer), sharding or Sharding({}, {})
     swap = undisturbed(trainer, module, merged.buffer.device)
-    with swap as tensors, replaced(trainer.fit_loop.epoch_loop, "val_loop", loop):
+    beside = replaced(trainer.fit_loop.epoch_loop, "val_loop", loop)
+    with DeferredSignals() as signals, swap as tensors, beside:
         merged.copy_to(sharding.own(tensors))
         sharding.spread(tensors)
         if random is not None:
             random.restore()
-        loop.run()
+        with signals.let_through():
+            loop.run()
         return epoch_metrics(loop._results, trainer._logger_connector._callback_metrics)
-
-
-@contextmanager
-def undisturbed(
-    trainer: Trainer, module: LightningModule, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Within, the module may be run on anything, with other weights, and nobody hears of it.
-
-    On exit, also by an exception, the live weights, the module's Python state and torchmetrics, schedulers,
-    and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
-    callbacks and loggers are out of reach.
-
-    Args:
-        trainer: in fit.
-        module: its module.
-        device: for the copy of the live weights.
-
-    Yields:
-        The live tensors (or shards) by name.
-    """
-    connector = _LoggerConnector(trainer)
-    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
-    with ExitStack() as stack:
-        # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.callback(RandomState(trainer).restore)
-        stack.enter_context(kept_python_state(trainer, module))
-        tensors = stack.enter_context(kept_weights(trainer, module, device))
-        bar = trainer.progress_bar_callback  # Rich's, drawn by a thread of its own, looks for itself here
-        stack.enter_context(replaced(trainer, "callbacks", [] if bar is None else [bar]))
-        stack.enter_context(_silenced(bar))
-        stack.enter_context(replaced(trainer, "loggers", [DummyLogger() for _ in trainer.loggers]))
-        stack.enter_context(replaced(trainer, "should_stop", trainer.should_stop))
-        stack.enter_context(replaced(trainer, "_logger_connector", connector))
-        reset_metrics(module)
-        yield tensors
 
 
 def _validation_is_next(trainer: Trainer) -> bool:
@@ -197,32 +161,3 @@ def epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> di
     """Those of the ``known`` metrics that a validation logged for its epoch."""
     names = [n for r in results.values() if r.meta.on_epoch for n in results._forked_name(r, on_step=False)]
     return {name: known[name] for name in names if name in known and name != "step"}  # an axis, no metric
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Within, an attribute has another value."""
-    kept = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, kept)
-
-
-@contextmanager
-def _silenced(callback: Callback | None) -> Iterator[None]:
-    """Within, nothing reaches the hooks of a callback."""
-    own: dict[str, Any] = {} if callback is None else vars(callback)
-    hooks = [name for name in dir(Callback) if name.startswith("on_")]
-    kept = {name: own[name] for name in hooks if name in own}
-    own.update(dict.fromkeys(hooks, _nothing))
-    try:
-        yield
-    finally:
-        for name in hooks:
-            del own[name]
-        own.update(kept)
-
-
-def _nothing(*_: Any, **__: Any) -> None: ...

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.training.deferred_signals import DeferredSignals
 
 T = TypeVar("T")
 
@@ -43,7 +45,8 @@ Rehearsal = Callable[[], AbstractContextManager[LossOf]]
 """Makes a context within which losses can be computed with other weights in the module.
 
 On exit the module, its weights, metrics and logs, and all random generators are as they were, bit for bit.
-Each call of ``LossOf`` draws the same random numbers. This is all that a training loop has to supply.
+Each call of ``LossOf`` draws the same random numbers. Signals are deferred on entry and on exit. This is all
+that a training loop has to supply.
 
 Raises:
     UnrepeatableStepError: where the training step can't be run again.
@@ -199,22 +202,10 @@ class Trial:
         """
         fewest = min(self.ranks.exchange(len(batches)))
         batches = batches[len(batches) - fewest :]
-        with ExitStack() as stack:
+        with DeferredSignals() as signals, ExitStack() as stack:
             loss_of = self._agreed(lambda: stack.enter_context(self._rehearse()))
-            live = self._loss(loss_of, batches)
-            if self.source != "batch":
-                alarm = alarm.scaled_to(live)
-            if live <= alarm.threshold:
-                return Evidence(self.source, live)
-            self._agreed(lambda: candidate(self._live()))
-            merged = single = self._loss(loss_of, batches)
-            if not is_clearly_better(merged, live, alarm):
-                return Evidence(self.source, live, merged)
-            if newest is not None:
-                self._agreed(lambda: newest(self._live()))
-                single = self._loss(loss_of, batches)
-        guilty = is_clearly_better(single, live, alarm)
-        return Evidence(self.source, live, merged, single, guilty=guilty)
+            with signals.let_through():
+                return self._evidence(partial(self._loss, loss_of, batches), candidate, newest, alarm)
 
     def compare(self, candidate: Callable[[ModelTensors], object]) -> tuple[float, float]:
         """The losses of the live weights and of the candidate, on what needs no batches.
@@ -222,11 +213,35 @@ class Trial:
         Raises:
             UnrepeatableStepError: where a loss can't be computed, on this rank or another.
         """
-        with ExitStack() as stack:
+        with DeferredSignals() as signals, ExitStack() as stack:
             loss_of = self._agreed(lambda: stack.enter_context(self._rehearse()))
-            live = self._loss(loss_of, [])
-            self._agreed(lambda: candidate(self._live()))
-            return live, self._loss(loss_of, [])
+            with signals.let_through():
+                live = self._loss(loss_of, [])
+                self._agreed(lambda: candidate(self._live()))
+                return live, self._loss(loss_of, [])
+
+    def _evidence(
+        self,
+        loss: Callable[[], float],
+        candidate: Callable[[ModelTensors], object],
+        newest: Callable[[ModelTensors], object] | None,
+        alarm: Alarm,
+    ) -> Evidence:
+        """Computes the losses that are needed to decide."""
+        live = loss()
+        if self.source != "batch":
+            alarm = alarm.scaled_to(live)
+        if live <= alarm.threshold:
+            return Evidence(self.source, live)
+        self._agreed(lambda: candidate(self._live()))
+        merged = single = loss()
+        if not is_clearly_better(merged, live, alarm):
+            return Evidence(self.source, live, merged)
+        if newest is not None:
+            self._agreed(lambda: newest(self._live()))
+            single = loss()
+        guilty = is_clearly_better(single, live, alarm)
+        return Evidence(self.source, live, merged, single, guilty=guilty)
 
     def _loss(self, loss_of: LossOf, batches: Sequence[HeldBatch]) -> float:
         """The mean of all ranks."""

@@ -54,15 +54,19 @@ class RandomState:
 
 
 @contextmanager
-def kept_weights(trainer: Trainer, module: nn.Module, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Hands out the live tensors (or shards); on exit they and all other buffers have their bits back."""
+def kept_weights(
+    trainer: Trainer, module: nn.Module, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Restore]]:
+    """Hands out the live tensors (or shards), and what gives them and all other buffers their bits back.
+
+    That is called on exit, too.
+    """
     model = ModelTensors.of(module, trainer.strategy.model)
     live = Arena.empty(Layout.of(model.tensors), device)
     live.copy_from(model.tensors)
     transient = [(buffer, buffer.clone()) for buffer in model.transient]
-    try:
-        yield model.tensors
-    finally:
+
+    def restore() -> None:
         ModelTensors.of(
             module, trainer.strategy.model
         )  # shards are shown again, where FSDP has gathered them
@@ -70,13 +74,18 @@ def kept_weights(trainer: Trainer, module: nn.Module, device: torch.device) -> I
         for buffer, kept in transient:
             _put_back(buffer, kept)
 
+    try:
+        yield model.tensors, restore
+    finally:
+        restore()
+
 
 @contextmanager
-def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[None]:
+def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[Restore]:
     """On exit all Python state of the module, its optimizers and schedulers is as it was.
 
     That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
-    validations, keep the best one, step a scheduler or an environment.
+    validations, keep the best one, step a scheduler or an environment. What is handed out puts it back.
     """
     restores: list[Restore] = []
     seen: set[int] = set()
@@ -86,10 +95,16 @@ def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[None]:
         _keep(vars(part), restores, seen)
         if not isinstance(part, Metric):  # a metric is reset before it is used, which replaces its tensors
             _keep_plain_tensors(part, restores)
-    with ExitStack() as stack:  # restores the rest where one fails
-        for restore in restores:
-            stack.callback(restore)
-        yield
+
+    def restore_all() -> None:
+        with ExitStack() as stack:  # restores the rest where one fails
+            for restore in restores:
+                stack.callback(restore)
+
+    try:
+        yield restore_all
+    finally:
+        restore_all()
 
 
 def reset_metrics(module: nn.Module) -> None:

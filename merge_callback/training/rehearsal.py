@@ -16,11 +16,12 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from merge_callback.training.evaluation import BesideLoop, epoch_metrics, replaced, undisturbed
+from merge_callback.training.evaluation import BesideLoop, epoch_metrics
 from merge_callback.training.evidence import HeldBatch, LossOf, UnrepeatableStepError
 from merge_callback.training.kept_state import RandomState
 from merge_callback.training.reporting import lower_is_better
 from merge_callback.training.step_statistics import loss_in
+from merge_callback.training.undisturbed import replaced, undisturbed
 
 _VALIDATED = 8  # batches of each dataloader
 

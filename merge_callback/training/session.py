@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -24,7 +24,7 @@ from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import CODECS
-from merge_callback.snapshots.folder_lock import holder, lock_folder
+from merge_callback.snapshots.folder_lock import FolderLock, holder, lock_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
@@ -108,7 +108,7 @@ class MergeSession:
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
-        self.lock: IO[str] | None = None
+        self.lock: FolderLock | None = None
         try:
             self._take_folder()
             self.plan = Plan.of(options, store, trainer)
@@ -316,8 +316,13 @@ class MergeSession:
         try:
             if self.ranks.is_first:
                 self.lock = lock_folder(self.dirpath, session)
-                self.window.folder.claim()
+                self.lock.claim = self.window.folder.claim
+                self.lock.claim()
                 self.keeper.publisher.sweep()
+                for writer in (self.window.store, self.window.folder, self.keeper.publisher):
+                    writer.before_writing = self.lock.check
+                if self.spikes:
+                    self.spikes.policy.before_writing = self.lock.check
         except Exception as error:
             problem = error
         self.ranks.agree(problem)

@@ -18,6 +18,7 @@ from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
+from merge_callback.training.deferred_signals import DeferredSignals
 from merge_callback.training.drift import DRIFT_STEPS
 from merge_callback.training.evidence import Evidence, HeldBatches
 from merge_callback.training.inquiry import Inquiry
@@ -102,6 +103,7 @@ class SpikePolicy:
             None  # onset of a rise that was the weights' fault, and when
         )
         self._actions = options.watched
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
     @property
     def window(self) -> Window:
@@ -205,16 +207,21 @@ class SpikePolicy:
             newest = event.onset - self.options.guard
             return self._give_up(event, f"no clean snapshot is older than step {newest}, nothing to restore")
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
-        start = time.perf_counter()
-        try:
-            weights = self.recovery.restore(snapshots, step, lasting)
-        except Exception as error:
-            log.exception("merge: the run could not be restored at step %s", step)
-            return self._give_up(event, f"the restore failed ({error!r})")
-        seconds = time.perf_counter() - start
-        used = [snapshot.step for snapshot in snapshots]
-        self.restores = _Restores(self.restores.count + 1, in_a_row, step, 0, used)
-        self._forget_the_spike(used[-1])
+        seconds = -time.perf_counter()
+        weights: list[float] | Exception
+        with DeferredSignals():  # what is saved on one has the restored weights and knows of the restore
+            try:
+                weights = self.recovery.restore(snapshots, step, lasting)
+            except Exception as error:
+                log.exception("merge: the run could not be restored at step %s", step)
+                weights = error
+            else:
+                used = [snapshot.step for snapshot in snapshots]
+                self.restores = _Restores(self.restores.count + 1, in_a_row, step, 0, used)
+                self._forget_the_spike(used[-1])
+        if isinstance(weights, Exception):
+            return self._give_up(event, f"the restore failed ({weights!r})")
+        seconds += time.perf_counter()
         self._report(
             event,
             "restore",
@@ -321,7 +328,8 @@ class SpikePolicy:
     def _tell(self, record: dict[str, Any]) -> None:
         """Writes an event down, shows it, and hands it to the user's function."""
         if self.trainer.is_global_zero:
-            append(self.dirpath, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record})
+            event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
+            append(self.dirpath, event, self.before_writing)
         announce(self.trainer, record)
         if self.options.on_spike is None:
             return

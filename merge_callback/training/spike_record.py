@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,20 @@ def announce(trainer: Trainer, record: Mapping[str, Any]) -> None:
             log.exception("merge: %s could not show the event; training goes on", type(logger).__name__)
 
 
-def append(folder: Path, record: Mapping[str, Any]) -> None:
-    """Adds the event to the folder's ``spikes.jsonl``, durably. A full disk is reported; the run goes on."""
+def append(
+    folder: Path, record: Mapping[str, Any], before_writing: Callable[[], object] = lambda: None
+) -> None:
+    """Adds the event to the folder's ``spikes.jsonl``, durably. A full disk is reported; the run goes on.
+
+    Args:
+        folder: of the run.
+        record: of the event.
+        before_writing: raises an ``OSError`` where it is another run's by now.
+    """
     path = folder / RECORD
     line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False, default=str)
     try:
+        before_writing()
         append_line(path, line)
     except OSError as error:
         log.warning("merge: the event could not be written to %s (%s): %s", path, error, line)

@@ -1,0 +1,94 @@
+"""Ctrl-C and its kin wait while the live weights are somebody else's, or half written."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any]
+
+
+class DeferredSignals:
+    """Within, the handlers of signals are not called; what was sent meanwhile reaches them right afterwards.
+
+    These handlers run between any two instructions of the main thread. Python's own, of Ctrl-C, raises there;
+    Lightning's, of a cluster's requeue, saves a checkpoint. This is meant for short parts, like the copy
+    of all weights: nothing that takes long in them can be interrupted. ``let_through`` is for a long middle::
+
+        with DeferredSignals() as signals, other_weights():
+            with signals.let_through():
+                validate()
+
+    There a handler is called at once. If it raises, further signals wait again from that very instruction on,
+    so that a second Ctrl-C can't get into what the first one has begun: putting things back.
+
+    All signals with a handler in Python are deferred. One without (SIGTERM, outside of Lightning) ends the
+    process, and nobody sees its weights again. In threads other than the main one nothing is raised, and
+    nothing is done here. Uses may be nested.
+    """
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Handler] = {}
+        self._pending: list[int] = []
+        self._is_open = self._is_over = False
+
+    def __enter__(self) -> DeferredSignals:
+        if threading.current_thread() is threading.main_thread():
+            try:
+                for number in signal.valid_signals():
+                    if callable(handler := signal.getsignal(number)):
+                        self._handlers[number] = handler
+                        signal.signal(number, self)
+            except BaseException:  # raised by the handler of one that is not deferred yet
+                self._hand_back()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with ExitStack() as stack:  # calls all of them, though one raises
+            stack.callback(self._hand_back)
+            self._is_over = True  # from now on a signal goes straight to its handler
+            for number in reversed(self._pending):
+                stack.callback(self._handlers[number], number, None)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Is the handler of all signals meanwhile."""
+        if self._is_over:  # a library has installed a handler that calls this one
+            self._handlers[number](number, frame)
+            return
+        if number not in self._pending:
+            self._pending.append(number)
+        if self._is_open:
+            self._deliver(frame)
+
+    @contextmanager
+    def let_through(self) -> Iterator[None]:
+        """Within, handlers are called as ever, until one raises.
+
+        No instruction between here and there has to be safe: who raises has closed this before.
+        """
+        self._deliver(None)
+        try:
+            yield
+        finally:
+            self._is_open = False
+
+    def _deliver(self, frame: FrameType | None) -> None:
+        """Calls the handlers of what is pending; stays open where none raises."""
+        self._is_open = False
+        while self._pending:
+            number = self._pending.pop(0)
+            self._handlers[number](number, frame)
+        self._is_open = True
+        if self._pending:  # came between the last two lines
+            self._deliver(frame)
+
+    def _hand_back(self) -> None:
+        self._is_over = True
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) is self:
+                signal.signal(number, handler)

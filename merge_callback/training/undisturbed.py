@@ -1,0 +1,166 @@
+"""Running a live module on anything, with other weights, as if nothing had been run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch import Tensor
+
+from merge_callback.training.deferred_signals import DeferredSignals
+from merge_callback.training.kept_state import (
+    RandomState,
+    Restore,
+    kept_python_state,
+    kept_weights,
+    reset_metrics,
+)
+
+Replacement = tuple[object, str, Any]
+"""An object, the name of an attribute, and a value for it."""
+
+
+@contextmanager
+def undisturbed(
+    trainer: Trainer, module: LightningModule, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Within, the module may be run on anything, with other weights, and nobody hears of it.
+
+    On exit, also by an exception, the live weights, the module's Python state and torchmetrics, schedulers,
+    and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
+    there are no callbacks but a progress bar that stands still, and loggers that log nothing.
+
+    What is saved within, by a hook or by the handler of a signal, is the run as it was: by
+    ``trainer.save_checkpoint``, by the connector's ``dump_checkpoint``, or by the ``state_dict`` of the
+    module itself. That of a part of it shows the other weights.
+
+    Args:
+        trainer: in fit. Signals have to be deferred on entry and on exit.
+        module: its module.
+        device: for the copy of the live weights.
+
+    Yields:
+        The live tensors (or shards) by name.
+    """
+    bar = trainer.progress_bar_callback  # Rich's, drawn by a thread of its own, looks for itself in callbacks
+    loop = trainer.fit_loop.epoch_loop
+    connector = _LoggerConnector(trainer)
+    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
+    others: list[Replacement] = [
+        (trainer, "callbacks", [] if bar is None else [bar]),
+        (trainer, "loggers", [DummyLogger() for _ in trainer.loggers]),
+        (trainer, "should_stop", trainer.should_stop),
+        (trainer, "_logger_connector", connector),
+        (loop, "val_loop", loop.val_loop),
+    ]
+    with ExitStack() as stack:
+        # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        tensors, restore = stack.enter_context(_kept(trainer, module, device))
+        own: list[Replacement] = []
+
+        @contextmanager
+        def as_it_was() -> Iterator[None]:
+            with DeferredSignals(), torch.inference_mode(False), ExitStack() as present:
+                present.enter_context(_kept(trainer, module, device))
+                for replacement in own:
+                    present.enter_context(replaced(*replacement))
+                restore()
+                yield
+
+        for owner, name, value in (*others, *_saving(trainer, module, as_it_was)):
+            own.append((owner, name, getattr(owner, name)))
+            stack.enter_context(replaced(owner, name, value))
+        stack.enter_context(_silenced(bar))
+        reset_metrics(module)
+        yield tensors
+
+
+@contextmanager
+def _kept(
+    trainer: Trainer, module: LightningModule, device: torch.device
+) -> Iterator[tuple[dict[str, Tensor], Restore]]:
+    """Hands out the live tensors, and what sets them, all Python state and generators back, as on exit."""
+    random = RandomState(trainer)
+    with ExitStack() as stack:
+        stack.callback(random.restore)
+        restore_state = stack.enter_context(kept_python_state(trainer, module))
+        tensors, restore_weights = stack.enter_context(kept_weights(trainer, module, device))
+
+        def restore() -> None:
+            restore_weights()
+            restore_state()
+            random.restore()
+
+        yield tensors, restore
+
+
+def _saving(
+    trainer: Trainer, module: LightningModule, as_it_was: Callable[[], AbstractContextManager[None]]
+) -> list[Replacement]:
+    """The functions that a run is saved by, so that they save it as it was.
+
+    A state dict only refers to the weights, which are others again when it is returned: it is copied.
+    """
+    connector, kind = trainer._checkpoint_connector, type(module)
+    present = kind.state_dict
+
+    def save_checkpoint(*args: Any, **options: Any) -> None:
+        with as_it_was():
+            trainer.save_checkpoint(*args, **options)
+
+    def dump_checkpoint(*args: Any, **options: Any) -> dict[str, Any]:
+        with as_it_was():
+            checkpoint = connector.dump_checkpoint(*args, **options)
+            return {**checkpoint, "state_dict": copy.deepcopy(checkpoint["state_dict"])}
+
+    def state_dict(self: LightningModule, *args: Any, **options: Any) -> Any:
+        if self is not module:
+            return present(self, *args, **options)
+        with as_it_was():
+            return copy.deepcopy(module.state_dict(*args, **options))
+
+    return [
+        (trainer, "save_checkpoint", save_checkpoint),
+        (connector, "dump_checkpoint", dump_checkpoint),
+        (kind, "state_dict", state_dict),  # of the class: a module that has a function can't be pickled
+    ]
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Within, an attribute has another value."""
+    kept, was_own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if name in vars(owner) and not was_own:  # the class's shows again
+            delattr(owner, name)
+        else:
+            setattr(owner, name, kept)
+
+
+@contextmanager
+def _silenced(callback: Callback | None) -> Iterator[None]:
+    """Within, nothing reaches the hooks of a callback."""
+    own: dict[str, Any] = {} if callback is None else vars(callback)
+    hooks = [name for name in dir(Callback) if name.startswith("on_")]
+    kept = {name: own[name] for name in hooks if name in own}
+    own.update(dict.fromkeys(hooks, _nothing))
+    try:
+        yield
+    finally:
+        for name in hooks:
+            del own[name]
+        own.update(kept)
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
