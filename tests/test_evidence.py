@@ -17,6 +17,7 @@ from spiking_runs import (
     Batches,
     Damage,
     Line,
+    TwoOptimizers,
     events,
     plain,
     spiking,
@@ -43,7 +44,7 @@ from merge_callback.training.evidence import (
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 
 NAN, INF = math.nan, math.inf
-ALARM = Alarm(baseline=2.0, threshold=2.2, value=9.0)
+ALARM = Alarm.of(baseline=2.0, threshold=2.2, value=9.0)
 
 
 # --- the judgement ------------------------------------------------------------------------------------------
@@ -70,16 +71,16 @@ def test_the_weights_are_to_blame_where_others_do_clearly_better(live, candidate
 
 @pytest.mark.parametrize(("baseline", "live", "candidate"), [(-3.0, 1.0, -2.0), (0.0, 1.0, 0.4)])
 def test_losses_may_be_negative_or_zero(baseline, live, candidate):
-    alarm = Alarm(baseline, baseline + 0.1, live)
+    alarm = Alarm.of(baseline, baseline + 0.1, live)
     assert is_clearly_better(candidate, live, alarm)
     assert not is_clearly_better(live - 0.4 * (live - baseline), live, alarm)
 
 
 def test_another_loss_is_judged_by_the_same_share_of_excess():
-    alarm = Alarm(baseline=2.0, threshold=2.2, value=4.0)  # half of it is excess
-    assert alarm.scaled_to(10.0) == Alarm(5.0, 5.0, 10.0)
+    alarm = Alarm.of(baseline=2.0, threshold=2.2, value=4.0)  # half of it is excess
+    assert alarm.scaled_to(10.0) == Alarm(5.0, 5.0, 0.5)
     assert alarm.scaled_to(-10.0).baseline == -15.0
-    assert Alarm(2.0, 2.2, NAN).scaled_to(10.0).baseline == 0.0
+    assert Alarm.of(2.0, 2.2, NAN).scaled_to(10.0).baseline == 0.0
 
 
 # --- the trial, of a plain model ----------------------------------------------------------------------------
@@ -432,16 +433,83 @@ def test_without_a_validation_the_losses_alone_decide_and_that_is_said_once(tmp_
     assert run.restores[0]["evidence"] is None
     said = [str(w.message) for w in warned if "could not be tried on the batch" in str(w.message)]
     assert len(said) == 1
-    assert "may take from an iterator, noise" in said[0]
+    assert "may take from an iterator that the module holds (<range_iterator" in said[0]
+
+
+class InTurn(TwoOptimizers):
+    """Its optimizers take turns: ten batches each."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        optimizer = self.optimizers()[batch_idx // 10 % 2]
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
 
 
 def test_the_loss_of_opponents_restores_nothing_without_evidence(tmp_path):
-    from spiking_runs import TwoOptimizers
+    bad = range(241, 250)
+    run = spiking(tmp_path, Batches(bad=bad), 300, InTurn, spike=EVIDENCE)
 
-    run = spiking(tmp_path, Batches(bad=BURST), 200, TwoOptimizers, spike=EVIDENCE)
-
-    assert [event["event"] for event in run.events] == ["warn"]
+    assert [event["event"] for event in run.events if event["event"] != "drift"] == ["warn"]
     assert "take turns" in run.events[0]["reason"]
+
+
+def test_optimizers_that_step_together_are_tried_like_one(tmp_path):
+    bad = range(80, 86)
+    hard = spiking(tmp_path / "a", Batches(bad=bad), 240, TwoOptimizers, spike=EVIDENCE)
+    assert not hard.restores
+    assert any(event["event"] == "hard data" for event in hard.events)
+    assert_same_bits(hard.watch.weights, plain(Batches(bad=bad), 240, TwoOptimizers).watch.weights)
+
+    wrecking = Damage({2 * SPIKE: wreck})  # each batch counts two steps
+    broken = spiking(tmp_path / "b", Batches(), 240, TwoOptimizers, callbacks=[wrecking], spike=EVIDENCE)
+    assert len(broken.restores) == 1
+
+
+class Counting(Line):
+    """Its own counter decides which batches are hard: seven in a hundred."""
+
+    def __init__(self):
+        super().__init__(lr=1e-3)
+        self.count = 0
+        self.register_buffer("counted", torch.zeros((), dtype=torch.long))
+
+    def training_step(self, batch, batch_idx):
+        self.count += 1
+        self.counted += 1
+        x, y = batch
+        hard = self.count % 100 in range(80, 87) or int(self.counted) % 100 in range(40, 47)
+        return super().training_step((x, 20 - 5 * y if hard else y), batch_idx)
+
+
+def test_each_pass_of_a_trial_starts_from_the_same_state(tmp_path):
+    run = spiking(tmp_path, Batches(), 400, Counting, spike=EVIDENCE)
+
+    assert not run.restores
+    assert any(event["event"] == "hard data" for event in run.events)
+    assert_same_bits(run.watch.weights, plain(Batches(), 400, Counting).watch.weights)
+
+
+class PoisonedBuffer(Guarded):
+    """Divides by a running scale that one batch makes NaN; the weights stay finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == SPIKE:
+            self.scale.fill_(torch.nan)
+        return torch.nn.functional.mse_loss(self.net(batch[0]) / self.scale, batch[1])
+
+
+def test_a_buffer_that_is_not_finite_breaks_a_model_like_a_weight(tmp_path):
+    run = spiking(tmp_path, Batches(), 120, PoisonedBuffer, spike=EVIDENCE)
+
+    assert run.restores[0]["evidence"]["source"] == "weights"
+    assert math.isfinite(run.watch.losses[120])
 
 
 class Penalised(Line):

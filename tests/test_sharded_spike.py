@@ -300,7 +300,8 @@ def test_gradients_are_as_large_as_in_one_process(runs, alone, strategy, case):
 
 
 def norms(state):
-    (found,) = [d for watched, _, d in state["spikes"]["numbers"]["detectors"] if watched == "gradient norm"]
+    detectors = state["spikes"]["numbers"]["detectors"]
+    (found,) = [detector for watched, _, detector, _ in detectors if watched == "gradient norm"]
     return found
 
 

@@ -81,7 +81,7 @@ def test_a_scalar_that_is_not_logged_any_more_is_not_read_again(tmp_path):
 
     assert not of_kind(run, "warn")  # one outlier, however long its value stands in Lightning's results
     (state,) = [
-        s for name, _, s in run.callback.state_dict()["spikes"]["numbers"]["detectors"] if name == "norm"
+        s for name, _, s, _ in run.callback.state_dict()["spikes"]["numbers"]["detectors"] if name == "norm"
     ]
     assert len(state["clean"]) <= 99
 

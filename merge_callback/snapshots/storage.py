@@ -155,7 +155,7 @@ class SnapshotStore:
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf.
         """
-        if bad := [name for name in arena.non_finite() if not self._may_hold(name, arena.tensors()[name])]:
+        if bad := [name for name in arena.non_finite() if not self.may_hold(name, arena.tensors()[name])]:
             raise NonFiniteSnapshotError(
                 f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
             )
@@ -370,7 +370,8 @@ class SnapshotStore:
         decode([snapshot.arena for snapshot in snapshots], whole)
         return whole
 
-    def _may_hold(self, name: str, tensor: Tensor) -> bool:
+    def may_hold(self, name: str, tensor: Tensor) -> bool:
+        """Whether the NaN or Inf in a tensor are meant: a mask's."""
         if name in self.masks:
             return True
         return name in self.buffers and bool((tensor.isfinite() | (tensor == -torch.inf)).all())

@@ -6,8 +6,9 @@ and with those before the spike. Only where the latter do clearly better are the
 
 from __future__ import annotations
 
+import copy
 import math
-from collections import deque
+from collections import UserDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -91,7 +92,7 @@ def is_clearly_better(candidate: float, live: float, alarm: Alarm) -> bool:
     It does where the live loss lies above the threshold, and the candidate takes half of the excess over the
     baseline away, or where it is finite and the live one is not.
 
-    >>> alarm = Alarm(baseline=2.0, threshold=2.2, value=9.0)
+    >>> alarm = Alarm.of(baseline=2.0, threshold=2.2, value=9.0)
     >>> is_clearly_better(candidate=2.1, live=9.0, alarm=alarm)
     True
     >>> is_clearly_better(candidate=8.8, live=9.0, alarm=alarm)  # hard data
@@ -104,17 +105,23 @@ def is_clearly_better(candidate: float, live: float, alarm: Alarm) -> bool:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What raised it: an outlier, and the baseline and threshold that it was judged by."""
+    """What a loss is held against: baseline and threshold, and how far off the outlier was."""
 
     baseline: float
     threshold: float
-    value: float
+    excess: float
+    """What share of the outlier lay above its baseline; 1 where it is not finite."""
+
+    @classmethod
+    def of(cls, baseline: float, threshold: float, value: float) -> Alarm:
+        """That of an outlier."""
+        share = (value - baseline) / abs(value) if value else 1.0
+        return cls(baseline, threshold, min(1.0, share) if math.isfinite(share) else 1.0)
 
     def scaled_to(self, live: float) -> Alarm:
-        """The same excess, as a share, over a loss of another kind that is ``live`` now."""
-        share = (self.value - self.baseline) / abs(self.value) if self.value else 1.0
-        baseline = live - (min(1.0, share) if math.isfinite(share) else 1.0) * abs(live)
-        return Alarm(baseline, baseline, live)
+        """The same excess over a loss of another kind that is ``live`` now."""
+        baseline = live - self.excess * abs(live)
+        return Alarm(baseline, baseline, self.excess)
 
 
 class HeldBatches:
@@ -133,7 +140,7 @@ class HeldBatches:
         """Notes a micro-batch, before the training step can take anything out of it."""
         if self._count % _WEIGHED == 0:
             self._weigh(batch)
-        self._held.append(HeldBatch(batch.copy() if type(batch) in (dict, list) else batch, batch_idx))
+        self._held.append(HeldBatch(copied(batch), batch_idx))
         self._count += 1
 
     def _weigh(self, batch: Any) -> None:
@@ -262,10 +269,24 @@ class Trial:
         return found
 
 
-def _nbytes(value: Any) -> int:
-    """Bytes of the tensors in a batch, as far as containers show them."""
+def copied(batch: Any) -> Any:
+    """The same tensors in containers of their own: a training step may take things out of them."""
+    kind = type(batch)
+    if kind is dict:
+        return {key: copied(value) for key, value in batch.items()}
+    if kind in (list, tuple):
+        return kind(map(copied, batch))
+    return copy.copy(batch) if isinstance(batch, (Mapping, UserDict)) else batch
+
+
+def _nbytes(value: Any, depth: int = 3) -> int:
+    """Bytes of memory that the tensors in a batch hold on to, as far as containers and attributes show."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(_nbytes, value.values()))
-    return sum(map(_nbytes, value)) if isinstance(value, (list, tuple)) else 0
+        return value.numel() * value.element_size() if value.is_sparse else value.untyped_storage().nbytes()
+    if depth == 0 or isinstance(value, str):
+        return 0
+    if isinstance(value, (Mapping, UserDict)):
+        return sum(_nbytes(item, depth - 1) for item in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(_nbytes(item, depth - 1) for item in value)
+    return sum(_nbytes(item, depth - 1) for item in vars(value).values()) if hasattr(value, "__dict__") else 0

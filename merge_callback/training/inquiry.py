@@ -26,9 +26,12 @@ from merge_callback.training.evidence import (
     Trial,
     UnrepeatableStepError,
 )
-from merge_callback.training.rehearsal import rehearsed_training, rehearsed_validation
+from merge_callback.training.rehearsal import rehearsed_training, rehearsed_validation, validation_loss
 from merge_callback.training.spike import SpikeEvent
 from merge_callback.training.watched_numbers import LOSS, WatchedNumbers
+
+_AS_IT_WAS = 0.1
+"""How much higher than last time a validation's loss may be, as a share, to count as what it was."""
 
 
 class Inquiry:
@@ -63,9 +66,12 @@ class Inquiry:
         return [parameter for group in groups for parameter in group["params"]]
 
     def weights_are_finite(self) -> bool:
-        """Whether weights and optimizer state are, on all ranks."""
+        """Whether weights, buffers and optimizer state are, on all ranks."""
         own = all(all_finite(local(parameter.data)) for parameter in self.parameters)
         own = own and all(map(optimizer_state.is_finite, self.trainer.optimizers))
+        model, store = self._live(), self._merger().window.store
+        buffers = ((name, model.tensors[name]) for name in model.buffers)
+        own = own and all(all_finite(buffer) or store.may_hold(name, buffer) for name, buffer in buffers)
         return all(self._merger().ranks.exchange(own))
 
     def evidence(self, event: SpikeEvent, snapshots: Sequence[Snapshot]) -> Evidence | None:
@@ -77,16 +83,18 @@ class Inquiry:
         """
         if not all(map(math.isfinite, event.values)) and not self.weights_are_finite():
             return Evidence("weights", math.nan, guilty=True)
-        loss = self.numbers.loss
-        judged_by = (
-            (event.baseline, event.threshold) if event.watched == LOSS else (loss.baseline, loss.threshold)
-        )
-        alarm = Alarm(*judged_by, event.values[-1])
+        if self.numbers.takes_turns:
+            return None  # what helps one of the opponents may harm the other
+        alarm, loss = Alarm.of(event.baseline, event.threshold, event.values[-1]), self.numbers.loss
+        if event.watched != LOSS:
+            alarm = replace(alarm, baseline=loss.baseline, threshold=loss.threshold)
         batches = self._batches_for(event)
         candidate = partial(self._put_in, snapshots)
         newest = partial(self._put_in, snapshots[-1:]) if len(snapshots) > 1 else None
         for trial in self._trials(snapshots[-1]):
             try:
+                if trial.source == "validation":
+                    candidate, newest = partial(self._put_in_all, snapshots), None
                 found = [trial.hold(candidate, newest, batches[0], alarm)]
                 if not found[0].guilty and trial.source == "batch":
                     found += [trial.hold(candidate, newest, others, alarm) for others in batches[1:]]
@@ -94,13 +102,13 @@ class Inquiry:
                 self._tell_once(trial.source, error)
                 continue
             evidence = next((each for each in found if each.guilty), found[0])
-            return self._hear_validation(evidence, candidate, snapshots[-1])
+            return self._hear_validation(evidence, snapshots)
         return None
 
     def compares_nothing(self, event: SpikeEvent) -> bool:
         """Whether the losses alone, which are to decide for lack of evidence, are those of opponents."""
         finite = all(map(math.isfinite, event.values))
-        return finite and self.options.evidence != "rules" and len(self.trainer.optimizers) > 1
+        return finite and self.options.evidence != "rules" and self.numbers.takes_turns
 
     def _batches_for(self, event: SpikeEvent) -> list[list[HeldBatch]]:
         """The batches that an event is tried on, in turn, until one set speaks against the weights.
@@ -113,22 +121,24 @@ class Inquiry:
             return [self.batches.all]
         return [self.batches.of(event.step), self.batches.of(event.step + 1)]
 
-    def _hear_validation(
-        self, evidence: Evidence, candidate: Callable[[ModelTensors], object], snapshot: Snapshot
-    ) -> Evidence:
+    def _hear_validation(self, evidence: Evidence, snapshots: Sequence[Snapshot]) -> Evidence:
         """Lets the validation's loss speak up for live weights that the training loss has found guilty.
 
         A training loss may rise by design: parts of the model work against it (gradient reversal), or it is
-        no measure of what is learned (policy gradients).
+        no measure of what is learned (policy gradients). The validation is heard where its loss is about what
+        it was last time, and no better with the candidate.
         """
         if not evidence.guilty or evidence.source != "batch" or not math.isfinite(evidence.live):
             return evidence
-        (trial,) = self._trials(snapshot)[1:]
+        (trial,) = self._trials(snapshots[-1])[1:]
         try:
-            live, merged = trial.compare(candidate)
+            live, merged = trial.compare(partial(self._put_in_all, snapshots))
         except UnrepeatableStepError:  # there is none, or not yet
             return evidence
-        return replace(evidence, validation=(live, merged), guilty=not live <= merged)
+        name = validation_loss(self.trainer)
+        last = float(self.trainer.callback_metrics[name]) if name else math.nan
+        is_as_it_was = live <= last + _AS_IT_WAS * abs(last)
+        return replace(evidence, validation=(live, merged), guilty=not (is_as_it_was and live <= merged))
 
     def _tell_once(self, source: str, error: Exception) -> None:
         if source not in self._told:
@@ -157,3 +167,7 @@ class Inquiry:
         self._merger().merge_into(model, snapshots, self.options.merging)
         for name, kept in buffers.items():
             overwrite(model.tensors[name], kept)
+
+    def _put_in_all(self, snapshots: Sequence[Snapshot], model: ModelTensors) -> None:
+        """The same with the buffers: in a validation, running statistics have to fit the parameters."""
+        self._merger().merge_into(model, snapshots, self.options.merging)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
+import io
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 from torchmetrics import Metric, MetricCollection
@@ -24,13 +26,15 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 
-_PLAIN_TENSOR = 1 << 20  # elements; a larger plain attribute is a cache or a data set, and not copied
+_PLAIN_TENSOR = 1 << 24  # elements; a larger plain attribute is a cache or a data set, and not copied
 _LOOKED_INTO = 10_000  # items; of a larger container only the container itself is kept
 # Exact types: a subclass may refuse to be written to (Hugging Face's ModelOutput does).
 _CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter, AttributeDict)
 
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy"}
 _LIBRARIES |= sys.stdlib_module_names
+
+_NO_STATE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
 Restore = Callable[[], object]
 
@@ -72,7 +76,7 @@ def kept_weights(
         )  # shards are shown again, where FSDP has gathered them
         live.copy_to(model.tensors)
         for buffer, kept in transient:
-            _put_back(buffer, kept)
+            put_back(buffer, kept)
 
     try:
         yield model.tensors, restore
@@ -87,14 +91,15 @@ def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[Restore]:
     That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
     validations, keep the best one, step a scheduler or an environment. What is handed out puts it back.
     """
-    restores: list[Restore] = []
-    seen: set[int] = set()
-    for owner in (*trainer.optimizers, *(config.scheduler for config in trainer.lr_scheduler_configs)):
-        _keep(vars(owner), restores, seen)
+    keeper = _Keeper(module)
+    for optimizer in trainer.optimizers:
+        keeper.keep_optimizer(optimizer)
+    for config in trainer.lr_scheduler_configs:
+        keeper.keep(vars(config.scheduler), tensors=False)
     for part in module.modules():
-        _keep(vars(part), restores, seen)
-        if not isinstance(part, Metric):  # a metric is reset before it is used, which replaces its tensors
-            _keep_plain_tensors(part, restores)
+        # A registered metric is reset before it is used, which replaces its tensors.
+        keeper.keep(vars(part), tensors=not isinstance(part, Metric))
+    restores = keeper.restores
 
     def restore_all() -> None:
         with ExitStack() as stack:  # restores the rest where one fails
@@ -116,50 +121,113 @@ def reset_metrics(module: nn.Module) -> None:
             part._state_is_copy = True  # makes it link the states of its compute groups again
 
 
-def _keep(value: Any, restores: list[Restore], seen: set[int]) -> None:
-    """Notes how to restore a container, a scheduler and all they hold, or a generator."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if type(value) in _CONTAINERS:
-        restores.append(_container_restore(value))
-    elif restore := _generator_restore(value):
-        restores.append(restore)
-    if type(value) in (*_CONTAINERS, tuple) and len(value) <= _LOOKED_INTO:
-        for item in list(value.values()) if isinstance(value, dict) else list(value):
-            _keep(item, restores, seen)
-    elif isinstance(value, LRScheduler):  # chained schedulers hold others
-        _keep(vars(value), restores, seen)
-    elif isinstance(value, np.ndarray) and value.size <= _PLAIN_TENSOR:
-        restores.append(_array_restore(value))
-    elif _is_of_users(value):
-        _keep(vars(value), restores, seen)
-        _keep_plain_tensors(value, restores)
+def first_iterator(module: nn.Module) -> object | None:
+    """An iterator that the module holds, if any: what is taken from it can't be put back."""
+    keeper = _Keeper(module)
+    for part in module.modules():
+        keeper.keep(vars(part), tensors=False)
+    return next(iter(keeper.iterators), None)
+
+
+class _Keeper:
+    """Walks through all that a module holds, and notes how to restore it.
+
+    Args:
+        module: whose registered parts, parameters and buffers are somebody else's to keep.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.restores: list[Restore] = []
+        self.iterators: list[object] = []
+        registered = (*module.modules(), *module.parameters(), *module.buffers())
+        self._seen = {id(owned) for owned in registered}
+
+    def keep(self, value: Any, tensors: bool = True) -> None:
+        """Notes how to restore a value and all that it holds.
+
+        Args:
+            value: of any type; what nobody can restore is passed over.
+            tensors: whether tensors are copied, too.
+        """
+        if id(value) in self._seen or isinstance(value, nn.Parameter):
+            return
+        self._seen.add(id(value))
+        if isinstance(value, Tensor):
+            if tensors and value.numel() <= _PLAIN_TENSOR:
+                self.restores.append(_tensor_restore(value.data))
+        elif isinstance(value, nn.Module):
+            self._keep_hidden(value)
+        elif isinstance(value, np.ndarray):
+            if value.size <= _PLAIN_TENSOR:
+                self.restores.append(_array_restore(value))
+        elif restore := _generator_restore(value):
+            self.restores.append(restore)
+        elif _is_container(value):
+            self._keep_container(value, tensors)
+        elif isinstance(value, LRScheduler) or _is_of_users(value):  # chained schedulers hold others
+            self.keep(vars(value), tensors)
+        elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+            self.iterators.append(value)
+
+    def keep_optimizer(self, optimizer: Optimizer) -> None:
+        """Notes how to restore an optimizer's groups; its moments only change when it steps."""
+        for state in (optimizer.state, *optimizer.state.values()):
+            self._seen.add(id(state))
+            self.restores.append(_container_restore(state))
+        self.keep(vars(optimizer), tensors=False)
+        for group in optimizer.param_groups:
+            rates = (value for value in group.values() if isinstance(value, Tensor))
+            self.restores += [_tensor_restore(rate.data) for rate in rates]
+
+    def _keep_container(self, value: Any, tensors: bool) -> None:
+        if type(value) is not tuple:
+            self.restores.append(_container_restore(value))
+        if len(value) <= _LOOKED_INTO:
+            for item in list(value.values()) if isinstance(value, dict) else list(value):
+                self.keep(item, tensors)
+
+    def _keep_hidden(self, hidden: nn.Module) -> None:
+        """A module that nobody has registered: a teacher, or a metric, in a list."""
+        for part in hidden.modules():
+            self._seen.add(id(part))
+            self.keep(vars(part))
+        for tensor in (*hidden.parameters(), *hidden.buffers()):
+            if id(tensor) not in self._seen and tensor.numel() <= _PLAIN_TENSOR:
+                self._seen.add(id(tensor))
+                self.restores.append(_tensor_restore(tensor.data))
+
+
+def _is_container(value: Any) -> bool:
+    own = isinstance(value, (dict, list)) and type(value).__module__.partition(".")[0] not in _LIBRARIES
+    return type(value) in (*_CONTAINERS, tuple) or own
 
 
 def _is_of_users(value: Any) -> bool:
     """Whether a value is an object of somebody's own class: an environment, a buffer of past steps."""
-    if (
-        not hasattr(value, "__dict__")
-        or isinstance(value, (type, Tensor, nn.Module, Dataset))
-        or callable(value)
-    ):
+    if isinstance(value, SimpleNamespace):
+        return True
+    if not hasattr(value, "__dict__") or isinstance(value, (*_NO_STATE, Dataset)):
         return False
     return type(value).__module__.partition(".")[0] not in _LIBRARIES
 
 
 def _container_restore(container: Any) -> Restore:
-    kept = copy.copy(container)
+    # By the methods of the basic type: a subclass of somebody's own may do more, or refuse.
+    kind = next(kind for kind in (dict, list, set, deque) if isinstance(container, kind))
+    kept = dict(container) if kind is dict else kind(container)
 
     def restore() -> None:
         if isinstance(container, dict):  # not emptied first: a thread may be reading a module's attributes
             for key in [key for key in container if key not in kept]:
-                del container[key]
-            container.update(kept)
+                dict.__delitem__(container, key)
+            dict.update(container, kept)
             if list(container) == list(kept):
                 return
-        container.clear()
-        container.extend(kept) if isinstance(container, (list, deque)) else container.update(kept)
+        kind.clear(container)
+        if kind in (dict, set):
+            kind.update(container, kept)
+        else:
+            kind.extend(container, kept)  # type: ignore[union-attr]
 
     return restore
 
@@ -185,18 +253,13 @@ def _array_restore(array: np.ndarray) -> Restore:
     return lambda: np.copyto(array, kept) if array.flags.writeable else None
 
 
-def _keep_plain_tensors(part: object, restores: list[Restore]) -> None:
-    for value in vars(part).values():
-        if isinstance(value, Tensor) and value.numel() <= _PLAIN_TENSOR:
-            restores.append(_tensor_restore(value.data))
-
-
 def _tensor_restore(tensor: Tensor) -> Restore:
     kept = tensor.clone()
-    return lambda: _put_back(tensor, kept)
+    return lambda: put_back(tensor, kept)
 
 
-def _put_back(tensor: Tensor, kept: Tensor) -> None:
+def put_back(tensor: Tensor, kept: Tensor) -> None:
+    """Gives a tensor its bits back."""
     # An expanded tensor can't be written to, nor can it have changed. One that was made in a validation
     # before the fit is an inference tensor.
     if not torch.equal(tensor, kept):

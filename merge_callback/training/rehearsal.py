@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -17,13 +18,21 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from merge_callback.training.evaluation import BesideLoop, epoch_metrics
-from merge_callback.training.evidence import HeldBatch, LossOf, UnrepeatableStepError
-from merge_callback.training.kept_state import RandomState
+from merge_callback.training.evidence import HeldBatch, LossOf, UnrepeatableStepError, copied
+from merge_callback.training.kept_state import (
+    RandomState,
+    first_iterator,
+    kept_python_state,
+    put_back,
+    reset_metrics,
+)
 from merge_callback.training.reporting import lower_is_better
 from merge_callback.training.step_statistics import loss_in
 from merge_callback.training.undisturbed import replaced, undisturbed
 
 _VALIDATED = 8  # batches of each dataloader
+
+_CALLED_LOSS = re.compile(r"(^|[^a-zA-Z])loss$|^loss([^a-zA-Z]|$)", re.IGNORECASE)
 
 
 @contextmanager
@@ -39,23 +48,19 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
         device: for the copy of the live weights.
 
     Raises:
-        UnrepeatableStepError: for several optimizers, and for a step that takes from an iterator.
+        UnrepeatableStepError: for a step that takes from an iterator.
     """
-    if len(trainer.optimizers) > 1:
-        raise UnrepeatableStepError("its optimizers take turns, and what helps one may harm the other")
     if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
         raise UnrepeatableStepError("it takes its batches from an iterator (dataloader_iter)")
-    for name, part in module.named_modules():
-        if taken := [key for key, value in vars(part).items() if isinstance(value, Iterator)]:
-            raise UnrepeatableStepError(
-                f"it may take from an iterator, {'.'.join(filter(None, [name, taken[0]]))}"
-            )
+    if (iterator := first_iterator(module)) is not None:
+        raise UnrepeatableStepError(f"it may take from an iterator that the module holds ({iterator!r:.80})")
     loop = trainer.fit_loop.epoch_loop
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer, module, device))
         stack.enter_context(replaced(loop, "_results", _ResultCollection(training=True)))
         stack.enter_context(_no_training(trainer, module))
-        yield _TrainingLoss(trainer)
+        restore = stack.enter_context(kept_python_state(trainer, module))
+        yield _TrainingLoss(trainer, module, restore)
 
 
 @contextmanager
@@ -85,11 +90,18 @@ def _only_the_closure(optimizer: Any, closure: Any = None, *_: Any, **__: Any) -
 
 
 class _TrainingLoss:
-    """Computes the training loss of some batches."""
+    """Computes the training loss of some batches, each time from the same state but for the weights.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
+    Args:
+        trainer: in fit.
+        module: its module; what a step counts or collects in it is put back before every pass.
+        restore: puts its Python state back.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, restore: Callable[[], object]) -> None:
+        self.trainer, self._module, self._restore = trainer, module, restore
         self._random = RandomState(trainer)
+        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         self._needs_gradients = False
 
     def __call__(self, batches: Sequence[HeldBatch]) -> float:
@@ -106,17 +118,24 @@ class _TrainingLoss:
             return self._mean(batches)
 
     def _mean(self, batches: Sequence[HeldBatch]) -> float:
+        self._restore()
+        for buffer, kept in self._buffers:
+            put_back(buffer, kept)
+        reset_metrics(self._module)
         self._random.restore()
-        return math.fsum(map(self._loss, batches)) / len(batches)
+        losses = [loss for loss in map(self._loss, batches) if loss is not None]
+        if not losses:
+            raise UnrepeatableStepError("it returned no loss this time")
+        return math.fsum(losses) / len(losses)
 
-    def _loss(self, held: HeldBatch) -> float:
+    def _loss(self, held: HeldBatch) -> float | None:
         loop = self.trainer.fit_loop.epoch_loop
-        batch = apply_to_collection(held.batch, Tensor, Tensor.clone)  # the step may write to it
+        batch = apply_to_collection(copied(held.batch), Tensor, Tensor.clone)  # the step may write to it
         loop._results.batch, loop._results.batch_size = batch, None
         arguments = loop._build_kwargs(OrderedDict(), batch, held.batch_idx)
         loss = loss_in(call._call_strategy_hook(self.trainer, "training_step", *arguments.values()))
         if loss is None:
-            raise UnrepeatableStepError("it returned no loss this time")
+            return None
         return float(loss.detach().double().mean()) if isinstance(loss, Tensor) else float(loss)
 
 
@@ -133,7 +152,7 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
         UnrepeatableStepError: where there was no validation yet that logged a loss.
     """
     live = trainer.fit_loop.epoch_loop.val_loop
-    name = _validation_loss(trainer)
+    name = validation_loss(trainer)
     if live._combined_loader is None or name is None:
         raise UnrepeatableStepError("there was no validation with a loss yet")
     random = RandomState(trainer)
@@ -153,10 +172,13 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
         yield loss
 
 
-def _validation_loss(trainer: Trainer) -> str | None:
-    """The name of the validation's loss: a monitored one first."""
+def validation_loss(trainer: Trainer) -> str | None:
+    """The name of the validation's loss: one that is monitored, or else called a loss; no part of one."""
     results = trainer.fit_loop.epoch_loop.val_loop._results
     names = epoch_metrics(results, trainer.callback_metrics)
     monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    losses = [name for name in names if lower_is_better(name, trainer, results)]
-    return next((name for name in (*monitored, *losses) if name in losses), None)
+    for name in monitored:
+        if name in names and lower_is_better(name, trainer, results):
+            return str(name)
+    losses = [name for name in names if _CALLED_LOSS.search(name)]
+    return min(losses, key=len, default=None)

@@ -266,6 +266,11 @@ class MergeSession:
         self.keeper.load_state_dict(state)
         self._restore_window(state["window"], Path(state["dirpath"]))
         if self.spikes and state.get("spikes"):
+            if "numbers" not in state["spikes"]:
+                rank_zero_warn(
+                    "merge: the checkpoint is of an older version: spikes are judged anew from here"
+                )
+                return
             self.spikes.load_state_dict(state["spikes"])
 
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:

@@ -180,7 +180,11 @@ class SpikePolicy:
     def _action(self, watched: str) -> str:
         if watched in (LOSS, GRAD_NORM):
             return self.options.action
-        return next(action for pattern, action in self._actions.items() if fnmatchcase(watched, pattern))
+        return next(
+            action
+            for pattern, action in self._actions.items()
+            if fnmatchcase(watched.removeprefix("logged "), pattern)
+        )
 
     def _restore(self, event: SpikeEvent, step: int) -> bool:
         """Restores the run, if there is something to restore and the evidence is against the live weights."""

@@ -99,9 +99,11 @@ def sentence_of(evidence: Mapping[str, Any]) -> str:
         return "weights or optimizer state are not finite"
     if math.isnan(candidate) and math.isfinite(live):
         return f"on the same {evidence['source']} they score {live:.4g} now"
+    heard = evidence.get("validation")
+    validation = f"; on the validation {heard[0]:.4g} and {heard[1]:.4g}" if heard else ""
     return (
         f"on the same {evidence['source']} the live weights score {live:.4g}, those before the spike "
-        f"{candidate:.4g}"
+        f"{candidate:.4g}{validation}"
     )
 
 

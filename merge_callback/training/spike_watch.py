@@ -151,7 +151,7 @@ class SpikeWatch:
             rank_zero_warn(
                 "merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}"
             )
-        if seen.unknown_scalars:
+        if seen.unknown_scalars and self._scalars:
             self._agree_on_scalars()
         events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
         if not self.calm:

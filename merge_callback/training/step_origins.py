@@ -16,6 +16,8 @@ from merge_callback.training.step_statistics import StepStatistics
 
 _REMEMBERED = 128  # steps
 
+_WALKED = 1_000_000  # samples of a rank; to walk through more would hold training up
+
 
 class StepOrigins:
     """Remembers which batches the last optimizer steps were taken with.
@@ -82,12 +84,15 @@ def sample_indices(trainer: Trainer, epoch: int, batch_idx: int) -> list[int] | 
     batches = getattr(loader, "batch_sampler", None)
     if type(batches) is not BatchSampler:
         return None
-    sampler = batches.sampler
-    if type(sampler) is not SequentialSampler and not (
-        isinstance(sampler, DistributedSampler) and sampler.epoch == epoch
-    ):
-        return None
-    return next(islice(iter(batches), batch_idx, None), None)
+    sampler: Any = batches.sampler
+    size = batches.batch_size
+    first = batch_idx * size
+    if type(sampler) is SequentialSampler:
+        return list(range(first, min(first + size, len(sampler)))) or None
+    # Of this very type: a wrapper of another sampler would draw from it again.
+    if type(sampler) is DistributedSampler and sampler.epoch == epoch and len(sampler) <= _WALKED:
+        return list(islice(iter(sampler), first, first + size))
+    return None
 
 
 def _all_above(losses: list[float | None], threshold: float) -> bool:

@@ -196,8 +196,9 @@ class StepStatistics:
         self._tokens = state["tokens"] if first else 0.0
         self._scale = state["scale"]
         self._last = None
-        self.names = state["names"] if self.names is not None else None
-        if state["last"] is not None:
+        if self.names is not None:
+            self.names = list(state.get("names") or [])
+        if state["last"] is not None and "names" in state:  # that of an older version has other numbers
             step, names, *sums = state["last"]
             self._last = _Pending(step, names, _Sums(*sums))
             self._last.counted = True

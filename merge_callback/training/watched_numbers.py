@@ -13,6 +13,8 @@ from merge_callback.training.step_statistics import Statistics
 
 LOSS, GRAD_NORM = "loss", "gradient norm"
 
+_STALE = 16  # steps after which a number that is no longer read has nothing to say
+
 _ORDER = {"spike": 0, "rise": 1, "shift": 2}
 
 
@@ -30,6 +32,8 @@ class WatchedNumbers:
         self.drift, self.score = Drift(options.floor), SpikeScore()
         self._rule = (options.threshold, options.floor, options.patience)
         self._detectors: dict[tuple[str, str], SpikeDetector] = {}
+        self._step = 0  # the last one that was read, and the last one of each number
+        self._read: dict[tuple[str, str], int] = {}
         self._key = ""  # of the loss that was read last
         self._loss = self._detector(LOSS, "")
 
@@ -46,10 +50,15 @@ class WatchedNumbers:
     def calm(self) -> bool:
         """Whether nothing speaks against the weights."""
         # A loop, since this is asked every step: a generator takes three times as long.
-        for detector in self._detectors.values():  # noqa: SIM110
-            if not detector.calm:
+        for key, detector in self._detectors.items():
+            if not detector.calm and self._step - self._read.get(key, 0) < _STALE:
                 return False
         return True
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether there are optimizers of which now these step and now others."""
+        return len({optimizers for watched, optimizers in self._read if watched == LOSS}) > 1
 
     def observe(
         self, seen: Statistics, active: bool, optimizers: str, is_broken: Callable[[], bool]
@@ -66,18 +75,21 @@ class WatchedNumbers:
         if optimizers != self._key:
             self._key, self._loss = optimizers, self._detector(LOSS, optimizers)
         events = []
+        self._step = seen.step
         loss, skipped = seen.loss, seen.skipped
         if loss is not None:
             broken = not math.isfinite(loss) and not skipped and is_broken()
+            self._read[LOSS, optimizers] = seen.step
             if event := self._loss.observe(seen.step, loss, active, skipped, broken):
                 events.append(event)
             if not skipped:
                 self.score.observe(loss)
-        further = dict(seen.scalars)
+        further = {logged_name(name): value for name, value in seen.scalars.items()} if seen.scalars else {}
         if seen.grad_norm is not None and not skipped:
             further[GRAD_NORM] = seen.grad_norm
         for watched, value in further.items():
             broken = not math.isfinite(value) and not skipped and is_broken()
+            self._read[watched, optimizers] = seen.step
             if event := self[watched].observe(seen.step, value, active, False, broken):
                 events.append(event)
         return sorted(events, key=lambda event: _ORDER[event.kind]) if events else events
@@ -102,7 +114,8 @@ class WatchedNumbers:
     def state_dict(self) -> dict[str, Any]:
         """All that is remembered, as primitives."""
         return {
-            "detectors": [[*key, detector.state_dict()] for key, detector in self._detectors.items()],
+            "detectors": [[*key, d.state_dict(), self._read.get(key)] for key, d in self._detectors.items()],
+            "step": self._step,
             "key": self._key,
             "drift": self.drift.state_dict(),
             "score": self.score.state_dict(),
@@ -112,8 +125,11 @@ class WatchedNumbers:
         """Goes on from a ``state_dict``."""
         self._key = state["key"]
         self._loss = self._detector(LOSS, self._key)
-        for watched, optimizers, detector in state["detectors"]:
+        self._step = state["step"]
+        for watched, optimizers, detector, read in state["detectors"]:
             self._detector(watched, optimizers).load_state_dict(detector)
+            if read is not None:
+                self._read[watched, optimizers] = read
         self.drift.load_state_dict(state["drift"])
         self.score.load_state_dict(state["score"])
 
@@ -122,3 +138,8 @@ class WatchedNumbers:
         if key not in self._detectors:
             self._detectors[key] = SpikeDetector(*self._rule, watched=watched)
         return self._detectors[key]
+
+
+def logged_name(name: str) -> str:
+    """What a watched scalar is called: a module may log something as ``loss``."""
+    return f"logged {name}" if name in (LOSS, GRAD_NORM) else name
