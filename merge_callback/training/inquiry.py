@@ -25,12 +25,13 @@ from merge_callback.training.evidence import (
     HeldBatches,
     Trial,
     UnrepeatableStepError,
+    is_clearly_better,
 )
 from merge_callback.training.rehearsal import rehearsed_training, rehearsed_validation, validation_loss
 from merge_callback.training.spike import SpikeEvent
 from merge_callback.training.watched_numbers import LOSS, WatchedNumbers
 
-_AS_IT_WAS = 0.1
+_AS_IT_WAS = 0.5
 """How much higher than last time a validation's loss may be, as a share, to count as what it was."""
 
 
@@ -102,7 +103,7 @@ class Inquiry:
                 self._tell_once(trial.source, error)
                 continue
             evidence = next((each for each in found if each.guilty), found[0])
-            return self._hear_validation(evidence, snapshots)
+            return self._hear_validation(evidence, snapshots, alarm)
         return None
 
     def compares_nothing(self, event: SpikeEvent) -> bool:
@@ -121,12 +122,12 @@ class Inquiry:
             return [self.batches.all]
         return [self.batches.of(event.step), self.batches.of(event.step + 1)]
 
-    def _hear_validation(self, evidence: Evidence, snapshots: Sequence[Snapshot]) -> Evidence:
+    def _hear_validation(self, evidence: Evidence, snapshots: Sequence[Snapshot], alarm: Alarm) -> Evidence:
         """Lets the validation's loss speak up for live weights that the training loss has found guilty.
 
         A training loss may rise by design: parts of the model work against it (gradient reversal), or it is
         no measure of what is learned (policy gradients). The validation is heard where its loss is about what
-        it was last time, and no better with the candidate.
+        it was last time, and not clearly better with the candidate.
         """
         if not evidence.guilty or evidence.source != "batch" or not math.isfinite(evidence.live):
             return evidence
@@ -137,8 +138,9 @@ class Inquiry:
             return evidence
         name = validation_loss(self.trainer)
         last = float(self.trainer.callback_metrics[name]) if name else math.nan
-        is_as_it_was = live <= last + _AS_IT_WAS * abs(last)
-        return replace(evidence, validation=(live, merged), guilty=not (is_as_it_was and live <= merged))
+        is_sound = live <= last + _AS_IT_WAS * abs(last)
+        is_sound = is_sound and not is_clearly_better(merged, live, alarm.scaled_to(live))
+        return replace(evidence, validation=(live, merged), guilty=not is_sound)
 
     def _tell_once(self, source: str, error: Exception) -> None:
         if source not in self._told:
