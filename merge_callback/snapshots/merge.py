@@ -101,6 +101,13 @@ class WindowMerger:
         """Drops the merge that was made: the window's snapshots turned out to be of another segment."""
         self._merge = None
 
+    def constant(self, model: ModelTensors) -> set[str]:
+        """Names of what is frozen, a buffer or excluded, and alike in the oldest and newest snapshot.
+
+        All ranks have to ask.
+        """
+        return self._copied(model, self.window.snapshots[0], self.window.snapshots[-1])
+
     def current(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` with fewer than two snapshots to merge."""
         if self._merge is None:

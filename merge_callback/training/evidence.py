@@ -195,8 +195,7 @@ class Trial:
 
         That takes one pass over the batches where the live weights turn out sound, two where the candidate is
         no better, else three: a merge may be better than any single checkpoint, on hard data too, so that the
-        newest snapshot has to be clearly better as well. Only parameters are exchanged: what the model keeps
-        in buffers (a queue, a running statistic) is part of the data here.
+        newest snapshot has to be clearly better as well.
 
         Args:
             candidate: overwrites the live parameters with those that would replace them.

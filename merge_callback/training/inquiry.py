@@ -90,8 +90,11 @@ class Inquiry:
         if event.watched != LOSS:
             alarm = replace(alarm, baseline=loss.baseline, threshold=loss.threshold)
         batches = self._batches_for(event)
-        candidate = partial(self._put_in, snapshots)
-        newest = partial(self._put_in, snapshots[-1:]) if len(snapshots) > 1 else None
+        # Those with a gradient: an optimizer may be handed all parameters of a module. A trial has none.
+        parameters = self.parameters
+        trained = {id(p) for p in parameters if p.grad is not None} or set(map(id, parameters))
+        candidate = partial(self._put_in, snapshots, trained)
+        newest = partial(self._put_in, snapshots[-1:], trained) if len(snapshots) > 1 else None
         for trial in self._trials(snapshots[-1]):
             try:
                 if trial.source == "validation":
@@ -163,13 +166,20 @@ class Inquiry:
     def _live(self) -> ModelTensors:
         return ModelTensors.of(self.module, self.trainer.strategy.model)
 
-    def _put_in(self, snapshots: Sequence[Snapshot], model: ModelTensors) -> None:
-        """Overwrites the live parameters, but no buffers, with the merge of some snapshots."""
-        buffers = {name: model.tensors[name].clone() for name in model.buffers}
-        self._merger().merge_into(model, snapshots, self.options.merging)
-        for name, kept in buffers.items():
-            overwrite(model.tensors[name], kept)
+    def _put_in(self, snapshots: Sequence[Snapshot], trained: set[int], model: ModelTensors) -> None:
+        """Overwrites what is trained, and nothing else, with the merge of some snapshots.
+
+        Buffers (a queue), and parameters that get no gradient (a target network, a teacher), stay those of
+        the live model: they are part of the data here.
+        """
+        merger = self._merger()
+        names = {model.names.get(parameter) for parameter in trained}
+        others = model.tensors.keys() - names - merger.constant(model)
+        kept = {name: model.tensors[name].clone() for name in others}
+        merger.merge_into(model, snapshots, self.options.merging)
+        for name, values in kept.items():
+            overwrite(model.tensors[name], values)
 
     def _put_in_all(self, snapshots: Sequence[Snapshot], model: ModelTensors) -> None:
-        """The same with the buffers: in a validation, running statistics have to fit the parameters."""
+        """Overwrites all: in a validation, running statistics have to fit the parameters."""
         self._merger().merge_into(model, snapshots, self.options.merging)
