@@ -165,12 +165,11 @@ def test_an_optimizer_without_a_learning_rate_counts_as_constant_and_is_not_rest
         def configure_optimizers(self):
             return NoRate(self.parameters(), **defaults)
 
+    options = {"window": 3, "every_n_steps": 2, "dirpath": tmp_path}
     with pytest.raises(ValueError, match=r"learning rate of NoRate .*action='warn'"):
-        train(Free(), CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path), data=loader())
-    merging = CheckpointMergeCallback(
-        window=3, every_n_steps=2, dirpath=tmp_path, spike=SpikeOptions(action="warn")
-    )
-    train(Free(), merging, data=loader())
+        train(Free(), CheckpointMergeCallback(**options, spike=SpikeOptions()), data=loader())
+    with pytest.warns(UserWarning, match="nothing is restored: .*learning rate of NoRate"):
+        train(Free(), CheckpointMergeCallback(**options), data=loader())  # nobody asked for restores
     assert "stable" in (tmp_path / "latest/merge.json").read_text()
 
 
