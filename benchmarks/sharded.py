@@ -151,7 +151,7 @@ class Finale(Callback):
         for _ in range(TIMED):
             _meet(ranks, meter)
             with meter.event("restore"):
-                session.spikes.recovery.restore(window.segment()[-3:], session.step, 1.0)
+                session.spikes.policy.recovery.restore(window.segment()[-3:], session.step, 1.0)
         self.done.touch()  # what follows is not the callback's memory
         self._emit_distributed(session)
         for name in ("sma", "ties"):

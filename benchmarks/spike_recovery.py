@@ -176,7 +176,7 @@ class TimeRestores(Callback):
         model = ModelTensors.of(pl_module)
         arenas = [snapshot.arena for snapshot in snapshots]
         out = Arena.empty(session.window.store.layout)
-        recovery = session.spikes.recovery
+        recovery = session.spikes.policy.recovery
         for _ in range(self.repeats):
             self._time("merge", lambda: merge_arenas([1 / 3] * 3, arenas, out))
             self._time("copy", lambda: out.copy_to(model.tensors))
