@@ -112,7 +112,7 @@ class DomainAdversarial(Clusters):
         return float(F.cross_entropy(self.net(self.features(x)), labels))
 
 
-@task("moving_adversary", "an adversary picks the noise that hurts most, anew every 100 steps")
+@task("moving_adversary", "an adversary picks the noise that hurts most, again every 100 steps")
 class MovingAdversary(Clusters):
     """Robustness against one shift of the inputs, which is found by gradient ascent."""
 

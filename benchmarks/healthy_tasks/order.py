@@ -181,7 +181,7 @@ class ActiveLearning(Clusters):
 
 @task("stateful_book", "a GRU reads a book in order again and again, its chapters of different styles")
 class StatefulBook(Text):
-    """The hidden state is carried from batch to batch; every epoch begins anew."""
+    """The hidden state is carried from batch to batch; every epoch starts with an empty one."""
 
     epoch, steps = 150, 1200
 

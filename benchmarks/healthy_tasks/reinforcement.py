@@ -19,7 +19,7 @@ HORIZON = 20
 def walk(policy: Any, games: int) -> tuple[Tensor, Tensor, Tensor]:
     """Plays games in a corridor from its left end: cells, moves and rewards, each (time, games).
 
-    A move to the right fails one time in ten; the goal pays 10 and begins anew, each step costs 0.1.
+    A move to the right fails one time in ten; the goal pays 10 and starts a new episode, each step costs 0.1.
     """
     cell, cells, moves, rewards = torch.zeros(games, dtype=torch.long), [], [], []
     for _ in range(HORIZON):

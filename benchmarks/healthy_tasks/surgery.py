@@ -64,7 +64,7 @@ class Quantisation(Clusters):
         return F.cross_entropy(functional_call(self.net, weights, (x,)), labels)
 
 
-@task("head_resets", "the last layer is drawn anew every 300 steps")
+@task("head_resets", "the last layer gets new random weights every 300 steps")
 class HeadResets(Clusters):
     """As against the primacy bias in reinforcement learning."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 Batch = tuple[Tensor, ...]
 
 
-class Healthy(LightningModule):
+class Healthy(LightningModule, ABC):
     """A module with its own data, loss and final score. Subclasses say what is difficult about them.
 
     Class attributes are the options of a task: ``task`` sets them by keyword for a variant.
@@ -36,21 +37,21 @@ class Healthy(LightningModule):
             setattr(self, name, value)
         self.build()
 
+    @abstractmethod
     def build(self) -> None:
         """Makes the networks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def draw(self, index: int, g: Generator) -> Batch:
         """The batch of this index, with the generator that belongs to it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """The training loss of a batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self) -> float:
         """How good the module is, on data it was not trained on; lower is better."""
-        raise NotImplementedError
 
     def trainer_options(self) -> dict[str, Any]:
         """What the Trainer needs beside the number of steps."""

@@ -250,7 +250,7 @@ class SpikePolicy:
 
         The second restore in a row goes one window older; those after it, or where there is nothing older,
         stay there and lower the learning rate. Snapshots taken since the first one are not used; unless no
-        other is left: then the oldest ones are, which are a window older as a rule.
+        other is left: then the oldest ones are, which are usually a window older.
         """
         newest, count = onset - self.options.guard, self.options.pma_window
         if in_a_row == 1:
