@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from merge_callback.merging import MergeMethod
 from merge_callback.options import Options
+from merge_callback.snapshots.merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.training.session import MergeSession
 
@@ -100,6 +101,7 @@ class CheckpointMergeCallback(Callback):
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the mend.
         TrainingDivergedError: while training, where restoring did not help and the options say to stop.
+        HalfRestoredError: while training, where a restore failed half way, twice. No checkpoint is saved then.
     """
 
     def __init__(
@@ -134,7 +136,7 @@ class CheckpointMergeCallback(Callback):
         )
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
-        self._loaded = False
+        self._loaded = self._half_restored = False
 
     @property
     def state_key(self) -> str:
@@ -149,7 +151,7 @@ class CheckpointMergeCallback(Callback):
             # First in the list: what monitors merged/… or saves a checkpoint then finds this step's state.
             others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
-            self._loaded = False
+            self._loaded = self._half_restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Builds or restores the window: here every strategy has set up, moved and restored the model."""
@@ -203,6 +205,7 @@ class CheckpointMergeCallback(Callback):
         """
         if self.session:
             session, self.session = self.session, None
+            self._half_restored = session.is_half_restored
             try:
                 self._resume = session.state_dict()
             except Exception:
@@ -211,6 +214,17 @@ class CheckpointMergeCallback(Callback):
                 session.close()
             except Exception:
                 log.exception("merge: the folder could not be given back")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuses to save weights that a failed restore has overwritten in part.
+
+        Raises:
+            HalfRestoredError: instead of a checkpoint of a mixture.
+        """
+        if self._half_restored or (self.session and self.session.is_half_restored):
+            raise HalfRestoredError("a restore failed half way, and its weights are not saved; resume earlier")
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, phase, and the records of the window's snapshots, as primitives."""

@@ -134,6 +134,46 @@ def test_what_is_saved_during_a_merged_validation_is_the_live_run(tmp_path, save
     assert "state_dict" not in vars(Saving)
 
 
+class ToldToStop(Classifier):
+    """Gets a signal in its first merged validation; the handler sets a few things and raises nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.notes, self.heard, self.validations = {"stop": False}, 0, 0
+
+    def on_fit_start(self):
+        self.handler = signal.signal(signal.SIGUSR1, self.stop)
+
+    def on_fit_end(self):
+        signal.signal(signal.SIGUSR1, self.handler)
+
+    def validation_step(self, batch, batch_idx):
+        self.validations += 1
+        if not self.trainer.callbacks and batch_idx == 1 and not self.notes["stop"]:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert (self.heard, self.trainer.should_stop) == (0, False)  # as before, within the validation
+        super().validation_step(batch, batch_idx)
+
+    def stop(self, number, frame):
+        assert self.trainer.callbacks  # the handler sees the live run
+        self.trainer.should_stop = self.notes["stop"] = True
+        self.heard += 1
+
+
+def test_what_a_handler_sets_during_a_merged_validation_stays(tmp_path):
+    module = ToldToStop()
+    trainer = validated(tmp_path, module)
+    plain = validated(tmp_path / "plain", Classifier())
+
+    assert (trainer.should_stop, trainer.global_step) == (True, 4)
+    assert (module.notes, module.heard) == ({"stop": True}, 1)
+    batches = trainer.num_val_batches[0]
+    assert module.validations == batches  # of the live validation alone
+    merged = json.loads(next((tmp_path / "merges").glob("step=00000004*/merge.json")).read_text())
+    assert merged["step"] == 4
+    assert plain.global_step == 12
+
+
 class SavesMidway(Classifier):
     """Saves a checkpoint between two batches of each validation."""
 

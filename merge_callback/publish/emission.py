@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from merge_callback.publish.provenance import emission_name
 from merge_callback.snapshots.files import (
     CorruptFileError,
     clear,
@@ -51,9 +52,18 @@ class Publisher:
             with contextlib.suppress(OSError):
                 clear(path)
 
-    def resume(self, published: Iterable[str], run_id: str) -> None:
-        """Goes on from what a run had published, as far as it is in this folder."""
-        self.published = [n for n in published if _read_record(self.folder / n).get("run_id") == run_id]
+    def resume(self, run_id: str, step: int) -> None:
+        """Goes on from what a run had published in this folder, up to an optimizer step of it.
+
+        The folder tells, and not a checkpoint: that does not wait for a merge that is being published.
+        """
+        found = []
+        for path in self.folder.glob("step=*"):
+            record = _read_record(path)
+            version = _version(path.name, record)
+            if record.get("run_id") == run_id and version is not None and record["step"] <= step:
+                found.append((record["step"], version, path.name))
+        self.published = [name for *_, name in sorted(found)]
 
     def publish(
         self,
@@ -138,11 +148,15 @@ class Publisher:
         """The names of ``tensors`` in the order in which they are written."""
         return [name for shard in split_shards(tensors, self.max_shard_bytes) for name in shard]
 
+    @property
+    def newest_step(self) -> int:
+        """Of this run's newest emission; -1 if there is none."""
+        return max((_step(name) for name in self.published), default=-1)
+
     def newest_up_to(self, step: int) -> Path | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
         for name in reversed(self.published):
-            found = re.match(r"step=(\d+)", name)
-            if found and int(found[1]) <= step and (self.folder / name).is_dir():
+            if _step(name) <= step and (self.folder / name).is_dir():
                 return self.folder / name
         return None
 
@@ -249,6 +263,20 @@ def _read_record(folder: Path) -> dict[str, Any]:
         return read_object(folder / PROVENANCE)
     except (OSError, CorruptFileError):
         return {}
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step=").partition("-")[0])
+
+
+def _version(name: str, record: Mapping[str, Any]) -> int | None:
+    """0, or the number that a publisher put after the name; ``None`` of a folder that somebody else named."""
+    try:
+        own = emission_name(record["method"]["name"], int(record["step"]), record["tokens"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    found = re.fullmatch(rf"{re.escape(own)}(?:-v(\d+))?", name)
+    return int(found[1] or 0) if found else None
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:

@@ -97,7 +97,7 @@ def prepare_emission(
         stripped_prefix=naming.prefix,
         **record,
     )
-    name = emission_name(merge.method, merge.snapshots[-1])
+    name = emission_name(merge.method.name, merge.step, merge.snapshots[-1].tokens)
     dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
     whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
     published = {naming.published(n): tensor for n, tensor in whole.items()}

@@ -44,10 +44,10 @@ def provenance(
     }
 
 
-def emission_name(method: MergeMethod, newest: Snapshot) -> str:
-    """``step=…-tokens=…-<method>`` (no tokens where they are not counted): sorts by step, says what it is."""
-    tokens = "" if newest.tokens is None else f"-tokens={newest.tokens}"
-    return f"step={newest.step:08d}{tokens}-{re.sub(r'[^A-Za-z0-9_.]', '_', method.name)}"
+def emission_name(method: str, step: int, tokens: int | None) -> str:
+    """``step=…-tokens=…-<method>`` (no tokens if they are not counted): sorts by step, says what it is."""
+    counted = "" if tokens is None else f"-tokens={tokens}"
+    return f"step={step:08d}{counted}-{re.sub(r'[^A-Za-z0-9_.]', '_', method)}"
 
 
 def _weighted(snapshot: Snapshot, weight: float | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -17,7 +18,8 @@ class Ranks:
 
     What the ranks tell each other apart from training goes through a group of its own, over gloo: so it never
     gets between the collectives of training, and needs no accelerator. All methods but ``start_sum`` wait for
-    the other ranks; each has to be called by all of them, in the same order, from one thread.
+    the other ranks; each has to be called by all of them, in the same order, from one thread. A rank that
+    fails between two of them calls ``agree`` at once: whatever the others are waiting in then raises.
 
     Args:
         group: of the run's ranks, over gloo; ``None`` for a process that is alone.
@@ -44,14 +46,14 @@ class Ranks:
         """Every rank's value, by rank. Values are pickled: small ones, for decisions and errors."""
         if self.group is None:
             return [value]
-        values: list[T | None] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values  # type: ignore[return-value]
+        self._check()
+        return self._all(value)
 
     def from_first(self, value: T) -> T:
         """The first rank's value."""
         if self.group is None:
             return value
+        self._check()
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.group)
         return values[0]
@@ -59,6 +61,7 @@ class Ranks:
     def total(self, numbers: Tensor) -> Tensor:
         """Sums a CPU tensor over all ranks, in place; returns it."""
         if self.group is not None:
+            self._check()
             dist.all_reduce(numbers, group=self.group)
         return numbers
 
@@ -88,17 +91,55 @@ class Ranks:
     def agree(self, error: BaseException | None) -> None:
         """Makes an error of one rank every rank's.
 
+        Args:
+            error: this rank's. A ``RemoteError`` that another method has raised here is known to all ranks
+                by then, and nothing is sent.
+
         Raises:
             BaseException: this rank's own error.
             RemoteError: where another rank has one; the message names the rank and the error.
         """
-        errors = self.exchange(None if error is None else f"{type(error).__name__}: {error}")
+        if isinstance(error, RemoteError) and error.cut_short:
+            error.cut_short = False
+            raise error
+        if self._any_failed(error is not None) and (text := self._first_error(error)):
+            raise RemoteError(text)
         if error is not None:
             raise error
-        for rank, text in enumerate(errors):
-            if text is not None:
-                raise RemoteError(f"on rank {rank}: {text}")
+
+    def _all(self, value: T) -> list[T]:
+        values: list[T | None] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values  # type: ignore[return-value]
+
+    def _check(self) -> None:
+        if self._any_failed(False) and (text := self._first_error(None)):
+            raise RemoteError(text, cut_short=True)
+
+    def _any_failed(self, failed: bool) -> bool:
+        if self.group is None:
+            return failed
+        dist.all_reduce(count := torch.tensor([int(failed)], device="cpu"), group=self.group)
+        return bool(count.item())
+
+    def _first_error(self, error: BaseException | None) -> str:
+        """What the first of the other ranks with an error says; empty where this rank has one itself."""
+        if self.group is None:
+            return ""
+        texts = self._all(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            return ""
+        return next(f"on rank {rank}: {text}" for rank, text in enumerate(texts) if text is not None)
 
 
 class RemoteError(RuntimeError):
-    """What went wrong on another rank."""
+    """What went wrong on another rank.
+
+    Args:
+        text: which rank, and what.
+        cut_short: whether this rank was in the middle of something that the other one has left.
+    """
+
+    def __init__(self, text: str, cut_short: bool = False) -> None:
+        super().__init__(text)
+        self.cut_short = cut_short

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from merge_callback.sharding.gathering import Gathering
 from merge_callback.sharding.live import overwrite
 from merge_callback.sharding.pieces import Piece, split_rows
 from merge_callback.sharding.ranks import Ranks
@@ -99,18 +100,13 @@ class Sharding:
             names: of the tensors.
             ranks: to talk through, from another thread than the one that uses ``self.ranks``.
 
-        Yields:
+        Returns:
             CPU tensors.
+
+        Raises:
+            Exception: on all ranks, once all is sent, if one of them could not read or hold its part.
         """
-        group = (ranks or self.ranks).group
-        for name in names:
-            part = parts[name].cpu()
-            if self.ranks.is_first:
-                yield self._receive(name, part, group)
-            else:
-                if part.numel():
-                    dist.send(part.contiguous(), 0, group=group)
-                yield part.new_empty(0)
+        return Gathering(self._by_rank, ranks or self.ranks).tensors(parts, names)
 
     def close(self) -> None:
         """Gives the process groups back. All ranks have to."""
@@ -118,18 +114,6 @@ class Sharding:
             if group is not None:
                 dist.destroy_process_group(group)
         self._groups = {}
-
-    def _receive(self, name: str, own: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        if self.kept[name].is_all:
-            return own.reshape(self.wholes[name])
-        whole = own.new_empty(self.wholes[name])
-        for rank, kept in enumerate(self._by_rank):
-            piece, part = kept[name], own
-            if rank and piece.numel:
-                part = own.new_empty(piece.numel)
-                dist.recv(part, rank, group=group)
-            piece.place(part, whole)
-        return whole
 
     def _share_out(
         self, tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece], buffers: Collection[str]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,9 +24,15 @@ from merge_callback.snapshots.layout import Group
 from merge_callback.snapshots.storage import NonFiniteSnapshotError, Snapshot
 from merge_callback.snapshots.window import Window
 
+log = logging.getLogger(__name__)
+
 
 class NonFiniteMergeError(ValueError):
     """A merge that holds NaN or Inf, though its snapshots held none when they were taken."""
+
+
+class HalfRestoredError(RuntimeError):
+    """Live weights that are neither the run's nor restored: nothing may be trained with or saved."""
 
 
 @dataclass
@@ -84,6 +92,9 @@ class WindowMerger:
             squares = self._merged(model, pair) if merge else None
             if squares is None and pair is not None:
                 squares = self._distance(pair)
+            if squares is not None and pair is not None:
+                ignored = self._copied(model, *pair) | model.buffers
+                squares = {name: square for name, square in squares.items() if name not in ignored}
         except Exception as error:
             problem = error
         try:
@@ -92,10 +103,8 @@ class WindowMerger:
             self.forget()  # else the ranks that have one would not merge again with those that have none
             raise
         if squares is not None and pair is not None:
-            ignored = self._copied(model, *pair) | model.buffers
-            counted = [name for name in squares if name not in ignored]
-            sums = torch.tensor([squares[name] for name in counted], dtype=torch.float64)
-            self._record_diversity(dict(zip(counted, self.ranks.total(sums).tolist(), strict=True)), pair)
+            sums = self.ranks.total(torch.tensor(list(squares.values()), dtype=torch.float64))
+            self._record_diversity(dict(zip(squares, sums.tolist(), strict=True)), pair)
 
     def forget(self) -> None:
         """Drops the merge that was made: the window's snapshots turned out to be of another segment."""
@@ -119,19 +128,47 @@ class WindowMerger:
     ) -> list[float]:
         """Overwrites the live model with the merge of ``snapshots``; returns the normalised weights.
 
-        Each rank merges what it keeps, in place, and hands it to those that hold the same.
+        Each rank merges what it keeps, in place, and hands it to those that hold the same. All ranks have to.
 
         Raises:
             ValueError: where the model's tensors are others by now; none is overwritten.
+            HalfRestoredError: where some are overwritten and others are not, on any rank.
         """
         own = self.sharding.own(model.tensors)
         snapshots[-1].arena.check(own)
         weights = method.normalised_weights(positions(snapshots))
         copied = self._copied(model, snapshots[0], snapshots[-1])
         arenas = self._arenas(snapshots[-1])
-        merge_into(self._factors(snapshots, weights)[: len(arenas)], arenas, own, copied)
-        self.sharding.spread(model.tensors)
+        try:
+            self._overwrite(own, self._factors(snapshots, weights)[: len(arenas)], arenas, copied)
+            self.sharding.spread(model.tensors)
+        except Exception as error:
+            raise HalfRestoredError(f"the live weights are overwritten in part only: {error!r}") from error
         return weights
+
+    def _overwrite(
+        self,
+        own: Mapping[str, Tensor],
+        factors: Sequence[float],
+        arenas: Sequence[Arena],
+        copied: Collection[str],
+    ) -> None:
+        """Merges into live tensors on all ranks; once more if one ran out of memory, say: only those are written."""
+        for is_last in (False, True):
+            problem = None
+            try:
+                merge_into(factors, arenas, own, copied)
+            except Exception as error:
+                problem = error
+            try:
+                return self.ranks.agree(problem)
+            except Exception as error:
+                if is_last:
+                    raise
+                log.warning("merge: the restore failed half way and is made once more: %r", error)
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
 
     def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
         """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -23,7 +23,7 @@ class DeferredSignals:
             with signals.let_through():
                 validate()
 
-    There a handler is called at once. If it raises, further signals wait again from that very instruction on,
+    There a handler is called at once, within what ``around_handlers`` was given. If it raises, further signals wait again from that very instruction on,
     so that a second Ctrl-C can't get into what the first one has begun: putting things back.
 
     All signals with a handler in Python are deferred. One without (SIGTERM, outside of Lightning) ends the
@@ -31,7 +31,10 @@ class DeferredSignals:
     nothing is done here. Uses may be nested.
     """
 
+    _entered: ClassVar[list[DeferredSignals]] = []  # in the main thread, the innermost one last
+
     def __init__(self) -> None:
+        self._around: Callable[[], AbstractContextManager[object]] = nullcontext
         self._handlers: dict[int, Handler] = {}
         self._pending: list[int] = []
         self._is_open = self._is_over = False
@@ -46,9 +49,12 @@ class DeferredSignals:
             except BaseException:  # raised by the handler of one that is not deferred yet
                 self._hand_back()
                 raise
+            self._entered.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self in self._entered:
+            self._entered.remove(self)
         with ExitStack() as stack:  # calls all of them, though one raises
             stack.callback(self._hand_back)
             self._is_over = True  # from now on a signal goes straight to its handler
@@ -77,12 +83,26 @@ class DeferredSignals:
         finally:
             self._is_open = False
 
+    @classmethod
+    @contextmanager
+    def around_handlers(cls, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
+        """Within, a handler that is let through by the innermost use finds itself in this context."""
+        innermost = cls._entered[-1:] if threading.current_thread() is threading.main_thread() else []
+        for signals in innermost:
+            signals._around = context
+        try:
+            yield
+        finally:
+            for signals in innermost:
+                signals._around = nullcontext
+
     def _deliver(self, frame: FrameType | None) -> None:
         """Calls the handlers of what is pending; stays open where none raises."""
         self._is_open = False
         while self._pending:
             number = self._pending.pop(0)
-            self._handlers[number](number, frame)
+            with self._around():
+                self._handlers[number](number, frame)
         self._is_open = True
         if self._pending:  # came between the last two lines
             self._deliver(frame)

@@ -84,32 +84,34 @@ def kept_weights(
         restore()
 
 
-@contextmanager
-def kept_python_state(trainer: Trainer, module: nn.Module) -> Iterator[Restore]:
-    """On exit all Python state of the module, its optimizers and schedulers is as it was.
+class PythonState:
+    """All Python state of a module, its optimizers and schedulers, as it is now.
 
     That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
-    validations, keep the best one, step a scheduler or an environment. What is handed out puts it back.
+    validations, keep the best one, step a scheduler or an environment.
     """
-    keeper = _Keeper(module)
-    for optimizer in trainer.optimizers:
-        keeper.keep_optimizer(optimizer)
-    for config in trainer.lr_scheduler_configs:
-        keeper.keep(vars(config.scheduler), tensors=False)
-    for part in module.modules():
-        # A registered metric is reset before it is used, which replaces its tensors.
-        keeper.keep(vars(part), tensors=not isinstance(part, Metric))
-    restores = keeper.restores
 
-    def restore_all() -> None:
+    def __init__(self, trainer: Trainer, module: nn.Module) -> None:
+        self._trainer, self._module = trainer, module
+        self.renew()
+
+    def renew(self) -> None:
+        """From here on it is the state as it is now."""
+        keeper = _Keeper(self._module)
+        for optimizer in self._trainer.optimizers:
+            keeper.keep_optimizer(optimizer)
+        for config in self._trainer.lr_scheduler_configs:
+            keeper.keep(vars(config.scheduler), tensors=False)
+        for part in self._module.modules():
+            # A registered metric is reset before it is used, which replaces its tensors.
+            keeper.keep(vars(part), tensors=not isinstance(part, Metric))
+        self._restores = keeper.restores
+
+    def restore(self) -> None:
+        """Puts all of it back."""
         with ExitStack() as stack:  # restores the rest where one fails
-            for restore in restores:
+            for restore in self._restores:
                 stack.callback(restore)
-
-    try:
-        yield restore_all
-    finally:
-        restore_all()
 
 
 def reset_metrics(module: nn.Module) -> None:

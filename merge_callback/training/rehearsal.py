@@ -20,9 +20,9 @@ from torch import Tensor
 from merge_callback.training.evaluation import BesideLoop, epoch_metrics
 from merge_callback.training.evidence import HeldBatch, LossOf, UnrepeatableStepError, copied
 from merge_callback.training.kept_state import (
+    PythonState,
     RandomState,
     first_iterator,
-    kept_python_state,
     put_back,
     reset_metrics,
 )
@@ -59,8 +59,8 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
         stack.enter_context(undisturbed(trainer, module, device))
         stack.enter_context(replaced(loop, "_results", _ResultCollection(training=True)))
         stack.enter_context(_no_training(trainer, module))
-        restore = stack.enter_context(kept_python_state(trainer, module))
-        yield _TrainingLoss(trainer, module, restore)
+        state = PythonState(trainer, module)
+        yield _TrainingLoss(trainer, module, state.restore)
 
 
 @contextmanager

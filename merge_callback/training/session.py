@@ -140,6 +140,11 @@ class MergeSession:
         return self.keeper.background
 
     @property
+    def is_half_restored(self) -> bool:
+        """Whether a restore failed half way, so that the weights are a mixture."""
+        return self.spikes is not None and self.spikes.policy.is_half_restored
+
+    @property
     def countable(self) -> bool | None:
         """Whether tokens can be counted; ``None`` before the first batch."""
         return self.clock.countable
@@ -265,6 +270,7 @@ class MergeSession:
         self.phases.load_state_dict(state["phases"])
         self.keeper.load_state_dict(state)
         self._restore_window(state["window"], Path(state["dirpath"]))
+        self.keeper.publish_again(self.live(), state)
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
                 rank_zero_warn(

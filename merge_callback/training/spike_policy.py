@@ -14,7 +14,7 @@ from typing import Any
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 
-from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.merge import HalfRestoredError, WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
@@ -99,6 +99,7 @@ class SpikePolicy:
         self.dirpath, self.last_good_merge = dirpath, last_good_merge
         self.recovery = Recovery(options, trainer, module, merger)
         self.restores = _Restores()
+        self.is_half_restored = False  # by a restore that failed; nothing may be saved then
         self._suspicion: tuple[int, int] | None = (
             None  # onset of a rise that was the weights' fault, and when
         )
@@ -219,10 +220,14 @@ class SpikePolicy:
             except Exception as error:
                 log.exception("merge: the run could not be restored at step %s", step)
                 weights = error
+                self.is_half_restored = isinstance(error, HalfRestoredError)
             else:
                 used = [snapshot.step for snapshot in snapshots]
                 self.restores = _Restores(self.restores.count + 1, in_a_row, step, 0, used)
                 self._forget_the_spike(used[-1])
+        if isinstance(weights, HalfRestoredError):
+            self._report(event, "stop", reason=f"the restore failed half way ({weights})")
+            raise weights
         if isinstance(weights, Exception):
             return self._give_up(event, f"the restore failed ({weights!r})")
         seconds += time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from merge_callback.training.deferred_signals import DeferredSignals
 from merge_callback.training.kept_state import (
+    PythonState,
     RandomState,
     Restore,
-    kept_python_state,
     kept_weights,
     reset_metrics,
 )
@@ -36,9 +37,9 @@ def undisturbed(
     and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
     there are no callbacks but a progress bar that stands still, and loggers that log nothing.
 
-    What is saved within, by a hook or by the handler of a signal, is the run as it was: by
-    ``trainer.save_checkpoint``, by the connector's ``dump_checkpoint``, or by the ``state_dict`` of the
-    module itself. That of a part of it shows the other weights.
+    What is saved within by a hook is the run as it was: by ``trainer.save_checkpoint``, by the connector's
+    ``dump_checkpoint``, or by the ``state_dict`` of the module itself. That of a part of it shows the other
+    weights. The handler of a signal finds the run as it was, and what it sets there stays.
 
     Args:
         trainer: in fit. Signals have to be deferred on entry and on exit.
@@ -63,22 +64,32 @@ def undisturbed(
         # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        tensors, restore = stack.enter_context(_kept(trainer, module, device))
+        tensors, state, restore = stack.enter_context(_kept(trainer, module, device))
         own: list[Replacement] = []
+        set_within: list[Replacement] = []  # by handlers
+        stack.callback(lambda: [setattr(*replacement) for replacement in set_within])
 
         @contextmanager
-        def as_it_was() -> Iterator[None]:
+        def as_it_was(stays: bool = False) -> Iterator[None]:
             with DeferredSignals(), torch.inference_mode(False), ExitStack() as present:
                 present.enter_context(_kept(trainer, module, device))
                 for replacement in own:
                     present.enter_context(replaced(*replacement))
                 restore()
-                yield
+                try:
+                    yield
+                finally:
+                    if stays:
+                        state.renew()
+                        now = [(owner, name, getattr(owner, name)) for owner, name, _ in own]
+                        set_within.extend(new for new, old in zip(now, own, strict=True) if new[2] != old[2])
+                        own[:] = now
 
         for owner, name, value in (*others, *_saving(trainer, module, as_it_was)):
             own.append((owner, name, getattr(owner, name)))
             stack.enter_context(replaced(owner, name, value))
         stack.enter_context(_silenced(bar))
+        stack.enter_context(DeferredSignals.around_handlers(partial(as_it_was, stays=True)))
         reset_metrics(module)
         yield tensors
 
@@ -86,20 +97,20 @@ def undisturbed(
 @contextmanager
 def _kept(
     trainer: Trainer, module: LightningModule, device: torch.device
-) -> Iterator[tuple[dict[str, Tensor], Restore]]:
-    """Hands out the live tensors, and what sets them, all Python state and generators back, as on exit."""
-    random = RandomState(trainer)
+) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
+    """Hands out the live tensors, the Python state, and what sets both and all generators back, as on exit."""
+    random, state = RandomState(trainer), PythonState(trainer, module)
     with ExitStack() as stack:
         stack.callback(random.restore)
-        restore_state = stack.enter_context(kept_python_state(trainer, module))
+        stack.callback(state.restore)
         tensors, restore_weights = stack.enter_context(kept_weights(trainer, module, device))
 
         def restore() -> None:
             restore_weights()
-            restore_state()
+            state.restore()
             random.restore()
 
-        yield tensors, restore
+        yield tensors, state, restore
 
 
 def _saving(

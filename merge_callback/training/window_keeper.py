@@ -165,8 +165,12 @@ class WindowKeeper:
         self.courier.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as primitives: a checkpoint counts on all that was written before it."""
-        self.wait()
+        """What a resumed run needs, as primitives.
+
+        A checkpoint waits until the last snapshot is in the window, and not until its merge is published.
+        """
+        if self._pending is not None and not self.background.is_current:
+            self._pending.wait(_PATIENCE)
         try:
             self.log_news()
         except Exception:  # a checkpoint is worth more than a curve
@@ -174,21 +178,26 @@ class WindowKeeper:
         return {
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
-            "emitted_step": self._emitted,
+            "handed_in": self._handed_in,
             "advised": list(self._advised),
-            "published": list(self.publisher.published),
             "window": self._window.state_dict(),
             "first_diversity": self._merger.metric.first,
             "diversity": self._merger.diversity,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict``, but for the window."""
+        """Goes on from a ``state_dict``, except for the window."""
         self._taken = state["taken"]
-        self._emitted = self._handed_in = state["emitted_step"]
         self._advised = list(state["advised"])
-        self.publisher.resume(state["published"], state["run_id"])
         self._merger.metric.first, self._merger.diversity = state["first_diversity"], state["diversity"]
+        self.publisher.resume(state["run_id"], state["step"])
+        self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
+
+    def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
+        """Publishes what was not, when the run ended whose window was restored."""
+        last = state.get("handed_in", -1)
+        if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
+            self.background.submit(partial(self._emit, model)).wait()
 
     def _capture(self, live: Callable[[], ModelTensors]) -> tuple[ModelTensors, Arena | Exception]:
         """A copy of the live weights, or why there is none."""
