@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -101,7 +102,7 @@ class CheckpointMergeCallback(Callback):
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the mend.
         TrainingDivergedError: while training, where restoring did not help and the options say to stop.
-        HalfRestoredError: while training, where a restore failed half way, twice. No checkpoint is saved then.
+        HalfRestoredError: while training, if a restore fails half way, twice. No checkpoint is saved then.
     """
 
     def __init__(
@@ -137,6 +138,11 @@ class CheckpointMergeCallback(Callback):
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
         self._loaded = self._half_restored = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made in mid-fit is what a checkpoint would give back: the options and the state."""
+        state = {**self.__dict__, "session": None}
+        return state if self.session is None else {**state, "_resume": copy.deepcopy(self.state_dict())}
 
     @property
     def state_key(self) -> str:
@@ -224,7 +230,9 @@ class CheckpointMergeCallback(Callback):
             HalfRestoredError: instead of a checkpoint of a mixture.
         """
         if self._half_restored or (self.session and self.session.is_half_restored):
-            raise HalfRestoredError("a restore failed half way, and its weights are not saved; resume earlier")
+            raise HalfRestoredError(
+                "a restore failed half way, and its weights are not saved; resume earlier"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, phase, and the records of the window's snapshots, as primitives."""

@@ -24,6 +24,10 @@ AT = 6
 """The step of the snapshot that something happens to."""
 
 
+AT_ONCE = 60
+"""Seconds; gloo gives up after 1800."""
+
+
 def own(parameter):
     """This rank's part of a parameter, to be written to."""
     return (parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter).data
@@ -141,6 +145,20 @@ def merging(folder):
     return failing(folder, 1, (merge, "merge_arenas"), RuntimeError("on purpose"), nth=3)
 
 
+def electing(folder):
+    """Fails between two exchanges of a method, so that the other rank is waiting in the second."""
+    from merge_callback.merging import threshold
+
+    memory = MemoryError("on purpose")
+    return failing(folder, 1, (threshold, "_census"), memory, nth=3, strategy="fsdp2", method="ties")
+
+
+def gathering(folder, rank, strategy):
+    from merge_callback.sharding import gathering
+
+    return failing(folder, rank, (gathering, "_flat"), MemoryError("on purpose"), nth=6, strategy=strategy)
+
+
 def manifest_writing(folder):
     from merge_callback.snapshots import window_folder
 
@@ -187,6 +205,9 @@ CASES = {
     "listing in memory": (listing, {"storage": "cpu"}),
     "mapping": (mapping, {}),
     "merging": (merging, {}),
+    "electing": (electing, {}),
+    "sending": (gathering, {"rank": 1, "strategy": "fsdp2"}),
+    "receiving": (gathering, {"rank": 0, "strategy": "ddp"}),
     "manifest": (manifest_writing, {}),
     "publishing first": (publishing, {"nth": 1}),
     "publishing second": (publishing, {"nth": 2, "strategy": "fsdp2"}),
@@ -270,10 +291,23 @@ def test_a_window_in_memory_needs_no_file_to_make_its_second_snapshot_whole(runs
         assert all(record["file"] for record in rank.records)
 
 
-def test_a_merge_that_fails_on_one_rank_is_nobodys(runs):
-    for rank in runs["merging"]:
+@pytest.mark.parametrize("case", ["merging", "electing"])
+def test_a_merge_that_fails_on_one_rank_is_nobodys(runs, case):
+    for rank in runs[case]:
+        assert rank.seconds < AT_ONCE
         assert any("on purpose" in line or "failed; training goes on" in line for line in rank.told)
         assert rank.windows == runs["plain"][0].windows
+
+
+@pytest.mark.parametrize("case", ["sending", "receiving"])
+def test_an_emission_that_one_rank_can_not_gather_is_one_less(runs, folder, case):
+    found, expected = (set(published(folder / name)) for name in (case, "plain"))
+    assert len(expected - found) == 1
+    assert not found - expected
+    assert any("was not published" in line and "on purpose" in line for line in runs[case][0].told)
+    for rank in runs[case]:
+        assert rank.seconds < AT_ONCE
+    assert not list(Path(folder / case).rglob(".*.tmp"))
 
 
 @pytest.mark.parametrize("case", ["publishing first", "publishing second"])

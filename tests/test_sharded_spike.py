@@ -1,6 +1,7 @@
 """A spike on several ranks: seen by all at the same step, and all go on from the same weights."""
 
 import os
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from training_runs import assert_same_bits, seed
 
 from merge_callback import SpikeOptions
+from merge_callback.snapshots import merge
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -93,8 +95,27 @@ def whole(value):
     return (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
 
 
-def spiking(strategy, folder, spike=None, data=None, steps=STEPS, **options):
+def failing(times):
+    """A context in which so many restores on the second rank run out of memory half way."""
+    real, left = merge.merge_into, [times]
+
+    def fails(factors, arenas, tensors, *args):
+        if left[0] == 0:
+            return real(factors, arenas, tensors, *args)
+        left[0] -= 1
+        next(iter(tensors.values())).zero_()
+        raise MemoryError("on purpose")
+
+    return patch.object(merge, "merge_into", fails if on_rank(1) else real)
+
+
+def spiking(strategy, folder, spike=None, data=None, steps=STEPS, fails=0, **options):
     """A fit that spikes; its outcome with the optimizer's ``states`` right after the restore."""
+    with failing(fails):
+        return spiking_fit(strategy, folder, spike, data, steps, **options)
+
+
+def spiking_fit(strategy, folder, spike, data, steps, **options):
     states = States(FIRES)
     given = {
         "every_n_steps": EVERY,
@@ -135,18 +156,21 @@ ON_ONE_RANK = {
     "spoilt moments on one rank": {"data": {"bad": BURST, "spoilt_rank": 1}},
     "nothing to restore, on one rank": {**EARLY, "data": {"broken": [5], "broken_rank": 1}},
 }
+FAILS = {"the restore fails once": {"fails": 1}, "the restore fails twice": {"fails": 2}}
 EVIDENCE = {"spike": {"evidence": "batch"}}
 TRIED = {
     "hard data": {**EVIDENCE, "data": {"bad": BURST}},
     "wrecked weights": {**EVIDENCE, "data": {"wrecked": [SPIKE - 1]}},
 }
 HARD_ON_ONE = {"hard data on one rank": {**EVIDENCE, "data": {"bad": BURST, "bad_rank": 1}}}
-ALL = {**CASES, **ON_ONE_RANK, **TRIED, **HARD_ON_ONE}
+ALL = {**CASES, **ON_ONE_RANK, **FAILS, **TRIED, **HARD_ON_ONE}
 RESTORED = [("ddp", "outliers"), ("fsdp2", "outliers"), ("ddp", "reset"), ("fsdp2", "scale")]
 NAN_ON_ONE = [("ddp", "NaN on the first rank"), ("fsdp2", "NaN on one rank")]
 SPOILT = [("ddp", "spoilt moments on one rank"), ("fsdp2", "spoilt moments on one rank")]
 STOPPED = [("ddp", "nothing to restore, on one rank"), ("fsdp2", "nothing to restore, on one rank")]
 NORMS = [("ddp", "gradient norm"), ("fsdp2", "gradient norm")]
+RETRIED = [("ddp", "the restore fails once"), ("fsdp2", "the restore fails once")]
+HALF = [("ddp", "the restore fails twice"), ("fsdp2", "the restore fails twice")]
 TRIALS = [(strategy, name) for strategy in ("ddp", "fsdp2") for name in TRIED]
 ON_ONE = [("ddp", "hard data on one rank"), ("fsdp2", "hard data on one rank")]
 
@@ -163,7 +187,15 @@ def runs(folder):
             spiking,
             {"strategy": strategy, "folder": str(folder / f"{strategy} {name}"), **ALL[name]},
         )
-        for strategy, name in RESTORED + NAN_ON_ONE + SPOILT + STOPPED + NORMS + TRIALS + ON_ONE
+        for strategy, name in RESTORED
+        + NAN_ON_ONE
+        + SPOILT
+        + STOPPED
+        + NORMS
+        + TRIALS
+        + ON_ONE
+        + RETRIED
+        + HALF
     }
     return run_jobs(2, jobs, timeout=400)
 
@@ -236,6 +268,22 @@ def test_a_run_without_a_snapshot_stops_on_all_ranks(runs, alone, folder, strate
         assert rank.error.startswith("TrainingDivergedError")
         assert "nothing to restore" in rank.error
         # Less than the time that a rank waits for another one's numbers.
+        assert rank.seconds < 25
+    (event,) = events(folder / f"{strategy} {case}" / "merges")
+    assert event["event"] == "stop"
+
+
+@pytest.mark.parametrize(("strategy", "case"), RETRIED)
+def test_a_restore_that_fails_on_one_rank_is_made_once_more_on_all(runs, alone, folder, strategy, case):
+    assert story(folder / f"{strategy} {case}") == story(folder / "alone outliers")
+    assert_goes_on_alike(runs[strategy, case], alone["outliers"])
+
+
+@pytest.mark.parametrize(("strategy", "case"), HALF)
+def test_a_restore_that_fails_half_way_ends_the_run_on_all_ranks(runs, folder, strategy, case):
+    for rank in runs[strategy, case]:
+        assert rank.error.startswith("HalfRestoredError")
+        assert "on purpose" in rank.error
         assert rank.seconds < 25
     (event,) = events(folder / f"{strategy} {case}" / "merges")
     assert event["event"] == "stop"

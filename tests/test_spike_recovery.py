@@ -30,7 +30,9 @@ from training_runs import assert_same_bits
 
 from merge_callback import SpikeOptions, load_merge
 from merge_callback import merge_state_dicts as merge
+from merge_callback.snapshots import merge as window_merge
 from merge_callback.snapshots.deltas import flat_tensors
+from merge_callback.snapshots.merge import HalfRestoredError
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 
@@ -46,6 +48,52 @@ def expected(run, steps, **options):
 def own_step(kind):
     """A subclass of an optimizer whose step may keep anything as its state."""
     return type("Own", (kind,), {"step": lambda self, closure=None: kind.step(self, closure)})
+
+
+# --- a restore that fails half way --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_of_memory(monkeypatch):
+    """Makes so many restores run out of memory once the first tensor is overwritten."""
+
+    def fail(times):
+        real, left = window_merge.merge_into, [times]
+
+        def merge_into(factors, arenas, tensors, *args):
+            if left[0]:
+                left[0] -= 1
+                next(iter(tensors.values())).zero_()
+                raise MemoryError("on purpose")
+            return real(factors, arenas, tensors, *args)
+
+        monkeypatch.setattr(window_merge, "merge_into", merge_into)
+
+    return fail
+
+
+def test_a_restore_that_runs_out_of_memory_is_made_once_more(tmp_path, short_of_memory):
+    short_of_memory(1)
+    run = spiking(tmp_path)
+
+    assert used(run.restores[0]) == USED
+    assert_same_bits(run.watch.weights[FIRES], expected(run, USED))
+
+
+def test_weights_of_a_restore_that_failed_half_way_are_never_saved(tmp_path, short_of_memory):
+    class Rescue(Callback):
+        def on_exception(self, trainer, module, exception):
+            with pytest.raises(HalfRestoredError, match="not saved"):
+                trainer.save_checkpoint(tmp_path / "rescued.ckpt")
+            rescued.append(type(exception))
+
+    rescued = []
+    short_of_memory(2)
+    with pytest.raises(HalfRestoredError, match="on purpose"):
+        spiking(tmp_path, callbacks=[Rescue()])
+
+    assert rescued == [HalfRestoredError]
+    assert not (tmp_path / "rescued.ckpt").exists()
 
 
 # --- what is restored ---------------------------------------------------------------------------------------

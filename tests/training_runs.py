@@ -30,13 +30,13 @@ def seed(value: int = 0) -> None:
     random.seed(value)
 
 
-def train(module, *callbacks: Callback, data=None, val=None, **options) -> Trainer:
+def train(module, *callbacks: Callback, data=None, val=None, ckpt_path=None, **options) -> Trainer:
     """Fits on the CPU, quietly, for 12 steps unless told otherwise."""
     quiet = BAREBONES if options.pop("barebones", False) else QUIET
     limit = {} if {"max_steps", "max_epochs", "max_time"} & options.keys() else {"max_steps": 12}
     trainer = Trainer(**{**quiet, **limit, **options, "callbacks": list(callbacks)})
     with one_thread():
-        trainer.fit(module, data, val)
+        trainer.fit(module, data, val, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -34,7 +34,7 @@ class Gathering:
     def tensors(self, parts: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[Tensor]:
         """The whole tensors on the first rank, empty ones elsewhere; ``Sharding.gather`` says more."""
         for name in names:
-            part = self._tried(lambda tensor: tensor.cpu().contiguous().view(-1), parts[name])
+            part = self._tried(_flat, parts[name])
             if not self._ranks.is_first:
                 self._send(self._pieces[0][name].numel, part)
                 yield parts[name].new_empty(0)
@@ -58,8 +58,9 @@ class Gathering:
         if part is None:
             self._silent.add(self._ranks.rank)
             return
-        for chunk in part.view(torch.uint8).split(_CHUNK):
-            dist.send(chunk, 0, group=self._ranks.group)
+        bits = part.view(torch.uint8)
+        for start in range(0, bits.numel(), _CHUNK):
+            dist.send(bits[start : start + _CHUNK], 0, group=self._ranks.group)
 
     def _put_together(self, name: str, own: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         shape = self._pieces[0][name].whole
@@ -83,9 +84,13 @@ class Gathering:
         if numel == 0 or rank in self._silent:
             return part
         size = numel * dtype.itemsize
-        bits = torch.empty(min(size, _CHUNK), dtype=torch.uint8, device="cpu") if part is None else None
+        spare = torch.empty(min(size, _CHUNK) if part is None else 0, dtype=torch.uint8, device="cpu")
         for start in range(0, size, _CHUNK):
             stop = min(start + _CHUNK, size)
-            chunk = bits[: stop - start] if part is None else part.view(torch.uint8)[start:stop]
+            chunk = spare[: stop - start] if part is None else part.view(torch.uint8)[start:stop]
             dist.recv(chunk, rank, group=self._ranks.group)
         return part
+
+
+def _flat(part: Tensor) -> Tensor:
+    return part.cpu().contiguous().view(-1)

@@ -153,7 +153,7 @@ class WindowMerger:
         arenas: Sequence[Arena],
         copied: Collection[str],
     ) -> None:
-        """Merges into live tensors on all ranks; once more if one ran out of memory, say: only those are written."""
+        """Merges into the live tensors on all ranks; once more if it fails on one, since only those are written."""
         for is_last in (False, True):
             problem = None
             try:

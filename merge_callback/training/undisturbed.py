@@ -67,7 +67,7 @@ def undisturbed(
         tensors, state, restore = stack.enter_context(_kept(trainer, module, device))
         own: list[Replacement] = []
         set_within: list[Replacement] = []  # by handlers
-        stack.callback(lambda: [setattr(*replacement) for replacement in set_within])
+        stack.callback(_set_all, set_within)
 
         @contextmanager
         def as_it_was(stays: bool = False) -> Iterator[None]:
@@ -98,7 +98,7 @@ def undisturbed(
 def _kept(
     trainer: Trainer, module: LightningModule, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
-    """Hands out the live tensors, the Python state, and what sets both and all generators back, as on exit."""
+    """Hands out the live tensors, the Python state, and what sets both and the generators back, as on exit."""
     random, state = RandomState(trainer), PythonState(trainer, module)
     with ExitStack() as stack:
         stack.callback(random.restore)
@@ -157,6 +157,11 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
             delattr(owner, name)
         else:
             setattr(owner, name, kept)
+
+
+def _set_all(replacements: list[Replacement]) -> None:
+    for replacement in replacements:
+        setattr(*replacement)
 
 
 @contextmanager
