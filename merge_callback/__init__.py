@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from merge_callback.callback import CheckpointMergeCallback
     from merge_callback.diversity import RMSDiversity
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
@@ -36,7 +37,15 @@ _HOMES = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("merge-callback")
     # Imported on first use: Lightning costs a second and 100 MB that merging files does not need.
     if name in _HOMES:
         return getattr(import_module(f"merge_callback.{_HOMES[name]}"), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,6 @@ from merge_callback.merging import MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.storage import Storage
 from merge_callback.spike_options import SpikeOptions, resolve_spike
-from merge_callback.training.token_clock import TokenCounter
 
 DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
@@ -42,7 +41,7 @@ class Options:
     window: int
     every: int
     unit: Literal["tokens", "steps"]
-    count_tokens: TokenCounter | None
+    count_tokens: Callable[[Any], int] | None
     methods: dict[str, MergeMethod]
     storage: Storage
     durable: bool
@@ -102,7 +101,7 @@ def resolve_window(window: int) -> int:
     return int(window)
 
 
-def resolve_counter(count_tokens: TokenCounter | None) -> TokenCounter | None:
+def resolve_counter(count_tokens: Callable[[Any], int] | None) -> Callable[[Any], int] | None:
     """The function that counts a batch's tokens.
 
     Raises:

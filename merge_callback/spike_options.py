@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 
 from merge_callback.checks import not_negative, one_of, patterns, positive, true_or_false
 from merge_callback.merging import LinearMethod, MergeMethod, resolve_method
-from merge_callback.training.baseline import HISTORY
+
+HISTORY = 128
+"""Values that make a baseline; and values after which most being outliers is the new normal."""
 
 _STOP_AFTER_RESTORE = "stop_after_restore"
 
@@ -40,10 +42,10 @@ class SpikeOptions:
     """Outliers in a row that make a spike; fewer heal by themselves."""
     grad_norm: bool = False
     """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
-    watch: Sequence[str] | Mapping[str, str] = ()
+    watch: str | Sequence[str] | Mapping[str, str] = ()
     """Further scalars to watch by the same rule: ``fnmatch`` patterns of names that the module logs while it
-    trains, ``["train/mtp2_loss", "grad_norm/*"]``. One that spikes is warned of; to restore the run (on the
-    same evidence as for the loss), give a mapping: ``{"grad_norm/*": "restore"}``."""
+    trains, ``["train/mtp2_loss", "grad_norm/*"]``, or one such pattern. One that spikes is warned of; to
+    restore the run (on the same evidence as for the loss), give a mapping: ``{"grad_norm/*": "restore"}``."""
     evidence: Literal["batch", "validation", "rules"] = "batch"
     """What must speak against the weights before they are replaced: the loss of the ``"batch"`` that raised
     the alarm, computed again with both weights; the loss of the ``"validation"`` (its first 8 batches),
@@ -153,7 +155,8 @@ def _resolve_watch(watch: object) -> dict[str, str]:
         for pattern, action in watch.items():
             one_of(f"spike.watch[{pattern!r}]", action, ("restore", "warn"))
         return {str(pattern): action for pattern, action in watch.items()}
-    return dict.fromkeys(patterns("spike.watch", watch), "warn")  # type: ignore[arg-type]
+    several = [watch] if isinstance(watch, str) else watch
+    return dict.fromkeys(patterns("spike.watch", several), "warn")  # type: ignore[arg-type]
 
 
 DEFAULT = SpikeOptions()

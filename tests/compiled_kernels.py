@@ -14,7 +14,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from merge_callback.reduce import triton_census, triton_kernels, triton_products, triton_ties
-from merge_callback.reduce.dispatch import Cut
+from merge_callback.reduce.passes import Cut
 
 
 class Described:

@@ -203,6 +203,22 @@ def test_a_configuration_file_gives_what_the_command_line_does_not(tmp_path, che
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0)
 
 
+def test_the_command_line_wins_where_it_says_what_would_be_the_default(tmp_path, checkpoints):
+    paths, dicts = checkpoints
+    config = {
+        "checkpoints": [str(p) for p in paths],
+        "method": "ema",
+        "every": 2,
+        "prefix": "x.",
+        "quiet": True,
+    }
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(config))
+    given = ["--method", "sma", "--every", "1", "--prefix", ""]
+    assert merge("--config", tmp_path / "merge.yaml", *given, "--output", tmp_path / "out") == 0
+    expected = merge_state_dicts(dicts, "sma")["model.embed.weight"]
+    torch.testing.assert_close(load_merge(tmp_path / "out")["model.embed.weight"], expected, rtol=0, atol=0)
+
+
 def test_a_method_of_one_s_own_is_imported(tmp_path, checkpoints, monkeypatch):
     (tmp_path / "own_methods.py").write_text(
         "from merge_callback import register_method\n"

@@ -25,7 +25,7 @@ from merge_callback.reduce import (
     triton_products,
     triton_ties,
 )
-from merge_callback.reduce.dispatch import Cut
+from merge_callback.reduce.passes import Cut
 from merge_callback.reduce.triton_sources import elements
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

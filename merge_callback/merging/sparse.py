@@ -24,7 +24,8 @@ from merge_callback.merging.threshold import (
     search_tie_ends,
     together,
 )
-from merge_callback.reduce.dispatch import Cut, election
+from merge_callback.reduce.dispatch import election
+from merge_callback.reduce.passes import Cut
 
 _AT_ONCE = 128  # thresholds that processes search for together: they hold a sixtieth of the elements each
 

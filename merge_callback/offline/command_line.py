@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 
+import merge_callback
+
 _ON_FILES = {"merge", "diversity", "interference", "inspect", "methods"}
 
 
@@ -69,6 +71,7 @@ def _make_parser() -> argparse.ArgumentParser:
     from merge_callback.offline.merge_command import add_merge, add_methods
 
     parser = argparse.ArgumentParser("merge-callback", description="Merge checkpoints while a model trains.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {merge_callback.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     _add_demo(
         commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")

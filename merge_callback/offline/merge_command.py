@@ -35,6 +35,24 @@ _KINDS = {
 }
 """What a file may give for an option; text for all others."""
 
+_DEFAULTS: dict[str, Any] = {
+    "checkpoints": [],
+    "output": None,
+    "method": "sma",
+    "last": None,
+    "every": 1,
+    "base": None,
+    "dtype": None,
+    "exclude": [],
+    "strip_prefix": "",
+    "prefix": "",
+    "shard_size": "5GB",
+    "kind": "safetensors",
+    "force": False,
+    "quiet": False,
+    "imports": [],
+}
+
 _EXAMPLES = """\
 examples:
   merge-callback merge run/*step=*.ckpt --method wma --output merged
@@ -47,24 +65,25 @@ examples:
 def add_merge(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``merge``, the options of every method among them."""
     parser.set_defaults(run=_merge)
+    parser.argument_default = argparse.SUPPRESS  # what was not given is not there: a file may give it
     parser.epilog, parser.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CKPT", help="oldest first; files, folders, or folders of a run")
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options, by their long names")
     add("--output", type=Path, metavar="DIR", help="the folder to make")
-    add("--method", default="sma", help="a name that `merge-callback methods` lists (%(default)s)")
+    add("--method", help="a name that `merge-callback methods` lists (sma)")
     add("--last", type=int, metavar="N", help="of all these, only the last N")
-    add("--every", type=int, default=1, metavar="K", help="of all these, only every K-th, from the last")
+    add("--every", type=int, metavar="K", help="of all these, only every K-th, from the last")
     add("--base", type=Path, metavar="CKPT", help="initial model of the task vectors (the first checkpoint)")
     add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
-    add("--exclude", nargs="+", default=[], metavar="PATTERN", help="names copied from the last checkpoint")
-    add("--strip-prefix", default="", metavar="P", help="taken off the names, e.g. 'model.'")
-    add("--prefix", default="", metavar="P", help="put before the names")
-    add("--shard-size", default="5GB", metavar="SIZE", help="a larger model is split (%(default)s)")
-    add("--as", dest="kind", choices=("safetensors", "lightning"), default="safetensors", help="format")
+    add("--exclude", nargs="+", metavar="PATTERN", help="names copied from the last checkpoint")
+    add("--strip-prefix", metavar="P", help="taken off the names, e.g. 'model.'")
+    add("--prefix", metavar="P", help="put before the names")
+    add("--shard-size", metavar="SIZE", help="a larger model is split (5GB)")
+    add("--as", dest="kind", choices=("safetensors", "lightning"), help="format")
     add("--force", action="store_true", help="replace the output folder if it is there")
     add("--quiet", action="store_true", help="no progress bar")
-    add("--import", dest="imports", nargs="+", default=[], metavar="MODULE", help="that register own methods")
+    add("--import", dest="imports", nargs="+", metavar="MODULE", help="that register own methods")
     group = parser.add_argument_group("options of the methods")
     for name, used_by in _method_options().items():
         group.add_argument(
@@ -72,7 +91,6 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
             dest=f"option_{name}",
             nargs="+" if name == "weights" else None,
             type=float if name == "weights" else _option_value,
-            default=argparse.SUPPRESS,
             help=", ".join(used_by),
         )
 
@@ -83,9 +101,10 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 
 def _merge(parsed: argparse.Namespace) -> int:
-    given = {**vars(parsed), **(_read_config(parsed) if parsed.config else {})}
+    explicit = vars(parsed)
+    given = {**_DEFAULTS, **(_read_config(parsed.config) if "config" in parsed else {}), **explicit}
     one_of("--as", given["kind"], ("safetensors", "lightning"))
-    _import(given["imports"], here=bool(parsed.imports))
+    _import(given["imports"], here="imports" in explicit)
     if not given["checkpoints"] or given["output"] is None:
         raise ValueError("name the checkpoints to merge, and the folder to make with --output")
     job = _job(given)
@@ -167,22 +186,21 @@ def _method(given: Mapping[str, Any]) -> MergeMethod:
     return resolve_method("weighted" if name == "sma" and "weights" in options else name, **options)
 
 
-def _read_config(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The options of a file, where the command line does not give them."""
-    known, options = vars(parsed).keys() - {"run", "config"}, _method_options().keys()
+def _read_config(path: Path) -> dict[str, Any]:
+    """The options that a file gives."""
+    options = _method_options().keys()
     found: dict[str, Any] = {}
-    for key, value in read_options(parsed.config).items():
-        name, where = _RENAMED.get(key, str(key).replace("-", "_")), f"{parsed.config}: {key!r:.100}"
+    for key, value in read_options(path).items():
+        name, where = _RENAMED.get(key, str(key).replace("-", "_")), f"{path}: {key!r:.100}"
         if name in options and is_plain(value):
             found[f"option_{name}"] = value
         elif name in options:
             raise ValueError(f"{where} is {value!r:.100}, expected a number, text or a list of them")
-        elif name in known and value is not None:
+        elif name in _DEFAULTS and value is not None:
             found[name] = checked(where, value, _KINDS.get(name, str))
-        elif name not in known:
+        elif name not in _DEFAULTS:
             raise ValueError(f"{where} is an unknown option; see merge-callback merge --help")
-    untouched = _defaults()  # what the command line gives wins, as far as one can tell
-    return {k: v for k, v in found.items() if getattr(parsed, k, None) == untouched.get(k)}
+    return found
 
 
 def _option_value(text: str) -> Any:
@@ -190,12 +208,6 @@ def _option_value(text: str) -> Any:
         return read_value(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r:.100} is {error}") from None
-
-
-def _defaults() -> dict[str, Any]:
-    parser = argparse.ArgumentParser()
-    add_merge(parser)
-    return vars(parser.parse_args([]))
 
 
 def _method_options() -> dict[str, list[str]]:

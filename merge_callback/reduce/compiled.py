@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-if TYPE_CHECKING:
-    from merge_callback.reduce.dispatch import Cut
+from merge_callback.reduce.passes import Cut
 
 _SHARE = 1 << 23  # bytes read by each thread, at least: half a millisecond; on a busy core a start takes more
 

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from merge_callback.reduce import blocks, compiled
+from merge_callback.reduce.passes import Elect, Pass
 
 EAGER = os.environ.get("MERGE_CALLBACK_EAGER", "") not in ("", "0")
 """Whether to use PyTorch's own operations only, for whoever suspects a kernel: ``MERGE_CALLBACK_EAGER=1``."""
 
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Floating-point dtypes that are summed in fp32."""
-
-
-class Cut(NamedTuple):
-    """What TIES trims of a task vector: magnitudes up to ``below`` before element ``end``, then ``at_most``.
-
-    Both are numbers of fp32. NaN is not trimmed.
-    """
-
-    below: float
-    at_most: float
-    end: int
-
-
-Elect = Callable[[Tensor, Sequence[Tensor], Tensor, float, Sequence[Cut]], None]
-
-Pass = Callable[
-    [Sequence[Tensor], Sequence[float] | None, Tensor | None, Sequence[float] | None, Sequence[int]],
-    Tensor | None,
-]
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merge_callback.reduce.dispatch import Cut
+from merge_callback.reduce.passes import Cut
 from merge_callback.reduce.triton_sources import elements, load, on, table, written
 
 BLOCK = 1024

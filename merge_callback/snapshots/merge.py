@@ -153,7 +153,7 @@ class WindowMerger:
         arenas: Sequence[Arena],
         copied: Collection[str],
     ) -> None:
-        """Merges into the live tensors on all ranks; once more if it fails on one, since only those are written."""
+        """Merges into the live tensors; once more if that fails on a rank, since only they are written."""
         for is_last in (False, True):
             problem = None
             try:

@@ -7,8 +7,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 
-HISTORY = 128
-"""Values that make a baseline; and values after which most being outliers is the new normal."""
+from merge_callback.spike_options import HISTORY
 
 ACTIVE_FROM = 64
 """Values from which a baseline can tell an outlier."""

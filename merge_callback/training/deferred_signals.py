@@ -23,9 +23,9 @@ class DeferredSignals:
             with signals.let_through():
                 validate()
 
-    There a handler is called at once, within what ``around_handlers`` was given. If it raises, further signals
-    wait again from that very instruction on, so that a second Ctrl-C can't get into what the first one has
-    begun: putting things back.
+    There a handler is called at once, within what ``around_handlers`` was given. If it raises, further
+    signals wait again from that very instruction on, so that a second Ctrl-C can't get into what the first
+    one has begun: putting things back.
 
     All signals with a handler in Python are deferred. One without (SIGTERM, outside of Lightning) ends the
     process, and nobody sees its weights again. In threads other than the main one nothing is raised, and

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from merge_callback.training.baseline import ACTIVE_FROM, HISTORY, Baseline, RiseTest, ShiftTest, middle
+from merge_callback.spike_options import HISTORY
+from merge_callback.training.baseline import ACTIVE_FROM, Baseline, RiseTest, ShiftTest, middle
 from merge_callback.training.hard_data import HardData
 
 __all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]

@@ -10,8 +10,6 @@ from torch import Tensor
 
 _TOKEN_KEYS = ("input_ids", "tokens", "inputs", "input", "ids", "x")
 
-TokenCounter = Callable[[Any], int]
-
 
 class TokenClock:
     """Adds up the tokens of the optimizer steps, of all ranks.
@@ -27,7 +25,7 @@ class TokenClock:
         countable: whether tokens can be counted; ``None`` before the first batch.
     """
 
-    def __init__(self, count: TokenCounter | None = None) -> None:
+    def __init__(self, count: Callable[[Any], int] | None = None) -> None:
         self.count = count or count_tokens
         self.tokens, self.largest = 0, 0
         self.countable: bool | None = None

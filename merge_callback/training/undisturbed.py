@@ -98,7 +98,7 @@ def undisturbed(
 def _kept(
     trainer: Trainer, module: LightningModule, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
-    """Hands out the live tensors, the Python state, and what sets both and the generators back, as on exit."""
+    """Hands out the live tensors, the Python state, and what sets both back, as on exit."""
     random, state = RandomState(trainer), PythonState(trainer, module)
     with ExitStack() as stack:
         stack.callback(random.restore)

@@ -1,0 +1,29 @@
+"""What a backend has to offer, and what its passes are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Cut(NamedTuple):
+    """What TIES trims of a task vector: magnitudes up to ``below`` before element ``end``, then ``at_most``.
+
+    Both are numbers of fp32. NaN is not trimmed.
+    """
+
+    below: float
+    at_most: float
+    end: int
+
+
+Elect = Callable[[Tensor, Sequence[Tensor], Tensor, float, Sequence[Cut]], None]
+"""A backend's pass of TIES: θ_init, sources, out, scale, and one cut a source."""
+
+Pass = Callable[
+    [Sequence[Tensor], Sequence[float] | None, Tensor | None, Sequence[float] | None, Sequence[int]],
+    Tensor | None,
+]
+"""A backend's ``one_pass``: sources, weights, out, contrast and bounds; returns the squares."""
