@@ -53,7 +53,7 @@ class Publisher:
 
     def resume(self, published: Iterable[str], run_id: str) -> None:
         """Goes on from what a run had published, as far as it is in this folder."""
-        self.published = [n for n in published if _read_record(self.folder / n).get("run_id") == run_id]
+        self.published = [n for n in published if read_record(self.folder / n).get("run_id") == run_id]
 
     def publish(
         self,
@@ -94,10 +94,9 @@ class Publisher:
         finally:
             with contextlib.suppress(OSError):
                 clear(draft)
-        if _read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
+        if read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
             self.published = [*(p for p in self.published if p != target.name), target.name]
-        if self._point_latest(target.name):
-            self._retain()
+        self._conclude(target.name)
         return target
 
     def write_safetensors(
@@ -138,13 +137,25 @@ class Publisher:
         """The names of ``tensors`` in the order in which they are written."""
         return [name for shard in split_shards(tensors, self.max_shard_bytes) for name in shard]
 
-    def newest_up_to(self, step: int) -> Path | None:
+    def newest_up_to(self, step: int) -> Path | str | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
-        for name in reversed(self.published):
+        name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
+        return name and self.folder / name
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Waits until what is published is where it belongs, for so many seconds at most: it is."""
+
+    def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
+        for name in reversed(names):
             found = re.match(r"step=(\d+)", name)
-            if found and int(found[1]) <= step and (self.folder / name).is_dir():
-                return self.folder / name
+            if found and int(found[1]) <= step:
+                return name
         return None
+
+    def _conclude(self, name: str) -> None:
+        """What follows once a merge is in its place."""
+        if self._point_latest(name):
+            self._retain()
 
     def _place(self, draft: Path, name: str, files: Mapping[str, str]) -> Path:
         for path in draft.iterdir():  # the files that add_files wrote are not durable yet
@@ -180,15 +191,17 @@ class Publisher:
         if self.keep_last is None:
             return
         while len(self.published) > self.keep_last:
-            name = self.published.pop(0)
-            # Renamed first, and durably: a folder that is visible under its name is complete, also while it
-            # goes, and also after a power loss.
-            doomed = self.folder / f".{name}.{os.getpid()}.old"
-            with contextlib.suppress(OSError):
-                clear(doomed)
-                os.rename(self.folder / name, doomed)
-                sync(self.folder)
-                clear(doomed)
+            self._remove(self.published.pop(0))
+
+    def _remove(self, name: str) -> None:
+        # Renamed first, and durably: a folder that is visible under its name is complete, also while it
+        # goes, and also after a power loss.
+        doomed = self.folder / f".{name}.{os.getpid()}.old"
+        with contextlib.suppress(OSError):
+            clear(doomed)
+            os.rename(self.folder / name, doomed)
+            sync(self.folder)
+            clear(doomed)
 
 
 def load_merge(path: str | Path) -> dict[str, Tensor]:
@@ -198,13 +211,19 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     wrapped Hugging Face model), that of the model under it: ``module.model.load_state_dict(…)``.
 
     Args:
-        path: an emission's folder, e.g. ``…/merges/latest``.
+        path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
+            (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
 
     Raises:
         FileNotFoundError: where there is no published merge.
         ValueError: where its record or a file of it is broken, or leads out of the folder.
     """
-    path = Path(path)
+    from merge_callback.publish.remote_folder import fetched, is_remote, local_path
+
+    if is_remote(path):
+        with fetched(str(path)) as folder:
+            return load_merge(folder)
+    path = local_path(path)
     if not (path / PROVENANCE).exists():
         mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
         raise FileNotFoundError(f"{path}: no published merge; {mend}")
@@ -244,7 +263,8 @@ def write_index(folder: Path, names: Sequence[str], shards: Sequence[Mapping[str
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an emission says of itself; nothing where there is none."""
     try:
         return read_object(folder / PROVENANCE)
     except (OSError, CorruptFileError):
@@ -253,6 +273,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:
     """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
-    if _read_record(folder).get("files") != files:
+    if read_record(folder).get("files") != files:
         return False
     return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)

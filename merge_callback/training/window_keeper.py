@@ -142,7 +142,7 @@ class WindowKeeper:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
-    def newest_emission_up_to(self, step: int) -> Path | None:
+    def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge that holds no snapshot after a step."""
         self.wait()
         return self._window.ranks.from_first(self.publisher.newest_up_to(step))
