@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,6 +19,7 @@ from merge_callback.publish.emission import LATEST, PROVENANCE
 from merge_callback.snapshots.files import MOST_METADATA, read_object
 
 _UPLOADING = ".uploading"  # holds the id of the run that is writing an emission, or removing it
+_MOST_VERSIONS = 1000
 _EMISSION = re.compile(r"step=\d+.*", re.DOTALL)
 
 
@@ -105,24 +105,17 @@ class RemoteFolder:
             Its name here: where something else has the local one, ``-v1``, ``-v2``, … is added.
         """
         record = read_object(source / PROVENANCE)
-        name = ""
-        for number in count():
-            name = f"{source.name}-v{number}" if number else source.name
+        for name in (source.name, *(f"{source.name}-v{number}" for number in range(1, _MOST_VERSIONS))):
             held = self.names(name)
             if not held or self._is_unfinished(name, held, run_id):
-                break
+                self._write_emission(name, held, source, run_id)
+                return name
             there = self._record(name)
             if (there.get("run_id"), there.get("files")) == (run_id, record["files"]):
+                if _UPLOADING in held:
+                    self._files.rm_file(self._path(name, _UPLOADING))
                 return name
-        for left in held:
-            self._files.rm_file(self._path(name, left))
-        self._files.makedirs(self._path(name), exist_ok=True)
-        self._write(f"{name}/{_UPLOADING}", run_id)
-        for path in sorted(p for p in source.iterdir() if p.name != PROVENANCE):
-            self._files.put_file(str(path), self._path(name, path.name))
-        self._write(f"{name}/{PROVENANCE}", (source / PROVENANCE).read_text())
-        self._files.rm_file(self._path(name, _UPLOADING))
-        return name
+        raise FileExistsError(f"{self.url}/{source.name}: too many versions of it are there already")
 
     def point_latest(self, name: str) -> None:
         """Has ``latest`` name an emission."""
@@ -167,6 +160,16 @@ class RemoteFolder:
         except FileNotFoundError:
             return []
         return sorted(PurePosixPath(p).name for p in found if p.rstrip("/") != path)
+
+    def _write_emission(self, name: str, left: list[str], source: Path, run_id: str) -> None:
+        for file in left:
+            self._files.rm_file(self._path(name, file))
+        self._files.makedirs(self._path(name), exist_ok=True)
+        self._write(f"{name}/{_UPLOADING}", run_id)
+        for path in sorted(p for p in source.iterdir() if p.name != PROVENANCE):
+            self._files.put_file(str(path), self._path(name, path.name))
+        self._write(f"{name}/{PROVENANCE}", (source / PROVENANCE).read_text())
+        self._files.rm_file(self._path(name, _UPLOADING))
 
     def _path(self, *names: str) -> str:
         return "/".join((self._root, *names))

@@ -144,11 +144,13 @@ def _default(trainer: Trainer) -> str:
 def _resumed(resume: Mapping[str, Any], run_id: str, token: str) -> RunFolder:
     """The folder of the run that is resumed; on another machine, one of the same name here."""
     url, path = resume.get("remote"), Path(resume["dirpath"])
-    if url is not None and not path.is_dir():
+    is_elsewhere = url is not None and not path.is_dir()
+    if url is not None and is_elsewhere:
         path = _scratch(url)
-    if _owner(path) not in (None, run_id):
+    owner = _owner(path)
+    if owner not in (None, run_id):
         raise FolderInUseError(path)
-    is_elsewhere = url is not None and _owner(path) is None and str(path) != resume["dirpath"]
+    is_elsewhere = is_elsewhere and owner is None
     return _told(RunFolder(path, run_id, url, is_elsewhere=is_elsewhere, lock=lock_folder(path, token)))
 
 

@@ -230,22 +230,25 @@ class MergeSession:
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         self.keeper.finish(self.live(), self.step)
-        alone = self.ranks.size == 1
+        self._let_go()
         for shared in (self.keeper, self.sharding, self.ranks):
             shared.close()
-        self.close(None if alone else _LAST_UPLOADS)
+        self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
 
-    def close(self, patience: float | None = _PATIENCE) -> None:
-        """Lets go of the folder, of the learning rates, and of what the other ranks still send.
+    def close(self) -> None:
+        """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
+        self._let_go()
+        self._give_folder_back(_PATIENCE)
 
-        Args:
-            patience: seconds that uploads may take; ``None`` for as long as it takes.
-        """
+    def _let_go(self) -> None:
         self.keeper.wait()
-        self.keeper.publisher.settle(patience)
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
+
+    def _give_folder_back(self, patience: float | None) -> None:
+        """Gives the folder back, once all that is published is where it belongs, or so many seconds later."""
+        self.keeper.publisher.settle(patience)
         if self.lock:
             self.lock.close()
 
@@ -288,7 +291,7 @@ class MergeSession:
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
         if self.folder.is_elsewhere:
             rank_zero_warn(
-                f"merge: the window begins empty: the resumed one was kept in {dirpath}, on another machine"
+                f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here"
             )
             return
         if different := self.window.layout_difference(state):
