@@ -16,9 +16,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from merge_callback.publish.emission import LATEST, PROVENANCE
-from merge_callback.snapshots.files import MOST_METADATA, read_object
+from merge_callback.snapshots.files import MOST_METADATA, CorruptFileError, read_object
 
 _UPLOADING = ".uploading"  # holds the id of the run that is writing an emission, or removing it
+_MARK = ".run-"  # and the id of the run that a folder belongs to
 _MOST_VERSIONS = 1000
 _EMISSION = re.compile(r"step=\d+.*", re.DOTALL)
 
@@ -33,7 +34,7 @@ def local_path(path: str | os.PathLike[str]) -> Path:
     """A local path, also of a ``file://`` URL."""
     if not re.match(r"(file|local):", str(path)):
         return Path(path).expanduser()
-    from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+    from fsspec.implementations.local import LocalFileSystem
 
     return Path(LocalFileSystem._strip_protocol(str(path)))
 
@@ -50,7 +51,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str) -> None:
-        from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+        from fsspec.core import url_to_fs
 
         self.url = url.rstrip("/")
         # An instance of its own: Lightning saves checkpoints in transactions, in another thread, and one
@@ -66,23 +67,26 @@ class RemoteFolder:
         """What lies beside the folder, and it itself."""
         return self._list(self._root.rpartition("/")[0])
 
-    def claim(self, run_id: str, alone: bool) -> bool:
-        """Marks the folder as a run's, which shows that it can be written, too.
+    def claim(self, run_id: str) -> bool:
+        """Makes the folder a run's, if there is nothing in it; says whether it is.
 
-        Args:
-            run_id: of the run.
-            alone: only if there is nothing in it. Of runs that try so at the same time, one gets it at most.
-
-        Returns:
-            Whether it is the run's.
+        Of several runs that try so at the same time, one gets it at most.
         """
-        mark = f".run-{run_id}"
-        self._files.makedirs(self._root, exist_ok=True)
-        self._write(mark, run_id)
-        if alone and self.names() != [mark]:
-            self._files.rm_file(self._path(mark))
-            return False
-        return True
+        self._mark(run_id)
+        if self.names() == [_MARK + run_id]:
+            return True
+        self.release(run_id)
+        return False
+
+    def release(self, run_id: str) -> None:
+        """Takes the mark of a run away again, and the folder, if nothing is in it."""
+        self._files.rm_file(self._path(_MARK + run_id))
+        self._remove_empty(self._root)
+
+    def check_writable(self, run_id: str) -> None:
+        """Writes a small file, and removes it."""
+        self._mark(run_id)
+        self.release(run_id)
 
     def emissions_of(self, run_id: str) -> list[str]:
         """The emissions of a run, oldest first; what it left half written, or half removed, is removed."""
@@ -127,8 +131,7 @@ class RemoteFolder:
         files = [n for n in self.names(name) if n != _UPLOADING]
         for file in (*sorted(files, key=lambda n: n != PROVENANCE), _UPLOADING):
             self._files.rm_file(self._path(name, file))
-        with suppress(Exception):  # object stores have no folders that could stay behind
-            self._files.rmdir(self._path(name))
+        self._remove_empty(self._path(name))
 
     def download(self, target: Path) -> Path:
         """Copies this emission, or that which this ``latest`` names, into a folder; returns where it is then.
@@ -171,6 +174,14 @@ class RemoteFolder:
         self._write(f"{name}/{PROVENANCE}", (source / PROVENANCE).read_text())
         self._files.rm_file(self._path(name, _UPLOADING))
 
+    def _mark(self, run_id: str) -> None:
+        self._files.makedirs(self._root, exist_ok=True)
+        self._write(_MARK + run_id, run_id)
+
+    def _remove_empty(self, path: str) -> None:
+        with suppress(Exception):  # object stores have no folders that could stay behind
+            self._files.rmdir(path)
+
     def _path(self, *names: str) -> str:
         return "/".join((self._root, *names))
 
@@ -187,7 +198,10 @@ class RemoteFolder:
 
     def _read(self, name: str, folder: str | None = None) -> str:
         path = self._path(name) if folder is None else f"{folder}/{name}"
-        content: bytes = self._files.cat_file(path, end=MOST_METADATA)
+        size = self._files.info(path)["size"]
+        if size > MOST_METADATA:
+            raise CorruptFileError(f"{path}: has {size} bytes, expected metadata, which is smaller")
+        content: bytes = self._files.cat_file(path)
         return content.decode()
 
     def _write(self, name: str, text: str) -> None:

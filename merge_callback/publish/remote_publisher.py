@@ -86,6 +86,7 @@ class RemotePublisher(Publisher):
         try:
             for folder in waiting:
                 self._upload_one(folder)
+                self._retain_remote()
         except Exception as error:
             log.warning(
                 "merge: %s could not be uploaded to %s (%r); it stays in %s and is tried again with the next "
@@ -95,8 +96,6 @@ class RemotePublisher(Publisher):
                 error,
                 self.folder,
             )
-        if waiting:
-            self._retain_remote()
 
     def _upload_one(self, folder: Path) -> None:
         if self._remote is None:

@@ -98,6 +98,9 @@ class RunFolder:
             return
         self.lock.close()
         if self.is_new:
+            if self.url is not None:
+                with suppress(Exception):
+                    RemoteFolder(self.url).release(self.run_id)
             with suppress(OSError):
                 (self.path / "window").rmdir()
             with suppress(OSError):
@@ -117,7 +120,7 @@ def _find(
         if resume.get("remote") == given:
             return _resumed(resume, run_id, token)
         if not resume:  # a run goes on whatever becomes of the remote folder, but it begins with a sound one
-            _reach(given, lambda remote: remote.claim(run_id, alone=False))
+            _reach(given, lambda remote: remote.check_writable(run_id))
         path = _scratch(given)
         return _told(RunFolder(path, run_id, given, lock=lock_folder(path, token)))
     if not resume:
@@ -174,7 +177,7 @@ def _new_remote(remote: RemoteFolder, run_id: str, token: str) -> RunFolder:
             continue
         folder = RunFolder(path, run_id, url, is_new=True, lock=lock_folder(path, token))
         try:
-            if RemoteFolder(url).claim(run_id, alone=True):
+            if RemoteFolder(url).claim(run_id):
                 return folder
         except BaseException:
             folder.give_up()
