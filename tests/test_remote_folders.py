@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import distributed_runs
 import fsspec
@@ -18,6 +19,7 @@ from training_runs import QUIET, Classifier, Probe, assert_mean, assert_same_bit
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.offline.command_line import main
 from merge_callback.publish.remote_folder import RemoteFolder
+from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.training.run_folder import _scratch
 
 
@@ -250,6 +252,22 @@ def test_nobody_waits_for_an_upload_but_the_end_of_the_run(monkeypatch):
 
     assert slow.window == [6, 8, 10]
     assert names("shelf://bucket/merges") == LAST
+
+
+def test_attempts_do_not_pile_up_while_a_store_is_out_of_reach(tmp_path, monkeypatch, caplog):
+    emission(tmp_path, "mine")
+    monkeypatch.setattr(Shelf, "broken", ("open",))
+    jobs = []
+    queue = SimpleNamespace(submit=jobs.append, drain=lambda timeout: True)
+    publisher = RemotePublisher(tmp_path, 3, 1 << 30, "shelf://bucket", "mine", queue)
+    for _ in range(3):
+        publisher.settle()
+    assert len(jobs) == 1
+
+    jobs.pop()()
+    publisher.settle()
+    assert len(jobs) == 1
+    assert "step=00000002-sma could not be uploaded to shelf://bucket" in caplog.text
 
 
 @pytest.mark.parametrize("url", ["nowhere://bucket/merges", "gs:::://x"])

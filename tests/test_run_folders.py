@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from killed_run import At
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
-from training_runs import Classifier, loader, seed, train
+from training_runs import QUIET, Classifier, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.training import run_folder
@@ -40,7 +41,6 @@ def run(folder, *callbacks, every=2, steps=8, ckpt_path=None, start=0, **options
     seed(start)
     callback = CheckpointMergeCallback(window=3, every_n_steps=every)
     given = {"max_steps": steps, "logger": False, "default_root_dir": folder, **options}
-    trainer = None
     if ckpt_path is None:
         trainer = train(Classifier(), callback, *callbacks, data=loader(), **given)
     else:
@@ -50,9 +50,6 @@ def run(folder, *callbacks, every=2, steps=8, ckpt_path=None, start=0, **options
 
 
 def train_on(ckpt_path, *callbacks, **options):
-    from lightning.pytorch import Trainer
-    from training_runs import QUIET
-
     trainer = Trainer(**{**QUIET, **options, "callbacks": list(callbacks)})
     trainer.fit(Classifier(), loader(), ckpt_path=ckpt_path)
     return trainer
@@ -95,7 +92,7 @@ SHARING = {
 
 
 @pytest.mark.parametrize("logger", SHARING.values(), ids=SHARING)
-def test_runs_that_share_a_folder_of_lightning_s_have_folders_of_their_own(tmp_path, recwarn, capsys, logger):
+def test_runs_that_share_a_folder_of_lightning_s_have_folders_of_their_own(tmp_path, logger):
     folders, contents = [], []
     for number in range(3):
         folders.append(run(tmp_path, logger=logger(tmp_path), start=number))

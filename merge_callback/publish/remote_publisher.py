@@ -46,11 +46,12 @@ class RemotePublisher(Publisher):
         self._remote: RemoteFolder | None = None
         self._own: list[str] = []  # of this run's emissions the remote ones, oldest first
         self._places: dict[str, str] = {}  # the remote names of those that have another one here
+        self._is_queued = False
 
     def resume(self, published: Iterable[str], run_id: str) -> None:
         """Goes on from what a run had published; what waits here since then is uploaded."""
         self.published = list(published)
-        self._queue.submit(self._upload)
+        self._submit()
 
     def newest_up_to(self, step: int) -> Path | str | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
@@ -61,14 +62,19 @@ class RemotePublisher(Publisher):
 
     def settle(self, timeout: float | None = None) -> None:
         """Tries once more to upload what is not uploaded yet, for so many seconds at most."""
-        self._queue.submit(self._upload)
+        self._submit()
         if not self._queue.drain(timeout) and self._waiting():
             log.warning("merge: not everything is in %s yet; the rest stays in %s", self.url, self.folder)
 
     def _conclude(self, name: str) -> None:
         if self.keep_last is not None:
             del self.published[: -self.keep_last]
-        self._queue.submit(self._upload)
+        self._submit()
+
+    def _submit(self) -> None:
+        if not self._is_queued:  # attempts that all wait for the same time-out must not pile up
+            self._is_queued = True
+            self._queue.submit(self._upload)
 
     # In the queue's thread.
 
@@ -78,6 +84,7 @@ class RemotePublisher(Publisher):
         return [folder for folder in folders if read_record(folder).get("run_id") == self.run_id]
 
     def _upload(self) -> None:
+        self._is_queued = False
         waiting = self._waiting()
         if self.keep_last is not None:
             for folder in waiting[: -self.keep_last]:
