@@ -143,7 +143,7 @@ class Publisher:
         return name and self.folder / name
 
     def settle(self, timeout: float | None = None) -> None:
-        """Waits until what is published is where it belongs, for so many seconds at most; here it always is."""
+        """Waits until all that is published is where it belongs, so many seconds at most; here it is."""
 
     def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
         for name in reversed(names):
