@@ -264,7 +264,7 @@ def write_index(folder: Path, names: Sequence[str], shards: Sequence[Mapping[str
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What an emission says of itself; nothing where there is none."""
+    """What an emission says of itself; nothing if it does not exist."""
     try:
         return read_object(folder / PROVENANCE)
     except (OSError, CorruptFileError):

@@ -60,7 +60,7 @@ class RemoteFolder:
         self._root = root.rstrip("/")
 
     def names(self, folder: str = "") -> list[str]:
-        """What is in the folder, or in one below it; nothing where there is none."""
+        """What is in the folder, or in one below it; nothing if it does not exist."""
         return self._list(self._path(folder).rstrip("/"))
 
     def siblings(self) -> list[str]:
@@ -137,7 +137,7 @@ class RemoteFolder:
         """Copies this emission, or that which this ``latest`` names, into a folder; returns where it is then.
 
         Raises:
-            FileNotFoundError: where there is none.
+            FileNotFoundError: if it does not exist.
         """
         if self._files.isfile(self._root):
             parent, _, pointer = self._root.rpartition("/")
@@ -186,7 +186,7 @@ class RemoteFolder:
         return "/".join((self._root, *names))
 
     def _record(self, name: str) -> dict[str, Any]:
-        """What an emission says of itself; nothing where there is none."""
+        """What an emission says of itself; nothing if it does not exist."""
         try:
             record = json.loads(self._read(f"{name}/{PROVENANCE}"))
         except (FileNotFoundError, ValueError):
