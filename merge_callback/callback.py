@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from merge_callback.merging import MergeMethod
 from merge_callback.options import Options
 from merge_callback.snapshots.merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
+from merge_callback.training.run_folder import RunFolder
 from merge_callback.training.session import MergeSession
 
 log = logging.getLogger(__name__)
@@ -82,8 +84,10 @@ class CheckpointMergeCallback(Callback):
         snapshot_codec: ``"delta-fp16"`` keeps all but the oldest snapshot as fp16 differences to the one
             before: about half the bytes for fp32 weights, with errors relative to what moved, not to weights.
             ``"delta-bf16"`` is coarser, for weights that move by 64 or more between snapshots.
-        dirpath: where everything lands; default: ``merges`` beside Lightning's own logs. A run resumed
-            without one goes on where it was.
+        dirpath: where everything lands; default: ``merges`` beside Lightning's own checkpoints, or
+            ``merges-1``, ``merges-2``, … where other runs were first. A run resumed without one goes on where
+            it was. To a URL that fsspec knows (``s3://…``) the emissions are uploaded; all else stays in a
+            local folder, ``merge_scratch/…``.
         emit_every: snapshots between emissions; 0 emits at the end of training only.
         format: ``"safetensors"``, which the first rank writes as one model, or ``"dcp"``, for which all ranks
             write their own part at once (``torch.distributed.checkpoint``).
@@ -165,7 +169,13 @@ class CheckpointMergeCallback(Callback):
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
-        self.session = MergeSession(_beside_others(self.options, trainer), trainer, pl_module, self._resume)
+        options = _beside_others(self.options, trainer)
+        folder = RunFolder.take(options, trainer, self._resume)
+        try:
+            self.session = MergeSession(options, trainer, pl_module, self._resume, folder)
+        except BaseException:
+            folder.give_up()
+            raise
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -291,10 +301,11 @@ def _beside_others(options: Options, trainer: Trainer) -> Options:
 
 def _check_folders(trainer: Trainer) -> None:
     mine = [c for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)]  # type: ignore[attr-defined]
-    folders = [c.options.dirpath and c.options.dirpath.absolute() for c in mine]
+    given = [c.options.dirpath for c in mine if c.options.dirpath is not None]
+    folders = [folder.absolute() if isinstance(folder, Path) else folder for folder in given]
     for folder in folders:
         if folders.count(folder) > 1:
             raise MisconfigurationException(
-                f"{folders.count(folder)} CheckpointMergeCallbacks share dirpath={folder and str(folder)!r}; "
+                f"{folders.count(folder)} CheckpointMergeCallbacks share dirpath={str(folder)!r}; "
                 "give each its own dirpath"
             )

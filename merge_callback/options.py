@@ -19,6 +19,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
+from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.storage import Storage
 from merge_callback.spike_options import SpikeOptions, resolve_spike
@@ -47,7 +48,8 @@ class Options:
     durable: bool
     snapshot_dtype: torch.dtype | None
     snapshot_codec: str
-    dirpath: Path | None
+    dirpath: Path | str | None
+    """A local folder, or the URL of a remote one."""
     emit_every: int
     format: str
     keep_last: int | None
@@ -222,17 +224,25 @@ def resolve_format(format: str) -> str:
     return format
 
 
-def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | None:
-    """The folder as a path.
+def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | str | None:
+    """The folder as a path; as it is, where it is the URL of a remote one.
 
     Raises:
-        ValueError: where it is a file, or its nearest existing parent can't be written.
+        ValueError: where it is a file, or its nearest existing parent can't be written; where fsspec has
+            nothing for the URL.
     """
     if dirpath is None:
         return None
     if not isinstance(dirpath, (str, os.PathLike)):
         raise ValueError(f"dirpath={dirpath!r} must be the path of a folder")
-    path = Path(dirpath).expanduser()
+    if is_remote(dirpath):
+        try:
+            return RemoteFolder(str(dirpath)).url
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"dirpath={str(dirpath)!r} can't be used: {error}; install what is missing, or name another"
+            ) from None
+    path = local_path(dirpath)
     try:
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
         is_folder, writable = existing.is_dir(), os.access(existing, os.W_OK | os.X_OK)

@@ -5,6 +5,7 @@ Every subcommand imports what it needs when it runs: merging files must not wait
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # 27 ms a step when idle; with both cores taken 100 to 1200 and about 100; never spinning takes 44.
         os.environ.setdefault("GOMP_SPINCOUNT", "4000")
     parsed = _make_parser().parse_args(arguments)
+    remote = [a for a in arguments if re.match(r"[A-Za-z][\w+.:-]*://", a)]
+    if remote and arguments[0] in _ON_FILES:
+        return _refuse(f"{remote[0]}: the command works on local files; copy it to a local folder first")
     try:
         status: int = parsed.run(parsed)
     except BrokenPipeError:  # `| head` has seen enough; Python's own flush at exit must not complain

@@ -52,18 +52,19 @@ class Publisher:
             with contextlib.suppress(OSError):
                 clear(path)
 
-    def resume(self, run_id: str, step: int) -> None:
-        """Goes on from what a run had published in this folder, up to an optimizer step of it.
+    def resume(self, published: Iterable[str], run_id: str, last: int) -> None:
+        """Goes on from what a run had published, as far as it is in this folder.
 
-        The folder tells, and not a checkpoint: that does not wait for a merge that is being published.
+        Args:
+            published: when its state was taken.
+            run_id: of the run.
+            last: step of the merge that was handed in by then, and perhaps published later.
         """
-        found = []
-        for path in self.folder.glob("step=*"):
-            record = _read_record(path)
-            version = _version(path.name, record)
-            if record.get("run_id") == run_id and version is not None and record["step"] <= step:
-                found.append((record["step"], version, path.name))
-        self.published = [name for *_, name in sorted(found)]
+        self.published = [
+            name
+            for name in (*published, *self._named_after(last, published))
+            if read_record(self.folder / name).get("run_id") == run_id
+        ]
 
     def publish(
         self,
@@ -104,10 +105,9 @@ class Publisher:
         finally:
             with contextlib.suppress(OSError):
                 clear(draft)
-        if _read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
+        if read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
             self.published = [*(p for p in self.published if p != target.name), target.name]
-        if self._point_latest(target.name):
-            self._retain()
+        self._conclude(target.name)
         return target
 
     def write_safetensors(
@@ -151,14 +151,28 @@ class Publisher:
     @property
     def newest_step(self) -> int:
         """Of this run's newest emission; -1 if there is none."""
-        return max((_step(name) for name in self.published), default=-1)
+        return max(map(_step, self.published), default=-1)
 
-    def newest_up_to(self, step: int) -> Path | None:
+    def newest_up_to(self, step: int) -> Path | str | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
-        for name in reversed(self.published):
-            if _step(name) <= step and (self.folder / name).is_dir():
-                return self.folder / name
-        return None
+        name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
+        return name and self.folder / name
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Waits until all that is published is where it belongs, so many seconds at most; here it is."""
+
+    def _named_after(self, step: int, others: Iterable[str]) -> list[str]:
+        """Emissions of a step that lie here under a name that a publisher gave them."""
+        found = sorted(self.folder.glob(f"step={step:08d}-*")) if step >= 0 else []
+        return [p.name for p in found if _is_own_name(p.name, read_record(p)) and p.name not in others]
+
+    def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
+        return next((name for name in reversed(names) if _step(name) <= step), None)
+
+    def _conclude(self, name: str) -> None:
+        """What follows once a merge is in its place."""
+        if self._point_latest(name):
+            self._retain()
 
     def _place(self, draft: Path, name: str, files: Mapping[str, str]) -> Path:
         for path in draft.iterdir():  # the files that add_files wrote are not durable yet
@@ -194,15 +208,17 @@ class Publisher:
         if self.keep_last is None:
             return
         while len(self.published) > self.keep_last:
-            name = self.published.pop(0)
-            # Renamed first, and durably: a folder that is visible under its name is complete, also while it
-            # goes, and also after a power loss.
-            doomed = self.folder / f".{name}.{os.getpid()}.old"
-            with contextlib.suppress(OSError):
-                clear(doomed)
-                os.rename(self.folder / name, doomed)
-                sync(self.folder)
-                clear(doomed)
+            self._remove(self.published.pop(0))
+
+    def _remove(self, name: str) -> None:
+        # Renamed first, and durably: a folder that is visible under its name is complete, also while it
+        # goes, and also after a power loss.
+        doomed = self.folder / f".{name}.{os.getpid()}.old"
+        with contextlib.suppress(OSError):
+            clear(doomed)
+            os.rename(self.folder / name, doomed)
+            sync(self.folder)
+            clear(doomed)
 
 
 def load_merge(path: str | Path) -> dict[str, Tensor]:
@@ -212,13 +228,19 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     wrapped Hugging Face model), that of the model under it: ``module.model.load_state_dict(…)``.
 
     Args:
-        path: an emission's folder, e.g. ``…/merges/latest``.
+        path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
+            (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
 
     Raises:
         FileNotFoundError: where there is no published merge.
         ValueError: where its record or a file of it is broken, or leads out of the folder.
     """
-    path = Path(path)
+    from merge_callback.publish.remote_folder import fetched, is_remote, local_path
+
+    if is_remote(path):
+        with fetched(str(path)) as folder:
+            return load_merge(folder)
+    path = local_path(path)
     if not (path / PROVENANCE).exists():
         mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
         raise FileNotFoundError(f"{path}: no published merge; {mend}")
@@ -258,7 +280,8 @@ def write_index(folder: Path, names: Sequence[str], shards: Sequence[Mapping[str
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an emission says of itself; nothing if it does not exist."""
     try:
         return read_object(folder / PROVENANCE)
     except (OSError, CorruptFileError):
@@ -269,18 +292,17 @@ def _step(name: str) -> int:
     return int(name.removeprefix("step=").partition("-")[0])
 
 
-def _version(name: str, record: Mapping[str, Any]) -> int | None:
-    """0, or the number that a publisher put after the name; ``None`` of a folder that somebody else named."""
+def _is_own_name(name: str, record: Mapping[str, Any]) -> bool:
+    """Whether a publisher named a folder so, and not somebody who has kept a copy."""
     try:
         own = emission_name(record["method"]["name"], int(record["step"]), record["tokens"])
     except (KeyError, TypeError, ValueError):
-        return None
-    found = re.fullmatch(rf"{re.escape(own)}(?:-v(\d+))?", name)
-    return int(found[1] or 0) if found else None
+        return False
+    return re.fullmatch(rf"{re.escape(own)}(-v\d+)?", name) is not None
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:
     """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
-    if _read_record(folder).get("files") != files:
+    if read_record(folder).get("files") != files:
         return False
     return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)

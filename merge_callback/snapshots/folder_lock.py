@@ -20,6 +20,16 @@ _SESSION = re.compile(rb"(?:[0-9a-f]{12})?")
 _LONGEST = 64  # bytes of the file that are read: more than it ever has
 
 
+class FolderInUseError(ValueError):
+    """A folder that is another run's."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            f"dirpath={str(folder)!r} can't be used: another run is using it; give each run its own"
+        )
+        self.folder = folder
+
+
 class FolderLock:
     """Holds a folder for one run, and notices where it is another folder by now.
 
@@ -93,15 +103,16 @@ def lock_folder(folder: Path, session: str = "") -> FolderLock:
         session: whose it is, for ``holder``.
 
     Raises:
-        ValueError: where another run has it, in this process or another, or it can't be created or written.
+        FolderInUseError: where another run has it, in this process or another.
+        ValueError: where it can't be created or written.
     """
     try:
         return FolderLock(folder, session, _lock(folder, session))
     except BlockingIOError:
-        reason, mend = "another run is using it", "give each run its own"
+        raise FolderInUseError(folder) from None
     except OSError as error:
-        reason, mend = str(error), "name a folder that can be written"
-    raise ValueError(f"dirpath={str(folder)!r} can't be used: {reason}; {mend}")
+        problem = str(error)
+    raise ValueError(f"dirpath={str(folder)!r} can't be used: {problem}; name a folder that can be written")
 
 
 def holder(folder: Path) -> str:

@@ -119,10 +119,10 @@ class WindowFolder:
         """Where a snapshot's file may lie: here, in a window that was moved aside, or as recorded."""
         if not file:
             return
-        aside = [] if self.path is None else sorted(self.path.parent.glob(f"{self.path.name}.old-*"))
-        for place in (*([] if self.path is None else [self.path]), *aside, Path(recorded_folder)):
-            if (place / file).exists():
-                yield place / file
+        for folder in (*([] if self.path is None else [self.path]), Path(recorded_folder)):
+            for place in (folder, *sorted(folder.parent.glob(f"{folder.name}.old-*"))):
+                if (place / file).exists():
+                    yield place / file
 
     def take_over(self, source: Path) -> Path:
         """Has a file of another folder lie here, too; returns where."""

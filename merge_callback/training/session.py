@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,11 +19,11 @@ from torch.optim import Optimizer
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming
+from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import CODECS
-from merge_callback.snapshots.folder_lock import FolderLock, holder, lock_folder
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
@@ -36,6 +35,7 @@ from merge_callback.training.evaluation import MergedValidation
 from merge_callback.training.interval import Interval
 from merge_callback.training.lr_phase import LRPhaseDetector
 from merge_callback.training.plan import Plan, total_steps
+from merge_callback.training.run_folder import RunFolder
 from merge_callback.training.spike_watch import SpikeWatch
 from merge_callback.training.step_statistics import StepStatistics, counts_batches, step_progress
 from merge_callback.training.token_clock import TokenClock
@@ -44,6 +44,9 @@ from merge_callback.training.window_keeper import WindowKeeper
 log = logging.getLogger(__name__)
 
 _UNSEEN = 256  # batches without a step, after which something is wrong
+
+_PATIENCE = 600.0  # seconds that uploads may take after an exception
+_LAST_UPLOADS = 1500.0  # and at the end of a run of several ranks: the others give up after half an hour
 
 _MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
 
@@ -56,18 +59,23 @@ class MergeSession:
         trainer: whose model is set up, moved and restored.
         module: the live model.
         resume: a former session's ``state_dict``; empty for a new run.
+        folder: the run's, locked; the caller gives it up where this raises.
 
     Raises:
         ValueError: where an option does not fit this model, trainer or machine.
     """
 
     def __init__(
-        self, options: Options, trainer: Trainer, module: LightningModule, resume: Mapping[str, Any]
+        self,
+        options: Options,
+        trainer: Trainer,
+        module: LightningModule,
+        resume: Mapping[str, Any],
+        folder: RunFolder,
     ) -> None:
         self.options, self.trainer, self.module = options, trainer, module
         self.ranks = Ranks.of_run()
-        dirpath = options.dirpath or Path(resume.get("dirpath") or _default_dirpath(trainer))
-        self.dirpath = dirpath.absolute()  # the run may change the current folder
+        self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
         naming = Naming.of(module, options.strip_prefix)
         model = self.live()
         _check_exclude(options.exclude, model)
@@ -86,12 +94,11 @@ class MergeSession:
         still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
         layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
         whole = Layout.of(_whole(model), options.snapshot_dtype, still)
-        folder = self.dirpath / "window" if options.durable else None
         masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
         store = SnapshotStore(
             layout,
             options.storage,
-            folder,
+            self.dirpath / "window" if options.durable else None,
             module.device,
             masks,
             model.buffers,
@@ -99,20 +106,18 @@ class MergeSession:
             whole,
             codec=codec,
         )
-        run_id = resume.get("run_id") or self.ranks.from_first(uuid.uuid4().hex)
-        publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)
-        self.keeper = WindowKeeper(options, trainer, Window(options.window, store, run_id), publisher, naming)
+        window = Window(options.window, store, folder.run_id)
+        self.keeper = WindowKeeper(options, trainer, window, self._publisher(), naming)
         self.step = trainer.global_step  # the last optimizer step seen
         self._progress = step_progress(trainer)
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.validation = MergedValidation(trainer, module, self.sharding)
         self.spikes = self._watch_for_spikes()
-        self.lock: FolderLock | None = None
         try:
-            self._take_folder()
+            self._put_folder_in_order()
             self.plan = Plan.of(options, store, trainer)
-            _tell(self.plan.lines(), self.plan.warnings())
+            _tell([*self.plan.lines(), *folder.notices], self.plan.warnings())
             if resume:
                 self._load_state_dict(resume)
         except BaseException:
@@ -230,16 +235,25 @@ class MergeSession:
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         self.keeper.finish(self.live(), self.step)
-        self.close()
+        self._let_go()
         for shared in (self.keeper, self.sharding, self.ranks):
             shared.close()
+        self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
 
     def close(self) -> None:
         """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
+        self._let_go()
+        self._give_folder_back(_PATIENCE)
+
+    def _let_go(self) -> None:
         self.keeper.wait()
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
+
+    def _give_folder_back(self, patience: float | None) -> None:
+        """Gives the folder back, once all that is published is where it belongs, or so many seconds later."""
+        self.keeper.publisher.settle(patience)
         if self.lock:
             self.lock.close()
 
@@ -249,6 +263,7 @@ class MergeSession:
         statistics = self.statistics.state_dict()  # before the clock is read: it may advance it
         return {
             "dirpath": str(self.dirpath),
+            "remote": self.folder.url,
             "tokens": self.clock.tokens,
             "step": self.step,
             "mark": self.interval.mark,
@@ -280,6 +295,11 @@ class MergeSession:
             self.spikes.load_state_dict(state["spikes"])
 
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
+        if self.folder.is_elsewhere:
+            rank_zero_warn(
+                f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here"
+            )
+            return
         if different := self.window.layout_difference(state):
             if dirpath == self.dirpath:
                 raise ValueError(
@@ -316,17 +336,24 @@ class MergeSession:
             rank_zero_warn(f"merge: loss spikes are told of, and nothing is restored: {error}")
             return watch(replace(options, action="warn"))
 
-    def _take_folder(self) -> None:
-        """Locks the run's folder and puts it in order: the first rank, for all of them.
+    def _publisher(self) -> Publisher:
+        """What publishes this run's merges; on the first rank, which does so, where they belong."""
+        options, folder = self.options, self.folder
+        if folder.url is None or not self.ranks.is_first:
+            return Publisher(folder.path, options.keep_last, options.max_shard_bytes)
+        return RemotePublisher(
+            folder.path, options.keep_last, options.max_shard_bytes, folder.url, folder.run_id, Background()
+        )
+
+    def _put_folder_in_order(self) -> None:
+        """Makes the folder ready for this run: the first rank, for all of them.
 
         Raises:
-            ValueError: where another run has it, it can't be written, or a rank does not see it.
+            OSError: where it can't be written.
         """
         problem: Exception | None = None
-        session = self.window.store.session if self.ranks.size > 1 else ""
         try:
-            if self.ranks.is_first:
-                self.lock = lock_folder(self.dirpath, session)
+            if self.lock is not None:
                 self.lock.claim = self.window.folder.claim
                 self.lock.claim()
                 self.keeper.publisher.sweep()
@@ -336,12 +363,6 @@ class MergeSession:
                     self.spikes.policy.before_writing = self.lock.check
         except Exception as error:
             problem = error
-        self.ranks.agree(problem)
-        if session and self.options.durable and holder(self.dirpath) != session:
-            problem = ValueError(
-                f"dirpath={str(self.dirpath)!r} is not the same folder on all ranks: rank {self.ranks.rank} "
-                "does not see what rank 0 has written; name one on a file system that they share"
-            )
         self.ranks.agree(problem)
 
     def _note_no_step(self) -> None:
@@ -389,10 +410,6 @@ def _whole_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor
     """A parameter's elements, on all ranks together."""
     name = names.get(id(parameter))
     return parameter.numel() if name is None else math.prod(sharding.wholes[name])
-
-
-def _default_dirpath(trainer: Trainer) -> Path:
-    return Path(trainer.log_dir or trainer.default_root_dir) / "merges"
 
 
 def _whole(model: ModelTensors) -> dict[str, Tensor]:

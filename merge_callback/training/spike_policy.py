@@ -90,7 +90,7 @@ class SpikePolicy:
         batches: HeldBatches,
         statistics: StepStatistics,
         dirpath: Path,
-        last_good_merge: Callable[[int], Path | None],
+        last_good_merge: Callable[[int], Path | str | None],
     ) -> None:
         self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
         self.numbers, self.statistics = numbers, statistics

@@ -48,7 +48,7 @@ class SpikeWatch:
         merger: Callable[[], WindowMerger],
         statistics: StepStatistics,
         dirpath: Path,
-        last_good_merge: Callable[[int], Path | None],
+        last_good_merge: Callable[[int], Path | str | None],
     ) -> None:
         self.options, self.trainer, self.module, self.statistics = options, trainer, module, statistics
         self.numbers, self.batches = WatchedNumbers(options), HeldBatches()

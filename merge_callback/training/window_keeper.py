@@ -142,7 +142,7 @@ class WindowKeeper:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
-    def newest_emission_up_to(self, step: int) -> Path | None:
+    def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge that holds no snapshot after a step."""
         self.wait()
         return self._window.ranks.from_first(self.publisher.newest_up_to(step))
@@ -179,6 +179,7 @@ class WindowKeeper:
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
             "handed_in": self._handed_in,
+            "published": list(self.publisher.published),
             "advised": list(self._advised),
             "window": self._window.state_dict(),
             "first_diversity": self._merger.metric.first,
@@ -190,7 +191,7 @@ class WindowKeeper:
         self._taken = state["taken"]
         self._advised = list(state["advised"])
         self._merger.metric.first, self._merger.diversity = state["first_diversity"], state["diversity"]
-        self.publisher.resume(state["run_id"], state["step"])
+        self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:

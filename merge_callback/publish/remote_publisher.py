@@ -1,0 +1,126 @@
+"""Publishing merges in a remote folder, while the next ones are made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+from merge_callback.publish.emission import PROVENANCE, Publisher, read_record
+from merge_callback.publish.remote_folder import RemoteFolder
+
+log = logging.getLogger(__name__)
+
+
+class Queue(Protocol):
+    """Does jobs in a thread of its own, one after the other."""
+
+    def submit(self, work: Callable[[], object]) -> object:
+        """Hands a job in, without waiting."""
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Waits until nothing is left to do, for so many seconds at most; says whether that is so."""
+
+
+class RemotePublisher(Publisher):
+    """Publishes merges in a local folder first, and moves them to a remote one beside all else.
+
+    Whatever the remote folder does, the run goes on: a merge that can't be uploaded stays in the local
+    folder, which is told, and is tried again with the next one, at the end, and when the run is resumed.
+
+    Args:
+        folder: the local one.
+        keep_last: how many of this run's emissions stay; ``None`` keeps all.
+        max_shard_bytes: a larger model is split into several files with an index.
+        url: of the remote folder.
+        run_id: of the run.
+        queue: which uploads.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last: int | None, max_shard_bytes: int, url: str, run_id: str, queue: Queue
+    ) -> None:
+        super().__init__(folder, keep_last, max_shard_bytes)
+        self.url, self.run_id, self._queue = url, run_id, queue
+        self._remote: RemoteFolder | None = None
+        self._own: list[str] = []  # of this run's emissions the remote ones, oldest first
+        self._places: dict[str, str] = {}  # the remote names of those that have another one here
+        self._is_queued = False
+
+    def resume(self, published: Iterable[str], run_id: str, last: int) -> None:
+        """Goes on from what a run had published; what waits here since then is uploaded."""
+        self.published = [*published, *self._named_after(last, published)]
+        self._submit()
+
+    def newest_up_to(self, step: int) -> Path | str | None:
+        """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
+        name = self._newest_name(step, self.published)
+        if name is None or (self.folder / name).is_dir():
+            return name and self.folder / name
+        return f"{self.url}/{self._places.get(name, name)}"
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Tries once more to upload what is not uploaded yet, for so many seconds at most."""
+        self._submit()
+        if not self._queue.drain(timeout) and self._waiting():
+            log.warning("merge: not everything is in %s yet; the rest stays in %s", self.url, self.folder)
+
+    def _conclude(self, name: str) -> None:
+        if self.keep_last is not None:
+            del self.published[: -self.keep_last]
+        self._submit()
+
+    def _submit(self) -> None:
+        if not self._is_queued:  # attempts that all wait for the same time-out must not pile up
+            self._is_queued = True
+            self._queue.submit(self._upload)
+
+    # In the queue's thread.
+
+    def _waiting(self) -> list[Path]:
+        """This run's emissions that are here still, oldest first."""
+        folders = [path.parent for path in sorted(self.folder.glob(f"step=*/{PROVENANCE}"))]
+        return [folder for folder in folders if read_record(folder).get("run_id") == self.run_id]
+
+    def _upload(self) -> None:
+        self._is_queued = False
+        waiting = self._waiting()
+        if self.keep_last is not None:
+            for folder in waiting[: -self.keep_last]:
+                self._remove(folder.name)
+            waiting = waiting[-self.keep_last :]
+        try:
+            for folder in waiting:
+                self._upload_one(folder)
+                self._retain_remote()
+        except Exception as error:
+            log.warning(
+                "merge: %s could not be uploaded to %s (%r); it stays in %s and is tried again with the next "
+                "one; training goes on",
+                folder.name,
+                self.url,
+                error,
+                self.folder,
+            )
+
+    def _upload_one(self, folder: Path) -> None:
+        if self._remote is None:
+            remote = RemoteFolder(self.url)
+            self._own = [] if self.keep_last is None else remote.emissions_of(self.run_id)
+            self._remote = remote
+        name = self._remote.upload(folder, self.run_id)
+        self._places[folder.name] = name
+        self._own = [*(n for n in self._own if n != name), name]
+        self._remote.point_latest(name)
+        self._remove(folder.name)
+
+    def _retain_remote(self) -> None:
+        if self._remote is None or self.keep_last is None:
+            return
+        try:
+            while len(self._own) > self.keep_last:
+                self._remote.remove(self._own[0], self.run_id)
+                del self._own[0]
+        except Exception as error:
+            log.warning("merge: %s/%s could not be removed (%r)", self.url, self._own[0], error)

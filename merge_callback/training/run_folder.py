@@ -1,0 +1,259 @@
+"""Which folder a run's snapshots and merges go to: one of its own."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lightning.pytorch import Trainer
+
+from merge_callback.options import Options
+from merge_callback.publish.emission import LATEST, PROVENANCE
+from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
+from merge_callback.sharding import Ranks
+from merge_callback.snapshots.files import CorruptFileError, make_folder, read_object, sync
+from merge_callback.snapshots.folder_lock import LOCK, FolderInUseError, FolderLock, holder, lock_folder
+from merge_callback.snapshots.window_folder import MANIFEST
+
+_SCRATCH = "merge_scratch"
+
+_T = TypeVar("_T")
+
+
+@dataclass
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: of the local folder, with the window; without a ``url`` with the emissions, too.
+        run_id: of the run.
+        url: of the remote folder that the emissions go to.
+        is_new: whether it was made for this run.
+        is_elsewhere: whether the resumed run kept its window on another machine.
+        notices: what the user is told of it.
+        lock: of the local folder, on the first rank.
+    """
+
+    path: Path
+    run_id: str
+    url: str | None = None
+    is_new: bool = False
+    is_elsewhere: bool = False
+    notices: tuple[str, ...] = ()
+    lock: FolderLock | None = None
+
+    @classmethod
+    def take(cls, options: Options, trainer: Trainer, resume: Mapping[str, Any]) -> RunFolder:
+        """Finds the run's folder and locks it: the first rank, for all of them; to be called on all.
+
+        With a ``dirpath`` it is that one. A resumed run goes on where it was, unless another run is there by
+        now. All others get a new folder: ``merges`` beside the folder that ``ModelCheckpoint`` saves in, or
+        ``merges-1``, ``merges-2``, … So runs that share a logger's folder never share this one.
+
+        Args:
+            options: the callback's.
+            trainer: whose loggers and default folder say where.
+            resume: a former session's ``state_dict``; empty for a new run.
+
+        Raises:
+            ValueError: where it can't be written, another run uses the given one, or a rank does not see it.
+            RemoteError: where another rank raises.
+        """
+        ranks = Ranks.of_run()
+        run_id, token = ranks.from_first(
+            (resume.get("run_id") or uuid.uuid4().hex, uuid.uuid4().hex[:12] if ranks.size > 1 else "")
+        )
+        folder: RunFolder | None = None
+        problem: Exception | None = None
+        try:
+            if ranks.is_first:
+                folder = _find(options, trainer, resume, run_id, token)
+        except Exception as error:
+            problem = error
+        try:
+            ranks.agree(problem)
+            found = (folder.path, folder.url, folder.is_elsewhere) if folder else (Path(), None, False)
+            path, url, is_elsewhere = ranks.from_first(found)
+            if token and (options.durable or options.format == "dcp") and holder(path) != token:
+                problem = _not_shared(path, url, ranks.rank)
+            ranks.agree(problem)
+            ranks.close()
+        except BaseException:
+            if folder is not None:
+                folder.give_up()
+            raise
+        return folder or cls(path, run_id, url, is_elsewhere=is_elsewhere)
+
+    def give_up(self) -> None:
+        """Lets go of the folder; one that was made for this run is removed, if nothing is in it."""
+        if self.lock is None:
+            return
+        self.lock.close()
+        if self.is_new:
+            if self.url is not None:
+                with suppress(Exception):
+                    RemoteFolder(self.url).release(self.run_id)
+            with suppress(OSError):
+                (self.path / "window").rmdir()
+            with suppress(OSError):
+                if os.listdir(self.path) == [LOCK]:
+                    (self.path / LOCK).unlink()
+                    self.path.rmdir()
+
+
+def _find(
+    options: Options, trainer: Trainer, resume: Mapping[str, Any], run_id: str, token: str
+) -> RunFolder:
+    given = options.dirpath
+    if isinstance(given, Path):
+        path = given.absolute()  # the run may change the current folder
+        return RunFolder(path, run_id, lock=lock_folder(path, token))
+    if given is not None:
+        if resume.get("remote") == given:
+            return _resumed(resume, run_id, token)
+        if not resume:  # a run goes on whatever becomes of the remote folder, but it begins with a sound one
+            _reach(given, lambda remote: remote.check_writable(run_id))
+        path = _scratch(given)
+        return _told(RunFolder(path, run_id, given, lock=lock_folder(path, token)))
+    if not resume:
+        return _new(_default(trainer), run_id, token)
+    try:
+        return _resumed(resume, run_id, token)
+    except FolderInUseError as error:
+        folder = _new(_default(trainer), run_id, token)
+        folder.notices = (f"merge: {error.folder} is another run's; this one goes on in {folder.path}",)
+        return _told(folder)
+
+
+def _default(trainer: Trainer) -> str:
+    """``merges`` beside the folder that ``ModelCheckpoint`` saves in by default, by the same rule."""
+    root = trainer.default_root_dir
+    if trainer.loggers:
+        logger = trainer.loggers[0]
+        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+        save_dir = root if logger.save_dir is None else logger.save_dir
+        root = os.path.join(save_dir, str(logger.name), version)
+    return os.path.join(root, "merges")
+
+
+def _resumed(resume: Mapping[str, Any], run_id: str, token: str) -> RunFolder:
+    """The folder of the run that is resumed; on another machine, one of the same name here."""
+    url, path = resume.get("remote"), Path(resume["dirpath"])
+    is_elsewhere = url is not None and not path.is_dir()
+    if url is not None and is_elsewhere:
+        path = _scratch(url)
+    owner = _owner(path)
+    if owner not in (None, run_id):
+        raise FolderInUseError(path)
+    is_elsewhere = is_elsewhere and owner is None
+    return _told(RunFolder(path, run_id, url, is_elsewhere=is_elsewhere, lock=lock_folder(path, token)))
+
+
+def _new(base: str, run_id: str, token: str) -> RunFolder:
+    """A folder that no other run has: to make one succeeds once, whoever tries at the same time."""
+    if is_remote(base):
+        return _told(_reach(base, lambda remote: _new_remote(remote, run_id, token)))
+    first = local_path(base).absolute()
+    path = next(path for path in map(Path, _numbered(str(first))) if _make(path))
+    folder = RunFolder(path, run_id, is_new=True, lock=lock_folder(path, token))
+    if path != first:
+        folder.notices = (f"merge: {first} is another run's; snapshots and merges of this one go to {path}",)
+    return folder
+
+
+def _new_remote(remote: RemoteFolder, run_id: str, token: str) -> RunFolder:
+    taken = remote.siblings()
+    for url in _numbered(remote.url):
+        path = _scratch(url)
+        if url.rpartition("/")[2] in taken or not _make(path):
+            continue
+        folder = RunFolder(path, run_id, url, is_new=True, lock=lock_folder(path, token))
+        try:
+            if RemoteFolder(url).claim(run_id):
+                return folder
+        except BaseException:
+            folder.give_up()
+            raise
+        folder.give_up()
+    raise AssertionError
+
+
+def _numbered(base: str) -> Iterator[str]:
+    yield base
+    yield from (f"{base}-{number}" for number in count(1))
+
+
+def _make(path: Path) -> bool:
+    """Makes a folder; says whether there was none of that name before.
+
+    Raises:
+        ValueError: where it can't be made.
+    """
+    try:
+        make_folder(path.parent)
+        with suppress(FileExistsError):
+            path.mkdir()
+            with suppress(OSError):  # who may not list a folder can make one in it, but not sync it
+                sync(path.parent)
+            return True
+    except OSError as error:
+        raise ValueError(
+            f"dirpath={str(path)!r} can't be used: {error}; name a folder that can be written"
+        ) from None
+    return False
+
+
+def _scratch(url: str) -> Path:
+    """The local folder of a run whose merges go to a remote one: the same for the same URL, on a machine."""
+    protocol, _, place = url.rpartition("://")
+    parts = (protocol, *re.sub(r"^[^/]*@", "", place).split("/"))  # without a password
+    here = Path.cwd() if os.access(Path.cwd(), os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    return here.joinpath(_SCRATCH, *(part for part in parts if part not in ("", ".", "..")))
+
+
+def _reach(url: str, use: Callable[[RemoteFolder], _T]) -> _T:
+    """What a function does with a remote folder, before a run begins.
+
+    Raises:
+        ValueError: where it can't be reached or written.
+    """
+    try:
+        return use(RemoteFolder(url))
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"dirpath={url!r} can't be used: {error!r}; check its name and the credentials, or name another"
+        ) from error
+
+
+def _told(folder: RunFolder) -> RunFolder:
+    line = f"merge: merges go to {folder.url}; the window and the record of loss spikes stay in {folder.path}"
+    if folder.url is not None:
+        folder.notices = (*folder.notices, line)
+    return folder
+
+
+def _owner(folder: Path) -> str | None:
+    """The run whose window or merges lie in a folder, where that can be told."""
+    for path in (folder / "window" / MANIFEST, folder / LATEST / PROVENANCE):
+        with suppress(OSError, CorruptFileError):
+            if isinstance(found := read_object(path).get("run_id"), str):
+                return found
+    return None
+
+
+def _not_shared(path: Path, url: str | None, rank: int) -> ValueError:
+    mend = "name one" if url is None else "start the run in a current folder"
+    return ValueError(
+        f"dirpath={str(path)!r} is not the same folder on all ranks: rank {rank} does not see what rank 0 "
+        f"has written; {mend} on a file system that they share"
+    )
