@@ -118,7 +118,12 @@ def test_a_run_that_was_killed_while_it_published_publishes_that_merge_again(
     expected = load_merge(tmp_path / "merges" / names[-1])
     if not published:
         (tmp_path / "merges" / names[-1]).rename(tmp_path / "lost")
-    handed_in = At(9, lambda trainer: [path.name for path in emissions(tmp_path / "merges")])
+
+    def names_there(trainer):
+        trainer.callbacks[0].session.background.drain()
+        return [path.name for path in emissions(tmp_path / "merges")]
+
+    handed_in = At(9, names_there)
 
     fit(tmp_path, handed_in, ckpt_path=tmp_path / "at8.ckpt")
 

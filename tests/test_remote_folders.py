@@ -300,8 +300,8 @@ def test_a_resumed_run_goes_on_with_its_window_and_its_merges(monkeypatch, tmp_p
     assert callback.state_dict()["remote"] == "shelf://bucket/merges"
     assert kept(callback) == [6, 8, 10]
     assert callback.state_dict()["dirpath"] == str(tmp_path / "here/merge_scratch/shelf/bucket/merges")
-    # That of step 8 was trained on other batches: this loader begins again.
-    published = ["step=00000008-sma", "step=00000008-sma-v1", "step=00000010-sma"]
+    # The first one of step 8 is an abandoned branch's: this loader begins again.
+    published = [f"step=000000{name}" for name in ("06-sma", "08-sma", "08-sma-v1", "10-sma")]
     assert names("shelf://bucket/merges") == ["latest", *published]
 
 
@@ -318,7 +318,7 @@ def test_on_another_machine_the_window_begins_empty_and_the_merges_go_on(tmp_pat
     assert "the window begins empty" in told[0]
     assert "which is not here" in told[0]
     assert kept(callback) == [8, 10, 12]
-    assert names("shelf://bucket/merges") == ["latest", *(f"step={n:08d}-sma" for n in (8, 10, 12))]
+    assert names("shelf://bucket/merges") == ["latest", *(f"step={n:08d}-sma" for n in (6, 8, 10, 12))]
 
 
 def test_what_a_killed_run_left_half_done_is_cleaned_up_and_nothing_else(store, tmp_path, monkeypatch):

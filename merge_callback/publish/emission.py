@@ -151,7 +151,7 @@ class Publisher:
     @property
     def newest_step(self) -> int:
         """Of this run's newest emission; -1 if there is none."""
-        return max(map(_step, self.published), default=-1)
+        return max(map(step_of, self.published), default=-1)
 
     def newest_up_to(self, step: int) -> Path | str | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
@@ -167,7 +167,7 @@ class Publisher:
         return [p.name for p in found if _is_own_name(p.name, read_record(p)) and p.name not in others]
 
     def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
-        return next((name for name in reversed(names) if _step(name) <= step), None)
+        return next((name for name in reversed(names) if step_of(name) <= step), None)
 
     def _conclude(self, name: str) -> None:
         """What follows once a merge is in its place."""
@@ -288,7 +288,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _step(name: str) -> int:
+def step_of(name: str) -> int:
+    """The step in an emission's name."""
     return int(name.removeprefix("step=").partition("-")[0])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from merge_callback.publish.emission import PROVENANCE, Publisher, read_record
+from merge_callback.publish.emission import PROVENANCE, Publisher, read_record, step_of
 from merge_callback.publish.remote_folder import RemoteFolder
 
 log = logging.getLogger(__name__)
@@ -47,10 +47,14 @@ class RemotePublisher(Publisher):
         self._own: list[str] = []  # of this run's emissions the remote ones, oldest first
         self._places: dict[str, str] = {}  # the remote names of those that have another one here
         self._is_queued = False
+        self._resumed_at = (
+            -1
+        )  # step up to which the remote ones are this run's, and not an abandoned branch's
 
     def resume(self, published: Iterable[str], run_id: str, last: int) -> None:
         """Goes on from what a run had published; what waits here since then is uploaded."""
         self.published = [*published, *self._named_after(last, published)]
+        self._resumed_at = last
         self._submit()
 
     def newest_up_to(self, step: int) -> Path | str | None:
@@ -107,11 +111,12 @@ class RemotePublisher(Publisher):
     def _upload_one(self, folder: Path) -> None:
         if self._remote is None:
             remote = RemoteFolder(self.url)
-            self._own = [] if self.keep_last is None else remote.emissions_of(self.run_id)
+            found = [] if self.keep_last is None else remote.emissions_of(self.run_id)
+            self._own = [name for name in found if step_of(name) <= self._resumed_at]
             self._remote = remote
         name = self._remote.upload(folder, self.run_id)
         self._places[folder.name] = name
-        self._own = [*(n for n in self._own if n != name), name]
+        self._own = sorted({*self._own, name})  # it may be there, uploaded before this run was resumed
         self._remote.point_latest(name)
         self._remove(folder.name)
 
