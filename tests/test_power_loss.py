@@ -5,6 +5,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from power_loss.commands import Commands, called
 from power_loss.log import Log, Recorder
 from power_loss.runs import announcing, short
 from power_loss.states import FOLDER, MODELS, below, crash_states, digest
-from power_loss.study import KINDS, judged, recorded
+from power_loss.study import KINDS, WRONG, judged, recorded, table
 
 from merge_callback.publish import Publisher
 
@@ -233,3 +234,11 @@ def test_bytes_that_were_not_synced_may_be_anything(tmp_path):
     ]
     assert {b"abcd", b"abcdefgh", b"abcd\0\0\0\0", b"abcdef"} in found
     assert found[-1] == {b"abcdefgh"}
+
+
+def test_the_documentation_has_the_counts_of_the_study():
+    repository = Path(__file__).parents[1]
+    counts = json.loads((repository / "benchmarks/results/power_loss.json").read_text())["kinds"]
+    assert counts.keys() == KINDS.keys()
+    assert table(counts) in (repository / "docs/assumptions.md").read_text()
+    assert not any(counts[name][model][what] for name in counts for model in MODELS for what in WRONG)

@@ -121,7 +121,7 @@ class Outcome:
 
     window: dict = field(default_factory=dict)  # by step the digest of the files' bytes
     missing: list = field(default_factory=list)  # files of the manifest that are not what it says
-    merge: dict = field(default_factory=dict)  # SHA-256 by file
+    merge: str = ""  # digest of its tensors
     broken: list = field(default_factory=list)  # emissions in sight that are not what their record says
     differs: str = ""  # how the emission differs from the mean of what it says it is made of
     weights: str = ""  # of the live model at the end
@@ -153,11 +153,12 @@ def outcome(merges, published, weights, is_exact):
             found.broken.append(f"{place.name}: {why}")
     if published:
         record = json.loads((merges / published[-1] / "merge.json").read_text())
-        found.merge = record["files"]
+        merge = load_merge(merges / published[-1])
+        found.merge = _digest_of(merge)
         steps = [snapshot["step"] for snapshot in record["snapshots"]]
         if is_exact:
             try:
-                assert_mean(load_merge(merges / published[-1]), [weights[step] for step in steps])
+                assert_mean(merge, [weights[step] for step in steps])
             except AssertionError as error:
                 found.differs = str(error)
     return found
@@ -178,7 +179,7 @@ def judge_outcome(found, expected):
     verdict.torn += found.missing
     lost = expected.window.keys() - found.window.keys()
     for step in lost:
-        is_told = re.search(rf"step {step}\b", found.told)
+        is_told = re.search(rf"snapshot of step {step}\b", found.told)
         (verdict.told if is_told else verdict.silent).append(f"the snapshot of step {step} is lost")
     for step, files in found.window.items():
         if files != expected.window.get(step) and not lost:  # what is left may be kept in other files

@@ -51,7 +51,7 @@ class Commands:
         start: runs a command: a folder to watch, one for the log, ``exchange`` and the arguments.
     """
 
-    promises, at_most = Done(), 1000
+    promises, at_most = Done(), 500
 
     def __init__(self, count, *options, exchange=True, start=None):
         self.count, self.options, self.exchange = count, options, exchange

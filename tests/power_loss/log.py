@@ -26,7 +26,7 @@ from pathlib import Path
 import pytest
 
 CHANGE = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "truncate")
-SYNC = ("fsync", "fdatasync")
+SYNC = tuple(name for name in ("fsync", "fdatasync") if hasattr(os, name))
 REAL = {name: getattr(os, name) for name in (*CHANGE, *SYNC)}
 
 ROOT = 0

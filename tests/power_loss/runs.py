@@ -98,7 +98,7 @@ class Training:
         **options: of the callback.
     """
 
-    promises, at_most = Promises(), 1000  # resumes that are tried
+    promises, at_most = Promises(), 500  # resumes that are tried
 
     def __init__(self, fit, every, steps, saves, again=None, is_exact=True, **options):
         self.fit, self.every, self.steps, self.saves = fit, every, steps, saves
@@ -120,7 +120,7 @@ class Training:
         return Log(place / LOG)
 
     def prepare(self, place, log):
-        """Learns from a log what was published, checks it, and how the run goes on where nothing is lost."""
+        """Learns from a log what was published, checks it, and how the run goes on if nothing is lost."""
         disk, promises, whole, cases = Disk(log, MODELS[0]), Promises(), [], {None: {}}
         self.truth, self.expected = {}, {}
         for record in log.records:
@@ -208,7 +208,7 @@ class Ranks(Training):
         **options: of the callback.
     """
 
-    at_most = 250
+    at_most = 120
 
     def __init__(self, strategy, steps, saves, **options):
         super().__init__(None, 2, steps, saves, **options)
