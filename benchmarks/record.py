@@ -31,16 +31,21 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def write(name: str, figures: dict[str, Any]) -> Path:
-    """Writes ``benchmarks/results/<name>.json`` and returns its path."""
+def described(name: str, figures: dict[str, Any]) -> dict[str, Any]:
+    """A benchmark's figures, with what they were measured on."""
     packages = ("torch", "lightning", "merge-callback")
-    record = {
+    return {
         "benchmark": name,
         "date": date.today().isoformat(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         **figures,
     }
+
+
+def write(name: str, figures: dict[str, Any]) -> Path:
+    """Writes ``benchmarks/results/<name>.json`` and returns its path."""
+    record = described(name, figures)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")

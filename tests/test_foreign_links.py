@@ -86,7 +86,7 @@ def test_a_lock_that_is_not_ours_is_refused_by_name(tmp_path, precious, put):
     assert not holder(tmp_path) or put in (link, relative_link, other_name)
 
 
-@pytest.mark.parametrize("content", ["", "ba9876543210"])
+@pytest.mark.parametrize("content", ["", "ba9876543210", "ba98", "ba98" + 8 * "\0", 12 * "\0"])
 def test_a_lock_that_a_run_left_is_taken(tmp_path, content):
     (tmp_path / ".lock").write_text(content)
     lock_folder(tmp_path, "0123456789ab").close()

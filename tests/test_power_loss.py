@@ -1,122 +1,244 @@
-"""What is durable comes in the order in which it counts, on a disk that keeps only what it was told to."""
+"""What a power loss at any moment leaves is whole, and nothing that was told to be kept is lost silently."""
 
+import ctypes
 import json
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from codec_windows import new_window, take
-from power_loss import Disk, assert_whole, record_of
-from safetensors.torch import save_file
+from power_loss.checks import MERGES, Promises, Verdict, judge_folder
+from power_loss.commands import Commands, called
+from power_loss.log import Log, Recorder
+from power_loss.runs import announcing, short
+from power_loss.states import FOLDER, MODELS, below, crash_states, digest
+from power_loss.study import KINDS, WRONG, judged, recorded, table
 
-from merge_callback.offline import output_folder
-from merge_callback.offline.command_line import main
 from merge_callback.publish import Publisher
 
-FOLDER = ("new", "newer", "merges")
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run that was recorded: its kind, folder and log."""
+    kind, place = short(), tmp_path_factory.mktemp("recorded") / "run"
+    return kind, place, recorded(kind, place)
 
 
-def publish(publisher, step):
-    tensors = {"weight": torch.full((3, 2), float(step))}
+class Unresumed:
+    """A kind whose states are only looked at."""
 
-    def write(draft):
-        return publisher.write_safetensors(draft, tensors, iter(tensors.values()))
+    at_most = 0
 
-    return publisher.publish(f"step={step:08d}-sma", write, {"run_id": "run", "step": step})
+    def resumes_from(self, promises):
+        return ()
+
+    def resume(self, place, log, cases):
+        return ()
+
+
+def final(log, model):
+    """What a power loss may leave after the last record."""
+    *_, (_, _, trees) = crash_states(log, model)
+    return list(trees)
+
+
+# --- a run and a command ------------------------------------------------------------------------------------
+
+
+def test_a_power_loss_damages_nothing_and_loses_nothing_silently(run):
+    figures, problems = judged(*run, at_most=40)
+    assert not problems, problems[:5]
+    for model in MODELS:
+        assert figures[model]["distinct"] > 150
+        assert figures[model]["resumes"] > 5
+        assert not figures[model]["told"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_forced_merge_is_the_old_one_or_the_new_one_at_any_time(tmp_path, monkeypatch, exchange):
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+    kind = Commands(2, exchange=exchange, start=called)
+    log = recorded(kind, tmp_path / "run")
+    exchanged = [record for record in log.records if record.get("label") == "renameat2"]
+    assert len(exchanged) == exchange
+    _, problems = judged(kind, tmp_path / "run", log)
+    assert not problems, problems[:5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_a_power_loss_in_any_kind_of_run_damages_nothing_and_loses_nothing_silently(tmp_path, name):
+    kind = KINDS[name]()
+    log = recorded(kind, tmp_path / "run")
+    _, problems = judged(kind, tmp_path / "run", log, at_most=60)
+    assert not problems, problems[:5]
+
+
+# --- the parts ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep_last", [1, 2, None])
 def test_an_emission_in_sight_is_whole_and_so_is_the_latest(tmp_path, keep_last):
-    records, published = {}, []
-
-    def judge(disk, listing):
-        merges = listing(*FOLDER) or {}
-        for name in (name for name in merges if name.startswith("step=")):
-            place = tmp_path.joinpath(*FOLDER) / name
-            if place.exists():
-                records[merges[name]] = record_of(place)
-            assert_whole(disk, listing(*FOLDER, name), records[merges[name]])
-        assert not published or merges.keys() >= {published[-1], "latest"}
-
-    publisher = Publisher(tmp_path.joinpath(*FOLDER), keep_last, 1 << 30)
-    disk = Disk(tmp_path, judge)
-    with disk.watched():
+    (tmp_path / "disk").mkdir()
+    recorder = Recorder(tmp_path / "disk", tmp_path / "log")
+    publisher = Publisher(tmp_path / "disk" / MERGES, keep_last, 1 << 30)
+    with recorder.recording(), announcing(partial(recorder.mark, "published")):
         for step in (1, 2, 3, 4):
-            if keep_last == 1:
-                published.clear()  # it is the next one, or that one: see the next test
-            published.append(publish(publisher, step).name)
-    assert disk.operations > 40
-    assert len([name for name in disk.lasting(*FOLDER) if name.startswith("step=")]) == (keep_last or 4)
+            tensors = {"weight": torch.full((3, 2), float(step))}
+
+            def write(draft, tensors=tensors):
+                return publisher.write_safetensors(draft, tensors, iter(tensors.values()))
+
+            publisher.publish(f"step={step:08d}-sma", write, {"run_id": "run", "step": step})
+    log, kind = Log(tmp_path / "log"), Published()
+    for disk, record, _ in crash_states(log, "ordered"):
+        if record.get("mark") == "published":
+            kind.truth[record["value"]] = {digest(below(disk.as_it_is(), f"{MERGES}/{record['value']}"))}
+    _, problems = judged(kind, tmp_path, log)
+    assert not problems, problems[:5]
+    for tree in final(log, "strict"):
+        names = [name for name in below(tree, MERGES) if name.startswith("step=") and "/" not in name]
+        assert len(names) == (keep_last or 4)
 
 
-def test_what_latest_points_at_stays_until_it_points_elsewhere_for_good(tmp_path):
-    merges, targets, seen = tmp_path.joinpath(*FOLDER), {}, set()
+class Published(Unresumed):
+    promises = Promises()
 
-    def judge(disk, listing):
-        found = listing(*FOLDER) or {}
-        if (merges / "latest").is_symlink():
-            targets[(merges / "latest").lstat().st_ino] = (merges / "latest").readlink().name
-            seen.update(targets.values())  # an inode is used again
-        assert "latest" not in found or targets[found["latest"]] in found
+    def __init__(self):
+        self.truth = {}
 
-    publisher = Publisher(merges, 1, 1 << 30)
-    disk = Disk(tmp_path, judge)
-    with disk.watched():
-        for step in (1, 2, 3):
-            publish(publisher, step)
-    assert len(seen) == 3
+    def judge(self, tree, promises, log):
+        return judge_folder(tree, promises, self.truth, log)
 
 
 @pytest.mark.parametrize("codec", ["", "delta-fp16"])
 def test_a_window_lists_only_snapshots_that_are_there(tmp_path, codec):
-    folder, manifests, sure = tmp_path / "new/newer/window", {}, []
-
-    def judge(disk, listing):
-        found = listing("new", "newer", "window") or {}
-        if (folder / "manifest.json").exists():
-            listed = json.loads((folder / "manifest.json").read_text())["snapshots"]
-            manifests[(folder / "manifest.json").stat().st_ino] = [record["file"] for record in listed]
-        assert not sure or "manifest.json" in found
-        if "manifest.json" in found:
-            assert found["manifest.json"] in disk.synced
-            files = manifests[found["manifest.json"]]
-            assert set(files) <= found.keys()
-            assert all(found[file] in disk.synced for file in files)
-
-    kept = new_window({"weight": torch.zeros(4)}, 3, folder, codec=codec)
-    disk = Disk(tmp_path, judge)
-    with disk.watched():
+    root = tmp_path / "disk"
+    root.mkdir()
+    recorder = Recorder(root, tmp_path / "log")
+    kept = new_window({"weight": torch.zeros(4)}, 3, root / "new/window", codec=codec)
+    with recorder.recording():
         for step in range(1, 8):
             take(kept, step, {"weight": torch.full((4,), step / 8)})
-            sure.append(step)
+            recorder.mark("taken", step)
+    _, problems = judged(Listed(), tmp_path, Log(tmp_path / "log"))
+    assert not problems, problems[:5]
     assert len(kept) == 3
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_a_forced_merge_is_the_old_one_or_the_new_one_at_any_time(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
-    if not at_once:
-        monkeypatch.setattr(output_folder, "exchange", lambda *_: False)
-    paths, records, first = [], {}, []
-    for i in range(3):
-        paths.append(str(tmp_path / f"step={i}.safetensors"))
-        save_file({"weight": torch.full((3,), float(i))}, paths[-1])
+@dataclass(frozen=True)
+class Taken:
+    """Whether a snapshot was taken, and the files that have had a name of their own."""
 
-    def judge(disk, listing):
-        above = listing("new", "newer") or {}
-        if (tmp_path / "new/newer/out/merge.json").exists():
-            record = record_of(tmp_path / "new/newer/out")
-            records[(tmp_path / "new/newer/out").stat().st_ino] = record
-        # Where the two can't change names, the old one has another for a moment.
-        held = [name for name in above if name == "out" or (name.endswith(".old") and "out" not in above)]
-        assert held or not first
-        for name in held:
-            assert_whole(disk, listing("new", "newer", name), records[above[name]])
+    any: bool = False
+    files: frozenset = frozenset()
 
-    command = ["--output", str(tmp_path / "new/newer/out"), "--quiet"]
-    disk = Disk(tmp_path, judge)
-    with disk.watched():
-        assert main(["merge", *paths[:2], *command]) == 0
-        first.append(True)
-        assert main(["merge", *paths[1:], "--force", *command]) == 0
-    assert list(disk.lasting("new", "newer")) == ["out"]
-    assert len(records) == 2
+    def after(self, record, disk):
+        now = below(disk.as_it_is(), "new/window") or {}
+        own = {item for item in now.items() if not item[0].startswith(".")}
+        return Taken(self.any or record.get("mark") == "taken", self.files | own)
+
+
+class Listed(Unresumed):
+    promises = Taken()
+
+    def judge(self, tree, promises, log):
+        found, verdict = below(tree, "new/window") or {}, Verdict()
+        if "manifest.json" in found:
+            listed = json.loads(log.blob(found["manifest.json"]))["snapshots"]
+            files = [record["file"] for record in listed]
+            verdict.torn += [f for f in files if (f, found.get(f)) not in promises.files]
+        elif promises.any:
+            verdict.silent.append("there is no manifest")
+        return verdict
+
+
+# --- the simulator ------------------------------------------------------------------------------------------
+
+
+def test_a_log_tells_all_that_a_run_has_left(tmp_path):
+    log, root = short().record(tmp_path / "run"), tmp_path / "run/disk"
+    for disk, _, _ in crash_states(log, "strict"):
+        last = disk
+    found = {str(path.relative_to(root)): path for path in root.rglob("*")}
+    assert last.as_it_is().keys() == found.keys()
+    for path, what in last.as_it_is().items():
+        if found[path].is_symlink():
+            assert what == f"link {os.readlink(found[path])}"
+        elif found[path].is_dir():
+            assert what == FOLDER
+        else:
+            assert log.blob(what) == found[path].read_bytes()
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_forgotten_sync_is_noticed(run, is_folder):
+    _, _, log = run
+    folders = {record["new"] for record in log.records if record.get("kind") == FOLDER}
+
+    def forgotten(record):
+        return "path" in record and (record["sync"] in folders) == is_folder
+
+    figures, _ = judged(*run, without=forgotten, at_most=0)
+    wrong = {model: figures[model]["damaged"] + figures[model]["silent"] for model in MODELS}
+    assert wrong["strict"] > 0
+    assert wrong["unordered"] > 0
+    assert is_folder or wrong["ordered"] > 0
+
+
+def test_a_rename_past_the_recorder_is_noticed(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/one").write_text("")
+    with Recorder(tmp_path / "disk", tmp_path / "log").recording():
+        one, two = (os.fsencode(tmp_path / "disk" / name) for name in ("one", "two"))
+        assert ctypes.CDLL(None).rename(one, two) == 0
+    assert Log(tmp_path / "log").unseen
+
+
+def test_the_models_differ_in_what_a_sync_makes_last(tmp_path):
+    root = tmp_path / "disk"
+    root.mkdir()
+    (root / "kept").mkdir()
+    with Recorder(root, tmp_path / "log").recording():
+        (root / "a").mkdir()
+        (root / "a/b").mkdir()
+        (root / "kept/other").mkdir()
+        descriptor = os.open(root / "a", os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    log = Log(tmp_path / "log")
+    found = {model: {tuple(sorted(tree)) for tree in final(log, model)} for model in MODELS}
+    everything = ("a", "a/b", "kept", "kept/other")
+    assert found["ordered"] == {everything}
+    assert found["unordered"] == {everything, ("a", "a/b", "kept")}
+    assert found["strict"] == {everything, ("a", "a/b", "kept"), ("kept", "kept/other"), ("kept",)}
+
+
+def test_bytes_that_were_not_synced_may_be_anything(tmp_path):
+    root = tmp_path / "disk"
+    root.mkdir()
+    recorder = Recorder(root, tmp_path / "log")
+    with recorder.recording(), open(root / "file", "wb", buffering=0) as file:
+        file.write(b"abcd")
+        os.fsync(file.fileno())
+        file.write(b"efgh")
+        recorder.mark("written", None)
+        os.fsync(file.fileno())
+    log = Log(tmp_path / "log")
+    found = [
+        {log.blob(tree["file"]) for tree in trees if "file" in tree}
+        for *_, trees in crash_states(log, "strict")
+    ]
+    assert {b"abcd", b"abcdefgh", b"abcd\0\0\0\0", b"abcdef"} in found
+    assert found[-1] == {b"abcdefgh"}
+
+
+def test_the_documentation_has_the_counts_of_the_study():
+    repository = Path(__file__).parents[1]
+    counts = json.loads((repository / "benchmarks/results/power_loss.json").read_text())["kinds"]
+    assert counts.keys() == KINDS.keys()
+    assert table(counts) in (repository / "docs/assumptions.md").read_text()
+    assert not any(counts[name][model][what] for name in counts for model in MODELS for what in WRONG)

@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 
-_SESSION = re.compile(rb"(?:[0-9a-f]{12})?")
+# A power loss may have cut it off, or left zeros in its place.
+_SESSION = re.compile(rb"[0-9a-f]{0,12}|(?=.{12}\Z)[0-9a-f]*\0*", re.DOTALL)
 _LONGEST = 64  # bytes of the file that are read: more than it ever has
 
 
