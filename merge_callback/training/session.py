@@ -98,6 +98,7 @@ class MergeSession:
             self.sharding,
             whole,
             codec=codec,
+            frozen=model.frozen,
         )
         run_id = resume.get("run_id") or self.ranks.from_first(uuid.uuid4().hex)
         publisher = Publisher(self.dirpath, options.keep_last, options.max_shard_bytes)

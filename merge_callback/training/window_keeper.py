@@ -109,7 +109,7 @@ class WindowKeeper:
             calm: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
-        model, captured = self._capture(live)
+        model, captured = self._capture(live, snapshot.step)
         report = _Report(logged_step(self.trainer), phase, snapshot)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
 
@@ -190,13 +190,13 @@ class WindowKeeper:
         self.publisher.resume(state["published"], state["run_id"])
         self._merger.metric.first, self._merger.diversity = state["first_diversity"], state["diversity"]
 
-    def _capture(self, live: Callable[[], ModelTensors]) -> tuple[ModelTensors, Arena | Exception]:
+    def _capture(self, live: Callable[[], ModelTensors], step: int) -> tuple[ModelTensors, Arena | Exception]:
         """A copy of the live weights, or why there is none."""
         try:
             model = live()
         except Exception as error:  # the other ranks have to be told
             return ModelTensors(), error
-        return model, self._window.capture(model.tensors)
+        return model, self._window.capture(model.tensors, model.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
