@@ -71,7 +71,7 @@ class MergeSession:
         naming = Naming.of(module, options.strip_prefix)
         model = self.live()
         _check_exclude(options.exclude, model)
-        self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks)
+        self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names = model.names
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
