@@ -43,6 +43,7 @@ class FrozenPart:
     file: str = ""
     checksum: str = ""
     has_moved: bool = False  # since somebody asked last whether the file still is what was written
+    is_placed: bool = False  # lies where the window keeps its arenas
     _prints: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     difference_to: ClassVar[None] = None

@@ -286,9 +286,9 @@ class SnapshotStore:
         if self.storage == "disk" and not snapshot.file:
             self.give_back(arena)
             return False
-        if (part := arena.frozen) is not None and part is not self.frozen:
-            part.arena = self._placed(part, part.arena)
-        snapshot.arena, self.frozen = self._placed(snapshot, arena), part
+        if (part := arena.frozen) is not None and not part.is_placed:
+            part.arena, part.is_placed = self._placed(part, part.arena), True
+        snapshot.arena = self._placed(snapshot, arena)
         return True
 
     def _placed(self, snapshot: Snapshot | FrozenPart, arena: Arena) -> Arena:
@@ -391,7 +391,7 @@ class SnapshotStore:
         part = FrozenPart(snapshot.step, Arena.empty(Layout(())), names)
         if alike and self.own_file(path).is_file() and shares(path, self.sharding, arena_header(layout)):
             part.file, part.checksum = snapshot.frozen, snapshot.frozen_checksum
-            part.arena = self._verified(part, path, layout)
+            part.arena, part.is_placed = self._verified(part, path, layout), True
         else:
             part.arena = self.empty(self.device, layout)
             self._gather(path, snapshot.frozen_checksum, part.arena)

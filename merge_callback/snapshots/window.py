@@ -371,6 +371,7 @@ class Window:
         """
         if self._keep(snapshot, arena):
             self.snapshots.append(snapshot)
+            self.store.frozen = snapshot.arena.frozen
             self._drop_oldest()
 
     def _keep(self, snapshot: Snapshot, arena: Arena) -> bool:
