@@ -178,6 +178,16 @@ def test_a_run_whose_file_changed_goes_on_with_a_new_one(tmp_path, caplog, damag
         assert all(same_bits(merged[name].view(-1), exact.weights[14][name].view(-1)) for name in BASE)
 
 
+def test_a_file_that_was_removed_is_written_again_for_the_next_snapshot(tmp_path):
+    exact = Exact()
+    remove = At(step7=lambda module: frozen(tmp_path / "merges/window").unlink())
+    fit(tmp_path, module=Adapted, before=[remove], callbacks=[exact], storage="disk", **SHORT)
+    assert exact.seen == set(range(2, 15, 2))
+    assert frozen(tmp_path / "merges/window").name.startswith("frozen-step=00000002")
+    for path in (tmp_path / "merges/window").glob("step=*"):
+        assert open_checkpoint(path).tensors.keys() >= BASE
+
+
 class FrozenLine(Line):
     """Its first layer is frozen."""
 
@@ -195,7 +205,7 @@ def test_nothing_is_restored_from_a_file_that_changed(tmp_path, damage):
 
     def run():
         options = {"durable": True, "storage": "disk", "emit_every": 0, "module": FrozenLine}
-        return spiking(tmp_path, callbacks=[Damage({USED[2] + 4: spoil})], **options)
+        return spiking(tmp_path, callbacks=[Damage({USED[2] + 12: spoil})], **options)
 
     if damage is gone:
         (restore,) = run().restores

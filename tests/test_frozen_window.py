@@ -12,6 +12,7 @@ from torch import nn
 from window_runs import CODEC, largest_file, quiet, steps
 
 from merge_callback import load_merge
+from merge_callback.snapshots import frozen
 from merge_callback.snapshots.frozen import _BLOCK, fingerprint, same_bytes
 from merge_callback.snapshots.safetensors_file import read_header
 
@@ -155,6 +156,16 @@ def test_every_snapshot_is_the_model_at_its_step(tmp_path, change, kept):
     module, calls = CHANGES[change]
     exact = Exact()
     fit(tmp_path, module=module, before=[At(**calls)], callbacks=[exact], **SHORT, **kept)
+    assert exact.seen == set(range(EVERY, 15, EVERY))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_on_a_device_fingerprints_tell_what_changed(tmp_path, monkeypatch, change):
+    """As for a live model that is on a GPU."""
+    monkeypatch.setattr(frozen, "_is_near", lambda tensor: False)
+    module, calls = CHANGES[change]
+    exact = Exact()
+    fit(tmp_path, module=module, before=[At(**calls)], callbacks=[exact], storage="cpu", **SHORT)
     assert exact.seen == set(range(EVERY, 15, EVERY))
 
 

@@ -54,7 +54,7 @@ class FrozenPart:
 
     def note(self, live: Mapping[str, Tensor]) -> None:
         """Remembers the fingerprints of live tensors that are on a device, where ``arena`` will not be."""
-        self._prints = {name: fingerprint(live[name]) for name in self.names if not live[name].is_cpu}
+        self._prints = {name: fingerprint(live[name]) for name in self.names if not _is_near(live[name])}
 
     def moved(self, live: Mapping[str, Tensor]) -> frozenset[str]:
         """The names of those that are not, bit for bit, what they were; they count as frozen no more.
@@ -64,8 +64,8 @@ class FrozenPart:
         """
         kept = self.arena.own_tensors()
         names = sorted(name for name in self.names if _fits(live.get(name), kept[name]))
-        same = {name for name in names if live[name].is_cpu and same_bytes(live[name], kept[name])}
-        if away := [name for name in names if not live[name].is_cpu]:
+        same = {name for name in names if _is_near(live[name]) and same_bytes(live[name], kept[name])}
+        if away := [name for name in names if not _is_near(live[name])]:
             now = torch.stack([fingerprint(live[name]) for name in away])
             for name in away:
                 if name not in self._prints:  # the run was resumed
@@ -87,13 +87,14 @@ def same_bytes(tensor: Tensor, other: Tensor) -> bool:
 
 
 def fingerprint(tensor: Tensor) -> Tensor:
-    """Two sums over the bits of a tensor, each element's times a factor of its place: int64, on its device.
+    """Two sums over a tensor's bytes, each four of them times a factor of their place: int64, on its device.
 
-    A multilinear hash: that two tensors which differ have the same one has, for 32-bit elements, a chance of
-    2⁻⁶⁴, wherever they differ.
+    A multilinear hash: that two tensors which differ have the same one has a chance of 2⁻⁶⁴, wherever they
+    differ.
     """
-    bits = tensor.contiguous().view(-1)
-    bits = bits.view(_INTEGERS[min(tensor.itemsize, 4)])  # 64-bit elements as two
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    size = next(size for size in (4, 2, 1) if flat.numel() % size == 0)
+    bits = (flat.clone() if flat.storage_offset() % size else flat).view(_INTEGERS[size])
     total = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for place, start in enumerate(range(0, bits.numel(), _BLOCK)):
         numbers = bits[start : start + _BLOCK].long()
@@ -115,6 +116,11 @@ def _mixed(place: int) -> int:
     number = (place + 1) * 0x9E3779B97F4A7C15 % (1 << 64)
     number = (number ^ (number >> 30)) * 0xBF58476D1CE4E5B9 % (1 << 64)
     return (number ^ (number >> 27)) >> 2
+
+
+def _is_near(live: Tensor) -> bool:
+    """Whether a live tensor's bytes can be read where the window's are."""
+    return live.is_cpu
 
 
 def _fits(live: Tensor | None, kept: Tensor) -> bool:

@@ -424,6 +424,12 @@ class SnapshotStore:
         assert self.folder is not None
         return self.own_file(self.folder / snapshot.file)
 
+    def lacks_file(self, part: FrozenPart) -> bool:
+        """Whether what snapshots have in common is yet to be written; or again, as somebody removed it."""
+        if self.folder is None:
+            return False
+        return not part.file or not self.own_file(self.folder / part.file).exists()
+
     def is_cut(self, snapshot: Snapshot | FrozenPart) -> bool:
         """Whether that file was cut: reading past its end would kill the process."""
         if self.storage != "disk" or not snapshot.file:

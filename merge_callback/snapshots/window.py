@@ -320,21 +320,20 @@ class Window:
         Raises:
             ValueError: where the file of those tensors is not what was written to it.
         """
-        part = self.store.frozen
-        told = self.ranks.exchange((_digest(captured.shared), bool(part and part.has_moved)))
-        if part is not None and any(has_moved for _, has_moved in told):
-            part.has_moved = (
-                False  # or is it the file that changed, which the live tensors are compared with?
-            )
+        part, captured_with = self.store.frozen, captured.frozen
+        is_lost = captured_with is not None and captured_with.file != "" and captured_with is not part
+        told = self.ranks.exchange((_digest(captured.shared), bool(part and part.has_moved), is_lost))
+        if part is not None and any(has_moved for _, has_moved, _ in told):
+            part.has_moved = False  # or is it the file that changed, which they were compared with?
             self._warned(self._drop(self._is_altered, _ALTERED, [part]))
-        known = captured.frozen if captured.frozen is not None and captured.frozen.file else None
-        if lost := max(self.ranks.exchange(known.file if known and known is not self.store.frozen else "")):
-            raise ValueError(f"{lost}, which it has in common with others, {_ALTERED}")
-        if len({digest for digest, _ in told}) == 1:
+            is_lost = self.store.frozen is None
+        if is_lost or any(lost for *_, lost in told):
+            raise ValueError(f"what is frozen was compared with a file that {_ALTERED}")
+        if len({digest for digest, *_ in told}) == 1:
             return captured
-        return self.store.sharing_only(
-            captured, frozenset.intersection(*self.ranks.exchange(captured.shared))
-        )
+        everywhere = frozenset.intersection(*self.ranks.exchange(captured.shared))
+        self.store.moved |= captured.shared - everywhere
+        return self.store.sharing_only(captured, everywhere)
 
     def _difference(self, snapshot: Snapshot, captured: Arena) -> Arena | None:
         """A captured snapshot as the difference to the one before, which then is all that is kept of it.
@@ -512,13 +511,13 @@ class Window:
         raise problem
 
     def _write(self, snapshot: Snapshot, arena: Arena) -> None:
-        """Writes a snapshot's file, after that of what it has in common with others, where that has none.
+        """Writes a snapshot's file, after that of what it has in common with others, where there is none.
 
         Raises:
             OSError: where this rank, or another, could not write its own. Nothing is left of it.
         """
         self._newest_part = part = arena.frozen
-        if part is not None and any(self.ranks.exchange(not part.file)):
+        if part is not None and any(self.ranks.exchange(self.store.lacks_file(part))):
             self._write_file(part, part.arena)
         self._write_file(snapshot, arena)
 
