@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from distributed_runs import UnevenModule, run_jobs
-from frozen_runs import BASE, SHORT, Adapted, Exact, same_bits
+from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits
 from killed_run import At, Keeper, fit
 from resumed_runs import stopped
 from sharded_runs import merged_fit, snapshots, window_folder
@@ -217,8 +218,9 @@ def test_nothing_is_restored_from_a_file_that_changed(tmp_path, damage):
         assert run().restores == []
 
 
-@pytest.mark.parametrize("damage", [flip, cut, head, gone])
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
+@pytest.mark.parametrize(
+    ("damage", "storage"), mostly_slow(product([flip, cut, head, gone], ["disk", "cpu"]), daily=[0, 3, 6])
+)
 def test_a_window_whose_file_is_spoilt_is_left_out_when_a_run_is_resumed(tmp_path, damage, storage):
     checkpoint = stopped(tmp_path, batch=9, module=Adapted, storage=storage)
     damage(frozen(tmp_path / "merges/window"))

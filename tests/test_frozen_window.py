@@ -2,12 +2,13 @@
 
 import json
 import warnings
+from itertools import product
 
 import pytest
 import torch
-from frozen_runs import BASE, SHORT, Adapted, Exact, same_bits, whole
+from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits, whole
 from killed_run import EVERY, WINDOW, At, Tiny, fit, outcome
-from resumed_runs import KEPT, assert_same, kept_id, stopped
+from resumed_runs import KEPT, assert_same, stopped
 from torch import nn
 from window_runs import CODEC, largest_file, quiet, steps
 
@@ -66,20 +67,20 @@ def test_the_arena_that_a_snapshot_is_copied_to_holds_what_trains(tmp_path, monk
     assert sizes == [FROZEN, *[TRAINED] * (14 // EVERY)]
 
 
+METHODS = [
+    {"method": "sma"},
+    {"method": "noise", "storage": "cpu"},
+    {"method": "ema", **CODEC},
+    {"method": "ties", "snapshot_dtype": "bf16"},
+    {"method": "dare", "exclude": ["up.*", "embed.*"]},
+    {"method": "dropout"},
+    {"method": "slerp"},
+]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"method": "sma"},
-        {"method": "noise", "storage": "cpu"},
-        {"method": "dropout"},
-        {"method": "ties", "snapshot_dtype": "bf16"},
-        {"method": "slerp"},
-        {"method": "ema", **CODEC},
-        {"method": "dare", "exclude": ["up.*", "embed.*"]},
-    ],
-    ids=str,
+    ("thaw", "options"), mostly_slow(product([False, True], METHODS), daily=[0, 1, 2, 10, 11])
 )
-@pytest.mark.parametrize("thaw", [False, True], ids=["frozen", "unfrozen"])
 def test_merges_and_diversities_are_those_of_whole_snapshots_bit_for_bit(
     tmp_path, monkeypatch, options, thaw
 ):
@@ -150,8 +151,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("kept", [{"storage": "disk"}, {"storage": "cpu", "durable": False}], ids=str)
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    ("kept", "change"),
+    mostly_slow(product([{"storage": "disk"}, {"storage": "cpu", "durable": False}], CHANGES), range(10)),
+)
 def test_every_snapshot_is_the_model_at_its_step(tmp_path, change, kept):
     module, calls = CHANGES[change]
     exact = Exact()
@@ -159,7 +162,7 @@ def test_every_snapshot_is_the_model_at_its_step(tmp_path, change, kept):
     assert exact.seen == set(range(EVERY, 15, EVERY))
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", mostly_slow(product(CHANGES), daily=[0, 5, 7]))
 def test_on_a_device_fingerprints_tell_what_changed(tmp_path, monkeypatch, change):
     """As for a live model that is on a GPU."""
     monkeypatch.setattr(frozen, "_is_near", lambda tensor: False)
@@ -198,8 +201,10 @@ def test_a_small_frozen_part_is_kept_with_each_snapshot(tmp_path):
 # --- resuming ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=kept_id)
-@pytest.mark.parametrize("change", ["nothing", "unfrozen", "a target network"])
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    mostly_slow(product(["nothing", "unfrozen", "a target network"], KEPT), daily=[1, 4, 11]),
+)
 def test_a_resumed_run_is_the_unbroken_one(tmp_path, kept, change):
     module, calls = {**CHANGES, "nothing": (Adapted, {})}[change]
 
@@ -219,7 +224,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, kept, change):
     assert_same(run(tmp_path / "run", checkpoint), expected)
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=kept_id)
+@pytest.mark.parametrize("kept", mostly_slow(product(KEPT), daily=[0, 3]))
 def test_a_window_of_whole_snapshots_is_gone_on_with(tmp_path, monkeypatch, kept):
     """Those of a version that kept nothing once."""
     with monkeypatch.context() as before:
