@@ -23,7 +23,8 @@ from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.sharding import Piece
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.safetensors_file import read_header
-from merge_callback.snapshots.shard_files import gather_shards
+from merge_callback.snapshots.shard_files import a_file, gather_shards
+from merge_callback.snapshots.storage import names_in
 
 WINDOW, EVERY = 4, 2
 OFF = SpikeOptions(action="off")
@@ -250,7 +251,8 @@ def listed(folder):
 def left_over(folder):
     """Names in the window's folder that the manifest does not know, and drafts anywhere."""
     known = manifest(folder)
-    needed = {r["file"] for r in known["snapshots"]} | {f for files in known["saved"] for f in files}
+    needed = {r[key] for r in known["snapshots"] for key in ("file", "frozen") if key in r}
+    needed |= {file for files in known["saved"] for file in files}
     merges = Path(folder) / "merges"
     strange = [p.name for p in window_folder(folder).iterdir() if p.name not in {*needed, "manifest.json"}]
     drafts = [p.name for p in merges.rglob(".*") if p.name != ".lock"]
@@ -309,6 +311,10 @@ def resumed_fit(strategy, folder, **options):
     return merged_fit(strategy, folder, module=Steady(), trainer=trainer, **options)
 
 
+def _frozen_part(folder, record):
+    return window_folder(folder) / record.get("frozen", ""), record.get("frozen_checksum")
+
+
 def snapshots(folder, names):
     """The tensors of every snapshot in the manifest, whole, by step; what is a difference is added up.
 
@@ -319,9 +325,12 @@ def snapshots(folder, names):
     found = {}
     for record in manifest(folder)["snapshots"]:
         out = {name: torch.empty_like(tensor) for name, tensor in names.items()}
-        wanted = {name: Piece.all_of(tensor.shape) for name, tensor in names.items()}
         path = window_folder(folder) / record["file"]
-        gather_shards(path, record["checksum"], wanted, out)
+        own = names_in(a_file(path))
+        for where, checksum in ((path, record["checksum"]), _frozen_part(folder, record)):
+            wanted = {n: Piece.all_of(t.shape) for n, t in names.items() if (n in own) == (where == path)}
+            if wanted:
+                gather_shards(where, checksum, wanted, out)
         if record.get("difference_to") is not None:
             before, differences = found[record["difference_to"]], _in_bf16(path)
             out = {n: before[n] + tensor if n in differences else tensor for n, tensor in out.items()}

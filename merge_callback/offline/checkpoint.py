@@ -8,6 +8,7 @@ from pathlib import Path
 from merge_callback.offline.checksums import SHARDS, failed_checksums
 from merge_callback.offline.containment import contained
 from merge_callback.offline.delta_snapshot import decode_snapshot
+from merge_callback.offline.frozen_part import with_frozen_part
 from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
@@ -49,9 +50,9 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     stored = _open_stored(path, spool, state_key)
-    if stored.difference_to is None:
-        return stored
-    return decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
+    if stored.difference_to is not None:
+        stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
+    return with_frozen_part(stored, spool) if stored.frozen else stored
 
 
 def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:

@@ -77,7 +77,8 @@ def _in_manifest(snapshot: Path) -> object:
     """What the manifest of a window says of a snapshot in it; ``None`` where it does not list it."""
     records = read_json(snapshot.parent, MANIFEST).get("snapshots")
     for record in records if isinstance(records, list) else []:
-        if isinstance(record, dict) and record.get("file") == snapshot.name:
-            found = record.get("checksum")
-            return "" if found is None else found
+        for file, checksum in (("file", "checksum"), ("frozen", "frozen_checksum")):
+            if isinstance(record, dict) and record.get(file) == snapshot.name:
+                found = record.get(checksum)
+                return "" if found is None else found
     return None

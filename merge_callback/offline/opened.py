@@ -35,6 +35,8 @@ class Checkpoint:
         extras: what a Hugging Face model's loader wants beside the weights (config, tokenizer).
         format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
         difference_to: step of the snapshot that this is stored as the difference to; ``None`` if it is whole.
+        frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
+            is yet to be read, and ``frozen_checksum`` that one's SHA-256.
     """
 
     path: Path
@@ -46,6 +48,12 @@ class Checkpoint:
     extras: list[Path]
     format: str
     difference_to: int | None = None
+    frozen: str = ""
+    frozen_checksum: str = ""
+
+
+NOT_ALONE = "holds what the snapshots beside it have in common, and no whole model: give one of those"
+"""What is wrong with a file of frozen tensors that is given as a checkpoint."""
 
 
 def step_in_name(path: Path) -> int | None:
@@ -58,6 +66,11 @@ def step_in_name(path: Path) -> int | None:
         if found := _STEP.search(name) or _NUMBERED.search(name):
             return int(found[1])
     return None
+
+
+def is_frozen_part(metadata: Mapping[str, str]) -> bool:
+    """Whether a file with this metadata holds nothing but what snapshots have in common."""
+    return metadata.get("part") == "frozen" and metadata.keys() >= {"layout", "step"}
 
 
 def whole(value: object) -> int | None:

@@ -13,7 +13,14 @@ from torch import Tensor
 from merge_callback.offline.containment import contained
 from merge_callback.offline.mapped_file import map_safetensors
 from merge_callback.offline.merge_record import PROVENANCE, read_record
-from merge_callback.offline.opened import Checkpoint, read_json, step_in_name, whole
+from merge_callback.offline.opened import (
+    NOT_ALONE,
+    Checkpoint,
+    is_frozen_part,
+    read_json,
+    step_in_name,
+    whole,
+)
 from merge_callback.snapshots.files import CorruptFileError, read_small
 from merge_callback.snapshots.window_folder import MANIFEST
 
@@ -43,9 +50,12 @@ def open_file(path: Path) -> Checkpoint:
 
     Raises:
         CorruptFileError: where it breaks a rule of the format.
+        ValueError: where it is no model, but what snapshots have in common.
         OSError: where it can't be opened.
     """
     tensors, metadata = map_safetensors(path)
+    if is_frozen_part(metadata):
+        raise ValueError(f"{path}: {NOT_ALONE}")
     snapshot = metadata.keys() >= _SNAPSHOT_KEYS
     return Checkpoint(
         path=path,
@@ -57,6 +67,8 @@ def open_file(path: Path) -> Checkpoint:
         extras=[],
         format="snapshot" if snapshot else "safetensors",
         difference_to=whole(metadata.get("difference_to")) if snapshot else None,
+        frozen=metadata.get("frozen", "") if snapshot else "",
+        frozen_checksum=metadata.get("frozen_checksum", ""),
     )
 
 

@@ -18,7 +18,7 @@ from merge_callback.snapshots.window_folder import MANIFEST
 
 _RUN_FILES = {".ckpt", ".safetensors"}
 _GLOB_FILES = {*_RUN_FILES, ".pt", ".pth", ".bin"}
-_UNFINISHED = re.compile(r"\.|tmp-|.*(\.tmp|\.part|\.incomplete|~)$", re.DOTALL)
+_NO_CHECKPOINT = re.compile(r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|~)$", re.DOTALL)
 _REPEATED = re.compile(r"last(-v\d+)?(\.ckpt|\.safetensors)?", re.DOTALL)
 _VERSION = re.compile(r"-v(\d+)(?=\.|$)")  # Lightning's, of a file whose name was taken
 _WINDOW = "window"
@@ -37,9 +37,9 @@ def select(paths: Sequence[str], last: int | None = None, every: int = 1) -> lis
       those of a loss spike. The emissions beside them are merges already.
 
     What a glob or a run gives is ordered by the step in the names, else by the recorded one, else by the one
-    number in which the names differ. Left out are hidden and unfinished ones, further links to the same
-    file, a ``last.ckpt`` beside others, which repeats one of them, and ``a.ckpt`` where ``a-v1.ckpt`` is of
-    the same step: two callbacks, or two attempts, that saved the same.
+    number in which the names differ. Left out are hidden and unfinished ones, what is frozen in a window,
+    further links to the same file, a ``last.ckpt`` beside others, which repeats one of them, and ``a.ckpt``
+    where ``a-v1.ckpt`` is of the same step: two callbacks, or two attempts, that saved the same.
 
     Args:
         paths: the arguments, whose order is kept.
@@ -122,7 +122,7 @@ def _of_window(window: Path) -> list[Path]:
 
 
 def _is_checkpoint(path: Path, suffixes: Iterable[str]) -> bool:
-    if _UNFINISHED.match(path.name) or not path.exists():
+    if _NO_CHECKPOINT.match(path.name) or not path.exists():
         return False
     return is_checkpoint_folder(path) or (path.is_file() and path.suffix in suffixes)
 

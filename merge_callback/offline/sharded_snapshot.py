@@ -10,21 +10,30 @@ import torch
 
 from merge_callback.offline.containment import contained
 from merge_callback.offline.mapped_file import default_spool, map_safetensors, map_tensors
-from merge_callback.offline.opened import Checkpoint, read_json, step_in_name, whole
+from merge_callback.offline.opened import (
+    NOT_ALONE,
+    Checkpoint,
+    is_frozen_part,
+    read_json,
+    step_in_name,
+    whole,
+)
 from merge_callback.sharding.pieces import Piece
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
 from merge_callback.snapshots.shard_files import SHARDS, gather_shards, read_pieces
 
 
-def open_sharded_snapshot(folder: Path, spool: Path | None = None) -> Checkpoint:
+def open_sharded_snapshot(folder: Path, spool: Path | None = None, is_part: bool = False) -> Checkpoint:
     """The tensors of a snapshot, put together in a temporary file under ``spool``; every file is verified.
 
     Args:
         folder: with ``shards.json`` in it.
         spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
+        is_part: whether it may be what snapshots have in common, and no whole model.
 
     Raises:
         CorruptFileError: where a file is not what its rank wrote, or the parts do not make up the tensors.
+        ValueError: where it is such a part.
         OSError: where a file is missing, or the spool is full.
     """
     files = list(listed(folder))
@@ -32,6 +41,8 @@ def open_sharded_snapshot(folder: Path, spool: Path | None = None) -> Checkpoint
     held: dict[str, int] = {}
     for file in files:
         tensors, metadata = map_safetensors(file)
+        if is_frozen_part(metadata) and not is_part:
+            raise ValueError(f"{folder}: {NOT_ALONE}")
         for name, piece in _pieces(file, metadata).items():
             if name not in tensors or tensors[name].numel() != piece.numel:
                 raise CorruptFileError(f"{file}: does not hold the part of {name!r} that it should")
@@ -55,11 +66,13 @@ def open_sharded_snapshot(folder: Path, spool: Path | None = None) -> Checkpoint
         tensors=found,
         tied={},
         step=step_in_name(folder),
-        tokens=whole(metadata.get("tokens")) if files else None,
+        tokens=whole(metadata.get("tokens")),
         files=files,
         extras=[],
         format="snapshot",
-        difference_to=whole(metadata.get("difference_to")) if files else None,
+        difference_to=whole(metadata.get("difference_to")),
+        frozen=metadata.get("frozen", ""),
+        frozen_checksum=metadata.get("frozen_checksum", ""),
     )
 
 

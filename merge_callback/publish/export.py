@@ -98,13 +98,14 @@ def prepare_emission(
         **record,
     )
     name = emission_name(merge.method.name, merge.step, merge.snapshots[-1].tokens)
-    dtypes = {s.name: group.dtype for group in merge.arena.layout.groups for s in group.segments}
+    own = merge.arena.tensors()
+    dtypes = {name: tensor.dtype for name, tensor in own.items()}
     whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
     published = {naming.published(n): tensor for n, tensor in whole.items()}
     aliases = {naming.published(alias): naming.published(kept) for alias, kept in tied.items()}
 
     def publish_safetensors() -> Path | None:
-        values = sharding.gather(merge.arena.tensors(), publisher.written(whole), ranks)
+        values = sharding.gather(own, publisher.written(whole), ranks)
         try:
             if not ranks.is_first:
                 return None
@@ -117,7 +118,7 @@ def prepare_emission(
     def publish_distributed() -> Path | None:
         from merge_callback.publish.distributed import write_distributed  # costs most of a second
 
-        parts = {naming.published(n): tensor for n, tensor in merge.arena.tensors().items()}
+        parts = {naming.published(n): tensor for n, tensor in own.items()}
         pieces = {naming.published(n): sharding.kept[n] for n in dtypes}
         folder: Path | None = None
 

@@ -51,8 +51,8 @@ def emission_name(method: str, step: int, tokens: int | None) -> str:
 
 
 def _weighted(snapshot: Snapshot, weight: float | None) -> dict[str, Any]:
-    record = snapshot.record()
-    del record["file"]
+    places = {"file", "frozen", "frozen_checksum"}
+    record = {key: value for key, value in snapshot.record().items() if key not in places}
     return {**record, "weight": weight}
 
 

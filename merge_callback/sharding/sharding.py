@@ -33,7 +33,8 @@ class Sharding:
 
     A tensor that is sharded stays where it is: a rank keeps its own shard. What several ranks hold alike (all
     of a model under DDP, the replicas of a hybrid sharding, what tensor parallelism does not split) is kept
-    by rows, each row by one of them, so that all keep about as many bytes. Buffers under DDP differ between
+    by rows, each row by one of them, so that all keep about as many bytes, of what is frozen and of what
+    trains. Buffers under DDP differ between
     the ranks until the next forward pass, which spreads the first rank's: that one keeps them.
 
     Args:
@@ -41,6 +42,7 @@ class Sharding:
         pieces: which part of the whole each of them is.
         buffers: names of those that are buffers.
         ranks: of the run; with several of them, all have to construct theirs.
+        frozen: names of the parameters that take no gradient.
 
     Raises:
         ValueError: where the ranks' models have different tensors, or hold a part alike that is not equal.
@@ -52,6 +54,7 @@ class Sharding:
         pieces: Mapping[str, Piece],
         buffers: Collection[str] = (),
         ranks: Ranks | None = None,
+        frozen: Collection[str] = (),
     ) -> None:
         self.ranks = ranks or Ranks()
         self.wholes = {name: piece.whole for name, piece in pieces.items()}
@@ -60,7 +63,7 @@ class Sharding:
         self._replicas: dict[str, _Replicas] = {}
         self._groups: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
         if self.ranks.size > 1:
-            self._share_out(tensors, pieces, buffers)
+            self._share_out(tensors, pieces, buffers, self.ranks.from_first(set(frozen)))
 
     def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The part of each live tensor that this rank keeps (views; of some it may keep nothing)."""
@@ -116,7 +119,11 @@ class Sharding:
         self._groups = {}
 
     def _share_out(
-        self, tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece], buffers: Collection[str]
+        self,
+        tensors: Mapping[str, Tensor],
+        pieces: Mapping[str, Piece],
+        buffers: Collection[str],
+        frozen: Collection[str],
     ) -> None:
         prints = {name: _fingerprint(t) for name, t in tensors.items() if name not in buffers}
         held = self.ranks.exchange((dict(pieces), prints))
@@ -130,9 +137,14 @@ class Sharding:
         for alike, names in sorted(shared.items()):
             every = len(alike) == self.ranks.size
             self._groups[alike] = None if every else dist.new_group(list(alike))
-            parts = [name for name in names if name not in buffers]
-            sizes = [(kept[alike[0]][n].rows, kept[alike[0]][n].numel * tensors[n].itemsize) for n in parts]
-            bounds = dict(zip(parts, split_rows(sizes, len(alike)), strict=True))
+            bounds: dict[str, list[int]] = {}
+            for apart in (False, True):  # else one rank might keep all that trains, and write all of it
+                parts = [name for name in names if name not in buffers and (name in frozen) is apart]
+                held_alike = [kept[alike[0]][name] for name in parts]
+                sizes = [
+                    (p.rows, p.numel * tensors[n].itemsize) for n, p in zip(parts, held_alike, strict=True)
+                ]
+                bounds |= zip(parts, split_rows(sizes, len(alike)), strict=True)
             for name in names:
                 rows = kept[alike[0]][name].rows
                 replicas = _Replicas(alike, tuple(bounds.get(name) or [0, *[rows] * len(alike)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,9 +11,15 @@ from torch import Tensor
 from merge_callback.sharding.live import overwrite
 from merge_callback.snapshots.layout import Group, Layout
 
+if TYPE_CHECKING:
+    from merge_callback.snapshots.frozen import FrozenPart
+
 
 class Arena:
     """The tensors of a ``Layout`` in one flat ``uint8`` buffer.
+
+    A snapshot's may lack those that it has in common with others: ``shared`` names what of ``frozen`` belongs
+    to it, too.
 
     Args:
         layout: what lies where.
@@ -25,6 +32,8 @@ class Arena:
             raise ValueError(f"expected {layout.nbytes} bytes for the arena, got {tuple(buffer.shape)}")
         self.layout = layout
         self.buffer = buffer
+        self.frozen: FrozenPart | None = None
+        self.shared: frozenset[str] = frozenset()
 
     @classmethod
     def empty(cls, layout: Layout, device: torch.device | str = "cpu") -> Arena:
@@ -33,16 +42,32 @@ class Arena:
         with torch.inference_mode(False):
             return cls(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
 
+    def sharing(self, frozen: FrozenPart | None, names: frozenset[str]) -> Arena:
+        """Itself, with ``names`` out of a part that others have in common with it."""
+        self.frozen, self.shared = frozen if names else None, names
+        return self
+
     def flat(self, group: Group) -> Tensor:
         """The group's elements, 1-D, in the stored dtype (a view)."""
         return self.buffer[group.offset : group.offset + group.nbytes].view(group.stored)
 
-    def counterpart(self, group: Group) -> Group:
-        """The group that holds the tensors of another layout's ``group`` here."""
-        return self.layout.by_key[group.key]
+    def find(self, group: Group) -> tuple[Tensor, Group]:
+        """What is stored here of another layout's group, or of a single tensor: its elements, and how."""
+        holder, stored = self, self.layout.by_key.get(group.key)
+        if len(group.segments) == 1:
+            name = group.segments[0].name
+            if name in self.shared and self.frozen is not None:
+                holder = self.frozen.arena
+            stored = holder.layout.alone(name)
+        assert stored is not None
+        return holder.flat(stored), stored
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, in its own shape (views)."""
+        return {**self.own_tensors(), **self.shared_tensors()}
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Those that lie in the buffer."""
         views = {}
         for group in self.layout.groups:
             flat = self.flat(group)
@@ -50,15 +75,21 @@ class Arena:
                 views[segment.name] = flat[segment.start : segment.stop].view(segment.shape)
         return views
 
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """Those that it has in common with others."""
+        if self.frozen is None:
+            return {}
+        return {n: t for n, t in self.frozen.arena.own_tensors().items() if n in self.shared}
+
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
-        """Overwrites the arena with ``tensors``, casting to the stored dtypes.
+        """Overwrites the buffer with ``tensors``, casting to the stored dtypes.
 
         Raises:
             ValueError: where a tensor of the layout is missing or has another shape; it is named.
         """
         self.check(tensors)
-        for name, view in self.tensors().items():
+        for name, view in self.own_tensors().items():
             view.copy_(tensors[name])
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:

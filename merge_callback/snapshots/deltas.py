@@ -52,17 +52,17 @@ def terms(
 
     Args:
         arenas: of a window's snapshots from its oldest on, whole or differences.
-        group: of any of their layouts.
+        group: of any of their layouts, all of which hold the same tensors in it; or a single tensor.
         factors: one a snapshot.
     """
+    found = [arena.find(group) for arena in arenas]
     sums, total = [], 0.0
-    for arena, factor in zip(reversed(arenas), reversed(factors), strict=True):
-        stored = arena.counterpart(group)
+    for (_, stored), factor in zip(reversed(found), reversed(factors), strict=True):
         total += factor  # a difference is part of every snapshot from its own up to the next whole one
         sums.append(total * stored.unit)
         if not stored.is_delta:
             total = 0.0
-    return [arena.flat(arena.counterpart(group)) for arena in arenas], sums[::-1]
+    return [flat for flat, _ in found], sums[::-1]
 
 
 def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
@@ -74,7 +74,7 @@ def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
         out: of one of the ``arena.layout.delta``.
     """
     for group in out.layout.groups:
-        here = arena.flat(arena.counterpart(group))
+        here, _ = arena.find(group)
         if group.is_delta:
             scale = 1 / group.unit  # a power of two: it rounds nothing
             stored, factors = terms(before, group, _last(before))
@@ -92,18 +92,19 @@ def decode(arenas: Sequence[Arena], out: Arena) -> None:
         out: of the whole layout.
     """
     for group in out.layout.groups:
-        last = arenas[-1].counterpart(group)
+        flat, last = arenas[-1].find(group)
         if last.is_delta:
             one_pass(*terms(arenas, group, _last(arenas)), out.flat(group))
         else:
-            out.flat(group).copy_(arenas[-1].flat(last))
+            out.flat(group).copy_(flat)
 
 
 def flat_tensors(arenas: Sequence[Arena]) -> dict[str, Tensor]:
     """Every tensor of the last of a window's snapshots, flat; those kept as differences as ``Decoded``."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {name: tensor.view(-1) for name, tensor in arenas[-1].shared_tensors().items()}
     for group in arenas[-1].layout.groups:
-        stored, factors = terms(arenas, group, _last(arenas))
+        chain = arenas if group.is_delta else arenas[-1:]  # those before may hold other tensors themselves
+        stored, factors = terms(chain, group, _last(chain))
         needed = [(flat, factor) for flat, factor in zip(stored, factors, strict=True) if factor]
         for s in group.segments:
             parts = [flat[s.start : s.stop] for flat, _ in needed]

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -145,6 +146,27 @@ class Layout:
             return stored if group.dtype.itemsize > stored.itemsize else None
 
         return self._packed(self.groups, narrower, is_delta=True)
+
+    def only(self, names: Collection[str]) -> Layout:
+        """The same without all other tensors."""
+        offset, packed = 0, []
+        for group in self.groups:
+            if kept := [segment for segment in group.segments if segment.name in names]:
+                starts = accumulate((segment.numel for segment in kept), initial=0)
+                segments = tuple(replace(s, start=start) for s, start in zip(kept, starts, strict=False))
+                packed.append(replace(group, offset=offset, segments=segments))
+                offset += packed[-1].nbytes
+        return Layout(tuple(packed))
+
+    def alone(self, name: str) -> Group:
+        """One tensor as a group of its own."""
+        group, segment = self._places[name]
+        offset = group.offset + segment.start * group.stored.itemsize
+        return replace(group, offset=offset, segments=(replace(segment, start=0),))
+
+    @cached_property
+    def _places(self) -> dict[str, tuple[Group, Segment]]:
+        return {segment.name: (group, segment) for group in self.groups for segment in group.segments}
 
     @cached_property
     def by_key(self) -> dict[tuple[torch.dtype, bool], Group]:

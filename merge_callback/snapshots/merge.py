@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -94,7 +94,7 @@ class WindowMerger:
                 squares = self._distance(pair)
             if squares is not None and pair is not None:
                 ignored = self._copied(model, *pair) | model.buffers
-                squares = {name: square for name, square in squares.items() if name not in ignored}
+                squares = {n: squares[n] for n in self._numel() if n in squares and n not in ignored}
         except Exception as error:
             problem = error
         try:
@@ -178,8 +178,7 @@ class WindowMerger:
         copied = self._copied(model, snapshots[0], snapshots[-1])  # first: all ranks have a say in it
         method = self.methods[snapshots[-1].phase]
         self._settle()
-        if self._out is None:
-            self._out = Arena.empty(self.window.store.layout.native, snapshots[-1].arena.buffer.device)
+        self._out = self._room(snapshots[-1].arena, copied)
         trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
         weights = None
         if isinstance(method, LinearMethod):
@@ -200,10 +199,21 @@ class WindowMerger:
         self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
 
+    def _room(self, newest: Arena, copied: Collection[str]) -> Arena:
+        """Room for the merge. What the newest snapshot gives, out of what it has in common, stays there."""
+        shared = newest.shared.intersection(copied)
+        if self._out is None or self._out.shared != shared:
+            whole = self.window.store.layout
+            layout = whole.only(whole.names - shared) if shared else whole
+            self._out = Arena.empty(layout.native, newest.buffer.device)
+        return Arena(self._out.layout, self._out.buffer).sharing(newest.frozen, shared)
+
     def _check_finite(self, merged: Arena, snapshots: Sequence[Snapshot]) -> None:
         # A map shows what its file holds by now, and anybody may write to that.
         try:
             self.window.store.check_finite(merged)
+            if merged.frozen is not None:
+                self.window.store.check_finite(merged.frozen.arena)
         except NonFiniteSnapshotError as error:
             steps = ", ".join(str(snapshot.step) for snapshot in snapshots)
             raise NonFiniteMergeError(f"in the merge of the snapshots of steps {steps} {error}") from None
@@ -229,7 +239,8 @@ class WindowMerger:
         """
         before, after = (flat_tensors(self._arenas(snapshot)) for snapshot in (oldest, newest))
         still = sorted((model.frozen | model.buffers) & before.keys())
-        changed = torch.tensor([not torch.equal(before[name], after[name]) for name in still])
+        alike = _in_common([oldest.arena, newest.arena])
+        changed = torch.tensor([n not in alike and not torch.equal(before[n], after[n]) for n in still])
         if still:  # a part may be constant where the whole is not
             self.ranks.total(changed := changed.int())
         constant = {name for name, some in zip(still, changed.tolist(), strict=True) if not some}
@@ -288,8 +299,10 @@ def merge_arenas(
     Returns:
         Σ (Σ contrast[i] · snapshot i)² of each floating-point tensor; empty without ``contrast``.
     """
-    squares: dict[str, float] = {}
-    for group in arenas[0].layout.groups:
+    apart = _in_common(arenas) - (out.layout.names if out is not None else frozenset())
+    floating = [name for name in apart if _holder(arenas[0], name).layout.alone(name).dtype.is_floating_point]
+    squares = dict.fromkeys(floating, 0.0) if contrast else {}
+    for group in _groups(arenas, apart, out):
         if group.dtype.is_floating_point:
             squares |= _reduce_group(group, arenas, weights, out, contrast)
     if out is not None:
@@ -348,8 +361,44 @@ def merge_into(
         copied: names of tensors that are taken from the newest snapshot, as integer ones always are.
     """
     newest = flat_tensors(arenas)
-    for group in arenas[0].layout.groups:
+    apart = _in_common(arenas).intersection(copied)
+    for name, kept in arenas[-1].shared_tensors().items():
+        if name in apart:
+            overwrite(tensors[name], kept)
+    for group in _groups(arenas, apart):
         _merge_group_into(group, *terms(arenas, group, weights), tensors, copied, newest)
+
+
+def _in_common(arenas: Sequence[Arena]) -> frozenset[str]:
+    """The tensors that snapshots have in common, in one place."""
+    if any(arena.frozen is not arenas[0].frozen for arena in arenas):
+        return frozenset()
+    return frozenset.intersection(*(arena.shared for arena in arenas))
+
+
+def _groups(arenas: Sequence[Arena], apart: Collection[str], out: Arena | None = None) -> Iterator[Group]:
+    """What is read in one go: a group of all that one dtype has.
+
+    Where some snapshots have other tensors in common than the rest, in which others have changed since, it is
+    tensor by tensor.
+
+    Args:
+        arenas: of the snapshots.
+        apart: names of what is not to be read.
+        out: where the merge is written to.
+    """
+    layouts = [arena.layout for arena in (*arenas, *([] if out is None else [out]))]
+    names = arenas[0].layout.names | arenas[0].shared
+    alike = all(layout.names == layouts[0].names for layout in layouts)
+    if alike and names == layouts[0].names.union(apart):
+        yield from layouts[0].groups
+        return
+    for name in names.difference(apart):
+        yield _holder(arenas[0], name).layout.alone(name)
+
+
+def _holder(arena: Arena, name: str) -> Arena:
+    return arena.frozen.arena if arena.frozen is not None and name in arena.shared else arena
 
 
 def _merge_group_into(
@@ -391,10 +440,12 @@ def _reduce_group(
     contrast: Sequence[float] | None,
 ) -> dict[str, float]:
     sources, _ = terms(arenas, group, [0.0] * len(arenas))
+    if out is not None and group.segments[0].name not in out.layout.names:
+        out = None  # it takes what the newest snapshot has in common with others
     squares = one_pass(
         sources,
         terms(arenas, group, weights)[1] if weights and out is not None else None,
-        None if out is None else out.flat(out.counterpart(group)),
+        None if out is None else out.find(group)[0],
         terms(arenas, group, contrast)[1] if contrast else None,
         [segment.stop for segment in group.segments],
     )

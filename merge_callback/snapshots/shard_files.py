@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,18 @@ def shards_name(step: int, session: str, is_delta: bool = False) -> str:
 
 def step_of(name: str, session: str) -> int | None:
     """The step of a folder's snapshot, where it is this session's."""
-    found = re.fullmatch(rf"step=(\d+)-{session}(-delta)?", name)
+    found = re.fullmatch(rf"(?:frozen-)?step=(\d+)-{session}(-delta)?", name)
     return int(found[1]) if found else None
 
 
 def shard_file(rank: int, size: int) -> str:
     """The name of a rank's file."""
     return f"rank-{rank:05d}-of-{size:05d}.safetensors"
+
+
+def a_file(path: Path) -> Path:
+    """A file of the snapshot at ``path``, which has the same tensors as those of all ranks."""
+    return next(iter(sorted(path.glob("rank-*.safetensors"))), path) if path.is_dir() else path
 
 
 def write_shard(
@@ -61,7 +66,7 @@ def write_shard(
     make_folder(folder)
     path = folder / shard_file(sharding.ranks.rank, sharding.ranks.size)
     path.unlink(missing_ok=True)
-    checksum = write_file(path, header, data, {**metadata, "pieces": _to_json(sharding.kept)})
+    checksum = write_file(path, header, data, {**metadata, "pieces": _to_json(sharding, header)})
     sync(folder)
     return checksum
 
@@ -103,7 +108,7 @@ def shares(path: Path, sharding: Sharding, header: Mapping[str, Any]) -> bool:
         return False
     found, _ = read_header(own)
     metadata = found.pop("__metadata__", {})
-    return metadata.get("pieces") == _to_json(sharding.kept) and not difference(found, header)
+    return metadata.get("pieces") == _to_json(sharding, header) and not difference(found, header)
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,8 @@ def _part(elements: Tensor, start: int, box: Box) -> Tensor:
     return elements.reshape(-1)[start : start + box.numel].view(box.shape)
 
 
-def _to_json(pieces: Mapping[str, Piece]) -> str:
+def _to_json(sharding: Sharding, names: Collection[str]) -> str:
+    pieces = {name: piece for name, piece in sharding.kept.items() if name in names}
     return json.dumps(
         {n: [p.whole, p.start, [[b.offset, b.shape] for b in p.boxes]] for n, p in pieces.items()}
     )

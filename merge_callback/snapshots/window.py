@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.frozen import FrozenPart
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
     arena_header,
@@ -44,16 +46,26 @@ class Window:
         self.size, self.store = size, store
         self.ranks = store.ranks
         self._latest = -1  # the last step a snapshot was begun at
+        self._parts: dict[str, FrozenPart | Exception] = {}  # of the window that is restored, by their files
+        self._newest_part: FrozenPart | None = None  # whose file the snapshot that is written needs
         self.snapshots: list[Snapshot] = []
         self.folder = WindowFolder(store.folder, run_id, store.session, keeps=self.ranks.is_first)
 
     def __len__(self) -> int:
         return len(self.snapshots)
 
-    def capture(self, tensors: Mapping[str, Tensor]) -> Arena | Exception:
-        """A copy of what this rank keeps of ``tensors``, or why there is none. Talks to no other rank."""
+    def capture(
+        self, tensors: Mapping[str, Tensor], frozen: Collection[str] = (), step: int = 0
+    ) -> Arena | Exception:
+        """A copy of what this rank keeps of ``tensors``, or why there is none. Talks to no other rank.
+
+        Args:
+            tensors: the live ones.
+            frozen: names of those that take no gradient now.
+            step: of the snapshot.
+        """
         try:
-            return self.store.capture(tensors)
+            return self.store.capture(tensors, frozen, step)
         except (ValueError, RuntimeError, MemoryError) as error:
             return error
 
@@ -150,7 +162,7 @@ class Window:
 
     def state_dict(self) -> dict[str, Any]:
         """The window as primitives: its snapshots' records. From now on a checkpoint needs their files."""
-        saved = self.folder.note_saved([s.file for s in self.snapshots])
+        saved = self.folder.note_saved([file for s in self.snapshots for file in (s.file, s.frozen) if file])
         with suppress(OSError):  # only a later resume from an older checkpoint would miss it
             self._write_manifest()
         return {
@@ -160,6 +172,7 @@ class Window:
             "still": sorted(self.store.whole.still),
             "snapshots": [s.record() for s in self.snapshots],
             "saved": [list(files) for files in saved],
+            "moved": sorted(self.store.moved),
         }
 
     def layout_difference(self, state: Mapping[str, Any]) -> str:
@@ -172,11 +185,15 @@ class Window:
         if state["layout"] == layout.hash:
             return ""
         for record in state["snapshots"]:
-            with suppress(OSError, CorruptFileError):
-                for path in self.folder.find(record["file"], state["folder"]):
-                    header, _ = read_header(path)
-                    header.pop("__metadata__", None)
-                    return difference(header, arena_header(layout)) or "the order of the tensors"
+            with suppress(OSError, CorruptFileError, StopIteration):
+                found: dict[str, Any] = {}
+                for file in (record["file"], *filter(None, [record.get("frozen")])):
+                    found = read_header(next(self.folder.find(file, state["folder"])))[0] | found
+                expected = arena_header(layout)
+                found.pop("__metadata__", None)
+                for entry in (*found.values(), *expected.values()):  # what is kept once lies elsewhere
+                    entry.pop("data_offsets", None)
+                return difference(found, expected) or "the order of the tensors"
         return "their layouts have different hashes"
 
     def restore(self, state: Mapping[str, Any], last_step: int) -> list[str]:
@@ -188,11 +205,16 @@ class Window:
             One line for each snapshot left out: which and why.
         """
         self.snapshots, problems = [], []
+        self.store.moved = set(state.get("moved", ()))
+        self._parts = {}
         for record in state["snapshots"]:
             if record["step"] > last_step:
                 continue
             if problem := self._restore_one(Snapshot(**record), state["folder"]):
                 problems.append(f"snapshot of step {record['step']}: {problem}")
+        if self.snapshots and (part := self.snapshots[-1].arena.frozen):
+            part.names = self.snapshots[-1].arena.shared
+            self.store.frozen = part
         self._drop_oldest()
         self.folder.resume(state["saved"])
         self._commit()
@@ -207,7 +229,7 @@ class Window:
         Returns:
             One line for each.
         """
-        return self._drop(self._is_altered, _ALTERED, self.snapshots)
+        return self._drop(self._is_altered, _ALTERED, self._stored())
 
     def drop_cut(self) -> list[str]:
         """Drops snapshots whose mapped file was cut: reading past its end would kill the process.
@@ -215,7 +237,7 @@ class Window:
         Returns:
             One line for each.
         """
-        return self._drop(self._is_cut, "was cut", self.snapshots)
+        return self._drop(self.store.is_cut, "was cut", self._stored())
 
     def _warned(self, lost: list[str]) -> bool:
         for line in lost:
@@ -223,29 +245,36 @@ class Window:
         return bool(lost)
 
     def _drop(
-        self, is_damaged: Callable[[Snapshot], bool], what: str, among: Sequence[Snapshot]
+        self,
+        is_damaged: Callable[[Snapshot | FrozenPart], bool],
+        what: str,
+        among: Sequence[Snapshot | FrozenPart],
     ) -> list[str]:
         if self.store.storage != "disk" or self.store.folder is None:
             return []
-        damaged = {snapshot.step for snapshot in among if is_damaged(snapshot)}
+        damaged = {stored.file for stored in among if is_damaged(stored)}
         damaged = set().union(*self.ranks.exchange(damaged))
+        if self.store.frozen and self.store.frozen.file in damaged:
+            self.store.frozen = None  # the next snapshot has all that is frozen with it
+        lost: dict[int, str] = {}
         for snapshot in self.snapshots:  # oldest first: a loss takes all that builds on it along
-            if snapshot.difference_to in damaged:
-                damaged.add(snapshot.step)
-        lost = [snapshot for snapshot in self.snapshots if snapshot.step in damaged]
-        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in damaged]
-        return [f"snapshot of step {s.step}: {s.file}, or what it builds on, {what}" for s in lost]
+            part = snapshot.arena.frozen
+            if part is not None and part.file in damaged:
+                lost[snapshot.step] = f"{part.file}, which it has in common with others,"
+            elif snapshot.file in damaged or snapshot.difference_to in lost:
+                lost[snapshot.step] = f"{snapshot.file}, or what it builds on,"
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in lost]
+        return [f"snapshot of step {step}: {file} {what}" for step, file in lost.items()]
 
-    def _is_cut(self, snapshot: Snapshot) -> bool:
-        with suppress(OSError):  # a removed file stays readable through its map
-            size = self.store.mapped_file(snapshot).stat().st_size
-            return size < snapshot.arena.buffer.untyped_storage().nbytes()  # header and all
-        return False
+    def _stored(self) -> list[Snapshot | FrozenPart]:
+        """The snapshots, and what they have in common."""
+        parts = [*(snapshot.arena.frozen for snapshot in self.snapshots), self.store.frozen]
+        return [*self.snapshots, *dict.fromkeys(part for part in parts if part is not None)]
 
-    def _is_altered(self, snapshot: Snapshot) -> bool:
+    def _is_altered(self, snapshot: Snapshot | FrozenPart) -> bool:
         try:
             return not self.store.is_as_written(snapshot)
-        except FileNotFoundError:  # likewise
+        except FileNotFoundError:  # a removed file stays readable through its map
             return False
         except (CorruptFileError, OSError):
             return True
@@ -268,11 +297,14 @@ class Window:
         if isinstance(captured, Arena):
             try:
                 self.store.check_finite(captured)
+                if captured.frozen is not None and captured.frozen is not self.store.frozen:
+                    self.store.check_finite(captured.frozen.arena)
             except (ValueError, RuntimeError) as error:
                 problem = error
         try:
             self.ranks.agree(problem)
             assert isinstance(captured, Arena)
+            captured = self._agreed_in_common(captured)
             if self.store.can_build_on(self.snapshots):
                 captured = self.store.at_home(captured)
                 return self._difference(snapshot, captured) or captured
@@ -281,6 +313,27 @@ class Window:
                 self.store.give_back(captured)
             raise
         return captured
+
+    def _agreed_in_common(self, captured: Arena) -> Arena:
+        """A captured snapshot that has the same tensors in common with others as that of every rank.
+
+        Raises:
+            ValueError: where the file of those tensors is not what was written to it.
+        """
+        part, captured_with = self.store.frozen, captured.frozen
+        is_lost = captured_with is not None and captured_with.file != "" and captured_with is not part
+        told = self.ranks.exchange((_digest(captured.shared), bool(part and part.has_moved), is_lost))
+        if part is not None and any(has_moved for _, has_moved, _ in told):
+            part.has_moved = False  # or is it the file that changed, which they were compared with?
+            self._warned(self._drop(self._is_altered, _ALTERED, [part]))
+            is_lost = self.store.frozen is None
+        if is_lost or any(lost for *_, lost in told):
+            raise ValueError(f"what is frozen was compared with a file that {_ALTERED}")
+        if len({digest for digest, *_ in told}) == 1:
+            return captured
+        everywhere = frozenset.intersection(*self.ranks.exchange(captured.shared))
+        self.store.moved |= captured.shared - everywhere
+        return self.store.sharing_only(captured, everywhere)
 
     def _difference(self, snapshot: Snapshot, captured: Arena) -> Arena | None:
         """A captured snapshot as the difference to the one before, which then is all that is kept of it.
@@ -317,6 +370,7 @@ class Window:
         """
         if self._keep(snapshot, arena):
             self.snapshots.append(snapshot)
+            self.store.frozen = snapshot.arena.frozen
             self._drop_oldest()
 
     def _keep(self, snapshot: Snapshot, arena: Arena) -> bool:
@@ -402,6 +456,29 @@ class Window:
             self._admit(snapshot, arena)
         return problem
 
+    def _frozen_part(self, snapshot: Snapshot, recorded_folder: str) -> FrozenPart | None:
+        """What a snapshot has in common with others, from the first sound file; read once for all of them."""
+        if not snapshot.frozen:
+            return None
+        if snapshot.frozen not in self._parts:
+            self._parts[snapshot.frozen] = self._load_frozen(snapshot, recorded_folder)
+        if isinstance(part := self._parts[snapshot.frozen], Exception):
+            raise part
+        return part
+
+    def _load_frozen(self, snapshot: Snapshot, recorded_folder: str) -> FrozenPart | Exception:
+        problem: Exception = FileNotFoundError(f"{Path(recorded_folder) / snapshot.frozen} is gone")
+        own, alone = self.folder.path, self.ranks.size == 1
+        for path in self.folder.find(snapshot.frozen, recorded_folder):
+            try:
+                strange = own is not None and path.parent != own
+                if strange and alone:
+                    path = self.folder.take_over(path)
+                return self.store.load_frozen(snapshot, path, alone or not strange)
+            except (CorruptFileError, OSError) as error:
+                problem = error
+        return problem
+
     def _check_known(self, snapshot: Snapshot) -> None:
         before = self.snapshots[-1].step if self.snapshots else None
         if snapshot.difference_to not in (None, before):
@@ -418,22 +495,34 @@ class Window:
         problem: Exception = FileNotFoundError(f"{Path(recorded_folder) / snapshot.file} is gone")
         if not snapshot.file:
             problem = FileNotFoundError("it lived in memory only and ended with its process")
-        own = self.folder.path
+        own, part = self.folder.path, self._frozen_part(snapshot, recorded_folder)
         for path in self.folder.find(snapshot.file, recorded_folder):
             try:
                 strange = own is not None and path.parent != own
-                if (strange and self.ranks.size > 1) or not self.store.is_shared_out_alike(snapshot, path):
-                    return self.store.reshard(snapshot, path)
+                alike = not (strange and self.ranks.size > 1) and (part is None or part.file)
+                if not alike or not self.store.is_shared_out_alike(snapshot, path):
+                    return self.store.reshard(snapshot, path, part)
                 if strange:
                     path = self.folder.take_over(path)
-                self.store.load(snapshot, path)
+                self.store.load(snapshot, path, part)
                 return None
             except (CorruptFileError, OSError) as error:
                 problem = error
         raise problem
 
     def _write(self, snapshot: Snapshot, arena: Arena) -> None:
-        """Writes a snapshot's file; on a full disk at the cost of files that only checkpoints need.
+        """Writes a snapshot's file, after that of what it has in common with others, where there is none.
+
+        Raises:
+            OSError: where this rank, or another, could not write its own. Nothing is left of it.
+        """
+        self._newest_part = part = arena.frozen
+        if part is not None and any(self.ranks.exchange(self.store.lacks_file(part))):
+            self._write_file(part, part.arena)
+        self._write_file(snapshot, arena)
+
+    def _write_file(self, snapshot: Snapshot | FrozenPart, arena: Arena) -> None:
+        """Writes one file; on a full disk at the cost of files that only checkpoints need.
 
         Raises:
             OSError: where this rank, or another, could not write its own. Nothing is left of it.
@@ -447,7 +536,7 @@ class Window:
             self._prune()
             self.ranks.exchange(None)  # the first rank has made room
 
-    def _write_once(self, snapshot: Snapshot, arena: Arena) -> str:
+    def _write_once(self, snapshot: Snapshot | FrozenPart, arena: Arena) -> str:
         """Has every rank write its file; returns what went wrong on one of them, the same on all."""
         checksum = problem = ""
         try:
@@ -476,4 +565,10 @@ class Window:
         self.folder.write_manifest(self.store.whole.hash, [s.record() for s in self.snapshots])
 
     def _prune(self) -> None:
-        self.folder.prune([s.file for s in self.snapshots], self._latest)
+        parts = (self.store.frozen, self._newest_part)
+        held = {part.file for part in parts if part} | {f for s in self.snapshots for f in (s.file, s.frozen)}
+        self.folder.prune(held, self._latest)
+
+
+def _digest(names: frozenset[str]) -> str:
+    return hashlib.sha256("\0".join(sorted(names)).encode()).hexdigest() if names else ""

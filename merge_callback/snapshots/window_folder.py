@@ -26,8 +26,10 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
-_SNAPSHOT = re.compile(r"step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
-_DRAFT = re.compile(r"\.(step=.*|manifest\.json)\.\d{1,10}\.tmp", re.DOTALL)  # the number is a process's
+_SNAPSHOT = re.compile(r"(frozen-)?step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
+_DRAFT = re.compile(
+    r"\.((?:frozen-)?step=.*|manifest\.json)\.\d{1,10}\.tmp", re.DOTALL
+)  # the number is a process's
 
 
 class WindowFolder:
@@ -54,7 +56,7 @@ class WindowFolder:
         """
         if (folder := self._own) is None:
             return
-        strange = any(folder.glob("step=*")) and self._manifest().get("run_id") != self.run_id
+        strange = any(folder.glob("*step=*")) and self._manifest().get("run_id") != self.run_id
         if strange or (folder.exists() and not folder.is_dir()):
             places = (folder.with_name(f"{folder.name}.old-{number}") for number in count(1))
             aside = next(place for place in places if not place.exists())

@@ -28,6 +28,7 @@ class Plan:
         folder: of the snapshot files, if any.
         free: room there, in bytes.
         methods: method by phase.
+        frozen_bytes: what is frozen of a snapshot, on all ranks together, where that is kept once for all.
     """
 
     window: int
@@ -41,6 +42,7 @@ class Plan:
     folder: Path | None
     free: int
     methods: dict[str, str]
+    frozen_bytes: int = 0
 
     @classmethod
     def of(cls, options: Options, store: SnapshotStore, trainer: Trainer) -> Plan:
@@ -61,6 +63,7 @@ class Plan:
             folder=store.folder,
             free=check_room(options, store, trainer.num_devices),
             methods={phase: method.name for phase, method in options.methods.items()},
+            frozen_bytes=store.whole.only(store.expected).nbytes,
         )
 
     def lines(self) -> list[str]:
@@ -74,9 +77,10 @@ class Plan:
         share = (
             "" if self.rank_bytes == self.snapshot_bytes else f" ({in_bytes(self.rank_bytes)} of this rank)"
         )
+        once = f", {in_bytes(self.frozen_bytes)} of it frozen and kept once" if self.frozen_bytes else ""
         return [
             f"merge: a snapshot every {every}, the last {self.window} kept" + self._count(),
-            f"merge: {one} a snapshot{share}, {in_bytes(self.window_bytes)} in all, "
+            f"merge: {one} a snapshot{share}{once}, {in_bytes(self.window_bytes)} in all, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
         ]
@@ -156,7 +160,7 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
     problem = None
     try:
         if store.folder is not None:
-            files = [*store.folder.glob("step=*.safetensors"), *store.folder.glob("step=*/*.safetensors")]
+            files = [*store.folder.glob("*step=*.safetensors"), *store.folder.glob("*step=*/*.safetensors")]
             disk = free_bytes("disk", store.folder, store.device) + sum(p.lstat().st_size for p in files)
             _check_fits("disk", store.peak_nbytes(options.window, of_all_ranks=True), disk, store.codec)
             free = disk if options.storage == "disk" else free

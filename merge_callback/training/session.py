@@ -79,7 +79,7 @@ class MergeSession:
         naming = Naming.of(module, options.strip_prefix)
         model = self.live()
         _check_exclude(options.exclude, model)
-        self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks)
+        self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names = model.names
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
@@ -105,6 +105,7 @@ class MergeSession:
             self.sharding,
             whole,
             codec=codec,
+            frozen=model.frozen,
         )
         window = Window(options.window, store, folder.run_id)
         self.keeper = WindowKeeper(options, trainer, window, self._publisher(), naming)

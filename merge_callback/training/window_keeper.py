@@ -109,7 +109,7 @@ class WindowKeeper:
             calm: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
-        model, captured = self._capture(live)
+        model, captured = self._capture(live, snapshot.step)
         report = _Report(logged_step(self.trainer), phase, snapshot)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
 
@@ -200,13 +200,13 @@ class WindowKeeper:
         if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
             self.background.submit(partial(self._emit, model)).wait()
 
-    def _capture(self, live: Callable[[], ModelTensors]) -> tuple[ModelTensors, Arena | Exception]:
+    def _capture(self, live: Callable[[], ModelTensors], step: int) -> tuple[ModelTensors, Arena | Exception]:
         """A copy of the live weights, or why there is none."""
         try:
             model = live()
         except Exception as error:  # the other ranks have to be told
             return ModelTensors(), error
-        return model, self._window.capture(model.tensors)
+        return model, self._window.capture(model.tensors, model.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
