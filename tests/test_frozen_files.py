@@ -9,16 +9,18 @@ from itertools import product
 import pytest
 import torch
 from distributed_runs import UnevenModule, run_jobs
-from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits
+from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits, whole
 from killed_run import At, Keeper, fit
 from resumed_runs import stopped
-from sharded_runs import merged_fit, snapshots, window_folder
+from sharded_runs import merged_fit, published, resumed_fit, saved_fit, snapshots, window_folder
 from spiking_runs import USED, Damage, Line, spiking, used
+from training_runs import assert_same_bits
 from window_runs import CODEC, steps
 
 from merge_callback import load_merge
 from merge_callback.offline.checkpoint import open_checkpoint, verify
 from merge_callback.offline.command_line import main
+from merge_callback.sharding import Sharding
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 
@@ -248,15 +250,40 @@ def shifted_fit(strategy, folder):
     return merged_fit(strategy, folder, module=Shifted(), trainer={"max_steps": 10})
 
 
+def former_fit(strategy, folder):
+    """As a version did that kept nothing once, and shared all out in one go."""
+    share_out = Sharding._share_out
+    with pytest.MonkeyPatch.context() as patch:
+        whole(patch)
+        patch.setattr(Sharding, "_share_out", lambda self, *given: share_out(self, *given[:-1], frozen=()))
+        return saved_fit(strategy, folder)
+
+
 @pytest.fixture(scope="module")
-def shifted(tmp_path_factory):
+def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    jobs = {"ddp": (shifted_fit, {"strategy": "ddp", "folder": folder / "ddp"})}
-    return folder / "ddp", run_jobs(2, jobs)["ddp"]
+    given = {"strategy": "ddp"}
+    jobs = {
+        "shifted": (shifted_fit, {**given, "folder": folder / "shifted"}),
+        "former": (former_fit, {**given, "folder": folder / "former"}),
+        "resumed": (resumed_fit, {**given, "folder": folder / "former-stopped"}),
+    }
+    return folder, run_jobs(2, jobs)
 
 
-def test_all_ranks_keep_a_tensor_themselves_that_changed_on_one(shifted):
-    folder, outcomes = shifted
+def test_a_window_of_whole_snapshots_is_gone_on_with_by_several_ranks(ranks):
+    folder, outcomes = ranks
+    assert {outcome.told == [] for outcome in outcomes["resumed"]} == {True}
+    for name, record in published(folder / "former").items():
+        found, expected = (load_merge(folder / run / "merges" / name) for run in ("former-stopped", "former"))
+        assert_same_bits(found, expected)
+        assert published(folder / "former-stopped")[name]["diversity"] == record["diversity"]
+    assert not list(window_folder(folder / "former").glob("frozen-*"))
+    assert frozen(window_folder(folder / "former-stopped"))
+
+
+def test_all_ranks_keep_a_tensor_themselves_that_changed_on_one(ranks):
+    folder, outcomes = ranks[0] / "shifted", ranks[1]["shifted"]
     live = outcomes[0].run.weights
     names = {n: t for n, t in outcomes[0].run.final.items() if n != "head.weight"}  # which is tied
     found = snapshots(folder, names)
@@ -269,8 +296,8 @@ def test_all_ranks_keep_a_tensor_themselves_that_changed_on_one(shifted):
     assert all(outcome.told == [] for outcome in outcomes)
 
 
-def test_a_snapshot_of_several_ranks_is_refused_without_what_is_frozen(shifted, tmp_path):
-    window = shutil.copytree(window_folder(shifted[0]), tmp_path / "window")
+def test_a_snapshot_of_several_ranks_is_refused_without_what_is_frozen(ranks, tmp_path):
+    window = shutil.copytree(window_folder(ranks[0] / "shifted"), tmp_path / "window")
     (snapshot,) = window.glob("step=00000006-*")
     assert "frozen.weight" in open_checkpoint(snapshot).tensors
     with pytest.raises(ValueError, match="no whole model"):

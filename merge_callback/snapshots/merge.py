@@ -119,6 +119,8 @@ class WindowMerger:
 
     def current(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` with fewer than two snapshots to merge."""
+        if self._merge is not None and (part := self._merge.arena.frozen) and part not in self.window.held():
+            self._merge = None  # its file was spoilt
         if self._merge is None:
             self._merged(model, None)
         return self._merge

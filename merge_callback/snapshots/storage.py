@@ -142,6 +142,7 @@ class SnapshotStore:
         self._to_host = ToHost()
         self.frozen: FrozenPart | None = None  # of the next snapshot
         self.moved: set[str] = set()  # what was frozen, and changed all the same
+        self._judged = frozenset[str](), frozenset[str]()
         self.expected = self._worth_keeping_once(frozen)
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
@@ -190,12 +191,15 @@ class SnapshotStore:
 
     def _worth_keeping_once(self, frozen: Collection[str]) -> frozenset[str]:
         """What is frozen, where that is a good part of the model; none of what is stored in another dtype."""
-        names = frozenset(frozen) - self.moved
-        if not names:
-            return names
-        as_they_are = [g for g in self._packed(self.whole).groups if g.stored == g.dtype and not g.is_delta]
-        names = names.intersection(s.name for group in as_they_are for s in group.segments)
-        return names if self.whole.only(names).nbytes > _WORTH_A_FILE * self.whole.nbytes else frozenset()
+        asked = frozenset(frozen) - self.moved
+        if asked != self._judged[0]:  # at every snapshot, while training waits
+            as_they_are = [
+                g for g in self._packed(self.whole).groups if g.stored == g.dtype and not g.is_delta
+            ]
+            names = asked.intersection(s.name for group in as_they_are for s in group.segments)
+            is_worth_it = self.whole.only(names).nbytes > _WORTH_A_FILE * self.whole.nbytes
+            self._judged = asked, names if is_worth_it else frozenset()
+        return self._judged[1]
 
     def sharing_only(self, arena: Arena, names: frozenset[str]) -> Arena:
         """A captured snapshot with fewer tensors in common with others, which it then holds itself."""

@@ -47,7 +47,7 @@ class Window:
         self.ranks = store.ranks
         self._latest = -1  # the last step a snapshot was begun at
         self._parts: dict[str, FrozenPart | Exception] = {}  # of the window that is restored, by their files
-        self._newest_part: FrozenPart | None = None  # whose file the snapshot that is written needs
+        self._needed = ""  # the file of what is frozen that the snapshot needs which is being written
         self.snapshots: list[Snapshot] = []
         self.folder = WindowFolder(store.folder, run_id, store.session, keeps=self.ranks.is_first)
 
@@ -87,6 +87,7 @@ class Window:
         try:
             self._write(snapshot, arena)
         finally:
+            self._needed = ""
             self._admit(snapshot, arena)
         self._commit()
 
@@ -229,7 +230,7 @@ class Window:
         Returns:
             One line for each.
         """
-        return self._drop(self._is_altered, _ALTERED, self._stored())
+        return self._drop(self._is_altered, _ALTERED, self.held())
 
     def drop_cut(self) -> list[str]:
         """Drops snapshots whose mapped file was cut: reading past its end would kill the process.
@@ -237,7 +238,7 @@ class Window:
         Returns:
             One line for each.
         """
-        return self._drop(self.store.is_cut, "was cut", self._stored())
+        return self._drop(self.store.is_cut, "was cut", self.held())
 
     def _warned(self, lost: list[str]) -> bool:
         for line in lost:
@@ -266,7 +267,7 @@ class Window:
         self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.step not in lost]
         return [f"snapshot of step {step}: {file} {what}" for step, file in lost.items()]
 
-    def _stored(self) -> list[Snapshot | FrozenPart]:
+    def held(self) -> list[Snapshot | FrozenPart]:
         """The snapshots, and what they have in common."""
         parts = [*(snapshot.arena.frozen for snapshot in self.snapshots), self.store.frozen]
         return [*self.snapshots, *dict.fromkeys(part for part in parts if part is not None)]
@@ -297,7 +298,7 @@ class Window:
         if isinstance(captured, Arena):
             try:
                 self.store.check_finite(captured)
-                if captured.frozen is not None and captured.frozen is not self.store.frozen:
+                if captured.frozen is not None and not captured.frozen.is_placed:
                     self.store.check_finite(captured.frozen.arena)
             except (ValueError, RuntimeError) as error:
                 problem = error
@@ -516,9 +517,10 @@ class Window:
         Raises:
             OSError: where this rank, or another, could not write its own. Nothing is left of it.
         """
-        self._newest_part = part = arena.frozen
-        if part is not None and any(self.ranks.exchange(self.store.lacks_file(part))):
-            self._write_file(part, part.arena)
+        if (part := arena.frozen) is not None:
+            if any(self.ranks.exchange(self.store.lacks_file(part))):
+                self._write_file(part, part.arena)
+            self._needed = part.file
         self._write_file(snapshot, arena)
 
     def _write_file(self, snapshot: Snapshot | FrozenPart, arena: Arena) -> None:
@@ -565,8 +567,7 @@ class Window:
         self.folder.write_manifest(self.store.whole.hash, [s.record() for s in self.snapshots])
 
     def _prune(self) -> None:
-        parts = (self.store.frozen, self._newest_part)
-        held = {part.file for part in parts if part} | {f for s in self.snapshots for f in (s.file, s.frozen)}
+        held = {self._needed, *(stored.file for stored in self.held()), *(s.frozen for s in self.snapshots)}
         self.folder.prune(held, self._latest)
 
 
