@@ -43,6 +43,7 @@ def write_lightning(folder: Path, tensors: Mapping[str, Tensor], newest: Checkpo
     sync(folder / MERGED_CKPT)
     for draft in drafts:
         draft.unlink()
+    sync(folder)  # before a record is there, which does not name them
     return {MERGED_CKPT: file_checksum(folder / MERGED_CKPT)}
 
 
