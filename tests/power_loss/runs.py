@@ -17,6 +17,7 @@ import pytest
 import spiking_runs
 import torch
 from distributed_runs import full_weights, run_ranks
+from frozen_runs import Adapted
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint
 from sharded_runs import OFF, merged_fit
@@ -285,6 +286,10 @@ def _tiny(place, checkpoint, callbacks, **options):
     return killed_run.fit(place, checkpoint, callbacks, method="sma", emit_every=1, evaluate=False, **options)
 
 
+def _adapted(place, checkpoint, callbacks, **options):
+    return _tiny(place, checkpoint, callbacks, module=Adapted, **options)
+
+
 def _spiking(place, checkpoint, callbacks, **options):
     return spiking_runs.fit(place, checkpoint, callbacks, method="sma", **options)
 
@@ -301,6 +306,8 @@ RUNS = {
     "plain": lambda: Training(_tiny, 2, 26, SAVES),
     "delta": lambda: Training(_tiny, 2, 26, SAVES, is_exact=False, snapshot_codec="delta-fp16"),
     "memory": lambda: Training(_tiny, 2, 26, SAVES, storage="cpu", keep_last=1),
+    "frozen": lambda: Training(_adapted, 2, 26, SAVES),
+    "frozen, delta": lambda: Training(_adapted, 2, 26, SAVES, is_exact=False, snapshot_codec="delta-fp16"),
     "dcp": lambda: Training(_tiny, 2, 26, SAVES, format="dcp"),
     "resumed": lambda: Training(_tiny, 2, 26, SAVES, again=12),
     "spikes": lambda: Training(_spiking, 5, 128, (67, 78, 84, 86, 91, 104, 122)),
