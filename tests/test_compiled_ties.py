@@ -10,6 +10,7 @@ from merge_callback.merging import Ties, Trajectory, sparse, threshold
 from merge_callback.merging.method import Inputs
 from merge_callback.merging.task_vectors import TaskVectors
 from merge_callback.reduce import compiled, dispatch
+from merge_callback.reduce.passes import Cut
 
 BEST = compiled.instructions()
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -80,7 +81,7 @@ def test_infinite_entries_and_nan_end_as_they_do_in_pytorch():
 @pytest.mark.parametrize("end", [0, 1, 63, 64, 65, 150, 200])
 def test_equal_magnitudes_are_kept_up_to_an_index(end):
     theta, out = torch.tensor([1.0, -1] * 100), torch.full((200,), 7.0)
-    compiled.elect(torch.zeros(200), [theta], out, 1.0, [dispatch.Cut(0.5, 1.0, end)])
+    compiled.elect(torch.zeros(200), [theta], out, 1.0, [Cut(0.5, 1.0, end)])
     assert torch.equal(out, torch.where(torch.arange(200) < end, theta, 0))
 
 
@@ -89,7 +90,7 @@ def test_threads_change_no_bit_and_a_view_that_begins_anywhere_is_read(threads, 
     size = 3 * (1 << 20) + 5  # 75 MB in all: several threads' worth
     whole = [randn(size + 3, seed) for seed in range(6)]
     tensors, out = [w[3:] for w in whole], torch.empty(size + 3)[3:]
-    cuts = [dispatch.Cut(0.3, 0.5, size // 2)] * 5
+    cuts = [Cut(0.3, 0.5, size // 2)] * 5
     compiled.elect(tensors[0], tensors[1:], expected := torch.empty(size), 1.0, cuts)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     compiled.elect(tensors[0], tensors[1:], out, 1.0, cuts)
@@ -99,14 +100,14 @@ def test_threads_change_no_bit_and_a_view_that_begins_anywhere_is_read(threads, 
 def test_nothing_beside_the_output_is_written():
     for size in (1, 63, 65, 1000):
         room = torch.full((size + 64,), 7.0)
-        compiled.elect(randn(size, 0), [randn(size, 1)], room[:size], 1.0, [dispatch.Cut(0, 0, 0)])
+        compiled.elect(randn(size, 0), [randn(size, 1)], room[:size], 1.0, [Cut(0, 0, 0)])
         assert room[size:].eq(7).all()
 
 
 def test_autograd_finds_that_the_output_was_written():
     out = torch.zeros(10)
     before = out._version
-    compiled.elect(torch.ones(10), [torch.ones(10)], out, 1.0, [dispatch.Cut(0, 0, 0)])
+    compiled.elect(torch.ones(10), [torch.ones(10)], out, 1.0, [Cut(0, 0, 0)])
     assert out._version > before
 
 

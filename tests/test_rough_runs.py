@@ -223,11 +223,14 @@ def test_a_sparse_buffer_is_refused_by_name(tmp_path):
 
 def test_callbacks_are_shown_what_loggers_know_only_where_all_ranks_show_it(tmp_path):
     # Ranks are done with a snapshot at different times, and a callback that monitors it acts at once.
-    seen = []
+    seen, gate = [], threading.Event()
 
     class Look(At):
         def on_train_batch_end(self, trainer, *_):
-            if trainer.global_step == 5:  # after the snapshot of step 4 is kept, before that of step 6
+            if trainer.global_step == 3:
+                merging.session.background.submit(gate.wait)
+            if trainer.global_step == 5:  # the snapshot of step 4 is kept only now
+                gate.set()
                 merging.session.background.drain()
                 assert merging.session.keeper.has_news
             seen.append((trainer.global_step, "merge/window" in trainer.callback_metrics))

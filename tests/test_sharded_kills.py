@@ -22,7 +22,7 @@ POINTS = {
     "after the manifest": ("_commit", "return", AT),
     "while it is measured": ("measure", "call", AT),
     "before it sends to an emission": ("gather", "call", 2),
-    "in the midst of sending": ("gather", "call", 12),
+    "in the midst of sending": ("_flat", "call", 12),
 }
 OF_THE_FIRST = {
     "before a file of the emission": ("write_safetensors", "call", 2),
