@@ -102,6 +102,7 @@ def test_a_module_of_a_package_is_imported(downloaded):
     assert run(downloaded, "merge", "step=1", "step=2", *arguments).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_module_that_one_needs_is_named_too(downloaded):
     (downloaded / "own.py").write_text("import own_names\n" + METHOD.format(name="newest"))
     (downloaded / "own_names.py").write_text("")
@@ -113,6 +114,7 @@ def test_a_module_that_one_needs_is_named_too(downloaded):
     assert run(downloaded, "merge", "step=1", "step=2", *arguments, "own_names", "own").returncode == 0
 
 
+@pytest.mark.slow
 def test_an_installed_module_comes_before_one_of_that_name_in_the_folder(downloaded):
     (downloaded / "tqdm.py").write_text(RAN)
     (downloaded / "wave.py").write_text(RAN)  # Python's own, which nothing has imported yet
@@ -133,7 +135,7 @@ def test_a_file_of_options_names_installed_modules_only(downloaded):
     assert run(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet").returncode == 0
 
 
-@pytest.mark.parametrize("name", [".own", "a/b"])
+@pytest.mark.parametrize("name", [".own", pytest.param("a/b", marks=pytest.mark.slow)])
 def test_what_is_no_name_of_a_module_is_refused_in_a_line(downloaded, name):
     done = run(downloaded, "merge", "step=1", "--import", name, "--output", "out", "--quiet")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr

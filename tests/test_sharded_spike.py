@@ -324,16 +324,14 @@ def dying(strategy, folder, dies=None):
     return spiking(strategy, folder, spike={"evidence": "batch"}, data=data)
 
 
-def test_a_rank_that_dies_in_the_middle_of_a_trial_leaves_nobody_hanging(tmp_path):
-    cases = {
-        strategy: {"run": dying, "strategy": strategy, "folder": str(tmp_path / strategy), "dies": None}
-        for strategy in ("ddp", "fsdp2")
-    }
-    for outcome in live(cases).values():
-        (codes,), (seconds,) = outcome["ends"], outcome["seconds"]
-        assert codes[1] == 9
-        assert codes[0] is not None  # it ended by itself, with the error of a lost connection
-        assert seconds < PATIENCE
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_rank_that_dies_in_the_middle_of_a_trial_leaves_nobody_hanging(tmp_path, strategy):
+    case = {"run": dying, "strategy": strategy, "folder": str(tmp_path), "dies": None}
+    (outcome,) = live({strategy: case}).values()
+    (codes,), (seconds,) = outcome["ends"], outcome["seconds"]
+    assert codes[1] == 9
+    assert codes[0] is not None  # it ended by itself, with the error of a lost connection
+    assert seconds < PATIENCE
 
 
 @pytest.mark.parametrize(("strategy", "case"), NORMS)

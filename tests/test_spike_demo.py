@@ -16,7 +16,7 @@ PLAN = SpikePlan(
 )
 """As short as the detector's history and a divergence allow."""
 
-pytestmark = pytest.mark.timeout(600)  # three trainings: 20 s alone, 100 s beside others
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # three trainings: 20 s alone, 100 s with others
 
 
 @pytest.fixture(scope="module")

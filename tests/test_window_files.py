@@ -439,10 +439,9 @@ class Footprint(Callback):
             self.files[trainer.global_step] = len(os.listdir("/proc/self/fd"))
 
 
-@pytest.mark.parametrize("storage", ["disk", pytest.param("cpu", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "codec", [{}, pytest.param(CODEC, marks=pytest.mark.slow)], ids=["whole", "differences"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+@pytest.mark.parametrize("codec", [{}, CODEC], ids=["whole", "differences"])
 def test_memory_and_open_files_do_not_grow_with_the_snapshots_taken(tmp_path, storage, codec):
     seen = Footprint()
 
