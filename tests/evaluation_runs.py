@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from evaluated_modules import (
@@ -87,10 +88,11 @@ class Metrics(Callback):
 class Tally:
     """Counts, out of reach of whatever restores the attributes of a module and of objects in it."""
 
-    __slots__ = ("counts",)
+    _counts: ClassVar[WeakKeyDictionary["Tally", Counter]] = WeakKeyDictionary()
 
-    def __init__(self) -> None:
-        self.counts: Counter = Counter()
+    @property
+    def counts(self) -> Counter:
+        return self._counts.setdefault(self, Counter())
 
 
 def merging(folder: Path, **options) -> CheckpointMergeCallback:

@@ -1,9 +1,11 @@
 """Hooks, data, failures and interrupts around a validation of the merge."""
 
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -290,3 +292,47 @@ def test_validating_after_a_fit_is_the_trainers_own_business(after, tmp_path):
         names = {*trainer.callback_metrics, *(name for _, row in curves.rows[logged:] for name in row)}
         assert not [name for name in names if name.startswith("merge")]
     assert len(calls) == 4
+
+
+@dataclass(slots=True)
+class Best:
+    """The best value so far, in an object without a ``__dict__``."""
+
+    value: float = math.inf
+    history: list = field(default_factory=list)
+    step: int = field(init=False)  # not set before the first validation
+
+
+class Frozen:
+    __slots__ = ("_count",)
+
+    def __init__(self):
+        object.__setattr__(self, "_count", 0)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+    def add(self):
+        object.__setattr__(self, "_count", self._count + 1)
+
+
+class Slotted(Classifier):
+    """Keeps its notes in objects with slots."""
+
+    def __init__(self):
+        super().__init__()
+        self.best, self.nested = Best(), {"rounds": [Frozen()]}
+
+    def on_validation_epoch_end(self):
+        loss = float(self.trainer.callback_metrics["val_loss"])
+        self.best.value, self.best.step = min(loss, self.best.value), self.trainer.global_step
+        self.best.history.append(loss)
+        self.nested["rounds"][0].add()
+
+
+def test_objects_with_slots_are_put_back_after_a_merged_validation(tmp_path):
+    plain = fit(Case(Slotted), max_epochs=3)
+    merged = fit(Case(Slotted), merging(tmp_path), max_epochs=3)
+    assert merged.module.best == plain.module.best
+    assert len(plain.module.best.history) == 3
+    assert merged.module.nested["rounds"][0]._count == 3

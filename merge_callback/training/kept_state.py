@@ -8,7 +8,15 @@ import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, SimpleNamespace
+from functools import partial
+from types import (
+    BuiltinFunctionType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -167,7 +175,7 @@ class _Keeper:
         elif _is_container(value):
             self._keep_container(value, tensors)
         elif isinstance(value, LRScheduler) or _is_of_users(value):  # chained schedulers hold others
-            self.keep(vars(value), tensors)
+            self._keep_object(value, tensors)
         elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
             self.iterators.append(value)
 
@@ -186,6 +194,15 @@ class _Keeper:
             self.restores.append(_container_restore(value))
         if len(value) <= _LOOKED_INTO:
             for item in list(value.values()) if isinstance(value, dict) else list(value):
+                self.keep(item, tensors)
+
+    def _keep_object(self, value: Any, tensors: bool) -> None:
+        if hasattr(value, "__dict__"):
+            self.keep(vars(value), tensors)
+        if slots := _slots(value):
+            kept = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+            self.restores.append(partial(_set_slots, value, slots, kept))
+            for item in kept.values():
                 self.keep(item, tensors)
 
     def _keep_hidden(self, hidden: nn.Module) -> None:
@@ -208,9 +225,27 @@ def _is_of_users(value: Any) -> bool:
     """Whether a value is an object of somebody's own class: an environment, a buffer of past steps."""
     if isinstance(value, SimpleNamespace):
         return True
-    if not hasattr(value, "__dict__") or isinstance(value, (*_NO_STATE, Dataset)):
+    if not (hasattr(value, "__dict__") or _slots(value)) or isinstance(value, (*_NO_STATE, Dataset)):
         return False
     return type(value).__module__.partition(".")[0] not in _LIBRARIES
+
+
+def _slots(value: Any) -> list[str]:
+    """The attributes of an object that lie in ``__slots__``."""
+    return [
+        name
+        for kind in type(value).__mro__
+        for name, member in vars(kind).items()
+        if isinstance(member, MemberDescriptorType)
+    ]
+
+
+def _set_slots(value: Any, slots: list[str], kept: dict[str, Any]) -> None:
+    for name in slots:
+        if name in kept:
+            object.__setattr__(value, name, kept[name])  # a frozen dataclass refuses the common way
+        elif hasattr(value, name):
+            object.__delattr__(value, name)
 
 
 def _container_restore(container: Any) -> Restore:
