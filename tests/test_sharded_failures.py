@@ -159,6 +159,13 @@ def gathering(folder, rank, strategy):
     return failing(folder, rank, (gathering, "_flat"), MemoryError("on purpose"), nth=6, strategy=strategy)
 
 
+def preparing(folder):
+    from merge_callback.training import window_keeper
+
+    memory = MemoryError("on purpose")
+    return failing(folder, 1, (window_keeper, "prepare_emission"), memory, nth=3)
+
+
 def manifest_writing(folder):
     from merge_callback.snapshots import window_folder
 
@@ -208,6 +215,7 @@ CASES = {
     "electing": (electing, {}),
     "sending": (gathering, {"rank": 1, "strategy": "fsdp2"}),
     "receiving": (gathering, {"rank": 0, "strategy": "ddp"}),
+    "preparing": (preparing, {}),
     "manifest": (manifest_writing, {}),
     "publishing first": (publishing, {"nth": 1}),
     "publishing second": (publishing, {"nth": 2, "strategy": "fsdp2"}),
@@ -299,8 +307,8 @@ def test_a_merge_that_fails_on_one_rank_is_nobodys(runs, case):
         assert rank.windows == runs["plain"][0].windows
 
 
-@pytest.mark.parametrize("case", ["sending", "receiving"])
-def test_an_emission_that_one_rank_can_not_gather_is_one_less(runs, folder, case):
+@pytest.mark.parametrize("case", ["sending", "receiving", "preparing"])
+def test_an_emission_that_one_rank_can_not_give_its_part_of_is_one_less(runs, folder, case):
     found, expected = (set(published(folder / name)) for name in (case, "plain"))
     assert len(expected - found) == 1
     assert not found - expected
