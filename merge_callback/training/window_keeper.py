@@ -164,8 +164,8 @@ class WindowKeeper:
         """Gives the emissions' process group back. All ranks have to."""
         self.courier.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as primitives.
+    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+        """What a resumed run needs, as primitives; ``to_keep`` is a window's.
 
         A checkpoint waits until the last snapshot is in the window, and not until its merge is published.
         """
@@ -181,7 +181,7 @@ class WindowKeeper:
             "handed_in": self._handed_in,
             "published": list(self.publisher.published),
             "advised": list(self._advised),
-            "window": self._window.state_dict(),
+            "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.metric.first,
             "diversity": self._merger.diversity,
         }
