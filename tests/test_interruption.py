@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted_run import PARTS
+from killed_run import wait_for_snapshots
 from training_runs import Classifier, assert_same_bits, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback
@@ -105,6 +106,7 @@ class Saving(Classifier):
 
     def on_validation_epoch_end(self):
         kind = "live" if self.trainer.callbacks else "merged"
+        wait_for_snapshots(self.trainer)  # the list of what is published would be another later
         self.save(self, Path(self.trainer.default_root_dir) / f"{self.trainer.global_step}-{kind}.ckpt")
 
 
