@@ -159,6 +159,13 @@ def gathering(folder, rank, strategy):
     return failing(folder, rank, (gathering, "_flat"), MemoryError("on purpose"), nth=6, strategy=strategy)
 
 
+def swapping(folder):
+    """Fails before the other rank spreads the merged weights, in which it would wait for this one."""
+    from merge_callback.training import undisturbed
+
+    return failing(folder, 1, (undisturbed, "kept_weights"), MemoryError("on purpose"), nth=2)
+
+
 def preparing(folder):
     from merge_callback.training import window_keeper
 
@@ -215,6 +222,7 @@ CASES = {
     "electing": (electing, {}),
     "sending": (gathering, {"rank": 1, "strategy": "fsdp2"}),
     "receiving": (gathering, {"rank": 0, "strategy": "ddp"}),
+    "swapping": (swapping, {}),
     "preparing": (preparing, {}),
     "manifest": (manifest_writing, {}),
     "publishing first": (publishing, {"nth": 1}),
@@ -297,6 +305,12 @@ def test_a_window_in_memory_needs_no_file_to_make_its_second_snapshot_whole(runs
     for rank in runs["making whole in memory"]:
         assert rank.windows == runs["plain"][0].windows
         assert all(record["file"] for record in rank.records)
+
+
+def test_a_merged_validation_that_one_rank_has_no_memory_for_is_nobodys(runs):
+    for rank in runs["swapping"]:
+        assert rank.seconds < AT_ONCE
+        assert sum("validation with the merged weights failed" in line for line in rank.told) == 1
 
 
 @pytest.mark.parametrize("case", ["merging", "electing"])
