@@ -144,9 +144,14 @@ class CheckpointMergeCallback(Callback):
         self._loaded = self._half_restored = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy made in mid-fit is what a checkpoint would give back: the options and the state."""
+        """A copy made in mid-fit is what a checkpoint would give back: the options and the state.
+
+        It is none, and takes none of the files that the trainer's last two checkpoints need.
+        """
         state = {**self.__dict__, "session": None}
-        return state if self.session is None else {**state, "_resume": copy.deepcopy(self.state_dict())}
+        if self.session is not None:
+            state["_resume"] = copy.deepcopy(self.session.state_dict(to_keep=False))
+        return state
 
     @property
     def state_key(self) -> str:

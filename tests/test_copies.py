@@ -67,6 +67,16 @@ def test_the_original_goes_on_as_if_it_had_not_been_copied(tmp_path):
         assert_same_bits(load_merge(one), load_merge(other))
 
 
+def test_copies_are_no_checkpoints_that_a_window_is_kept_for(tmp_path):
+    at6 = tmp_path / "at6.ckpt"
+    save = At(6, lambda trainer: trainer.save_checkpoint(at6))
+    fit(tmp_path, save, *(At(step, lambda trainer: copy.deepcopy(trainer.callbacks[0])) for step in (8, 10)))
+
+    held = At(7, lambda trainer: [s.step for s in trainer.callbacks[0].session.window.snapshots])
+    fit(tmp_path, held, ckpt_path=at6)
+    assert held.found == [2, 4, 6]
+
+
 # --- checkpoints while a merge is published -----------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from interrupted_run import PARTS
+from killed_run import wait_for_snapshots
 from training_runs import Classifier, assert_same_bits, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback
@@ -105,6 +106,7 @@ class Saving(Classifier):
 
     def on_validation_epoch_end(self):
         kind = "live" if self.trainer.callbacks else "merged"
+        wait_for_snapshots(self.trainer)  # the list of what is published would be another later
         self.save(self, Path(self.trainer.default_root_dir) / f"{self.trainer.global_step}-{kind}.ckpt")
 
 
@@ -175,6 +177,29 @@ def test_what_a_handler_sets_during_a_merged_validation_stays(tmp_path):
     assert plain.global_step == 12
 
 
+class Interrupted(Classifier):
+    """Gets a signal in its first merged validation, whose handler raises an exception of an ordinary kind."""
+
+    def on_fit_start(self):
+        self.handler = signal.signal(signal.SIGUSR1, self.stop)
+
+    def stop(self, number, frame):
+        raise TimeoutError("the job has run for long enough")
+
+    def validation_step(self, batch, batch_idx):
+        if not self.trainer.callbacks:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        super().validation_step(batch, batch_idx)
+
+
+def test_what_a_handler_raises_during_a_merged_validation_ends_the_run(tmp_path):
+    module = Interrupted()
+    with pytest.raises(TimeoutError, match="long enough"):
+        validated(tmp_path, module)
+    signal.signal(signal.SIGUSR1, module.handler)
+    assert module.trainer.global_step == 4
+
+
 class SavesMidway(Classifier):
     """Saves a checkpoint between two batches of each validation."""
 
@@ -185,7 +210,9 @@ class SavesMidway(Classifier):
 
 
 def test_validation_goes_on_with_the_merged_weights_after_a_checkpoint(tmp_path):
+    seed()
     expected = validated(tmp_path / "plain", Classifier()).callback_metrics
+    seed()
     found = validated(tmp_path / "saving", SavesMidway()).callback_metrics
 
     assert expected["merged/val_loss"] != expected["val_loss"]

@@ -12,6 +12,8 @@ from killed_run import (
     StopError,
     Tiny,
     Tokens,
+    emission,
+    emissions,
     fit,
     metrics,
     outcome,
@@ -432,6 +434,18 @@ def test_a_resume_with_another_snapshot_dtype_is_an_error_that_names_the_option(
 
 
 # --- one callback, several fits -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["safetensors", "dcp"])
+def test_merges_that_a_resumed_run_makes_again_are_those_that_are_there(tmp_path, format):
+    options = {"format": format, "emit_every": 1, "keep_last": None, "evaluate": False}
+    checkpoint = stopped(tmp_path, batch=9, stop=13, **options)
+    before = {path.name: emission(path) for path in emissions(tmp_path / "merges")}
+    assert len(before) > 3
+
+    fit(tmp_path, checkpoint, trainer={"max_steps": 13}, **options)
+
+    assert {path.name: emission(path) for path in emissions(tmp_path / "merges")} == before
 
 
 def test_one_callback_serves_two_runs(tmp_path, unbroken):

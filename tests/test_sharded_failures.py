@@ -159,6 +159,20 @@ def gathering(folder, rank, strategy):
     return failing(folder, rank, (gathering, "_flat"), MemoryError("on purpose"), nth=6, strategy=strategy)
 
 
+def swapping(folder):
+    """Fails before the other rank spreads the merged weights, in which it would wait for this one."""
+    from merge_callback.training import undisturbed
+
+    return failing(folder, 1, (undisturbed, "kept_weights"), MemoryError("on purpose"), nth=2)
+
+
+def preparing(folder):
+    from merge_callback.training import window_keeper
+
+    memory = MemoryError("on purpose")
+    return failing(folder, 1, (window_keeper, "prepare_emission"), memory, nth=3)
+
+
 def manifest_writing(folder):
     from merge_callback.snapshots import window_folder
 
@@ -208,6 +222,8 @@ CASES = {
     "electing": (electing, {}),
     "sending": (gathering, {"rank": 1, "strategy": "fsdp2"}),
     "receiving": (gathering, {"rank": 0, "strategy": "ddp"}),
+    "swapping": (swapping, {}),
+    "preparing": (preparing, {}),
     "manifest": (manifest_writing, {}),
     "publishing first": (publishing, {"nth": 1}),
     "publishing second": (publishing, {"nth": 2, "strategy": "fsdp2"}),
@@ -291,6 +307,12 @@ def test_a_window_in_memory_needs_no_file_to_make_its_second_snapshot_whole(runs
         assert all(record["file"] for record in rank.records)
 
 
+def test_a_merged_validation_that_one_rank_has_no_memory_for_is_nobodys(runs):
+    for rank in runs["swapping"]:
+        assert rank.seconds < AT_ONCE
+        assert sum("validation with the merged weights failed" in line for line in rank.told) == 1
+
+
 @pytest.mark.parametrize("case", ["merging", "electing"])
 def test_a_merge_that_fails_on_one_rank_is_nobodys(runs, case):
     for rank in runs[case]:
@@ -299,8 +321,8 @@ def test_a_merge_that_fails_on_one_rank_is_nobodys(runs, case):
         assert rank.windows == runs["plain"][0].windows
 
 
-@pytest.mark.parametrize("case", ["sending", "receiving"])
-def test_an_emission_that_one_rank_can_not_gather_is_one_less(runs, folder, case):
+@pytest.mark.parametrize("case", ["sending", "receiving", "preparing"])
+def test_an_emission_that_one_rank_can_not_give_its_part_of_is_one_less(runs, folder, case):
     found, expected = (set(published(folder / name)) for name in (case, "plain"))
     assert len(expected - found) == 1
     assert not found - expected

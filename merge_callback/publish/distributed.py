@@ -38,13 +38,20 @@ def write_distributed(
     """
     save(
         dict(parts),
-        storage_writer=FileSystemWriter(folder, sync_files=True),
+        storage_writer=_Writer(folder, sync_files=True),
         planner=_Planner(pieces, ranks.is_first),
         process_group=ranks.group,
         no_dist=ranks.group is None,
     )
     own = {path.name: file_checksum(path) for path in folder.glob(f"__{ranks.rank}_*.distcp")}
     return {name: checksum for theirs in ranks.exchange(own) for name, checksum in theirs.items()}
+
+
+class _Writer(FileSystemWriter):
+    """Writes the same bytes for the same merge: so one that a resumed run makes again is known by them."""
+
+    def storage_meta(self) -> None:
+        """Is a random id otherwise, and the folder, which is a draft's."""
 
 
 class _Planner(DefaultSavePlanner):

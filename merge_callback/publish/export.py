@@ -103,9 +103,10 @@ def prepare_emission(
     whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
     published = {naming.published(n): tensor for n, tensor in whole.items()}
     aliases = {naming.published(alias): naming.published(kept) for alias, kept in tied.items()}
+    order = [] if distributed else publisher.written(whole)
 
     def publish_safetensors() -> Path | None:
-        values = sharding.gather(own, publisher.written(whole), ranks)
+        values = sharding.gather(own, order, ranks)
         try:
             if not ranks.is_first:
                 return None

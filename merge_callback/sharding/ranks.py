@@ -107,6 +107,21 @@ class Ranks:
         if error is not None:
             raise error
 
+    def agreed(self, action: Callable[[], T]) -> T:
+        """What an action gives on this rank, once it has gone well on all of them.
+
+        Raises:
+            Exception: what it raises here.
+            RemoteError: where it raises on another rank.
+        """
+        problem: Exception | None = None
+        try:
+            found = action()
+        except Exception as error:
+            problem = error
+        self.agree(problem)
+        return found
+
     def _all(self, value: T) -> list[T]:
         values: list[T | None] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)

@@ -134,12 +134,17 @@ class WindowMerger:
 
         Raises:
             ValueError: where the model's tensors are others by now; none is overwritten.
+            RemoteError: where that is so on another rank.
             HalfRestoredError: where some are overwritten and others are not, on any rank.
         """
-        own = self.sharding.own(model.tensors)
-        snapshots[-1].arena.check(own)
-        weights = method.normalised_weights(positions(snapshots))
-        copied = self._copied(model, snapshots[0], snapshots[-1])
+
+        def prepare() -> tuple[dict[str, Tensor], list[float], set[str]]:
+            own = self.sharding.own(model.tensors)
+            snapshots[-1].arena.check(own)
+            weights = method.normalised_weights(positions(snapshots))
+            return own, weights, self._copied(model, snapshots[0], snapshots[-1])
+
+        own, weights, copied = self.ranks.agreed(prepare)
         arenas = self._arenas(snapshots[-1])
         try:
             self._overwrite(own, self._factors(snapshots, weights)[: len(arenas)], arenas, copied)

@@ -161,11 +161,17 @@ class Window:
             return None
         return self.snapshots[-1 - lag], self.snapshots[-1]
 
-    def state_dict(self) -> dict[str, Any]:
-        """The window as primitives: its snapshots' records. From now on a checkpoint needs their files."""
-        saved = self.folder.note_saved([file for s in self.snapshots for file in (s.file, s.frozen) if file])
-        with suppress(OSError):  # only a later resume from an older checkpoint would miss it
-            self._write_manifest()
+    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+        """The window as primitives: its snapshots' records.
+
+        Args:
+            to_keep: whether it is a checkpoint's, which needs the files from now on.
+        """
+        saved = self.folder.saved_with([file for s in self.snapshots for file in (s.file, s.frozen) if file])
+        if to_keep:
+            self.folder.saved = saved
+            with suppress(OSError):  # only a later resume from an older checkpoint would miss it
+                self._write_manifest()
         return {
             "folder": str(self.store.folder.absolute()) if self.store.folder else "",
             "layout": self.store.whole.hash,

@@ -65,10 +65,9 @@ class WindowFolder:
         make_folder(folder)
         sync(folder.parent)  # what was moved aside, too
 
-    def note_saved(self, files: list[str]) -> list[list[str]]:
-        """Notes that a checkpoint needs these files from now on; returns those of the last two."""
-        self.saved = [*(saved for saved in self.saved if saved != files), files][-2:]
-        return self.saved
+    def saved_with(self, files: list[str]) -> list[list[str]]:
+        """What the last two checkpoints need, if the one that is made now needs these files."""
+        return [*(saved for saved in self.saved if saved != files), files][-2:]
 
     def resume(self, saved: Sequence[Sequence[str]]) -> None:
         """Goes on from what a checkpoint noted, and from what newer ones need: it may be an older one."""

@@ -25,7 +25,7 @@ class DeferredSignals:
 
     There a handler is called at once, within what ``around_handlers`` was given. If it raises, further
     signals wait again from that very instruction on, so that a second Ctrl-C can't get into what the first
-    one has begun: putting things back.
+    one has begun: putting things back. ``has_raised`` tells its exception from those of what is interrupted.
 
     All signals with a handler in Python are deferred. One without (SIGTERM, outside of Lightning) ends the
     process, and nobody sees its weights again. In threads other than the main one nothing is raised, and
@@ -33,6 +33,7 @@ class DeferredSignals:
     """
 
     _entered: ClassVar[list[DeferredSignals]] = []  # in the main thread, the innermost one last
+    _raised: ClassVar[BaseException | None] = None  # by a handler, most recently
 
     def __init__(self) -> None:
         self._around: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -60,12 +61,12 @@ class DeferredSignals:
             stack.callback(self._hand_back)
             self._is_over = True  # from now on a signal goes straight to its handler
             for number in reversed(self._pending):
-                stack.callback(self._handlers[number], number, None)
+                stack.callback(self._call, number, None)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Is the handler of all signals meanwhile."""
         if self._is_over:  # a library has installed a handler that calls this one
-            self._handlers[number](number, frame)
+            self._call(number, frame)
             return
         if number not in self._pending:
             self._pending.append(number)
@@ -97,16 +98,28 @@ class DeferredSignals:
             for signals in innermost:
                 signals._around = nullcontext
 
+    @classmethod
+    def has_raised(cls, error: BaseException) -> bool:
+        """Whether an exception is a handler's: meant for the run, whatever was interrupted."""
+        return error is cls._raised
+
     def _deliver(self, frame: FrameType | None) -> None:
         """Calls the handlers of what is pending; stays open where none raises."""
         self._is_open = False
         while self._pending:
             number = self._pending.pop(0)
             with self._around():
-                self._handlers[number](number, frame)
+                self._call(number, frame)
         self._is_open = True
         if self._pending:  # came between the last two lines
             self._deliver(frame)
+
+    def _call(self, number: int, frame: FrameType | None) -> None:
+        try:
+            self._handlers[number](number, frame)
+        except BaseException as error:
+            DeferredSignals._raised = error
+            raise
 
     def _hand_back(self) -> None:
         self._is_over = True

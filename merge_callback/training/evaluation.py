@@ -11,6 +11,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class MergedValidation:
             try:
                 merged = validate_with(self.trainer, self.module, merge.arena, self._random, self.sharding)
             except Exception as error:
+                if DeferredSignals.has_raised(error):
+                    raise
                 problem = error
             try:
                 self.sharding.ranks.agree(problem)
@@ -107,10 +110,15 @@ def validate_with(
     """
     loop, sharding = BesideLoop(trainer), sharding or Sharding({}, {})
     swap = undisturbed(trainer, module, merged.buffer.device)
-    beside = replaced(trainer.fit_loop.epoch_loop, "val_loop", loop)
-    with DeferredSignals() as signals, swap as tensors, beside:
-        merged.copy_to(sharding.own(tensors))
-        sharding.spread(tensors)
+    with DeferredSignals() as signals, ExitStack() as stack:
+
+        def put_in() -> dict[str, Tensor]:
+            tensors = stack.enter_context(swap)
+            stack.enter_context(replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
+            merged.copy_to(sharding.own(tensors))
+            return tensors
+
+        sharding.spread(sharding.ranks.agreed(put_in))
         if random is not None:
             random.restore()
         with signals.let_through():

@@ -261,6 +261,8 @@ class Trial:
         try:
             found = action()
         except Exception as error:
+            if DeferredSignals.has_raised(error):
+                raise
             problem = str(error) if isinstance(error, UnrepeatableStepError) else repr(error)
         told = self.ranks.exchange(problem)
         if problems := [text for text in told if text]:

@@ -173,9 +173,13 @@ class Inquiry:
         the live model: they are part of the data here.
         """
         merger = self._merger()
-        names = {model.names.get(parameter) for parameter in trained}
-        others = model.tensors.keys() - names - merger.constant(model)
-        kept = {name: model.tensors[name].clone() for name in others}
+
+        def keep() -> dict[str, Tensor]:
+            names = {model.names.get(parameter) for parameter in trained}
+            others = model.tensors.keys() - names - merger.constant(model)
+            return {name: model.tensors[name].clone() for name in others}
+
+        kept = merger.ranks.agreed(keep)
         merger.merge_into(model, snapshots, self.options.merging)
         for name, values in kept.items():
             overwrite(model.tensors[name], values)

@@ -258,9 +258,13 @@ class MergeSession:
         if self.lock:
             self.lock.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as primitives; the weights stay in the window's files."""
-        kept = self.keeper.state_dict()
+    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives; the weights stay in the window's files.
+
+        Args:
+            to_keep: whether it is a checkpoint's, which needs these files from now on.
+        """
+        kept = self.keeper.state_dict(to_keep)
         statistics = self.statistics.state_dict()  # before the clock is read: it may advance it
         return {
             "dirpath": str(self.dirpath),

@@ -164,8 +164,8 @@ class WindowKeeper:
         """Gives the emissions' process group back. All ranks have to."""
         self.courier.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as primitives.
+    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+        """What a resumed run needs, as primitives; ``to_keep`` is a window's.
 
         A checkpoint waits until the last snapshot is in the window, and not until its merge is published.
         """
@@ -181,7 +181,7 @@ class WindowKeeper:
             "handed_in": self._handed_in,
             "published": list(self.publisher.published),
             "advised": list(self._advised),
-            "window": self._window.state_dict(),
+            "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.metric.first,
             "diversity": self._merger.diversity,
         }
@@ -261,11 +261,16 @@ class WindowKeeper:
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
-            publish = prepare_emission(
+            self.background.submit(partial(self._publish, merge.step, self._prepared(merge, model.tied)))
+
+    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
+        """What publishes a merge, or why this rank can't."""
+        try:
+            return prepare_emission(
                 self.publisher,
                 merge,
                 self._merger.sharding,
-                model.tied,
+                tied,
                 self.naming,
                 self.courier,
                 self.options.format == "dcp",
@@ -273,11 +278,14 @@ class WindowKeeper:
                 layout=self._window.store.whole.hash,
                 run_id=self._window.folder.run_id,
             )
-            self.background.submit(partial(self._publish, merge.step, publish))
+        except Exception as error:  # the other ranks have to be told
+            return error
 
-    def _publish(self, step: int, publish: Callable[[], object]) -> None:
+    def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
         try:
-            publish()
+            self.courier.agree(prepared if isinstance(prepared, Exception) else None)
+            if not isinstance(prepared, Exception):
+                prepared()
             self._emitted = step
         except Exception as error:
             rank_zero_warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
