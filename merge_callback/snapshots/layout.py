@@ -189,6 +189,11 @@ class Layout:
         return frozenset(segment.name for group in self.groups for segment in group.segments)
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, in the order in which they lie."""
+        return {segment.name: segment.shape for group in self.groups for segment in group.segments}
+
+    @cached_property
     def still(self) -> frozenset[str]:
         """The names of the tensors that are kept apart."""
         return frozenset(segment.name for group in self.groups if group.still for segment in group.segments)
