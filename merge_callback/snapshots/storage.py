@@ -243,15 +243,15 @@ class SnapshotStore:
             **{k: str(v) for k, v in snapshot.record().items() if v not in ("", None)},
         }
         metadata["layout"] = arena.layout.hash
-        header, data = arena_header(arena.layout), self._to_host.chunks(arena.buffer)
+        layout, data = arena.layout, self._to_host.chunks(arena.buffer)
         if self.ranks.size > 1:
             folder = self.folder / self._shards_name(snapshot)
-            return write_shard(folder, self.sharding, header, data, metadata)
+            return write_shard(folder, self.sharding, layout, data, metadata)
         # The name ends in the checksum: two timelines of one run can never take each other's file.
         make_folder(self.folder)
         temporary = self.folder / f".{snapshot.kind}step={snapshot.step:08d}.{os.getpid()}.tmp"
         clear(temporary)
-        checksum = write_file(temporary, header, data, metadata)
+        checksum = write_file(temporary, layout.entries, data, metadata)
         file = f"{snapshot.kind}step={snapshot.step:08d}-{checksum[:12]}.safetensors"
         os.replace(temporary, self.folder / file)
         sync(self.folder)
