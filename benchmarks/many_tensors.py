@@ -130,7 +130,13 @@ def measure(variant: str, tensors: int, snapshots: int) -> dict[str, list[float]
     """Seconds of each measured snapshot."""
     with tempfile.TemporaryDirectory() as folder:
         callback = Timed(
-            window=3, every_n_steps=1, dirpath=folder, spike=None, evaluate=False, keep_last=1, **VARIANTS[variant]
+            window=3,
+            every_n_steps=1,
+            dirpath=folder,
+            spike=None,
+            evaluate=False,
+            keep_last=1,
+            **VARIANTS[variant],
         )
         steps = WARMUP + snapshots
         trainer = Trainer(accelerator="cpu", devices=1, max_steps=steps, callbacks=[callback], **QUIET)

@@ -46,7 +46,7 @@ def flat_pieces(root: nn.Module) -> dict[int, Piece]:
 
 
 def resharding(root: nn.Module) -> Callable[[], None]:
-    """A function that frees what FSDP gathered and keeps: modules show their shards again, and gather them anew.
+    """A function that frees what FSDP gathered and keeps: modules show their shards, and gather them again.
 
     After a forward pass without a backward pass the root keeps its whole parameters, which would hide what is
     written to the shards.

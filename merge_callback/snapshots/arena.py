@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,7 +74,7 @@ class Arena:
         return {**self.own_tensors(), **self.shared_tensors()}
 
     def own_tensors(self) -> Mapping[str, Tensor]:
-        """Those that lie in the buffer. To make 20,000 views takes longer than to copy to them: they are kept."""
+        """Those that lie in the buffer; the views are kept, as making them takes longer than a copy to them."""
         if not self._views:
             with torch.inference_mode(False):
                 for group in self.layout.groups:
@@ -93,6 +93,30 @@ class Arena:
         """One of its tensors (a view)."""
         holder = self.frozen.arena if self.frozen is not None and name in self.shared else self
         return holder.flat(holder.layout.alone(name)).view(holder.layout.shapes[name])
+
+    def spans(self, names: Iterable[str]) -> list[tuple[bool, int, int]]:
+        """Where tensors lie, in this order; those that lie next to each other are one span.
+
+        Returns:
+            Whether a span is of what the arena has in common with others; its first byte; one past its last.
+        """
+        spans: list[tuple[bool, int, int]] = []
+        for name in names:
+            is_shared = self.frozen is not None and name in self.shared
+            holder = self.frozen.arena if self.frozen is not None and is_shared else self
+            group, segment = holder.layout.places[name]
+            start, stop = (
+                group.offset + end * group.stored.itemsize for end in (segment.start, segment.stop)
+            )
+            if spans and spans[-1][0] == is_shared and spans[-1][2] == start:
+                start = spans.pop()[1]
+            spans.append((is_shared, start, stop))
+        return spans
+
+    def bytes_of(self, is_shared: bool, start: int, stop: int) -> Tensor:
+        """The bytes of a span (a view)."""
+        holder = self.frozen.arena if self.frozen is not None and is_shared else self
+        return holder.buffer[start:stop]
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:

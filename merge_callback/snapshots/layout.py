@@ -224,9 +224,9 @@ class Layout:
         return hashlib.sha256(f"[{in_turns(entries, ', ', ': ')}]".encode()).hexdigest()
 
     @cached_property
-    def entries(self) -> str:
+    def entries(self) -> bytes:
         """What a safetensors header says of the tensors: JSON without the braces around all of it."""
-        return in_turns(
+        entries = (
             {
                 s.name: {
                     "dtype": DTYPE_NAMES[g.stored],
@@ -237,6 +237,7 @@ class Layout:
             for g in self.groups
             for s in g.segments
         )
+        return in_turns(entries).encode()
 
 
 def in_turns(parts: Iterable[Any], between: str = ",", after_key: str = ":") -> str:

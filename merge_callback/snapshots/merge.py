@@ -209,7 +209,7 @@ class WindowMerger:
             whole = self.window.store.layout
             layout = whole.only(whole.names - shared) if shared else whole
             self._out = Arena.empty(layout.native, newest.buffer.device)
-        return Arena(self._out.layout, self._out.buffer).sharing(newest.frozen, shared)
+        return self._out.reused().sharing(newest.frozen, shared)
 
     def _check_finite(self, merged: Arena, snapshots: Sequence[Snapshot]) -> None:
         # A map shows what its file holds by now, and anybody may write to that.

@@ -32,6 +32,7 @@ __all__ = [
     "map_new_file",
     "read_header",
     "sync",
+    "tensors_entries",
     "tensors_header",
     "write_file",
     "write_json",
@@ -46,27 +47,37 @@ _CHUNK = 1 << 24
 
 def arena_header(layout: Layout) -> dict[str, dict[str, Any]]:
     """The safetensors header entries of an arena's tensors: dtype, shape and byte range of each."""
-    header: dict[str, dict[str, Any]] = json.loads(f"{{{layout.entries}}}")
+    header: dict[str, dict[str, Any]] = json.loads(b"{" + layout.entries + b"}")
     return header
 
 
 def tensors_header(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """The header entries of tensors written one after the other, in the given order."""
-    header, begin = {}, 0
+    return dict(_entries(tensors))
+
+
+def tensors_entries(tensors: Mapping[str, Tensor]) -> bytes:
+    """The same as JSON, without the braces around all of it."""
+    return in_turns({name: entry} for name, entry in _entries(tensors)).encode()
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
+    begin = 0
     for name, tensor in tensors.items():
-        header[name] = _entry(tensor.dtype, tuple(tensor.shape), begin, begin + tensor.nbytes)
-        begin += tensor.nbytes
-    return header
+        end = begin + tensor.nbytes
+        offsets = [begin, end]
+        yield name, {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        begin = end
 
 
 def write_file(
-    path: Path, header: Mapping[str, Any] | str, chunks: Iterable[Tensor], metadata: Mapping[str, str]
+    path: Path, header: Mapping[str, Any] | bytes, chunks: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> str:
     """Writes a safetensors file and makes it durable.
 
     Args:
         path: a file that does not exist yet, as a rule under a temporary name.
-        header: what ``arena_header`` or ``tensors_header`` gives; or a layout's ``entries``.
+        header: what ``arena_header`` or ``tensors_header`` gives; or their JSON (a layout's ``entries``).
         chunks: CPU tensors whose bytes, one after the other, are the data region.
         metadata: string to string, kept under ``__metadata__``.
 
@@ -163,14 +174,15 @@ def _header_text(path: Path) -> tuple[bytes, int]:
         return file.read(length), 8 + length
 
 
-def _has_entries(text: bytes, entries: str) -> bool:
+def _has_entries(text: bytes, entries: bytes) -> bool:
     """Whether a header has these entries, and metadata before them: found without parsing 20,000 tensors."""
-    begin, comma, rest = text.partition(b'"}')  # of the metadata, which is string to string
+    end = text.find(b'"},') + 2  # of the metadata, which is string to string
+    if not text.startswith(entries, end + 1) or text[end + 1 + len(entries) :].rstrip(b" ") != b"}":
+        return False
     try:
-        metadata = json.loads(begin + comma + b"}")
+        return list(json.loads(text[:end] + b"}")) == ["__metadata__"]
     except (ValueError, RecursionError):
         return False
-    return list(metadata) == ["__metadata__"] and rest.rstrip(b" ") == f",{entries}}}".encode()
 
 
 def _parsed(text: bytes, path: Path) -> dict[str, Any]:
@@ -199,16 +211,12 @@ def _is_shape(shape: object) -> bool:
     return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
-def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def _header_bytes(header: Mapping[str, Any] | str, metadata: Mapping[str, str]) -> bytes:
+def _header_bytes(header: Mapping[str, Any] | bytes, metadata: Mapping[str, str]) -> bytes:
     """All of a file that comes before its data."""
-    if not isinstance(header, str):
-        header = in_turns({name: entry} for name, entry in header.items())
-    begin = in_turns([{"__metadata__": dict(metadata)}])
-    text = f"{{{begin}{',' if header else ''}{header}}}".encode()
+    if not isinstance(header, bytes):
+        header = in_turns({name: entry} for name, entry in header.items()).encode()
+    begin = in_turns([{"__metadata__": dict(metadata)}]).encode()
+    text = b"".join([b"{", begin, b"," if header else b"", header, b"}"])
     # Padded to a page, so that the mapped data region is aligned for every dtype.
     text += b" " * (-(8 + len(text)) % _PAGE)
     return len(text).to_bytes(8, "little") + text

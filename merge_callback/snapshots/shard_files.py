@@ -67,7 +67,9 @@ def write_shard(
     make_folder(folder)
     path = folder / shard_file(sharding.ranks.rank, sharding.ranks.size)
     path.unlink(missing_ok=True)
-    checksum = write_file(path, layout.entries, data, {**metadata, "pieces": _to_json(sharding, layout.shapes)})
+    checksum = write_file(
+        path, layout.entries, data, {**metadata, "pieces": _to_json(sharding, layout.shapes)}
+    )
     sync(folder)
     return checksum
 
