@@ -43,7 +43,7 @@ from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.merging import resolve_method
-from merge_callback.publish.export import prepare_emission
+from merge_callback.publish.export import Exporter
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import SnapshotStore
@@ -170,9 +170,8 @@ class Finale(Callback):
         merge, keeper = session.merger.current(session.live()), session.keeper
         assert merge is not None
         for _ in range(3):
-            publish = prepare_emission(
-                keeper.publisher, merge, session.sharding, {}, keeper.naming, keeper.courier, True
-            )
+            exporter = Exporter(keeper.publisher, session.sharding, keeper.naming, keeper.courier, True)
+            publish = exporter.prepare(merge, {})
             _meet(session.ranks, self.merging.meter)
             with self.merging.meter.event("emission as dcp"):
                 publish()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from merge_callback.diversity.interference import (
+    _part,
     chance,
     count,
     interference,
@@ -175,7 +176,8 @@ def test_selection_keeps_what_a_stable_sort_keeps(keep, block):
     fine = torch.randn(1000, generator=generator)
     coarse = (fine * 4).round()  # about 20 different magnitudes: the boundary is always a tie
     vectors = torch.stack([fine, coarse, fine * 1e-42, torch.zeros(1000)])
-    threshold, ties = thresholds(lambda: vectors.split(block, dim=1), keep)
+    parts = [[_part(torch.zeros(1000), vector, block)] for vector in vectors]
+    threshold, ties = thresholds(parts, keep)
     kept = []
     for piece in vectors.split(block, dim=1):
         pruned, ties = keep_top(piece, threshold, ties)
@@ -204,5 +206,13 @@ def test_what_cannot_be_measured_is_refused():
 def test_a_task_vector_that_is_not_finite_is_refused_by_the_tensors_name(bad):
     base, one, other = models(2)[0]
     other["b"][3] = bad
-    with pytest.raises(ValueError, match="'b': there are infinite or NaN entries"):
-        interference([one, other], base)
+    for top in (20, 1):  # 7 entries are kept, and 1: fewer than are not finite
+        with pytest.raises(ValueError, match="'b': there are infinite or NaN entries"):
+            interference([one, other], base, top)
+        other["b"][5:9] = bad
+
+
+def test_transposed_tensors_have_the_same_interference():
+    base, *others = models()[0]
+    turned = [{**state, "a": state["a"].T.contiguous().T} for state in others]
+    assert measured(interference(turned, base)) == measured(interference(others, base))

@@ -221,7 +221,7 @@ def write(folder, cut):
         sharding = Sharding({}, kept)
         sharding.ranks = Ranks()
         sharding.ranks.rank, sharding.ranks.size = rank, CUTS[cut][1]
-        checksums.append(write_shard(path, sharding, arena_header(layout), [arena.buffer], {"step": "1"}))
+        checksums.append(write_shard(path, sharding, layout, [arena.buffer], {"step": "1"}))
     return path, list_shards(path, checksums, write=True)
 
 

@@ -7,10 +7,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
-from itertools import chain
+from functools import reduce
 from operator import add
 from typing import Literal
 
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from merge_callback.diversity.tensor_blocks import BLOCK, one_thread, shared_names, side_by_side
-from merge_callback.diversity.top_magnitude import Blocks, keep_top, thresholds
+from merge_callback.diversity.top_magnitude import keep_top, thresholds
+from merge_callback.merging.threshold import Part
 
 _CACHED = 1 << 12  # columns whose N·(N−1)/2 ratios are formed at once
 
@@ -62,7 +63,7 @@ def interference(
     labels: Sequence[object] | None = None,
     block: int = BLOCK,
 ) -> Counts:
-    """Counts what N task vectors have in common; every checkpoint is read three times.
+    """Counts what N task vectors have in common; as a rule every checkpoint is read twice.
 
     Args:
         checkpoints: θ_1 … θ_N, N ≥ 2, tensors by name, on the CPU (views of mapped files, as a rule).
@@ -81,13 +82,12 @@ def interference(
     models = [base, *checkpoints]
     labels = labels or ["the base", *(f"checkpoint {i + 1}" for i in range(len(checkpoints)))]
     names = shared_names(models, labels)
-    readers = {name: partial(_task_vectors, [m[name] for m in models], block) for name in names}
-    sizes = {name: base[name].numel() for name in readers if base[name].numel()}
+    tensors = {name: [m[name] for m in models] for name in names if base[name].numel()}
     if scope == "global":
-        parts = [(sum(sizes.values()), _chained([readers[name] for name in sizes]), "the model")]
+        groups = [(list(tensors.values()), "the model")]
     else:
-        parts = [(size, readers[name], f"tensor {name!r}") for name, size in sizes.items()]
-    counts = reduce(add, (_count_part(blocks, size, top, what) for size, blocks, what in parts))
+        groups = [([each], f"tensor {name!r}") for name, each in tensors.items()]
+    counts = reduce(add, (_count_group(group, top, block, what) for group, what in groups))
     _check_moved(counts, labels[1:])
     return counts
 
@@ -151,29 +151,49 @@ def chance(top: float) -> tuple[float, float]:
     return 100 * top / (400 - 2 * top), top
 
 
-def _count_part(blocks: Blocks, size: int, top: float, what: str) -> Counts:
-    """Prunes each vector by one threshold and counts."""
-    try:
-        threshold, ties = thresholds(blocks, max(1, int(top * size / 100)))
-    except ValueError as error:
-        raise ValueError(f"{what}: {error} in a task vector") from None
-    return reduce(add, map(count, _pruned(blocks, threshold, ties)))
+def _count_group(group: Sequence[Sequence[Tensor]], top: float, block: int, what: str) -> Counts:
+    """Prunes each vector by one threshold and counts.
+
+    Args:
+        group: for each tensor, θ_init and the checkpoints'.
+        top: as of ``interference``.
+        block: elements.
+        what: the group, for errors.
+    """
+    vectors = [[_part(each[0], each[i], block) for each in group] for i in range(1, len(group[0]))]
+    kept = max(1, int(top * sum(each[0].numel() for each in group) / 100))
+    counts = reduce(add, map(count, _pruned(group, block, *thresholds(vectors, kept))))
+    if not math.isfinite(counts.squares):
+        raise ValueError(f"{what}: there are infinite or NaN entries in a task vector")
+    return counts
 
 
-def _pruned(blocks: Blocks, threshold: Tensor, ties: Tensor) -> Iterator[Tensor]:
-    for block in blocks():
-        pruned, ties = keep_top(block, threshold, ties)
-        yield pruned
+def _part(initial: Tensor, theta: Tensor, block: int) -> Part:
+    """A task vector of one tensor, in fp32."""
+
+    def blocks(start: int, stop: int) -> Iterator[Tensor]:
+        return (rows[0] for rows in _task_vectors((initial, theta), block, start, stop))
+
+    is_flat = initial.is_contiguous() and theta.is_contiguous()
+    difference = (theta.view(-1), initial.view(-1)) if is_flat else None
+    return Part(initial.numel(), torch.float32, initial.device, blocks, difference=difference)
 
 
-def _task_vectors(tensors: Sequence[Tensor], block: int) -> Iterator[Tensor]:
+def _pruned(
+    group: Sequence[Sequence[Tensor]], block: int, threshold: Tensor, ties: Tensor
+) -> Iterator[Tensor]:
+    for tensors in group:
+        for vectors in _task_vectors(tensors, block):
+            pruned, ties = keep_top(vectors, threshold, ties)
+            yield pruned
+
+
+def _task_vectors(
+    tensors: Sequence[Tensor], block: int, start: int = 0, stop: int | None = None
+) -> Iterator[Tensor]:
     """``θ_i − θ_init`` in fp32 blocks ``(N, ≤ block)``; θ_init is the first of the tensors."""
-    for rows in side_by_side(tensors, block):
+    for rows in side_by_side(tensors, block, start, stop):
         yield (rows[1:] - rows[0]).float()
-
-
-def _chained(readers: Sequence[Callable[[], Iterator[Tensor]]]) -> Blocks:
-    return lambda: chain.from_iterable(read() for read in readers)
 
 
 def _ratios(magnitudes: Tensor) -> Tensor:

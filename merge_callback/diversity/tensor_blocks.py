@@ -53,7 +53,9 @@ def shared_names(checkpoints: Sequence[Mapping[str, Tensor]], labels: Sequence[o
     return names
 
 
-def side_by_side(tensors: Sequence[Tensor], block: int = BLOCK) -> Iterator[Tensor]:
+def side_by_side(
+    tensors: Sequence[Tensor], block: int = BLOCK, begin: int = 0, end: int | None = None
+) -> Iterator[Tensor]:
     """Reads one tensor of every checkpoint, ``block`` elements at a time.
 
     fp64 costs no time here (the blocks stay in cache) and makes every difference of fp32 numbers exact to
@@ -62,14 +64,16 @@ def side_by_side(tensors: Sequence[Tensor], block: int = BLOCK) -> Iterator[Tens
     Args:
         tensors: N tensors of one shape, any floating-point dtypes, contiguous or not.
         block: elements; bounds the memory taken.
+        begin: the first element that is read.
+        end: one past the last one; by default all are read.
 
     Yields:
         fp64 ``(N, ≤ block)`` in row-major order of the elements. The next block overwrites it.
     """
-    size = tensors[0].numel()
-    buffer = torch.empty(len(tensors), min(size, block), dtype=torch.float64)
-    for start in range(0, size, block):
-        stop = min(start + block, size)
+    end = tensors[0].numel() if end is None else end
+    buffer = torch.empty(len(tensors), min(end - begin, block), dtype=torch.float64)
+    for start in range(begin, end, block):
+        stop = min(start + block, end)
         piece = buffer[:, : stop - start]
         for row, tensor in zip(piece, tensors, strict=True):
             row.copy_(_slice(tensor.detach(), start, stop))

@@ -6,8 +6,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from merge_callback.snapshots.files import (
     sync,
     write_json,
 )
-from merge_callback.snapshots.safetensors_file import file_checksum, tensors_header, write_file
+from merge_callback.snapshots.safetensors_file import file_checksum, tensors_entries, write_file
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +29,21 @@ PROVENANCE = "merge.json"
 LATEST = "latest"
 _DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
 _WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class ModelFiles:
+    """How a model lies in safetensors files: worked out once for all its emissions.
+
+    Args:
+        tensors: by published name; only shapes and dtypes count.
+        max_shard_bytes: a larger model is split into several files.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+        self.shards = split_shards(tensors, max_shard_bytes)
+        self.files = shard_names(len(self.shards))
+        self.headers = [tensors_entries(shard) for shard in self.shards]
+        self.sizes = [sum(tensor.nbytes for tensor in shard.values()) for shard in self.shards]
 
 
 class Publisher:
@@ -113,7 +127,7 @@ class Publisher:
     def write_safetensors(
         self,
         folder: Path,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | ModelFiles,
         values: Iterable[Tensor],
         tied: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
@@ -121,32 +135,28 @@ class Publisher:
 
         Args:
             folder: where to.
-            tensors: by published name; only shapes and dtypes count.
-            values: the CPU tensors themselves, one after the other in the order of ``written``. None is held
-                for longer than it takes to write it.
+            tensors: by published name, of which only shapes and dtypes count; or the files they make up.
+            values: the CPU tensors themselves, one after the other in the order of the files; those of one
+                file may come in one piece. None is held for longer than it takes to write it.
             tied: further names of shared tensors.
 
         Returns:
             The SHA-256 of each file.
         """
-        shards, stream = split_shards(tensors, self.max_shard_bytes), iter(values)
-        names = shard_names(len(shards))
-        if len(shards) > 1:
-            write_index(folder, names, shards)
+        model = tensors if isinstance(tensors, ModelFiles) else ModelFiles(tensors, self.max_shard_bytes)
+        if len(model.shards) > 1:
+            write_index(folder, model.files, model.shards)
+        parts, stream = zip(model.files, model.shards, model.headers, model.sizes, strict=True), iter(values)
         return {
             file: write_file(
                 folder / file,
-                tensors_header(shard),
-                islice(stream, len(shard)),
+                header,
+                _first_bytes(stream, size),
                 # The scheme of safetensors.torch.save_model: load_model finds the shared names here.
                 {"format": "pt", **{alias: kept for alias, kept in (tied or {}).items() if kept in shard}},
             )
-            for file, shard in zip(names, shards, strict=True)
+            for file, shard, header, size in parts
         }
-
-    def written(self, tensors: Mapping[str, Tensor]) -> list[str]:
-        """The names of ``tensors`` in the order in which they are written."""
-        return [name for shard in split_shards(tensors, self.max_shard_bytes) for name in shard]
 
     @property
     def newest_step(self) -> int:
@@ -219,6 +229,13 @@ class Publisher:
             os.rename(self.folder / name, doomed)
             sync(self.folder)
             clear(doomed)
+
+
+def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """So many bytes of a stream of tensors, as far as it has them."""
+    while size > 0 and (tensor := next(stream, None)) is not None:
+        size -= tensor.nbytes
+        yield tensor
 
 
 def load_merge(path: str | Path) -> dict[str, Tensor]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from merge_callback.publish.emission import Publisher
+from merge_callback.publish.emission import ModelFiles, Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
 from merge_callback.sharding import Ranks, Sharding
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import tensor_names
+from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import Merge
+
+_PIECE = 1 << 26  # bytes of an emission that are read out of a device at once
 
 
 @dataclass(frozen=True)
@@ -61,66 +66,81 @@ def _names_that_meet(names: Sequence[str], prefix: str) -> list[str]:
     return [name for name in stripped if name in names]
 
 
-def prepare_emission(
-    publisher: Publisher,
-    merge: Merge,
-    sharding: Sharding,
-    tied: Mapping[str, str],
-    naming: Naming,
-    ranks: Ranks | None = None,
-    distributed: bool = False,
-    **record: Any,
-) -> Callable[[], Path | None]:
-    """Settles what a merge says of itself, and leaves its weights to be written later.
+class Exporter:
+    """Publishes the merges of a run, under the names their users load them by.
 
     Args:
         publisher: where to.
-        merge: what; this rank's part of it.
-        sharding: which part that is.
-        tied: further names of shared tensors, each with the name it is kept under.
-        naming: how its tensors are called outside.
+        sharding: which part of each tensor this rank has.
+        naming: how the tensors are called outside.
         ranks: to talk through, from another thread than training's.
         distributed: write the format of ``torch.distributed.checkpoint``, all ranks at once.
-        **record: further entries of ``merge.json``; ``diversity`` among them.
-
-    Returns:
-        What publishes it, to be called on all ranks: the first one writes what all of them send, tensor by
-        tensor, and gets the folder. There it raises OSError where it can't be written.
     """
-    ranks = ranks or sharding.ranks
-    content = provenance(
-        merge.method,
-        merge.snapshots,
-        merge.weights,
-        record.pop("diversity", None),
-        copied=merge.copied,
-        stripped_prefix=naming.prefix,
-        **record,
-    )
-    name = emission_name(merge.method.name, merge.step, merge.snapshots[-1].tokens)
-    own = merge.arena.tensors()
-    dtypes = {name: tensor.dtype for name, tensor in own.items()}
-    whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
-    published = {naming.published(n): tensor for n, tensor in whole.items()}
-    aliases = {naming.published(alias): naming.published(kept) for alias, kept in tied.items()}
-    order = [] if distributed else publisher.written(whole)
 
-    def publish_safetensors() -> Path | None:
-        values = sharding.gather(own, order, ranks)
+    def __init__(
+        self,
+        publisher: Publisher,
+        sharding: Sharding,
+        naming: Naming,
+        ranks: Ranks | None = None,
+        distributed: bool = False,
+    ) -> None:
+        self._publisher, self._sharding, self._naming = publisher, sharding, naming
+        self._ranks = ranks or sharding.ranks
+        self._distributed = distributed
+        self._model: _Model | None = None
+
+    def prepare(self, merge: Merge, tied: Mapping[str, str], **record: Any) -> Callable[[], Path | None]:
+        """Settles what a merge says of itself, and leaves its weights to be written later.
+
+        Args:
+            merge: what; this rank's part of it.
+            tied: further names of shared tensors, each with the name it is kept under.
+            **record: further entries of ``merge.json``; ``diversity`` among them.
+
+        Returns:
+            What publishes it, to be called on all ranks: the first one writes what all of them send, tensor
+            by tensor, and gets the folder. There it raises OSError where it can't be written.
+        """
+        content = provenance(
+            merge.method,
+            merge.snapshots,
+            merge.weights,
+            record.pop("diversity", None),
+            copied=merge.copied,
+            stripped_prefix=self._naming.prefix,
+            **record,
+        )
+        outside = self._naming.published
+        publish = partial(
+            self._publisher.publish,
+            emission_name(merge.method.name, merge.step, merge.snapshots[-1].tokens),
+            record=content,
+            tied={outside(alias): outside(kept) for alias, kept in tied.items()},
+            add_files=self._naming.add_files,
+        )
+        if self._distributed:
+            return partial(self._write_distributed, merge.arena, publish)
+        if self._model is None or not self._model.is_of(merge.arena):
+            self._model = _Model(merge.arena, self._sharding, self._naming, self._publisher.max_shard_bytes)
+        return partial(self._write_safetensors, self._model, merge.arena, publish)
+
+    def _write_safetensors(self, model: _Model, arena: Arena, publish: Callable[..., Path]) -> Path | None:
+        values = model.values(arena, self._ranks)
         try:
-            if not ranks.is_first:
+            if not self._ranks.is_first:
                 return None
-            write = partial(publisher.write_safetensors, tensors=published, values=values, tied=aliases)
-            return publisher.publish(name, write, content, aliases, naming.add_files)
+            return publish(write=lambda draft: self._publisher.write_safetensors(draft, model.files, values))
         finally:
             for _ in values:  # the other ranks send all they have, whatever became of it
                 pass
 
-    def publish_distributed() -> Path | None:
+    def _write_distributed(self, arena: Arena, publish: Callable[..., Path]) -> Path | None:
         from merge_callback.publish.distributed import write_distributed  # costs most of a second
 
-        parts = {naming.published(n): tensor for n, tensor in own.items()}
-        pieces = {naming.published(n): sharding.kept[n] for n in dtypes}
+        own, outside, ranks = arena.tensors(), self._naming.published, self._ranks
+        parts = {outside(name): tensor for name, tensor in own.items()}
+        pieces = {outside(name): self._sharding.kept[name] for name in own}
         folder: Path | None = None
 
         def write(draft: Path) -> dict[str, str]:
@@ -133,9 +153,39 @@ def prepare_emission(
                 write_distributed(draft, parts, pieces, ranks)
             return None
         try:
-            return publisher.publish(name, write, content, aliases, naming.add_files)
+            return publish(write=write)
         finally:
             if folder is None:  # the others wait to be told where to write
                 ranks.from_first(None)
 
-    return publish_distributed if distributed else publish_safetensors
+
+class _Model:
+    """What all merges of one layout have in common: their files, and where what goes into these lies.
+
+    It takes a second to work out for 20,000 tensors.
+    """
+
+    def __init__(self, arena: Arena, sharding: Sharding, naming: Naming, max_shard_bytes: int) -> None:
+        self._sharding, self._layout, self._frozen = sharding, arena.layout, _frozen_layout(arena)
+        places = {n: p for n, p in self._frozen.places.items() if n in arena.shared} if self._frozen else {}
+        dtypes = {n: group.dtype for n, (group, _) in (*arena.layout.places.items(), *places.items())}
+        whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
+        self.files = ModelFiles({naming.published(n): t for n, t in whole.items()}, max_shard_bytes)
+        inside = {naming.published(name): name for name in whole}
+        self._names = [[inside[name] for name in shard] for shard in self.files.shards]
+        self._spans = [arena.spans(shard) for shard in self._names] if sharding.ranks.size == 1 else []
+
+    def is_of(self, arena: Arena) -> bool:
+        """Whether a merge is one of these."""
+        return arena.layout is self._layout and _frozen_layout(arena) is self._frozen
+
+    def values(self, arena: Arena, ranks: Ranks) -> Iterator[Tensor]:
+        """The whole tensors on the first rank, in the order of the files; neighbours in one piece."""
+        if ranks.size > 1:
+            return self._sharding.gather(arena.tensors(), chain.from_iterable(self._names), ranks)
+        spans = (arena.bytes_of(*span) for shard in self._spans for span in shard)
+        return (piece.cpu() for span in spans for piece in span.split(_PIECE))
+
+
+def _frozen_layout(arena: Arena) -> Layout | None:
+    return arena.frozen.arena.layout if arena.frozen is not None else None

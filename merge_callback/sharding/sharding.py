@@ -65,8 +65,10 @@ class Sharding:
         if self.ranks.size > 1:
             self._share_out(tensors, pieces, buffers, self.ranks.from_first(set(frozen)))
 
-    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def own(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The part of each live tensor that this rank keeps (views; of some it may keep nothing)."""
+        if not self._replicas:
+            return tensors
         return {name: self.own_part(name, tensor) for name, tensor in tensors.items()}
 
     def own_part(self, name: str, tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,16 +45,20 @@ def flat_pieces(root: nn.Module) -> dict[int, Piece]:
     }
 
 
-def reshard(root: nn.Module) -> None:
-    """Frees what FSDP gathered and keeps: its modules show their shards again, and gather them anew.
+def resharding(root: nn.Module) -> Callable[[], None]:
+    """A function that frees what FSDP gathered and keeps: modules show their shards, and gather them again.
 
     After a forward pass without a backward pass the root keeps its whole parameters, which would hide what is
     written to the shards.
     """
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-    for handle in _fsdp1_handles(root):
+    modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
+    return partial(_reshard, modules, _fsdp1_handles(root))
+
+
+def _reshard(modules: Sequence[FSDPModule], handles: Sequence[Any]) -> None:
+    for module in modules:
+        module.reshard()
+    for handle in handles:
         # Before the first forward pass there is nothing to free.
         if handle.uses_sharded_strategy and hasattr(handle.flat_param, "_local_shard"):
             handle.reshard(free_unsharded_flat_param=True)

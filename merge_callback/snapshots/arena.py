@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +34,7 @@ class Arena:
         self.buffer = buffer
         self.frozen: FrozenPart | None = None
         self.shared: frozenset[str] = frozenset()
+        self._views: dict[str, Tensor] = {}
 
     @classmethod
     def empty(cls, layout: Layout, device: torch.device | str = "cpu") -> Arena:
@@ -41,6 +42,12 @@ class Arena:
         # The evaluation hooks run under inference mode, whose tensors could not be written to later.
         with torch.inference_mode(False):
             return cls(layout, torch.empty(layout.nbytes, dtype=torch.uint8, device=device))
+
+    def reused(self) -> Arena:
+        """An arena in the same memory, to be overwritten; the views of its tensors are not made again."""
+        arena = Arena(self.layout, self.buffer)
+        arena._views = self._views
+        return arena
 
     def sharing(self, frozen: FrozenPart | None, names: frozenset[str]) -> Arena:
         """Itself, with ``names`` out of a part that others have in common with it."""
@@ -66,20 +73,50 @@ class Arena:
         """Every tensor by name, in its own shape (views)."""
         return {**self.own_tensors(), **self.shared_tensors()}
 
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Those that lie in the buffer."""
-        views = {}
-        for group in self.layout.groups:
-            flat = self.flat(group)
-            for segment in group.segments:
-                views[segment.name] = flat[segment.start : segment.stop].view(segment.shape)
-        return views
+    def own_tensors(self) -> Mapping[str, Tensor]:
+        """Those that lie in the buffer; the views are kept, as making them takes longer than a copy to them."""
+        if not self._views:
+            with torch.inference_mode(False):
+                for group in self.layout.groups:
+                    parts = self.flat(group).split([segment.numel for segment in group.segments])
+                    for segment, part in zip(group.segments, parts, strict=True):
+                        self._views[segment.name] = part.view(segment.shape)
+        return self._views
 
     def shared_tensors(self) -> dict[str, Tensor]:
         """Those that it has in common with others."""
         if self.frozen is None:
             return {}
         return {n: t for n, t in self.frozen.arena.own_tensors().items() if n in self.shared}
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors (a view)."""
+        holder = self.frozen.arena if self.frozen is not None and name in self.shared else self
+        return holder.flat(holder.layout.alone(name)).view(holder.layout.shapes[name])
+
+    def spans(self, names: Iterable[str]) -> list[tuple[bool, int, int]]:
+        """Where tensors lie, in this order; those that lie next to each other are one span.
+
+        Returns:
+            Whether a span is of what the arena has in common with others; its first byte; one past its last.
+        """
+        spans: list[tuple[bool, int, int]] = []
+        for name in names:
+            is_shared = self.frozen is not None and name in self.shared
+            holder = self.frozen.arena if self.frozen is not None and is_shared else self
+            group, segment = holder.layout.places[name]
+            start, stop = (
+                group.offset + end * group.stored.itemsize for end in (segment.start, segment.stop)
+            )
+            if spans and spans[-1][0] == is_shared and spans[-1][2] == start:
+                start = spans.pop()[1]
+            spans.append((is_shared, start, stop))
+        return spans
+
+    def bytes_of(self, is_shared: bool, start: int, stop: int) -> Tensor:
+        """The bytes of a span (a view)."""
+        holder = self.frozen.arena if self.frozen is not None and is_shared else self
+        return holder.buffer[start:stop]
 
     @torch.no_grad()
     def copy_from(self, tensors: Mapping[str, Tensor]) -> None:
@@ -89,8 +126,11 @@ class Arena:
             ValueError: where a tensor of the layout is missing or has another shape; it is named.
         """
         self.check(tensors)
-        for name, view in self.own_tensors().items():
-            view.copy_(tensors[name])
+        views = self.own_tensors()
+        targets, sources, stop = list(views.values()), [tensors[name] for name in views], 0
+        for group in self.layout.groups:
+            start, stop = stop, stop + len(group.segments)
+            _copy_all(targets[start:stop], sources[start:stop])
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Makes sure that ``tensors`` has all of the arena's, in the same shapes.
@@ -98,10 +138,15 @@ class Arena:
         Raises:
             ValueError: where one is missing or has another shape; it is named.
         """
-        for name, view in self.tensors().items():
-            if name not in tensors or tensors[name].shape != view.shape:
-                found = tuple(tensors[name].shape) if name in tensors else "gone"
-                raise ValueError(f"tensor {name!r} is {found}, expected shape {tuple(view.shape)}")
+        expected = self.layout.shapes
+        if self.frozen is not None:
+            shapes = self.frozen.arena.layout.shapes
+            expected = expected | {name: shapes[name] for name in self.shared}
+        for name, shape in expected.items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.shape != shape:
+                found = "gone" if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"tensor {name!r} is {found}, expected shape {shape}")
 
     @torch.no_grad()
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
@@ -118,6 +163,15 @@ class Arena:
             for segment in group.segments
             if not all_finite(self.flat(group)[segment.start : segment.stop])
         ]
+
+
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies tensors of one dtype each to its target, all in one call: without Python between them."""
+    try:
+        torch._foreach_copy_(targets, sources)
+    except (RuntimeError, TypeError):  # a subclass of Tensor need not know that operation
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
 
 
 def all_finite(tensor: Tensor, block: int = 1 << 24) -> bool:

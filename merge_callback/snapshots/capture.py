@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from operator import is_
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,10 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from merge_callback.merging import matches_any
+from merge_callback.sharding.live import local
 from merge_callback.sharding.pieces import Piece
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Name parts that ``torch.compile``, activation checkpointing and FSDP put in: no part of the model."""
+
+_HOLDERS = ("_parameters", "_buffers", "_modules")
+"""The attributes of a module that hold its tensors and its parts, by name."""
 
 
 @dataclass
@@ -39,6 +45,8 @@ class ModelTensors:
 
     def matching(self, patterns: Sequence[str]) -> set[str]:
         """Names of the tensors that match a pattern under any of their names."""
+        if not patterns:
+            return set()
         aliases = [*((name, name) for name in self.tensors), *self.tied.items()]
         return {kept for name, kept in aliases if matches_any(name, patterns)}
 
@@ -78,6 +86,76 @@ class ModelTensors:
         return found
 
 
+class LiveModel:
+    """A module that trains: its tensors are found once, and looked up at each snapshot.
+
+    ``ModelTensors.of`` walks the module, which takes a tenth of a second and more for 20,000 tensors. A look
+    makes sure that every part of the module still holds the very same parameters, buffers and modules under
+    the same names, in a tenth of that time; if not, they are found again. What may change in place is read
+    each time: values, shapes, and which parameters take a gradient.
+
+    Args:
+        module: the model.
+        root: what a strategy has wrapped it in, if that is another module.
+    """
+
+    def __init__(self, module: nn.Module, root: nn.Module | None = None) -> None:
+        self._module, self._root = module, root or module
+        self._found: ModelTensors | None = None
+        self._reshard: Callable[[], None] = _nothing
+        self._parameters: dict[str, Tensor] = {}
+        self._sharded: dict[str, Tensor] = {}
+        self._parts: list[dict[str, Any]] = []
+        self._content: list[object] = []
+
+    def tensors(self) -> ModelTensors:
+        """The module's tensors, to be read only: what is written to them autograd would take for a change.
+
+        Raises:
+            ValueError: as ``ModelTensors.of``.
+        """
+        self._reshard()
+        if self._found is None or not self._is_as_found():
+            self._found = None  # in case that what follows raises
+            self._find(found := ModelTensors.of(self._module, self._root))
+            if self._found is None:
+                return found
+        frozen = {name for name, parameter in self._parameters.items() if not parameter.requires_grad}
+        if frozen != self._found.frozen:
+            self._found = replace(self._found, frozen=frozen)  # the one before may be in use
+        if self._sharded:
+            shards = {name: local(tensor) for name, tensor in self._sharded.items()}
+            return replace(self._found, tensors=self._found.tensors | shards)
+        return self._found
+
+    def _find(self, found: ModelTensors) -> None:
+        self._parts = [vars(part) for part in self._module.modules()]
+        if not all(isinstance(part.get(name), dict) for part in self._parts for name in _HOLDERS):
+            return  # TorchScript makes up what a module holds at each look
+        self._content, self._reshard = _content(self._parts), _resharding(self._root)
+        own = {found.names[id(tensor)]: tensor for _, tensor in _saved_tensors(self._module)}
+        self._parameters = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
+        self._sharded = {name: tensor for name, tensor in own.items() if local(tensor) is not tensor}
+        self._found = replace(found, tensors=own)
+
+    def _is_as_found(self) -> bool:
+        content = _content(self._parts)
+        return len(content) == len(self._content) and all(map(is_, content, self._content))
+
+
+def _content(parts: Sequence[Mapping[str, Any]]) -> list[object]:
+    """All that the parts of a module hold, and under which names: in one list, which is fast to make."""
+    content: list[object] = []
+    for part in parts:
+        if held := part["_parameters"]:
+            content += [held, *held, *held.values()]
+        if held := part["_modules"]:
+            content += [held, *held, *held.values()]
+        if held := part["_buffers"]:
+            content += [held, *held, *held.values(), *sorted(part["_non_persistent_buffers_set"])]
+    return content
+
+
 def tensor_names(module: nn.Module) -> list[str]:
     """The names that the tensors of ``module`` are kept under, in the order of its ``state_dict``."""
     names: dict[int, str] = {}
@@ -97,14 +175,31 @@ def clean_name(name: str) -> str:
 
 def _local_pieces(root: nn.Module) -> Callable[[Tensor], tuple[Tensor, Piece]]:
     """A function that gives what this rank holds of a tensor (as plain memory), and which part that is."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _is_distributed():
         # Not detach(): that one shares the version counter, and a graph kept across a merged validation would
         # no longer run backward, though every bit is back.
         return lambda tensor: (tensor.data, Piece.all_of(tensor.shape))
-    from merge_callback.sharding.shards import flat_pieces, local_piece, reshard  # costs most of a second
+    from merge_callback.sharding.shards import flat_pieces, local_piece  # costs most of a second
 
-    reshard(root)
+    _resharding(root)()
     return partial(local_piece, flat=flat_pieces(root))
+
+
+def _resharding(root: nn.Module) -> Callable[[], None]:
+    """A function that has the modules of a model show their shards, where it is sharded."""
+    if not _is_distributed():
+        return _nothing
+    from merge_callback.sharding.shards import resharding
+
+    return resharding(root)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

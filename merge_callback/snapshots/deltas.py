@@ -12,7 +12,7 @@ weights, and so is a distance: linear merges and the diversity read each stored 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.layout import Group
+from merge_callback.snapshots.layout import Group, Segment
 
 CODECS = {"delta-fp16": torch.float16, "delta-bf16": torch.bfloat16}
 """What differences are stored in, by the codec's name."""
@@ -99,14 +99,25 @@ def decode(arenas: Sequence[Arena], out: Arena) -> None:
             out.flat(group).copy_(flat)
 
 
-def flat_tensors(arenas: Sequence[Arena]) -> dict[str, Tensor]:
-    """Every tensor of the last of a window's snapshots, flat; those kept as differences as ``Decoded``."""
-    tensors = {name: tensor.view(-1) for name, tensor in arenas[-1].shared_tensors().items()}
-    for group in arenas[-1].layout.groups:
+def flat_tensors(arenas: Sequence[Arena], names: Collection[str] | None = None) -> dict[str, Tensor]:
+    """Tensors of the last of a window's snapshots, flat; those kept as differences as ``Decoded``.
+
+    Args:
+        arenas: of the window's snapshots from its oldest on.
+        names: of those that are asked for, by default all. Each one costs microseconds.
+    """
+    last = arenas[-1]
+    names = [*last.shared, *last.layout.shapes] if names is None else names
+    tensors = {name: last.tensor(name).view(-1) for name in names if name in last.shared}
+    asked: dict[int, list[Segment]] = {}
+    for name in (name for name in names if name in last.layout.places):
+        group, segment = last.layout.places[name]
+        asked.setdefault(id(group), []).append(segment)
+    for group in (group for group in last.layout.groups if id(group) in asked):
         chain = arenas if group.is_delta else arenas[-1:]  # those before may hold other tensors themselves
         stored, factors = terms(chain, group, _last(chain))
         needed = [(flat, factor) for flat, factor in zip(stored, factors, strict=True) if factor]
-        for s in group.segments:
+        for s in asked[id(group)]:
             parts = [flat[s.start : s.stop] for flat, _ in needed]
             units = [factor for _, factor in needed]
             tensors[s.name] = parts[0] if len(parts) == 1 else cast(Tensor, Decoded(parts, units))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,16 @@ class Group:
     def nbytes(self) -> int:
         """Bytes of the group in the arena."""
         return self.numel * self.stored.itemsize
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The names of its tensors."""
+        return [segment.name for segment in self.segments]
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """One past the last element of each tensor."""
+        return [segment.stop for segment in self.segments]
 
 
 @dataclass(frozen=True)
@@ -160,12 +171,13 @@ class Layout:
 
     def alone(self, name: str) -> Group:
         """One tensor as a group of its own."""
-        group, segment = self._places[name]
+        group, segment = self.places[name]
         offset = group.offset + segment.start * group.stored.itemsize
         return replace(group, offset=offset, segments=(replace(segment, start=0),))
 
     @cached_property
-    def _places(self) -> dict[str, tuple[Group, Segment]]:
+    def places(self) -> dict[str, tuple[Group, Segment]]:
+        """Where each tensor lies."""
         return {segment.name: (group, segment) for group in self.groups for segment in group.segments}
 
     @cached_property
@@ -189,6 +201,11 @@ class Layout:
         return frozenset(segment.name for group in self.groups for segment in group.segments)
 
     @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor, in the order in which they lie."""
+        return {segment.name: segment.shape for group in self.groups for segment in group.segments}
+
+    @cached_property
     def still(self) -> frozenset[str]:
         """The names of the tensors that are kept apart."""
         return frozenset(segment.name for group in self.groups if group.still for segment in group.segments)
@@ -199,12 +216,37 @@ class Layout:
 
         Where tensors are kept apart, it tells which, as that decides what is kept as a difference.
         """
-        entries = [
+        entries = (
             [s.name, s.shape, DTYPE_NAMES[g.dtype], DTYPE_NAMES[g.stored], s.start, *["still"] * g.still]
             for g in self.groups
             for s in g.segments
-        ]
-        return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+        )
+        return hashlib.sha256(f"[{in_turns(entries, ', ', ': ')}]".encode()).hexdigest()
+
+    @cached_property
+    def entries(self) -> bytes:
+        """What a safetensors header says of the tensors: JSON without the braces around all of it."""
+        entries = (
+            {
+                s.name: {
+                    "dtype": DTYPE_NAMES[g.stored],
+                    "shape": s.shape,
+                    "data_offsets": [g.offset + g.stored.itemsize * end for end in (s.start, s.stop)],
+                }
+            }
+            for g in self.groups
+            for s in g.segments
+        )
+        return in_turns(entries).encode()
+
+
+def in_turns(parts: Iterable[Any], between: str = ",", after_key: str = ":") -> str:
+    """The JSON of a long list, or of a dict in parts, without the brackets or braces around it.
+
+    The encoder holds the GIL until it is done: it gets one part at a time.
+    """
+    encode = json.JSONEncoder(separators=(between, after_key)).encode
+    return between.join(encode(part)[1:-1] if isinstance(part, dict) else encode(part) for part in parts)
 
 
 def _segments(named: list[tuple[str, Tensor]]) -> tuple[Segment, ...]:

@@ -78,6 +78,7 @@ class WindowMerger:
         self.sharding, self.ranks = window.store.sharding, window.ranks
         self.metric = RMSDiversity({}, sync_on_compute=False)  # the sums are everybody's already
         self.diversity: dict[str, Any] | None = None
+        self._numel = {name: s.numel for name, (_, s) in window.store.whole.places.items()}
         self._merge: Merge | None = None
         self._out: Arena | None = None
 
@@ -94,7 +95,7 @@ class WindowMerger:
                 squares = self._distance(pair)
             if squares is not None and pair is not None:
                 ignored = self._copied(model, *pair) | model.buffers
-                squares = {n: squares[n] for n in self._numel() if n in squares and n not in ignored}
+                squares = {n: squares[n] for n in self._numel if n in squares and n not in ignored}
         except Exception as error:
             problem = error
         try:
@@ -213,7 +214,7 @@ class WindowMerger:
             whole = self.window.store.layout
             layout = whole.only(whole.names - shared) if shared else whole
             self._out = Arena.empty(layout.native, newest.buffer.device)
-        return Arena(self._out.layout, self._out.buffer).sharing(newest.frozen, shared)
+        return self._out.reused().sharing(newest.frozen, shared)
 
     def _check_finite(self, merged: Arena, snapshots: Sequence[Snapshot]) -> None:
         # A map shows what its file holds by now, and anybody may write to that.
@@ -244,9 +245,10 @@ class WindowMerger:
         Frozen parameters and buffers that do not change keep their bits: the mean of equal values is not
         always that value in floating point, and a mask of infinities has none.
         """
-        before, after = (flat_tensors(self._arenas(snapshot)) for snapshot in (oldest, newest))
-        still = sorted((model.frozen | model.buffers) & before.keys())
         alike = _in_common([oldest.arena, newest.arena])
+        still = [n for n in self._numel if n in model.frozen or n in model.buffers]
+        asked = [name for name in still if name not in alike]
+        before, after = (flat_tensors(self._arenas(snapshot), asked) for snapshot in (oldest, newest))
         changed = torch.tensor([n not in alike and not torch.equal(before[n], after[n]) for n in still])
         if still:  # a part may be constant where the whole is not
             self.ranks.total(changed := changed.int())
@@ -256,7 +258,7 @@ class WindowMerger:
     def _record_diversity(self, squares: Mapping[str, float], pair: tuple[Snapshot, Snapshot]) -> None:
         if set(squares) != set(self.metric.names):  # the first pair, or parameters were (un)frozen
             first = self.metric.first
-            numel = {name: n for name, n in self._numel().items() if name in squares}
+            numel = {name: n for name, n in self._numel.items() if name in squares}
             self.metric = RMSDiversity(numel, sync_on_compute=False)
             self.metric.first = first
         self.metric.reset()
@@ -269,9 +271,6 @@ class WindowMerger:
             "steps": [older.step, newer.step],
             "tokens": [older.tokens, newer.tokens],
         }
-
-    def _numel(self) -> dict[str, int]:
-        return {s.name: s.numel for group in self.window.store.whole.groups for s in group.segments}
 
 
 def positions(snapshots: Sequence[Snapshot]) -> list[float]:
@@ -307,13 +306,12 @@ def merge_arenas(
         Σ (Σ contrast[i] · snapshot i)² of each floating-point tensor; empty without ``contrast``.
     """
     apart = _in_common(arenas) - (out.layout.names if out is not None else frozenset())
-    floating = [name for name in apart if _holder(arenas[0], name).layout.alone(name).dtype.is_floating_point]
-    squares = dict.fromkeys(floating, 0.0) if contrast else {}
+    squares = dict.fromkeys((n for n in apart if _is_floating(arenas[0], n)), 0.0) if contrast else {}
     for group in _groups(arenas, apart, out):
         if group.dtype.is_floating_point:
             squares |= _reduce_group(group, arenas, weights, out, contrast)
     if out is not None:
-        _copy_named(flat_tensors(arenas[: newest + 1 or None]), out, copied)
+        _copy_named(arenas[: newest + 1 or None], out, copied)
     return squares
 
 
@@ -340,7 +338,7 @@ def merge_tensors(
     several = sharding is not None and sharding.ranks.size > 1
     sources, targets = [flat_tensors(chain) for chain in chains], out.tensors()
     model = []
-    _copy_named(sources[-1], out, copied)
+    _copy_named(chains[-1], out, copied)
     for group in out.layout.groups:
         for name in (segment.name for segment in group.segments):
             if name not in copied and group.dtype.is_floating_point:
@@ -367,7 +365,7 @@ def merge_into(
         tensors: by name, in any dtypes and memory formats, on any device.
         copied: names of tensors that are taken from the newest snapshot, as integer ones always are.
     """
-    newest = flat_tensors(arenas)
+    newest = flat_tensors(arenas, [n for n in tensors if n in copied or not _is_floating(arenas[-1], n)])
     apart = _in_common(arenas).intersection(copied)
     for name, kept in arenas[-1].shared_tensors().items():
         if name in apart:
@@ -406,6 +404,10 @@ def _groups(arenas: Sequence[Arena], apart: Collection[str], out: Arena | None =
 
 def _holder(arena: Arena, name: str) -> Arena:
     return arena.frozen.arena if arena.frozen is not None and name in arena.shared else arena
+
+
+def _is_floating(arena: Arena, name: str) -> bool:
+    return _holder(arena, name).layout.places[name][0].dtype.is_floating_point
 
 
 def _merge_group_into(
@@ -454,17 +456,14 @@ def _reduce_group(
         terms(arenas, group, weights)[1] if weights and out is not None else None,
         None if out is None else out.find(group)[0],
         terms(arenas, group, contrast)[1] if contrast else None,
-        [segment.stop for segment in group.segments],
+        group.stops,
     )
-    if squares is None:
-        return {}
-    return dict(zip((s.name for s in group.segments), squares.tolist(), strict=True))
+    return {} if squares is None else dict(zip(group.names, squares.tolist(), strict=True))
 
 
-def _copy_named(newest: Mapping[str, Tensor], out: Arena, copied: Collection[str]) -> None:
+def _copy_named(arenas: Sequence[Arena], out: Arena, copied: Collection[str]) -> None:
     """Takes over what is not averaged: the integer and boolean tensors, and those named in ``copied``."""
-    for group in out.layout.groups:
-        flat = out.flat(group)
-        for s in group.segments:
-            if s.name in copied or not group.dtype.is_floating_point:
-                flat[s.start : s.stop].copy_(newest[s.name][:])
+    names = [name for name in copied if name in out.layout.places]
+    names += [n for g in out.layout.groups if not g.dtype.is_floating_point for n in g.names]
+    for name, tensor in flat_tensors(arenas, names).items():
+        out.flat(out.layout.alone(name)).copy_(tensor[:])

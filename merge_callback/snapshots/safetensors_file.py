@@ -20,7 +20,7 @@ from torch import Tensor
 
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.files import CorruptFileError, open_regular, sync, write_json
-from merge_callback.snapshots.layout import DTYPE_NAMES, Layout
+from merge_callback.snapshots.layout import DTYPE_NAMES, Layout, in_turns
 
 __all__ = [
     "LONGEST_HEADER",
@@ -32,6 +32,7 @@ __all__ = [
     "map_new_file",
     "read_header",
     "sync",
+    "tensors_entries",
     "tensors_header",
     "write_file",
     "write_json",
@@ -46,32 +47,37 @@ _CHUNK = 1 << 24
 
 def arena_header(layout: Layout) -> dict[str, dict[str, Any]]:
     """The safetensors header entries of an arena's tensors: dtype, shape and byte range of each."""
-    header = {}
-    for group in layout.groups:
-        for s in group.segments:
-            begin = group.offset + s.start * group.stored.itemsize
-            end = begin + s.numel * group.stored.itemsize
-            header[s.name] = _entry(group.stored, s.shape, begin, end)
+    header: dict[str, dict[str, Any]] = json.loads(b"{" + layout.entries + b"}")
     return header
 
 
 def tensors_header(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """The header entries of tensors written one after the other, in the given order."""
-    header, begin = {}, 0
+    return dict(_entries(tensors))
+
+
+def tensors_entries(tensors: Mapping[str, Tensor]) -> bytes:
+    """The same as JSON, without the braces around all of it."""
+    return in_turns({name: entry} for name, entry in _entries(tensors)).encode()
+
+
+def _entries(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Any]]]:
+    begin = 0
     for name, tensor in tensors.items():
-        header[name] = _entry(tensor.dtype, tuple(tensor.shape), begin, begin + tensor.nbytes)
-        begin += tensor.nbytes
-    return header
+        end = begin + tensor.nbytes
+        offsets = [begin, end]
+        yield name, {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        begin = end
 
 
 def write_file(
-    path: Path, header: Mapping[str, Any], chunks: Iterable[Tensor], metadata: Mapping[str, str]
+    path: Path, header: Mapping[str, Any] | bytes, chunks: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> str:
     """Writes a safetensors file and makes it durable.
 
     Args:
         path: a file that does not exist yet, as a rule under a temporary name.
-        header: what ``arena_header`` or ``tensors_header`` gives.
+        header: what ``arena_header`` or ``tensors_header`` gives; or their JSON (a layout's ``entries``).
         chunks: CPU tensors whose bytes, one after the other, are the data region.
         metadata: string to string, kept under ``__metadata__``.
 
@@ -125,10 +131,12 @@ def map_arena(path: Path, layout: Layout) -> Arena:
         CorruptFileError: where the header is unreadable or of another layout, or the size is wrong.
         OSError: where the file is missing or unreadable.
     """
-    header, data_start = read_header(path)
-    header.pop("__metadata__", None)
-    if different := difference(header, arena_header(layout)):
-        raise CorruptFileError(f"{path}: other tensors than this model's: {different}")
+    text, data_start = _header_text(path)
+    if not _has_entries(text, layout.entries):
+        header = _parsed(text, path)
+        header.pop("__metadata__", None)
+        if different := difference(header, arena_header(layout)):
+            raise CorruptFileError(f"{path}: other tensors than this model's: {different}")
     size = path.stat().st_size
     if size != data_start + layout.nbytes:
         raise CorruptFileError(f"{path}: {size} bytes, expected {data_start + layout.nbytes}")
@@ -154,20 +162,40 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     Raises:
         CorruptFileError: where the length, the JSON or a tensor's entry is broken.
     """
+    text, data_start = _header_text(path)
+    return _parsed(text, path), data_start
+
+
+def _header_text(path: Path) -> tuple[bytes, int]:
     with open_regular(path) as file:
         length = int.from_bytes(file.read(8), "little")
         if not 2 <= length <= min(os.fstat(file.fileno()).st_size - 8, LONGEST_HEADER):
             raise CorruptFileError(f"{path}: the header length {length} does not fit the file")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise CorruptFileError(f"{path}: the header is not JSON ({error})") from None
+        return file.read(length), 8 + length
+
+
+def _has_entries(text: bytes, entries: bytes) -> bool:
+    """Whether a header has these entries, and metadata before them: found without parsing 20,000 tensors."""
+    end = text.find(b'"},') + 2  # of the metadata, which is string to string
+    if not text.startswith(entries, end + 1) or text[end + 1 + len(entries) :].rstrip(b" ") != b"}":
+        return False
+    try:
+        return list(json.loads(text[:end] + b"}")) == ["__metadata__"]
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parsed(text: bytes, path: Path) -> dict[str, Any]:
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: the header is not JSON ({error})") from None
     if not isinstance(header, dict):
         raise CorruptFileError(f"{path}: the header is not a JSON object")
     for name, entry in header.items():
         if not isinstance(entry, dict) or not (name == "__metadata__" or _is_shape(entry.get("shape"))):
             raise CorruptFileError(f"{path}: {name!r} is {entry!r:.100}, expected its dtype, shape and place")
-    return header, 8 + length
+    return header
 
 
 def file_checksum(path: Path) -> str:
@@ -183,13 +211,12 @@ def _is_shape(shape: object) -> bool:
     return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
-def _entry(dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> dict[str, Any]:
-    return {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-
-
-def _header_bytes(header: Mapping[str, Any], metadata: Mapping[str, str]) -> bytes:
+def _header_bytes(header: Mapping[str, Any] | bytes, metadata: Mapping[str, str]) -> bytes:
     """All of a file that comes before its data."""
-    text = json.dumps({"__metadata__": dict(metadata), **header}, separators=(",", ":")).encode()
+    if not isinstance(header, bytes):
+        header = in_turns({name: entry} for name, entry in header.items()).encode()
+    begin = in_turns([{"__metadata__": dict(metadata)}]).encode()
+    text = b"".join([b"{", begin, b"," if header else b"", header, b"}"])
     # Padded to a page, so that the mapped data region is aligned for every dtype.
     text += b" " * (-(8 + len(text)) % _PAGE)
     return len(text).to_bytes(8, "little") + text

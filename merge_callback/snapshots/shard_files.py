@@ -17,6 +17,7 @@ from torch import Tensor
 from merge_callback.sharding.pieces import Box, Piece
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.files import make_folder, read_small
+from merge_callback.snapshots.layout import Layout, in_turns
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
     difference,
@@ -54,7 +55,7 @@ def a_file(path: Path) -> Path:
 def write_shard(
     folder: Path,
     sharding: Sharding,
-    header: Mapping[str, Any],
+    layout: Layout,
     data: Iterable[Tensor],
     metadata: Mapping[str, str],
 ) -> str:
@@ -66,7 +67,9 @@ def write_shard(
     make_folder(folder)
     path = folder / shard_file(sharding.ranks.rank, sharding.ranks.size)
     path.unlink(missing_ok=True)
-    checksum = write_file(path, header, data, {**metadata, "pieces": _to_json(sharding, header)})
+    checksum = write_file(
+        path, layout.entries, data, {**metadata, "pieces": _to_json(sharding, layout.shapes)}
+    )
     sync(folder)
     return checksum
 
@@ -222,10 +225,9 @@ def _part(elements: Tensor, start: int, box: Box) -> Tensor:
 
 
 def _to_json(sharding: Sharding, names: Collection[str]) -> str:
-    pieces = {name: piece for name, piece in sharding.kept.items() if name in names}
-    return json.dumps(
-        {n: [p.whole, p.start, [[b.offset, b.shape] for b in p.boxes]] for n, p in pieces.items()}
-    )
+    pieces = ((name, piece) for name, piece in sharding.kept.items() if name in names)
+    parts = ({n: [p.whole, p.start, [[b.offset, b.shape] for b in p.boxes]]} for n, p in pieces)
+    return f"{{{in_turns(parts, ', ', ': ')}}}"
 
 
 def read_pieces(text: str) -> dict[str, Piece]:

@@ -146,6 +146,7 @@ class SnapshotStore:
         self.expected = self._worth_keeping_once(frozen)
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
+    @torch.no_grad()
     def capture(self, tensors: Mapping[str, Tensor], frozen: Collection[str] = (), step: int = 0) -> Arena:
         """A copy of what this rank keeps of ``tensors``: all that training waits for.
 
@@ -218,7 +219,7 @@ class SnapshotStore:
         Raises:
             NonFiniteSnapshotError: where a tensor holds NaN or Inf.
         """
-        if bad := [name for name in arena.non_finite() if not self.may_hold(name, arena.tensors()[name])]:
+        if bad := [name for name in arena.non_finite() if not self.may_hold(name, arena.tensor(name))]:
             raise NonFiniteSnapshotError(
                 f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
             )
@@ -242,15 +243,15 @@ class SnapshotStore:
             **{k: str(v) for k, v in snapshot.record().items() if v not in ("", None)},
         }
         metadata["layout"] = arena.layout.hash
-        header, data = arena_header(arena.layout), self._to_host.chunks(arena.buffer)
+        layout, data = arena.layout, self._to_host.chunks(arena.buffer)
         if self.ranks.size > 1:
             folder = self.folder / self._shards_name(snapshot)
-            return write_shard(folder, self.sharding, header, data, metadata)
+            return write_shard(folder, self.sharding, layout, data, metadata)
         # The name ends in the checksum: two timelines of one run can never take each other's file.
         make_folder(self.folder)
         temporary = self.folder / f".{snapshot.kind}step={snapshot.step:08d}.{os.getpid()}.tmp"
         clear(temporary)
-        checksum = write_file(temporary, header, data, metadata)
+        checksum = write_file(temporary, layout.entries, data, metadata)
         file = f"{snapshot.kind}step={snapshot.step:08d}-{checksum[:12]}.safetensors"
         os.replace(temporary, self.folder / file)
         sync(self.folder)
@@ -484,7 +485,7 @@ class SnapshotStore:
         layout = layout or self.layout
         free = self._free.get((device, layout.is_delta))
         if free and layout is self._layout(self._in_common, layout.is_delta):
-            return Arena(layout, free.pop().buffer)
+            return free.pop().reused()
         return Arena.empty(layout, device)
 
     def at_home(self, arena: Arena) -> Arena:

@@ -22,7 +22,7 @@ from merge_callback.publish.export import Naming
 from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.snapshots.arena import all_finite
-from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
@@ -78,6 +78,7 @@ class MergeSession:
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
         naming = Naming.of(module, options.strip_prefix)
         model = self.live()
+        self._at_snapshots = LiveModel(module, trainer.strategy.model)
         _check_exclude(options.exclude, model)
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names = model.names
@@ -227,7 +228,8 @@ class MergeSession:
             since=self.phases.since,
             lr_step=self.phases.steps,
         )
-        self.keeper.take(snapshot, self.phases.phase, self.live, self.spikes is None or self.spikes.calm)
+        calm = self.spikes is None or self.spikes.calm
+        self.keeper.take(snapshot, self.phases.phase, self._at_snapshots.tensors, calm)
 
     def evaluate(self) -> None:
         """Validates the merge of the window as it is, if that is new."""

@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
-from merge_callback.publish.export import Naming, prepare_emission
+from merge_callback.publish.export import Exporter, Naming
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
@@ -71,6 +71,9 @@ class WindowKeeper:
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude, self.background.drain)
+        self._exporter = Exporter(
+            publisher, window.store.sharding, naming, self.courier, options.format == "dcp"
+        )
         self._taken = 0
         self._emitted = self._handed_in = -1  # what is published; what was to be, which all ranks know
         self._advised: list[str] = []
@@ -266,14 +269,9 @@ class WindowKeeper:
     def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
         """What publishes a merge, or why this rank can't."""
         try:
-            return prepare_emission(
-                self.publisher,
+            return self._exporter.prepare(
                 merge,
-                self._merger.sharding,
                 tied,
-                self.naming,
-                self.courier,
-                self.options.format == "dcp",
                 diversity=self._merger.diversity,
                 layout=self._window.store.whole.hash,
                 run_id=self._window.folder.run_id,
