@@ -101,6 +101,9 @@ class CheckpointMergeCallback(Callback):
             window, the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters always are.
+        lower_is_better: ``fnmatch`` patterns of the validation's metrics that improve downwards, for the sign
+            of ``merge/gain/…``. Needed where no monitor's mode, torchmetrics object or standard name says so.
+        higher_is_better: the same for those that improve upwards.
         spike: what is a loss spike, and whether to restore the run, to warn, or not to look.
 
     Raises:
@@ -129,6 +132,8 @@ class CheckpointMergeCallback(Callback):
         evaluate: bool = True,
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
+        lower_is_better: Sequence[str] = (),
+        higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}

@@ -58,6 +58,8 @@ class Options:
     evaluate: bool
     diversity_lag: int
     exclude: tuple[str, ...]
+    lower_is_better: tuple[str, ...]
+    higher_is_better: tuple[str, ...]
     spike: SpikeOptions
 
     @classmethod
@@ -88,6 +90,8 @@ class Options:
             evaluate=true_or_false("evaluate", given["evaluate"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             exclude=patterns("exclude", given["exclude"]),
+            lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
+            higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"]),
         )
 

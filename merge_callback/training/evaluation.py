@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
@@ -25,6 +26,7 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.merge import Merge
 from merge_callback.training.deferred_signals import DeferredSignals
 from merge_callback.training.kept_state import RandomState
+from merge_callback.training.metric_direction import MetricDirections
 from merge_callback.training.reporting import gains, log_metrics
 from merge_callback.training.undisturbed import replaced, undisturbed
 
@@ -34,9 +36,16 @@ log = logging.getLogger(__name__)
 class MergedValidation:
     """Validates each merge once and makes ``merged/…`` known to callbacks that monitor it."""
 
-    def __init__(self, trainer: Trainer, module: LightningModule, sharding: Sharding | None = None) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        sharding: Sharding | None = None,
+        directions: MetricDirections | None = None,
+    ) -> None:
         self.trainer, self.module = trainer, module
         self.sharding = sharding or Sharding({}, {})
+        self._directions, self._told = directions or MetricDirections(), False
         self.step = -1
         self.metrics: dict[str, float] = {}
         self._random: RandomState | None = None
@@ -55,7 +64,10 @@ class MergedValidation:
         if merge is not None and merge.step != self.step:
             problem = None
             try:
-                merged = validate_with(self.trainer, self.module, merge.arena, self._random, self.sharding)
+                with self._directions.listening(self.module):
+                    merged = validate_with(
+                        self.trainer, self.module, merge.arena, self._random, self.sharding
+                    )
             except Exception as error:
                 problem = error
             try:
@@ -65,11 +77,25 @@ class MergedValidation:
             else:
                 self.step = merge.step
                 self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-                log_metrics(self.trainer, {**self.metrics, **gains(self.trainer, results, live, merged)})
+                log_metrics(self.trainer, {**self.metrics, **self._gains(live, merged)})
         # A monitor must find its key from the first validation on: so far the merge is the model itself.
         known = {f"merged/{name}": value for name, value in live.items()}
         known |= {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         self.trainer.callback_metrics.update(known)
+
+    def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
+        """The gains; says once of which metrics there are none, and how to tell."""
+        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        told = self._directions.lower_is_better
+        lower = {name: told(name, self.trainer, results, self.module) for name in merged if name in live}
+        unknown = sorted(name for name, direction in lower.items() if direction is None)
+        if unknown and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
+                f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
+            )
+        return gains(live, merged, lower)
 
     def state_dict(self) -> dict[str, Any]:
         """The last validated merge and its metrics, as primitives."""

@@ -34,6 +34,7 @@ from merge_callback.training.background import Background
 from merge_callback.training.evaluation import MergedValidation
 from merge_callback.training.interval import Interval
 from merge_callback.training.lr_phase import LRPhaseDetector
+from merge_callback.training.metric_direction import MetricDirections
 from merge_callback.training.plan import Plan, total_steps
 from merge_callback.training.run_folder import RunFolder
 from merge_callback.training.spike_watch import SpikeWatch
@@ -113,7 +114,12 @@ class MergeSession:
         self._progress = step_progress(trainer)
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
-        self.validation = MergedValidation(trainer, module, self.sharding)
+        self.validation = MergedValidation(
+            trainer,
+            module,
+            self.sharding,
+            MetricDirections(options.lower_is_better, options.higher_is_better),
+        )
         self.spikes = self._watch_for_spikes()
         try:
             self._put_folder_in_order()
