@@ -97,6 +97,8 @@ class CheckpointMergeCallback(Callback):
             and nothing elsewhere.
         max_shard_size: larger models are published in several files with an index.
         evaluate: runs the validation with the merged weights too.
+        evaluate_with: classes (or their names) of callbacks that prepare batches or compute metrics in their
+            validation hooks: those are called then, too. The hooks of all other callbacks are not.
         diversity_lag: how many snapshots apart the two lie whose distance is the diversity; in a smaller
             window, the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
@@ -130,6 +132,7 @@ class CheckpointMergeCallback(Callback):
         strip_prefix: str | None = None,
         max_shard_size: int | str = "5GB",
         evaluate: bool = True,
+        evaluate_with: Sequence[str | type[Callback]] = (),
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
         lower_is_better: Sequence[str] = (),

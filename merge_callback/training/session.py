@@ -31,7 +31,7 @@ from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.background import Background
-from merge_callback.training.evaluation import MergedValidation
+from merge_callback.training.evaluation import MergedValidation, taking_part
 from merge_callback.training.interval import Interval
 from merge_callback.training.lr_phase import LRPhaseDetector
 from merge_callback.training.metric_direction import MetricDirections
@@ -119,6 +119,7 @@ class MergeSession:
             module,
             self.sharding,
             MetricDirections(options.lower_is_better, options.higher_is_better),
+            taking_part(trainer, options.evaluate_with),
         )
         self.spikes = self._watch_for_spikes()
         try:
@@ -254,6 +255,7 @@ class MergeSession:
 
     def _let_go(self) -> None:
         self.keeper.wait()
+        self.validation.close()
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
