@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -174,6 +175,9 @@ class CheckpointMergeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Builds or restores the window: here every strategy has set up, moved and restored the model."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if all(isinstance(optimizer, _MockOptimizer) for optimizer in trainer.optimizers):
+            rank_zero_info("merge: the module has no optimizer, so no weights are trained, and none merged")
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
