@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -97,10 +98,15 @@ class CheckpointMergeCallback(Callback):
             and nothing elsewhere.
         max_shard_size: larger models are published in several files with an index.
         evaluate: runs the validation with the merged weights too.
+        evaluate_with: classes (or their names) of callbacks that prepare batches or compute metrics in their
+            validation hooks: those are called then, too. The hooks of all other callbacks are not.
         diversity_lag: how many snapshots apart the two lie whose distance is the diversity; in a smaller
             window, the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters always are.
+        lower_is_better: ``fnmatch`` patterns of the validation's metrics that improve downwards, for the sign
+            of ``merge/gain/…``. Needed where no monitor's mode, torchmetrics object or standard name says so.
+        higher_is_better: the same for those that improve upwards.
         spike: what is a loss spike, and whether to restore the run, to warn, or not to look.
 
     Raises:
@@ -127,8 +133,11 @@ class CheckpointMergeCallback(Callback):
         strip_prefix: str | None = None,
         max_shard_size: int | str = "5GB",
         evaluate: bool = True,
+        evaluate_with: Sequence[str | type[Callback]] = (),
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
+        lower_is_better: Sequence[str] = (),
+        higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
@@ -171,6 +180,9 @@ class CheckpointMergeCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Builds or restores the window: here every strategy has set up, moved and restored the model."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if all(isinstance(optimizer, _MockOptimizer) for optimizer in trainer.optimizers):
+            rank_zero_info("merge: the module has no optimizer, so no weights are trained, and none merged")
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit

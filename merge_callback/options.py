@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +56,11 @@ class Options:
     strip_prefix: str | None
     max_shard_bytes: int
     evaluate: bool
+    evaluate_with: tuple[str, ...]
     diversity_lag: int
     exclude: tuple[str, ...]
+    lower_is_better: tuple[str, ...]
+    higher_is_better: tuple[str, ...]
     spike: SpikeOptions
 
     @classmethod
@@ -86,8 +89,11 @@ class Options:
             strip_prefix=resolve_prefix(given["strip_prefix"]),
             max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
             evaluate=true_or_false("evaluate", given["evaluate"]),
+            evaluate_with=resolve_classes(given["evaluate_with"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             exclude=patterns("exclude", given["exclude"]),
+            lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
+            higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"]),
         )
 
@@ -175,6 +181,20 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
                     f"window={len(weighted.weights)}"
                 ) from None
     return methods
+
+
+def resolve_classes(evaluate_with: str | type | Sequence[str | type]) -> tuple[str, ...]:
+    """The names of the callbacks' classes.
+
+    Raises:
+        ValueError: for anything that is neither a class nor a name.
+    """
+    several = [evaluate_with] if isinstance(evaluate_with, (str, type)) else evaluate_with
+    if not isinstance(several, Sequence) or not all(isinstance(kind, (str, type)) for kind in several):
+        raise ValueError(
+            f"evaluate_with={evaluate_with!r} must be a list of callbacks' classes, or their names"
+        )
+    return tuple(kind if isinstance(kind, str) else kind.__name__ for kind in several)
 
 
 def resolve_storage(storage: str, durable: bool) -> Storage:

@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, OnExceptionCheckpoint
 from spiking_runs import EVERY, FIRES, SPIKE, Batches, Damage, Line
-from training_runs import QUIET, assert_same_bits, seed, weights_of
+from training_runs import QUIET, assert_same_bits, is_beside, seed, weights_of
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
 
@@ -152,7 +152,7 @@ class Fused(Line):
 
     def validation_step(self, batch, batch_idx):
         super().validation_step(batch, batch_idx)
-        if self.interrupted and not self.trainer.callbacks:
+        if self.interrupted and is_beside(self.trainer):
             os.kill(os.getpid(), signal.SIGINT)
 
     def note_rates(self, optimizer):

@@ -22,6 +22,7 @@ from training_runs import (
 )
 
 from merge_callback import load_merge
+from merge_callback.training.metric_direction import sounds_lower
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -75,7 +76,7 @@ def test_merged_metrics_and_gains_are_logged_at_the_steps_of_the_live_ones(runs)
     for name in names:
         live, twin = merged.curves.of(name), merged.curves.of(f"merged/{name}")
         gains = merged.curves.of(f"merge/gain/{name}")
-        assert twin.keys() == gains.keys()
+        assert gains.keys() == (set() if sounds_lower(name) is None and not gains else twin.keys())
         if live:  # a metric of which Lightning logs only the forks, or none, has a twin all the same
             assert twin.keys() == {step for step in live if step >= min(twin)}
             for step, gain in gains.items():

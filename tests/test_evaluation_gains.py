@@ -1,9 +1,10 @@
 """Which way a metric improves, and so the sign of a gain."""
 
 import pytest
+import torch
 from evaluation_runs import Case, fit, merging
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 from training_runs import (
     Classifier,
 )
@@ -91,3 +92,69 @@ def test_a_metric_object_says_itself_which_way_it_improves(tmp_path):
     assert seen["merge/gain/inception"] == pytest.approx(
         seen["inception"] - seen["merged/inception"], abs=1e-6
     )
+
+
+class Distance(MeanMetric):
+    """Says itself that lower is better."""
+
+    higher_is_better = False
+
+
+class Hit(MeanMetric):
+    higher_is_better = True
+
+
+class Numbers(Classifier):
+    """Logs what metric objects return, as numbers, under names that say nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = MetricCollection({"A": Distance(), "B": Hit()}, prefix="val/")
+        self.own, self.alone = MetricCollection({"C": Distance()}), Distance()
+        self.forwarded = Hit()
+
+    def validation_step(self, batch, batch_idx):
+        value = self.loss(batch)
+        for metric in (self.scores, self.own, self.alone):
+            metric.update(value)
+        self.log("direct", self.forwarded(value))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.scores.compute())  # by name, and by what was returned
+        self.log_dict({f"x/{name}": float(value) for name, value in self.own.compute().items()})
+        self.log("renamed", self.alone.compute())
+        self.log("unclear", float(self.net[0].weight.sum()))
+        for metric in (self.scores, self.own, self.alone):
+            metric.reset()
+
+
+def test_numbers_that_metric_objects_return_improve_as_these_say(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        seen = fit(Case(Numbers), merging(tmp_path)).metrics.seen[16]
+    for name in ("val/A", "x/C", "renamed"):
+        assert seen[f"merge/gain/{name}"] == pytest.approx(seen[name] - seen[f"merged/{name}"], abs=1e-6)
+    for name in ("val/B", "direct"):
+        assert seen[f"merge/gain/{name}"] == pytest.approx(seen[f"merged/{name}"] - seen[name], abs=1e-6)
+    assert "merge/gain/unclear" not in seen
+    assert "merged/unclear" in seen
+    told = [record.message for record in caplog.records if "higher_is_better" in record.message]
+    assert len(told) == 1
+    assert "logged for unclear:" in told[0]
+
+
+def test_options_say_which_way_a_metric_improves(tmp_path):
+    options = {"lower_is_better": ["unclear"], "higher_is_better": "val/A"}
+    seen = fit(Case(Numbers), merging(tmp_path, **options)).metrics.seen[16]
+    assert seen["merge/gain/unclear"] == pytest.approx(seen["unclear"] - seen["merged/unclear"], abs=1e-6)
+    assert seen["merge/gain/val/A"] == pytest.approx(seen["merged/val/A"] - seen["val/A"], abs=1e-6)
+
+
+def test_a_scheduler_that_monitors_says_which_way_a_metric_improves(tmp_path):
+    class Scheduled(Numbers):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+            return [optimizer], [{"scheduler": plateau, "monitor": "unclear"}]
+
+    seen = fit(Case(Scheduled), merging(tmp_path)).metrics.seen[16]
+    assert seen["merge/gain/unclear"] == pytest.approx(seen["merged/unclear"] - seen["unclear"], abs=1e-6)

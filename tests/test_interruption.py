@@ -16,7 +16,7 @@ import pytest
 import torch
 from interrupted_run import PARTS
 from killed_run import wait_for_snapshots
-from training_runs import Classifier, assert_same_bits, loader, seed, train
+from training_runs import Classifier, assert_same_bits, is_beside, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback
 from merge_callback.training.deferred_signals import DeferredSignals
@@ -105,7 +105,7 @@ class Saving(Classifier):
         self.save = SAVES[save]
 
     def on_validation_epoch_end(self):
-        kind = "live" if self.trainer.callbacks else "merged"
+        kind = "merged" if is_beside(self.trainer) else "live"
         wait_for_snapshots(self.trainer)  # the list of what is published would be another later
         self.save(self, Path(self.trainer.default_root_dir) / f"{self.trainer.global_step}-{kind}.ckpt")
 
@@ -152,13 +152,13 @@ class ToldToStop(Classifier):
 
     def validation_step(self, batch, batch_idx):
         self.validations += 1
-        if not self.trainer.callbacks and batch_idx == 1 and not self.notes["stop"]:
+        if is_beside(self.trainer) and batch_idx == 1 and not self.notes["stop"]:
             os.kill(os.getpid(), signal.SIGUSR1)
             assert (self.heard, self.trainer.should_stop) == (0, False)  # as before, within the validation
         super().validation_step(batch, batch_idx)
 
     def stop(self, number, frame):
-        assert self.trainer.callbacks  # the handler sees the live run
+        assert not is_beside(self.trainer)  # the handler sees the live run
         self.trainer.should_stop = self.notes["stop"] = True
         self.heard += 1
 
@@ -187,7 +187,7 @@ class Interrupted(Classifier):
         raise TimeoutError("the job has run for long enough")
 
     def validation_step(self, batch, batch_idx):
-        if not self.trainer.callbacks:
+        if is_beside(self.trainer):
             os.kill(os.getpid(), signal.SIGUSR1)
         super().validation_step(batch, batch_idx)
 

@@ -77,3 +77,16 @@ def test_a_run_without_an_end_is_no_reason_to_warn():
 
 def test_sizes_are_for_people():
     assert [in_bytes(x) for x in (264, 1056, 5e9, 2.5e15)] == ["264 B", "1.1 kB", "5.0 GB", "2500.0 TB"]
+
+
+def test_a_manual_optimization_is_planned_once_its_steps_are_measured():
+    unknown = plan(total_steps=None, batches=100, every=30)
+    assert "steps of all optimizers count" in unknown.lines()[0]
+    assert unknown.warnings() == []
+    measured = unknown.with_steps(6.0)
+    [line] = measured.counted(6.0)
+    assert "6 optimizer steps a batch" in line
+    assert "every 5 batches; 20 in this run of 600 steps" in line
+    assert measured.warnings() == []
+    [warning] = unknown.with_steps(0.5).warnings()
+    assert "with 1 of 10" in warning

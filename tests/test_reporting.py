@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from merge_callback.training.lr_phase import Phase
+from merge_callback.training.metric_direction import MetricDirections
 from merge_callback.training.reporting import advice, lower_is_better
 
 
@@ -29,24 +30,40 @@ def test_there_is_no_advice_while_merging_pays(phase):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
+    ("name", "lower"),
     [
-        ("val_loss", "min"),
-        ("val/loss", "min"),
-        ("valid_nll/dataloader_idx_0", "min"),
-        ("perplexity", "min"),
-        ("val_crossentropy", "min"),
-        ("bits_error", "min"),
-        ("val_acc", "max"),
-        ("accuracy", "max"),
-        ("f1", "max"),
-        ("glossary_hits", "max"),
+        ("val_loss", True),
+        ("val/loss", True),
+        ("valid_nll/dataloader_idx_0", True),
+        ("perplexity", True),
+        ("val_crossentropy", True),
+        ("bits_error", True),
+        ("val_sMAPE", True),
+        ("val/cal/SmECE", True),
+        ("negative_log_likelihood", True),
+        ("val_acc", False),
+        ("F1Score", False),
+        ("log_likelihood", False),
+        ("glossary_hits", None),
+        ("elbo_validation", None),
+        ("neg_mean_squared_error", None),  # as scikit-learn has it: higher is better
+        ("accuracy_bits_error", True),
+        ("error_rate_accuracy", None),
+        ("val_cost", None),
     ],
 )
-def test_names_tell_which_way_a_metric_improves(name, mode):
-    assert lower_is_better(name, SimpleNamespace(callbacks=[]), {}) == (mode == "min")
+def test_only_standard_terms_tell_which_way_a_metric_improves(name, lower):
+    assert lower_is_better(name, SimpleNamespace(callbacks=[]), {}) is lower
 
 
 def test_a_monitor_with_a_mode_knows_better_than_the_name():
     monitor = SimpleNamespace(monitor="merged/weird_loss_score", mode="max")
-    assert not lower_is_better("weird_loss_score", SimpleNamespace(callbacks=[monitor]), {})
+    assert lower_is_better("weird_loss_score", SimpleNamespace(callbacks=[monitor]), {}) is False
+
+
+def test_options_know_better_than_a_monitor():
+    monitor = SimpleNamespace(monitor="val_score", mode="max")
+    told = MetricDirections(lower=["*_score"], higher=["val_loss"])
+    trainer = SimpleNamespace(callbacks=[monitor])
+    assert told.lower_is_better("val_score", trainer, {}) is True
+    assert told.lower_is_better("val_loss", trainer, {}) is False

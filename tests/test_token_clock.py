@@ -22,8 +22,21 @@ IDS = torch.zeros(4, 8, dtype=torch.int64)
         {"text": ["a"], "tokens": IDS.int()},
         {"nested": {"x": IDS}},
         SimpleNamespace(input_ids=IDS),
+        {"input_ids": IDS.reshape(2, 2, 8)},
+        IDS.byte(),
     ],
-    ids=["tensor", "list", "tuple", "hugging face", "mask first", "text beside", "nested", "object"],
+    ids=[
+        "tensor",
+        "list",
+        "tuple",
+        "hugging face",
+        "mask first",
+        "text beside",
+        "nested",
+        "object",
+        "choices",
+        "bytes",
+    ],
 )
 def test_token_ids_are_found(batch):
     assert count_tokens(batch) == 32
@@ -35,10 +48,13 @@ def test_token_ids_are_found(batch):
         torch.zeros(4, 8),
         (torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64)),
         torch.zeros(4, dtype=torch.int64),
+        torch.zeros(4, 3, 32, 32, dtype=torch.uint8),
+        {"x": torch.zeros(4, 32, 32, dtype=torch.int64)},
+        torch.zeros(4, 8, dtype=torch.bool),
         {"text": ["a", "b"]},
         None,
     ],
-    ids=["floats", "images and labels", "labels", "strings", "nothing"],
+    ids=["floats", "images and labels", "labels", "bytes of images", "maps", "masks", "strings", "nothing"],
 )
 def test_what_is_no_token_batch_is_refused_with_the_way_out(batch):
     with pytest.raises(ValueError, match=r"count_tokens=.*every_n_steps="):

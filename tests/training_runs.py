@@ -73,6 +73,11 @@ class Probe(Callback):
             self.weights[self._step] = weights_of(pl_module)
 
 
+def is_beside(trainer: Trainer) -> bool:
+    """Whether what runs now is a merged validation, or a trial: callbacks hear nothing of it."""
+    return any(vars(callback).get("on_train_start", "") is None for callback in trainer.callbacks)
+
+
 def weights_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """A copy of the state dict, by the names of the module that nobody has compiled."""
     return {name.replace("_orig_mod.", ""): t.clone() for name, t in module.state_dict().items()}

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_callback.publish.provenance import emission_name
+from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.files import (
     CorruptFileError,
     clear,
@@ -238,7 +239,7 @@ def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield tensor
 
 
-def load_merge(path: str | Path) -> dict[str, Tensor]:
+def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, Tensor]:
     """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
 
     That of the LightningModule, as a rule; where a prefix was stripped from the names (``"model."``, as of a
@@ -247,6 +248,8 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
     Args:
         path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
             (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
+        module: what they are to be loaded into, where a part of it is compiled or checkpoints activations:
+            the names are those of its ``state_dict`` then, with the ``_orig_mod`` that published names lack.
 
     Raises:
         FileNotFoundError: where there is no published merge.
@@ -256,7 +259,7 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
 
     if is_remote(path):
         with fetched(str(path)) as folder:
-            return load_merge(folder)
+            return load_merge(folder, module)
     path = local_path(path)
     if not (path / PROVENANCE).exists():
         mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
@@ -265,7 +268,9 @@ def load_merge(path: str | Path) -> dict[str, Tensor]:
 
     merge = open_checkpoint(path)
     tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}
-    return tensors | {alias: tensors[kept] for alias, kept in merge.tied.items()}
+    tensors |= {alias: tensors[kept] for alias, kept in merge.tied.items()}
+    own = {} if module is None else {clean_name(name): name for name in module.state_dict()}
+    return {own.get(name, name): tensor for name, tensor in tensors.items()}
 
 
 def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:

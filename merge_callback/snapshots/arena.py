@@ -74,7 +74,7 @@ class Arena:
         return {**self.own_tensors(), **self.shared_tensors()}
 
     def own_tensors(self) -> Mapping[str, Tensor]:
-        """Those that lie in the buffer; the views are kept, as making them takes longer than a copy to them."""
+        """Those that lie in the buffer. The views are kept: to make them takes longer than to copy to them."""
         if not self._views:
             with torch.inference_mode(False):
                 for group in self.layout.groups:

@@ -6,7 +6,7 @@ import io
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import (
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -93,14 +93,14 @@ def kept_weights(
 
 
 class PythonState:
-    """All Python state of a module, its optimizers and schedulers, as it is now.
+    """All Python state of a module, its optimizers and schedulers, and of some callbacks, as it is now.
 
     That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
     validations, keep the best one, step a scheduler or an environment.
     """
 
-    def __init__(self, trainer: Trainer, module: nn.Module) -> None:
-        self._trainer, self._module = trainer, module
+    def __init__(self, trainer: Trainer, module: nn.Module, taking_part: Sequence[Callback] = ()) -> None:
+        self._trainer, self._module, self._taking_part = trainer, module, taking_part
         self.renew()
 
     def renew(self) -> None:
@@ -113,6 +113,10 @@ class PythonState:
         for part in self._module.modules():
             # A registered metric is reset before it is used, which replaces its tensors.
             keeper.keep(vars(part), tensors=not isinstance(part, Metric))
+        for callback in self._taking_part:
+            keeper.keep(vars(callback))
+        others = [c for c in self._trainer.callbacks if c not in self._taking_part]  # type: ignore[attr-defined]
+        keeper.restores += [_container_restore(vars(callback)) for callback in others]
         self._restores = keeper.restores
 
     def restore(self) -> None:
@@ -122,9 +126,13 @@ class PythonState:
                 stack.callback(restore)
 
 
-def reset_metrics(module: nn.Module) -> None:
-    """Empties the module's torchmetrics."""
-    for part in module.modules():
+def reset_metrics(module: nn.Module, *taking_part: Callback) -> None:
+    """Empties the torchmetrics of the module, and those that callbacks hold."""
+    held = [value for callback in taking_part for value in vars(callback).values()]
+    held += [item for value in held if isinstance(value, (list, tuple)) for item in value]
+    held += [item for value in held if isinstance(value, dict) for item in value.values()]
+    owners = [module, *(value for value in held if isinstance(value, nn.Module))]
+    for part in (part for owner in owners for part in owner.modules()):
         if isinstance(part, Metric):
             part.reset()
         if isinstance(part, MetricCollection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -29,6 +29,8 @@ class Plan:
         free: room there, in bytes.
         methods: method by phase.
         frozen_bytes: what is frozen of a snapshot, on all ranks together, where that is kept once for all.
+        batches: of the whole run, where its steps are still to be measured by them (``None`` elsewhere): a
+            manual optimization takes as many with each batch as it likes, and all its optimizers' count.
     """
 
     window: int
@@ -43,6 +45,7 @@ class Plan:
     free: int
     methods: dict[str, str]
     frozen_bytes: int = 0
+    batches: int | None = None
 
     @classmethod
     def of(cls, options: Options, store: SnapshotStore, trainer: Trainer) -> Plan:
@@ -64,6 +67,7 @@ class Plan:
             free=check_room(options, store, trainer.num_devices),
             methods={phase: method.name for phase, method in options.methods.items()},
             frozen_bytes=store.whole.only(store.expected).nbytes,
+            batches=None if total_steps(trainer) else total_batches(trainer),
         )
 
     def lines(self) -> list[str]:
@@ -91,6 +95,17 @@ class Plan:
         return [
             f"merge: {tokens_per_step:,.0f} tokens a step, so a snapshot about every {steps:,.0f} steps"
             + self._in_this_run(steps)
+        ]
+
+    def with_steps(self, per_batch: float) -> Plan:
+        """The plan of a manual optimization, once the optimizer steps of a batch are known."""
+        return replace(self, total_steps=int((self.batches or 0) * per_batch), batches=None)
+
+    def counted(self, per_batch: float) -> list[str]:
+        """One more line of such a plan."""
+        return [
+            f"merge: {per_batch:.3g} optimizer steps a batch, all optimizers' together, so a snapshot about "
+            f"every {self.every / per_batch:,.3g} batches" + self._in_this_run(self.every)
         ]
 
     def warnings(self, tokens_per_step: float | None = None) -> list[str]:
@@ -122,6 +137,11 @@ class Plan:
         return self._in_this_run(self.every)
 
     def _in_this_run(self, steps: float) -> str:
+        if self.batches:
+            return (
+                "; the steps of all optimizers count, and how many there are in this run of "
+                f"{self.batches:,} batches will be measured over the first ones"
+            )
         if self.total_steps is None:
             return "; the run has no set end"
         return f"; {int(self.total_steps / steps)} in this run of {self.total_steps:,} steps"
@@ -136,10 +156,21 @@ def in_bytes(size: float) -> str:
     raise AssertionError
 
 
-def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps the whole run will take; ``None`` where it has no end."""
+def total_batches(trainer: Trainer) -> int | None:
+    """Batches the whole run will step with, whatever the number of steps; ``None`` where it has no end."""
     steps = trainer.estimated_stepping_batches
     return None if steps == float("inf") or steps < 0 else int(steps)
+
+
+def total_steps(trainer: Trainer) -> int | None:
+    """Optimizer steps the whole run will take, of all optimizers, as ``trainer.global_step`` counts them.
+
+    ``None`` where it has no end, or nobody knows how many a batch of a manual optimization takes.
+    """
+    batches = total_batches(trainer)
+    if trainer.lightning_module.automatic_optimization or batches == trainer.max_steps:
+        return batches
+    return None
 
 
 def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> int:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import Tensor
 
 from merge_callback.training.lr_phase import Phase
+from merge_callback.training.metric_direction import MetricDirections
 
 
 def logged_step(trainer: Trainer) -> int:
@@ -45,13 +44,19 @@ def tell_loggers(trainer: Trainer, metrics: Mapping[str, float], step: int) -> N
 
 
 def gains(
-    trainer: Trainer, results: _ResultCollection, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+    live: Mapping[str, Tensor], merged: Mapping[str, Tensor], lower: Mapping[str, bool | None]
 ) -> dict[str, float]:
-    """How much better the merged weights score, by metric: positive is better whichever way it improves."""
-    better_lower = {name: lower_is_better(name, trainer, results) for name in merged if name in live}
+    """How much better the merged weights score, by metric: positive is better whichever way it improves.
+
+    Args:
+        live: what the live weights score.
+        merged: what the merged ones do.
+        lower: whether lower is better, by metric; of those with ``None`` there is no gain to tell.
+    """
     return {
-        f"merge/gain/{name}": float(live[name] - merged[name]) * (1 if lower else -1)
-        for name, lower in better_lower.items()
+        f"merge/gain/{name}": float(live[name] - merged[name]) * (1 if lower[name] else -1)
+        for name in merged
+        if name in live and lower.get(name) is not None
     }
 
 
@@ -76,24 +81,6 @@ def advice(phase: Phase, since: int, change_percent: float | None, given: list[s
     return None
 
 
-def lower_is_better(name: str, trainer: Trainer, results: Mapping[str, Any]) -> bool:
-    """Which way a metric improves.
-
-    What a callback monitors with an explicit mode counts first (``ModelCheckpoint(monitor="val_f1",
-    mode="max")``), then a torchmetrics object's ``higher_is_better``, then what the name sounds like.
-    """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if str(getattr(callback, "monitor", None)).removeprefix("merged/") == name:
-            return bool(callback.mode == "min")
-    for result in results.values():
-        higher = getattr(result.value, "higher_is_better", None)
-        if result.meta.name == name.split("/dataloader_idx_")[0] and higher is not None:
-            return not higher
-    return bool(_SOUNDS_LIKE_LOSS.search(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()))
-
-
-_SOUNDS_LIKE_LOSS = re.compile(
-    r"(?<![a-z])(\w*loss|losses|\w*errors?|err|\w*entropy|xent|ce|nll|neg(ative)?_log_likelihood"
-    r"|\w*perplexity|ppl"
-    r"|bp[bct]|bits_per_\w+|r?mse|mae|mape|wer|cer|fid|kl|\w*divergence|distance|brier)(?![a-z])"
-)
+def lower_is_better(name: str, trainer: Trainer, results: Mapping[str, Any]) -> bool | None:
+    """Whether a metric improves downwards, where no options say so: see ``MetricDirections``."""
+    return MetricDirections().lower_is_better(name, trainer, results)

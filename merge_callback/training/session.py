@@ -31,10 +31,11 @@ from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 from merge_callback.training.applied_lr import AppliedLR
 from merge_callback.training.background import Background
-from merge_callback.training.evaluation import MergedValidation
+from merge_callback.training.evaluation import MergedValidation, taking_part
 from merge_callback.training.interval import Interval
 from merge_callback.training.lr_phase import LRPhaseDetector
-from merge_callback.training.plan import Plan, total_steps
+from merge_callback.training.metric_direction import MetricDirections
+from merge_callback.training.plan import Plan, total_batches
 from merge_callback.training.run_folder import RunFolder
 from merge_callback.training.spike_watch import SpikeWatch
 from merge_callback.training.step_statistics import StepStatistics, counts_batches, step_progress
@@ -49,6 +50,7 @@ _PATIENCE = 600.0  # seconds that uploads may take after an exception
 _LAST_UPLOADS = 1500.0  # and at the end of a run of several ranks: the others give up after half an hour
 
 _MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
+_COUNTED_OVER = 8  # batches after which the steps of a manual optimization are
 
 
 class MergeSession:
@@ -91,7 +93,7 @@ class MergeSession:
             partial(_own_gradient, self._names, self.sharding),
         )
         self.applied = AppliedLR(trainer.optimizers, partial(_whole_numel, self._names, self.sharding))
-        self.phases = LRPhaseDetector(total_steps(trainer))
+        self.phases = LRPhaseDetector(total_batches(trainer))
         still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
         layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
         whole = Layout.of(_whole(model), options.snapshot_dtype, still)
@@ -114,7 +116,13 @@ class MergeSession:
         self._progress = step_progress(trainer)
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
-        self.validation = MergedValidation(trainer, module, self.sharding)
+        self.validation = MergedValidation(
+            trainer,
+            module,
+            self.sharding,
+            MetricDirections(options.lower_is_better, options.higher_is_better),
+            taking_part(trainer, options.evaluate_with),
+        )
         self.spikes = self._watch_for_spikes()
         try:
             self._put_folder_in_order()
@@ -126,6 +134,7 @@ class MergeSession:
             self.close()
             raise
         self._first = (self.step, self.clock.tokens)
+        self._is_measured, self._batches = False, 0
 
     def live(self) -> ModelTensors:
         """The live model's tensors, as they are on this rank."""
@@ -197,6 +206,9 @@ class MergeSession:
         if self.keeper.has_news:
             self.keeper.log_news()
         step = self._progress.completed
+        self._batches += 1
+        if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
+            self._report_steps_per_batch((step - self._first[0]) / _COUNTED_OVER)
         if step == self.step:
             self._note_no_step()
             return False  # gradients are being accumulated
@@ -205,7 +217,8 @@ class MergeSession:
         if self.spikes:
             self.spikes.note_end_of_step(step)
         seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
-        if step - self._first[0] == _MEASURED_OVER:
+        if not self._is_measured and step - self._first[0] >= _MEASURED_OVER:
+            self._is_measured = True
             self._report_tokens_per_step()
         due = self.interval.is_over(self.step)
         warming_up = self.phases.is_warming_up
@@ -250,6 +263,7 @@ class MergeSession:
 
     def _let_go(self) -> None:
         self.keeper.wait()
+        self.validation.close()
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
@@ -399,8 +413,13 @@ class MergeSession:
     def _report_tokens_per_step(self) -> None:
         if self.options.unit == "tokens":
             self.statistics.settle()
-            per_step = (self.clock.tokens - self._first[1]) / _MEASURED_OVER
+            per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
             _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
+
+    def _report_steps_per_batch(self, per_batch: float) -> None:
+        self.plan = self.plan.with_steps(per_batch)
+        if self.options.unit == "steps":
+            _tell(self.plan.counted(per_batch), self.plan.warnings())
 
 
 def _own_gradient(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> Tensor | None:

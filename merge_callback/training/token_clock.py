@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _TOKEN_KEYS = ("input_ids", "tokens", "inputs", "input", "ids", "x")
+_SURE_KEYS = ("input_ids", "tokens")  # whatever the number of dimensions: choices, or codebooks
 
 
 class TokenClock:
@@ -46,14 +48,20 @@ class TokenClock:
 def count_tokens(batch: Any) -> int:
     """Tokens in a batch: the elements of its token ids, padding included.
 
-    Token ids are an integer tensor of at least two dimensions (batch × sequence): the batch itself, its
-    ``input_ids`` (or ``tokens``, ``inputs``, ``input``, ``ids``, ``x``), or the first tensor it holds.
+    Token ids are an integer tensor of two dimensions (batch × sequence): the batch itself, its ``input_ids``
+    (or ``tokens``, ``inputs``, ``input``, ``ids``, ``x``), or the first tensor it holds. One of more
+    dimensions is an image, a volume or a map of labels, unless it is called ``input_ids`` or ``tokens``.
 
     Raises:
         ValueError: where that tensor is not one of token ids; the message names the ways out.
     """
-    tensor = _token_ids(batch)
-    if tensor is None or tensor.ndim < 2 or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+    tensor, named = _token_ids(batch)
+    kind = None if tensor is None else tensor.dtype
+    if tensor is None or kind is None or kind.is_floating_point or kind.is_complex or kind is torch.bool:
+        fits = False
+    else:
+        fits = tensor.ndim == 2 or (named and tensor.ndim > 2)
+    if tensor is None or not fits:
         found = "no tensor" if tensor is None else f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
         raise ValueError(
             f"cannot read the number of tokens off this batch ({type(batch).__name__}, which holds {found} "
@@ -68,21 +76,23 @@ def crossed(before: int, after: int, every: int) -> bool:
     return after // every > before // every
 
 
-def _token_ids(batch: Any, depth: int = 4) -> Tensor | None:
-    """The first tensor inside ``batch``, those under a usual name first; looks ``depth`` levels in."""
+def _token_ids(batch: Any, depth: int = 4, named: bool = False) -> tuple[Tensor | None, bool]:
+    """The first tensor inside ``batch``, those under a usual name first, and whether its name says it all.
+
+    Looks ``depth`` levels in.
+    """
     if isinstance(batch, Tensor):
-        return batch
+        return batch, named
     if depth == 0 or isinstance(batch, str):
-        return None
+        return None, False
     if isinstance(batch, (dict, Mapping)):  # a dict is told at once, a mapping by a search
-        for key in _TOKEN_KEYS:
-            if key in batch and (ids := _token_ids(batch[key], depth - 1)) is not None:
-                return ids
-        return _first_token_ids(batch.values(), depth - 1)
+        usual = ((batch[key], key in _SURE_KEYS) for key in _TOKEN_KEYS if key in batch)
+        return _first_token_ids((*usual, *((value, False) for value in batch.values())), depth - 1)
     if isinstance(batch, (list, tuple)):
-        return _first_token_ids(batch, depth - 1)
-    return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else None
+        return _first_token_ids(((value, False) for value in batch), depth - 1)
+    return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else (None, False)
 
 
-def _first_token_ids(values: Iterable[Any], depth: int) -> Tensor | None:
-    return next((ids for value in values if (ids := _token_ids(value, depth)) is not None), None)
+def _first_token_ids(values: Iterable[tuple[Any, bool]], depth: int) -> tuple[Tensor | None, bool]:
+    found = (_token_ids(value, depth, named) for value, named in values)
+    return next((pair for pair in found if pair[0] is not None), (None, False))

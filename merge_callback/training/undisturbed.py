@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from merge_callback.training.kept_state import (
     kept_weights,
     reset_metrics,
 )
+from merge_callback.training.quiet import quiet_logger, silenced
 
 Replacement = tuple[object, str, Any]
 """An object, the name of an attribute, and a value for it."""
@@ -29,13 +29,16 @@ Replacement = tuple[object, str, Any]
 
 @contextmanager
 def undisturbed(
-    trainer: Trainer, module: LightningModule, device: torch.device
+    trainer: Trainer,
+    module: LightningModule,
+    device: torch.device,
+    taking_part: Sequence[Callback] = (),
 ) -> Iterator[dict[str, Tensor]]:
     """Within, the module may be run on anything, with other weights, and nobody hears of it.
 
     On exit, also by an exception, the live weights, the module's Python state and torchmetrics, schedulers,
     and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
-    there are no callbacks but a progress bar that stands still, and loggers that log nothing.
+    callbacks and loggers can be read as ever, but no hook of a callback is called, and nothing is logged.
 
     What is saved within by a hook is the run as it was: by ``trainer.save_checkpoint``, by the connector's
     ``dump_checkpoint``, or by the ``state_dict`` of the module itself. That of a part of it shows the other
@@ -45,17 +48,18 @@ def undisturbed(
         trainer: in fit. Signals have to be deferred on entry and on exit.
         module: its module.
         device: for the copy of the live weights.
+        taking_part: the callbacks whose hooks are called; their state is kept like the module's.
 
     Yields:
         The live tensors (or shards) by name.
     """
-    bar = trainer.progress_bar_callback  # Rich's, drawn by a thread of its own, looks for itself in callbacks
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     loop = trainer.fit_loop.epoch_loop
     connector = _LoggerConnector(trainer)
     connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
     others: list[Replacement] = [
-        (trainer, "callbacks", [] if bar is None else [bar]),
-        (trainer, "loggers", [DummyLogger() for _ in trainer.loggers]),
+        (trainer, "callbacks", list(callbacks)),
+        (trainer, "loggers", [quiet_logger(logger) for logger in trainer.loggers]),
         (trainer, "should_stop", trainer.should_stop),
         (trainer, "_logger_connector", connector),
         (loop, "val_loop", loop.val_loop),
@@ -64,7 +68,7 @@ def undisturbed(
         # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        tensors, state, restore = stack.enter_context(_kept(trainer, module, device))
+        tensors, state, restore = stack.enter_context(_kept(trainer, module, device, taking_part))
         own: list[Replacement] = []
         set_within: list[Replacement] = []  # by handlers
         stack.callback(_set_all, set_within)
@@ -72,7 +76,7 @@ def undisturbed(
         @contextmanager
         def as_it_was(stays: bool = False) -> Iterator[None]:
             with DeferredSignals(), torch.inference_mode(False), ExitStack() as present:
-                present.enter_context(_kept(trainer, module, device))
+                present.enter_context(_kept(trainer, module, device, taking_part))
                 for replacement in own:
                     present.enter_context(replaced(*replacement))
                 restore()
@@ -88,18 +92,18 @@ def undisturbed(
         for owner, name, value in (*others, *_saving(trainer, module, as_it_was)):
             own.append((owner, name, getattr(owner, name)))
             stack.enter_context(replaced(owner, name, value))
-        stack.enter_context(_silenced(bar))
+        stack.enter_context(silenced([c for c in callbacks if c not in taking_part]))
         stack.enter_context(DeferredSignals.around_handlers(partial(as_it_was, stays=True)))
-        reset_metrics(module)
+        reset_metrics(module, *taking_part)
         yield tensors
 
 
 @contextmanager
 def _kept(
-    trainer: Trainer, module: LightningModule, device: torch.device
+    trainer: Trainer, module: LightningModule, device: torch.device, taking_part: Sequence[Callback]
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
     """Hands out the live tensors, the Python state, and what sets both back, as on exit."""
-    random, state = RandomState(trainer), PythonState(trainer, module)
+    random, state = RandomState(trainer), PythonState(trainer, module, taking_part)
     with ExitStack() as stack:
         stack.callback(random.restore)
         stack.callback(state.restore)
@@ -162,21 +166,3 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 def _set_all(replacements: list[Replacement]) -> None:
     for replacement in replacements:
         setattr(*replacement)
-
-
-@contextmanager
-def _silenced(callback: Callback | None) -> Iterator[None]:
-    """Within, nothing reaches the hooks of a callback."""
-    own: dict[str, Any] = {} if callback is None else vars(callback)
-    hooks = [name for name in dir(Callback) if name.startswith("on_")]
-    kept = {name: own[name] for name in hooks if name in own}
-    own.update(dict.fromkeys(hooks, _nothing))
-    try:
-        yield
-    finally:
-        for name in hooks:
-            del own[name]
-        own.update(kept)
-
-
-def _nothing(*_: Any, **__: Any) -> None: ...

@@ -1,0 +1,152 @@
+"""Which way a metric improves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from merge_callback.merging import matches_any
+
+_LOWER = re.compile(
+    r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|entropy|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"
+    r"|rmsd|mae|s?mape|mdape|w?mape|wape|mase|[wce]er|fid|kid|kld?|divergence|distance|brier|crps|pinball"
+    r"|(a|sm)?ece|mce|au(g)?rc|lpips|hausdorff|hd95|chamfer|(min)?[af]de|epe|hinge|logloss|fpr95|regret"
+)
+_HIGHER = re.compile(
+    r"acc|accuracy|au(c|roc|prc|prg)|f1|f1score|fbeta|m?iou|jaccard|jaccardindex|r2|r2score|psnr|ssim|(sacre)?bleu"
+    r"|rouge|meteor|map|recall|precision|spearman|pearson|kendall|reward|ndcg|mrr|dice|mcc|kappa|likelihood"
+    r"|sensitivity|specificity"
+)
+_TURNED = re.compile(r"neg|negative|negated|minus|inv|inverse|inverted|without|no|free|vs|ratio|gain")
+_FIXED = {"negative_log_likelihood": "nll", "neg_log_likelihood": "nll", "bits_per": "bits_"}
+"""Terms of several words, by a word that says the same."""
+
+
+class MetricDirections:
+    """Which way each metric of a validation improves, as far as anybody has said so.
+
+    What counts, in this order: the options; what a callback or a scheduler monitors, by its ``mode``; the
+    torchmetrics object whose value was logged, be it itself, what its ``compute`` returned, or under the name
+    it has in the module or in a collection; a name that is a standard term, such as ``val_rmse``.
+
+    Args:
+        lower: ``fnmatch`` patterns of names that improve downwards.
+        higher: the same for those that improve upwards.
+    """
+
+    def __init__(self, lower: Sequence[str] = (), higher: Sequence[str] = ()) -> None:
+        self._lower, self._higher = lower, higher
+        self._heard: dict[str, Metric] = {}
+
+    @contextmanager
+    def listening(self, module: LightningModule) -> Iterator[None]:
+        """Within, notes whose values the module logs as plain numbers: ``log_dict(collection.compute())``."""
+        kind, metrics = type(module), [part for part in module.modules() if isinstance(part, Metric)]
+        log: Callable[..., None] = kind.log
+        was_own = "log" in vars(kind)
+
+        def heard(self_: LightningModule, name: str, value: Any, *args: Any, **options: Any) -> None:
+            for metric in metrics if self_ is module else ():
+                if _is_of(value, metric):
+                    self._heard[name] = metric
+            log(self_, name, value, *args, **options)
+
+        kind.log = heard  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            if was_own:
+                kind.log = log  # type: ignore[method-assign]
+            else:
+                del kind.log
+
+    def lower_is_better(
+        self, name: str, trainer: Trainer, results: Mapping[str, Any], module: nn.Module | None = None
+    ) -> bool | None:
+        """Whether a metric improves downwards; ``None`` where nothing says so.
+
+        Args:
+            name: in ``trainer.callback_metrics``.
+            trainer: whose callbacks and schedulers may monitor it.
+            results: of the validation that logged it.
+            module: that may hold its metric object.
+        """
+        logged = name.split("/dataloader_idx_")[0]
+        for patterns, lower in ((self._lower, True), (self._higher, False)):
+            if matches_any(name, patterns) or matches_any(logged, patterns):
+                return lower
+        if (monitored := _monitored(name, trainer)) is not None:
+            return monitored
+        names = {logged, logged.removesuffix("_epoch")}
+        objects = [r.value for r in results.values() if r.meta.name in names]
+        objects += [self._heard[n] for n in names if n in self._heard]
+        for found in (objects, _held_as(logged, module) if module else []):
+            directions = {not higher for o in found if (higher := _higher_is_better(o)) is not None}
+            if len(directions) == 1:
+                return directions.pop()
+        return sounds_lower(logged)
+
+
+def sounds_lower(name: str) -> bool | None:
+    """Whether a name that is a standard term is one of what improves downwards; ``None`` for any other.
+
+    >>> sounds_lower("val_rmse"), sounds_lower("val/MulticlassAccuracy"), sounds_lower("elbo_validation")
+    (True, False, None)
+    """
+    split, words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name), list[str]()
+    for text in (name.lower(), split.lower()):  # SmECE, and MeanSquaredError
+        for term, word in _FIXED.items():
+            text = text.replace(term, f"{word} ")
+        words += re.findall(r"[a-z0-9]+_?(?= )|[a-z0-9]+", text)
+    words += [word.rstrip("0123456789") for word in words]
+    words += [end for word in words for end in ("loss", "error", "entropy") if word.endswith(end)]
+    lower, higher, turned = (any(map(p.fullmatch, words)) for p in (_LOWER, _HIGHER, _TURNED))
+    lost = re.search(r"(loss(es)?|errors?)$", name.lower()) is not None  # a dice_loss is a loss
+    return None if turned or (lower == higher and not lost) else lower
+
+
+def _monitored(name: str, trainer: Trainer) -> bool | None:
+    modes = {
+        callback.mode
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
+        if str(getattr(callback, "monitor", None)).removeprefix("merged/") == name
+    }
+    modes |= {
+        config.scheduler.mode
+        for config in getattr(trainer, "lr_scheduler_configs", ())
+        if str(config.monitor).removeprefix("merged/") == name and hasattr(config.scheduler, "mode")
+    }
+    return modes == {"min"} if modes in ({"min"}, {"max"}) else None
+
+
+def _is_of(value: Any, metric: Metric) -> bool:
+    """Whether a value is what a metric object has just returned."""
+    for own in (metric._computed, metric._forward_cache):
+        if own is not None and any(value is v for v in (own.values() if isinstance(own, dict) else (own,))):
+            return True
+    return False
+
+
+def _held_as(name: str, module: nn.Module) -> list[Metric]:
+    """The metric objects whose name in the module or in a collection is ``name``, or the last part of it."""
+    held: list[tuple[str, Metric]] = []
+    for path, part in module.named_modules():
+        if isinstance(part, MetricCollection):
+            held += [(str(key), metric) for key, metric in part.items(keep_base=False)]
+        elif isinstance(part, Metric):
+            held.append((path.rpartition(".")[2], part))
+    return [m for key, m in held if key and re.search(rf"(^|[^a-zA-Z0-9]){re.escape(key)}(_epoch)?$", name)]
+
+
+def _higher_is_better(found: Any) -> bool | None:
+    higher = getattr(found, "higher_is_better", None)
+    if higher is None and isinstance(found, WrapperMetric):  # it doesn't say so for the metric it wraps
+        higher = getattr(getattr(found, "metric", None), "higher_is_better", None)
+    return higher

@@ -1,0 +1,127 @@
+"""Modules that step as they like, do not train at all, are compiled in part, or change while they train."""
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from training_runs import Classifier, loader, train
+
+from merge_callback import CheckpointMergeCallback, load_merge
+
+
+def merging(folder, **options) -> CheckpointMergeCallback:
+    return CheckpointMergeCallback(
+        **{"window": 3, "every_n_steps": 6, "dirpath": folder / "merges", **options}
+    )
+
+
+def told(records, part: str) -> list[str]:
+    return [str(r.message) for r in records if part in str(r.message)]
+
+
+# Steps
+
+
+class Opponents(Classifier):
+    """Two optimizers, of which one steps so many times with each batch."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.automatic_optimization, self.times = False, times
+
+    def training_step(self, batch, batch_idx):
+        for optimizer, times in zip(self.optimizers(), (1, self.times), strict=True):
+            for _ in range(times):
+                optimizer.zero_grad()
+                self.manual_backward(self.loss(batch))
+                optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[i].parameters(), lr=0.01) for i in (0, 2)]
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_the_plan_counts_the_steps_of_all_optimizers_as_the_clock_does(times, tmp_path, recwarn, caplog):
+    with caplog.at_level("INFO"):
+        trainer = train(Opponents(times), merging(tmp_path), data=loader(), max_epochs=2)
+    assert trainer.global_step == 16 * (1 + times)
+    lines, steps = told(caplog.records, "merge: "), trainer.global_step
+    said = (
+        f"merge: {1 + times} optimizer steps a batch, all optimizers' together, so a snapshot about every "
+        f"{6 / (1 + times):,.3g} batches; {steps // 6} in this run of {steps} steps"
+    )
+    assert said in lines
+    assert not told(recwarn, "never fills")
+    assert trainer.callback_metrics["merge/window"] == 3
+
+
+def test_a_manual_optimization_whose_window_never_fills_is_warned_of_once_that_is_known(tmp_path):
+    with pytest.warns(UserWarning, match="the run ends after 32 steps, with 1 of 3 snapshots"):
+        train(Opponents(1), merging(tmp_path, every_n_steps=20), data=loader(), max_epochs=2)
+
+
+class Bank(LightningModule):
+    """Collects what it sees, as PatchCore does, and has nothing that trains."""
+
+    def __init__(self, optimizers) -> None:
+        super().__init__()
+        self.automatic_optimization, self.given = False, optimizers
+        self.register_buffer("mean", torch.zeros(8))
+
+    def training_step(self, batch, batch_idx):
+        self.mean += batch[0].mean(0)
+
+    def configure_optimizers(self):
+        return self.given
+
+
+@pytest.mark.parametrize("optimizers", [None, []])
+def test_a_module_without_an_optimizer_is_left_alone(optimizers, tmp_path, caplog):
+    module, plain = Bank(optimizers), Bank(optimizers)
+    with caplog.at_level("INFO"):
+        train(module, merging(tmp_path), data=loader(), max_epochs=1)
+    train(plain, data=loader(), max_epochs=1)
+    assert torch.equal(module.mean, plain.mean)
+    assert len(told(caplog.records, "no optimizer, so no weights are trained")) == 1
+    assert not (tmp_path / "merges").exists()
+
+
+# Names
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self._checkpoint_wrapped_module = part
+
+    def forward(self, x):
+        return checkpoint(self._checkpoint_wrapped_module, x, use_reentrant=False)
+
+
+class Wrapped(Classifier):
+    def __init__(self, wrap) -> None:
+        super().__init__()
+        self.net = wrap(self.net)
+
+
+WRAPPERS = {
+    "part": lambda net: torch.compile(net, backend="eager"),
+    "nested": lambda net: nn.Sequential(torch.compile(net[0], backend="eager"), *net[1:]),
+    "twice": lambda net: torch.compile(Checkpointed(net), backend="eager"),
+    "none": lambda net: net,
+}
+
+
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_a_merge_loads_strictly_into_a_module_with_wrapped_parts(kind, tmp_path):
+    module = Wrapped(WRAPPERS[kind])
+    with torch.compiler.set_stance("force_eager"):
+        train(module, merging(tmp_path), data=loader(), max_steps=12)
+    path = tmp_path / "merges" / "latest"
+    module.load_state_dict(load_merge(path, module))
+    Classifier().load_state_dict({n.replace(".0.net.", "."): t for n, t in load_merge(path).items()})
+    loaded = {
+        n.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for n in module.state_dict()
+    }
+    assert loaded == load_merge(path).keys()
