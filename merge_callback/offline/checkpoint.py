@@ -12,6 +12,7 @@ from merge_callback.offline.frozen_part import with_frozen_part
 from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
+from merge_callback.offline.quantised import with_plain_weights
 from merge_callback.offline.safetensors_folder import (
     INDEX,
     WEIGHTS,
@@ -55,6 +56,8 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
         stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
     if stored.format in ("pytorch", "safetensors"):  # a LightningModule's state is what the module says it is
         stored = without_training_state(stored)
+    if stored.format in ("pytorch", "safetensors", "dcp", "lightning"):
+        stored = with_plain_weights(stored, spool)
     return with_frozen_part(stored, spool) if stored.frozen else stored
 
 

@@ -46,8 +46,9 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
 
     Only one saved chunk at a time is in memory. The names are those that DCP gives to nested state
     (``model.layers.0.weight``); entries that are no tensors are ignored. What was saved under a key named
-    like training state (``optimizer``, ``optimizer_0``, ``lr_scheduler``, ``rng``, …), at any depth, is left out, and so is what flat names tell to be such (``training_state``); a name within a state
-    dict (``optimizer.weight``) is no such key.
+    like training state (``optimizer``, ``optimizer_0``, ``lr_scheduler``, ``rng``, …), at any depth, is left
+    out, and so is what flat names tell to be such (``training_state``); a name within a state dict
+    (``optimizer.weight``) is no such key.
 
     Args:
         folder: with ``.metadata`` in it.

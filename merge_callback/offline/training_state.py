@@ -99,7 +99,7 @@ def check_no_repeats(path: Path, shapes: Mapping[str, torch.Size]) -> None:
         if count == under == len(sized) - under and telling and not a_part:
             raise ValueError(
                 f"{path}: holds every weight twice, the second time under {prefix!r}, maybe as "
-                f"an optimizer's copy; take that one alone with --state-key {prefix}, or save the weights alone"
+                f"an optimizer's copy; take that one with --state-key {prefix}, or save the weights alone"
             )
 
 
