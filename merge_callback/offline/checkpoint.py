@@ -12,6 +12,7 @@ from merge_callback.offline.frozen_part import with_frozen_part
 from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
+from merge_callback.offline.quantised import with_plain_weights
 from merge_callback.offline.safetensors_folder import (
     INDEX,
     WEIGHTS,
@@ -19,6 +20,7 @@ from merge_callback.offline.safetensors_folder import (
     open_folder,
 )
 from merge_callback.offline.safetensors_folder import recorded_step as _folder_step
+from merge_callback.offline.training_state import without_training_state
 
 __all__ = ["Checkpoint", "is_checkpoint_folder", "open_checkpoint", "recorded_step", "verify"]
 
@@ -52,6 +54,10 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
     stored = _open_stored(path, spool, state_key)
     if stored.difference_to is not None:
         stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
+    if stored.format in ("pytorch", "safetensors"):  # a LightningModule's state is what the module says it is
+        stored = without_training_state(stored)
+    if stored.format in ("pytorch", "safetensors", "dcp", "lightning"):
+        stored = with_plain_weights(stored, spool)
     return with_frozen_part(stored, spool) if stored.frozen else stored
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,16 @@ from merge_callback.offline.dcp_metadata import read_metadata
 from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
 from merge_callback.offline.pytorch_file import check_archive, short_reasons
+from merge_callback.offline.training_state import (
+    check_no_repeats,
+    is_container,
+    only_state,
+    training_state,
+)
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 METADATA = ".metadata"
 _LIGHTNING = "meta.pt"  # what Lightning's sharded checkpoints hold besides tensors
-_TRAINING_STATE = re.compile(
-    r"(optims?|optimizers?|optimizers?_states?|lr_schedulers?|schedulers?|train_state|dataloader|rng_states?)"
-    r"(_\d+)?"
-)
 _MOST_CELLS = 10_000_000
 # What torch raises for a part that is not what was saved.
 _BROKEN = (RuntimeError, AssertionError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
@@ -45,8 +46,9 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
 
     Only one saved chunk at a time is in memory. The names are those that DCP gives to nested state
     (``model.layers.0.weight``); entries that are no tensors are ignored. What was saved under a key named
-    like training state (``optimizer``, ``optim``, ``optimizer_0``, ``lr_scheduler``, ``train_state``, …), at
-    any depth, is left out; a name within a state dict (``optimizer.weight``) is no such key.
+    like training state (``optimizer``, ``optimizer_0``, ``lr_scheduler``, ``rng``, …), at any depth, is left
+    out, and so is what flat names tell to be such (``training_state``); a name within a state dict
+    (``optimizer.weight``) is no such key.
 
     Args:
         folder: with ``.metadata`` in it.
@@ -60,6 +62,7 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
     metadata = read_metadata(contained(folder, METADATA))
     entries = _weights(folder, metadata)
     files = _check_entries(folder, metadata, entries)
+    check_no_repeats(folder, {name: entry.size for name, entry in entries.items()})
     shapes = {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
     tensors = map_tensors(spool or default_spool(), shapes)
     _fill(folder, metadata, entries, tensors)
@@ -90,20 +93,21 @@ def recorded_step(folder: Path) -> int | None:
 def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     entries = metadata.state_dict_metadata
     tensors = {str(n): e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-    kept = {name: e for name, e in tensors.items() if not _is_training_state(name, metadata.planner_data)}
+    state = training_state({name: getattr(e.properties, "dtype", None) for name, e in tensors.items()})
+    kept = {n: e for n, e in tensors.items() if n not in state and not _is_beside(n, metadata.planner_data)}
     if not kept:
-        other = f"only training state ({', '.join(list(tensors)[:3])} …)" if tensors else "no tensors"
-        raise ValueError(f"{folder}: holds {other}; give a checkpoint that has the model")
+        other = only_state(tensors) if tensors else "holds no tensors; give a checkpoint that has the model"
+        raise ValueError(f"{folder}: {other}")
     if "__metadata__" in kept:
         raise ValueError(f"{folder}: '__metadata__' is no name for a tensor in a safetensors file; rename it")
     return kept
 
 
-def _is_training_state(name: str, paths: Any) -> bool:
+def _is_beside(name: str, paths: Any) -> bool:
     """Whether one of the keys that lead to an entry is named like training state."""
     path = paths.get(name) if isinstance(paths, Mapping) else None
     keys = path[:-1] if isinstance(path, tuple) else name.split(".")[:1] if "." in name else ()
-    return any(_TRAINING_STATE.fullmatch(str(key)) for key in keys)
+    return any(is_container(key) for key in keys)
 
 
 def _check_entries(

@@ -28,12 +28,13 @@ from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
 from merge_callback.offline.output import ModelFiles, copy_extras
 from merge_callback.offline.output_folder import OutputFolder
+from merge_callback.offline.quantised import CONFIG
 from merge_callback.offline.workers import each
 from merge_callback.publish.emission import PROVENANCE, split_shards
 from merge_callback.publish.provenance import versions
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.layout import check_storable
-from merge_callback.snapshots.safetensors_file import write_json
+from merge_callback.snapshots.safetensors_file import file_checksum, write_json
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,9 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
             checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), checkpoints[-1])
         else:
             checksums |= copy_extras({path.name: path for path in checkpoints[-1].extras}, draft)
+            if (config := checkpoints[-1].plain_config) is not None:
+                write_json(draft / CONFIG, config)
+                checksums[CONFIG] = file_checksum(draft / CONFIG)
         record = {**merging.record(), "tied": tied, "files": checksums}
         write_json(draft / PROVENANCE, record)
     return record
@@ -293,9 +297,11 @@ def _check_equal(name: str, checkpoints: Sequence[Checkpoint]) -> None:
     for checkpoint in checkpoints[:-1]:
         tensor = checkpoint.tensors[name]
         if tensor.numel() > 1 and not torch.equal(tensor, newest.tensors[name]):
+            known = tensor.dtype in (torch.int64, torch.bool)  # of others there may be codes of weights
+            advice = "; copy the last checkpoint's with --exclude, if that is right" if known else ""
             raise ValueError(
                 f"tensor {name!r} holds {tensor.dtype} and differs between {checkpoint.path} and "
-                f"{newest.path}: it has no mean; copy the last checkpoint's with --exclude, if that is right"
+                f"{newest.path}: it has no mean{advice}"
             )
 
 

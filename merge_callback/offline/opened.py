@@ -35,6 +35,7 @@ class Checkpoint:
         extras: what a Hugging Face model's loader wants beside the weights (config, tokenizer).
         format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
         difference_to: step of the snapshot that this is stored as the difference to; ``None`` if it is whole.
+        plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
             is yet to be read, and ``frozen_checksum`` that one's SHA-256.
     """
@@ -48,6 +49,7 @@ class Checkpoint:
     extras: list[Path]
     format: str
     difference_to: int | None = None
+    plain_config: Mapping[str, Any] | None = None
     frozen: str = ""
     frozen_checksum: str = ""
 
