@@ -31,7 +31,7 @@ def checkpoints(folder: Path, *names: str, **content) -> None:
 
 
 def names(folder: Path | str, *more: str, **options) -> list[str]:
-    return [path.name for path in select([str(folder), *more], **options)]
+    return [path.name for path in select([str(folder), *more], **options).chosen]
 
 
 # A run's folder
@@ -177,18 +177,151 @@ def test_emissions_are_taken_where_there_is_no_window(merges, tmp_path):
 
 def test_checkpoints_beside_a_window_are_a_question(merges):
     checkpoints(merges, "step=4.ckpt")
-    with pytest.raises(ValueError, match=r"beside merges or a window of snapshots; say which"):
+    with pytest.raises(
+        ValueError, match=r"beside a window of snapshots; say which: '.*/\*\.ckpt' or .*/window$"
+    ):
         select([str(merges)])
 
 
-# Paths and globs
+# Single paths
 
 
-def test_single_paths_keep_their_order_and_their_names(tmp_path):
+def test_paths_without_a_known_step_stay_in_the_order_given(tmp_path):
     checkpoints(tmp_path, "step=1.ckpt", "step=2.ckpt", "final/")
-    (tmp_path / "latest").symlink_to("step=2.ckpt")
-    given = [str(tmp_path / name) for name in ("step=2.ckpt", "final", "latest", "step=1.ckpt")]
-    assert [str(path) for path in select(given)] == given
+    given = [str(tmp_path / name) for name in ("step=2.ckpt", "final", "step=1.ckpt")]
+    found = select(given)
+    assert [str(path) for path in found.chosen] == given
+    assert found.notes == ["they stay in the order given: the step of final is not known"]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "epoch=0-step={}.ckpt",
+        "step_{}/weights.pt",
+        "global_step{}/actor/weights.pt",
+        "ep1-ba{}-rank0.pt",
+        "checkpoint-{}/model.safetensors",
+    ],
+)
+def test_what_a_shell_makes_of_a_glob_is_ordered_by_step(tmp_path, pattern):
+    written = [pattern.format(step) for step in (80, 90, 100, 110)]
+    for name in written:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        checkpoints(tmp_path, name)
+    given = sorted(str(tmp_path / name) for name in written)
+    assert [str(path) for path in select(given, last=2).chosen] == [str(tmp_path / n) for n in written[2:]]
+    assert [str(path) for path in select(given, last=2, keep_order=True).chosen] == given[-2:]
+
+
+def test_recorded_steps_and_thousands_order_single_paths(tmp_path):
+    checkpoints(tmp_path, "epoch=9.ckpt", global_step=900)
+    checkpoints(tmp_path, "epoch=10.ckpt", global_step=1000)
+    checkpoints(tmp_path, "step-1.5k.pt", "iter_2K.pt", "step=950.pt")
+    found = select([str(path) for path in sorted(tmp_path.iterdir())])
+    assert found.steps == [900, 950, 1000, 1500, 2000]
+    assert found.is_reordered
+
+
+def test_a_run_named_like_a_step_orders_nothing(tmp_path):
+    checkpoints(tmp_path, "run_step2/model-10.pt", "run_step2/model-9.pt")
+    given = [str(tmp_path / "run_step2" / name) for name in ("model-10.pt", "model-9.pt")]
+    assert [path.name for path in select(given).chosen] == ["model-9.pt", "model-10.pt"]
+
+
+# What is left out
+
+
+def left_out(found) -> list[str]:
+    return [note for note in found.notes if note.startswith("left out")]
+
+
+@pytest.mark.parametrize("by_shell", [True, False])
+@pytest.mark.parametrize("pattern", ["*", "*/model.safetensors", "*/"])
+def test_an_earlier_merge_is_left_out_and_told(tmp_path, pattern, by_shell):
+    checkpoints(tmp_path, "checkpoint-100/", "checkpoint-200/", "merged/")
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps({"step": 100}))
+    matches = sorted(map(str, tmp_path.glob(pattern))) if by_shell else [f"{tmp_path}/{pattern}"]
+    found = select(matches, last=3)
+    assert found.steps == [100, 200]
+    assert [path for path in found.chosen if "merged" in str(path)] == []
+    assert len(left_out(found)) == 1 and "a merge already" in left_out(found)[0]
+    assert found.notes[-1] == "fewer than --last 3 were found: 2"
+    assert 100 in select(matches, keep_all=True).steps and len(select(matches, keep_all=True).chosen) == 3
+
+
+def test_merges_of_other_tools_and_lightning_merges_are_left_out(tmp_path):
+    checkpoints(tmp_path, "step=1.ckpt", "step=2.ckpt", "old/merged.ckpt", "soup/")
+    (tmp_path / "old" / "merge.json").write_text("{}")
+    (tmp_path / "soup" / "mergekit_config.yml").write_text("")
+    found = select([f"{tmp_path}/**/*.ckpt", str(tmp_path / "soup")])
+    assert [path.name for path in found.chosen] == ["step=1.ckpt", "step=2.ckpt"]
+
+
+def test_merges_beside_a_run_s_checkpoints_are_left_out(tmp_path):
+    checkpoints(tmp_path, "checkpoint-1/", "checkpoint-2/", "merged/")
+    (tmp_path / "merged" / "merge.json").write_text("{}")
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_what_repeats_another_one_is_left_out_of_single_paths(tmp_path):
+    checkpoints(tmp_path, "step=1.ckpt", "step=2.ckpt", "step=2-v1.ckpt", "step=2-last.ckpt")
+    checkpoints(tmp_path, "last.ckpt", global_step=2)
+    (tmp_path / "latest").symlink_to("step=1.ckpt")
+    given = [str(path) for path in sorted(tmp_path.iterdir())]
+    assert names(given[0], *given[1:]) == ["step=1.ckpt", "step=2-v1.ckpt"]
+    assert names(tmp_path / "step=1.ckpt", str(tmp_path / "step=1.ckpt")) == ["step=1.ckpt"]
+    assert len(names(given[0], *given, keep_all=True)) == 7
+
+
+def test_a_last_one_of_a_later_step_is_one_more(tmp_path):
+    checkpoints(tmp_path, "step=1.ckpt", "step=2.ckpt")
+    checkpoints(tmp_path, "last.ckpt", global_step=3)
+    assert names(tmp_path) == ["step=1.ckpt", "step=2.ckpt", "last.ckpt"]
+
+
+def test_snapshots_of_a_spike_are_left_out_of_globs_too(merges):
+    manifest = merges / "window" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["snapshots"][1]["in_spike"] = True
+    manifest.write_text(json.dumps(content))
+    everything = sorted(str(path) for path in (merges / "window").glob("*.safetensors"))
+    spiking = content["snapshots"][1]["file"]
+    for given in ([str(merges / "window" / "*")], everything):
+        found = select(given)
+        assert spiking not in [path.name for path in found.chosen] and len(found.chosen) > 1
+        assert left_out(found) == [f"left out: {spiking}: a snapshot of a loss spike"]
+
+
+# A range, then every, then last
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"first_step": 2}, [2, 3, 4, 5]),
+        ({"first_step": 2, "last_step": 4}, [2, 3, 4]),
+        ({"last_step": 4, "every": 2}, [2, 4]),
+        ({"last_step": 4, "every": 2, "last": 1}, [4]),
+        ({"first_step": 0, "last_step": 1}, [1]),
+    ],
+)
+def test_a_range_of_steps_comes_first(tmp_path, options, expected):
+    checkpoints(tmp_path, *(f"step={step}.ckpt" for step in range(1, 6)))
+    assert select([str(tmp_path)], **options).steps == expected
+
+
+def test_a_range_without_steps_or_without_checkpoints_is_refused(tmp_path):
+    checkpoints(tmp_path, "step=1.ckpt", "final.pt")
+    with pytest.raises(ValueError, match=r"no step lies in 5 … inf: they are 1 to 1"):
+        select([str(tmp_path)], first_step=5)
+    with pytest.raises(
+        ValueError, match=r"--from and --to need every step: that of .*final\.pt is not known"
+    ):
+        select([str(tmp_path / "step=1.ckpt"), str(tmp_path / "final.pt")], last_step=5)
+
+
+# Globs
 
 
 def test_glob_gives_checkpoints_by_step(tmp_path):
@@ -201,7 +334,7 @@ def test_glob_gives_checkpoints_by_step(tmp_path):
 
 def test_glob_of_weight_files_is_ordered_by_their_folders(tmp_path):
     checkpoints(tmp_path, "checkpoint-1000/", "checkpoint-900/")
-    found = select([str(tmp_path / "*" / "model.safetensors")])
+    found = select([str(tmp_path / "*" / "model.safetensors")]).chosen
     assert [path.parent.name for path in found] == ["checkpoint-900", "checkpoint-1000"]
 
 
@@ -257,7 +390,9 @@ def test_last_and_every_count_from_the_newest(tmp_path, options, expected):
     checkpoints(tmp_path, *(f"step={step}.ckpt" for step in range(1, 6)))
     assert names(tmp_path, **options) == [f"step={step}.ckpt" for step in expected]
     single = [str(tmp_path / f"step={step}.ckpt") for step in range(1, 6)]
-    assert [path.name for path in select(single, **options)] == [f"step={step}.ckpt" for step in expected]
+    assert [path.name for path in select(single, **options).chosen] == [
+        f"step={step}.ckpt" for step in expected
+    ]
 
 
 @pytest.mark.parametrize("options", [{"last": 0}, {"every": 0}, {"last": -1}])

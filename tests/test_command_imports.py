@@ -1,5 +1,6 @@
 """The commands run no code of the folder they are run in, but what --import names."""
 
+import json
 import os
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def test_a_merge_imports_nothing_of_the_current_folder(downloaded, arguments):
     "arguments",
     [
         ["inspect", "step=1"],
-        ["interference", "step=1", "step=2", "step=2"],
+        ["interference", "step=1", "step=2", "step=2.safetensors"],
     ],
     ids=str,
 )
@@ -119,7 +120,9 @@ def test_an_installed_module_comes_before_one_of_that_name_in_the_folder(downloa
     (downloaded / "tqdm.py").write_text(RAN)
     (downloaded / "wave.py").write_text(RAN)  # Python's own, which nothing has imported yet
     for name in ("tqdm", "wave"):
-        done = run(downloaded, "merge", "step=1", "--import", name, "--output", f"out-{name}", "--quiet")
+        done = run(
+            downloaded, "merge", "step=1", "step=2", "--import", name, "--output", f"out-{name}", "--quiet"
+        )
         assert done.returncode == 0, done.stderr
     assert not (downloaded / "RAN").exists()
 
@@ -139,3 +142,62 @@ def test_a_file_of_options_names_installed_modules_only(downloaded):
 def test_what_is_no_name_of_a_module_is_refused_in_a_line(downloaded, name):
     done = run(downloaded, "merge", "step=1", "--import", name, "--output", "out", "--quiet")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+
+
+LAST_K = """
+from merge_callback import register_method
+from merge_callback.merging import LinearMethod
+
+@register_method("last_k", reference="lab notes")
+class LastK(LinearMethod):
+    k: int = 1
+    last: bool = False
+
+    def raw_weights(self, positions):
+        return [1.0 / self.k * (i < self.k) for i in reversed(range(len(positions)))]
+"""
+
+
+def test_options_of_an_own_method_are_flags_and_entries_of_a_file(downloaded):
+    (downloaded / "own.py").write_text(LAST_K)
+    files = ["step=1.safetensors", "step=2.safetensors"]
+    (downloaded / "merge.yaml").write_text(f"checkpoints: [{', '.join(files)}]\nmethod: last_k\nk: 1\n")
+    imported, output = ["--import", "own"], ["--output", "out", "--quiet", "--force"]
+    for arguments, options in (
+        ([*files, "--method", "last_k", "--k", "2", "--method-last", "true"], {"k": 2, "last": True}),
+        (["--config", "merge.yaml"], {"k": 1, "last": False}),
+        (["--config", "merge.yaml", "--k=2"], {"k": 2, "last": False}),
+    ):
+        done = run(downloaded, "merge", *arguments, *imported, *output)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((downloaded / "out/merge.json").read_text())
+        assert record["method"]["options"] == options
+    done = run(downloaded, "merge", *files, *imported, *output, "--method", "sma", "--k", "2")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "has no option k" in done.stderr
+
+
+def test_own_methods_are_listed(downloaded):
+    (downloaded / "own.py").write_text(LAST_K)
+    listed = run(downloaded, "methods", "--import", "own")
+    assert "last_k" in listed.stdout and "options: k=1, last=False" in listed.stdout
+    assert "last_k" not in run(downloaded, "methods").stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("1 / 0", "--import own: ZeroDivisionError: division by zero"),
+        ("def (", "--import own: SyntaxError"),
+        (METHOD.format(name="sma"), "a merging method named 'sma' is already registered"),
+        (LAST_K.replace("1.0 / self.k", "1 / (self.k - 1)"), r"own.py:11: ZeroDivisionError"),
+    ],
+    ids=range(4),
+)
+def test_a_module_that_fails_is_refused_in_a_line(downloaded, code, reason):
+    (downloaded / "own.py").write_text(code)
+    files = ["step=1.safetensors", "step=2.safetensors"]
+    done = run(
+        downloaded, "merge", *files, "--import", "own", "--method", "last_k", "--output", "out", "--quiet"
+    )
+    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (downloaded / "out").exists()

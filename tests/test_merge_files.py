@@ -280,7 +280,7 @@ def test_lightning_trains_merges_and_loads_again(tmp_path, capsys):
     for part in ("merged.ckpt", "checksums    verified", "weight 0.5000", "step         8"):
         assert part in told
     # And what was merged can be merged again.
-    assert merge(tmp_path / "out/merged.ckpt", paths[0], "--output", tmp_path / "again") == 0
+    assert merge(tmp_path / "out/merged.ckpt", paths[0], "--keep-all", "--output", tmp_path / "again") == 0
 
 
 def test_tied_weights_stay_tied(tmp_path):
@@ -342,12 +342,47 @@ def test_checkpoints_that_do_not_belong_together_are_refused(
 
 def test_an_order_that_contradicts_the_steps_is_told(tmp_path, checkpoints):
     paths, _ = checkpoints
+    swapped = [paths[0], paths[2], paths[1]]
     with pytest.warns(UserWarning, match=r"steps are \[100, 300, 200\]: merged as given"):
-        merge(paths[0], paths[2], paths[1], "--method", "ema", "--output", tmp_path / "out")
+        merge(*swapped, "--keep-order", "--method", "ema", "--output", tmp_path / "out")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        merge(paths[0], paths[2], paths[1], "--output", tmp_path / "mean")
-        merge(*paths, "--method", "ema", "--output", tmp_path / "ema")
+        merge(*swapped, "--keep-order", "--output", tmp_path / "mean")
+        merge(*swapped, "--method", "ema", "--output", tmp_path / "ema")
+    inputs = json.loads((tmp_path / "ema/merge.json").read_text())["inputs"]
+    assert [record["path"] for record in inputs] == [str(path) for path in paths]
+
+
+def test_weights_go_with_the_order_that_was_given_or_are_refused(tmp_path, checkpoints, capsys):
+    paths, dicts = checkpoints
+    given = [paths[1], paths[0], "--weights", 0.25, 0.75]
+    assert "say --keep-order, or give them in that order" in refused(tmp_path, capsys, *given)
+    assert merge(*given, "--keep-order", "--output", tmp_path / "out") == 0
+    expected = 0.25 * dicts[1]["model.scale"] + 0.75 * dicts[0]["model.scale"]
+    assert torch.allclose(load_merge(tmp_path / "out")["model.scale"], expected)
+
+
+def test_the_choice_is_told_and_one_checkpoint_is_no_merge(tmp_path, checkpoints, capsys):
+    paths, _ = checkpoints
+    assert merge(*paths[::-1], "--last", 2, "--output", tmp_path / "out") == 0
+    assert capsys.readouterr().err.splitlines()[:2] == [
+        "2 checkpoints, oldest first: step=200.safetensors (step 200), step=300.safetensors (step 300)",
+        "they were put in the order of their steps; --keep-order keeps the order given",
+    ]
+    message = refused(tmp_path, capsys, tmp_path / "run", "--from", 300)
+    assert "only one checkpoint is left to merge" in message and "step=300" in message
+
+
+def test_a_merge_across_phases_is_warned_of(tmp_path):
+    record = {"lr": 1.0, "lr_ratio": 1.0, "lr_step": 1, "layout": "x", "since": 0, "tokens": 5}
+    for step, phase in ((1, "stable"), (2, "stable"), (3, "decay")):
+        metadata = {k: str(v) for k, v in {**record, "step": step, "phase": phase}.items()}
+        save_file({"w": torch.ones(2)}, tmp_path / f"step={step}.safetensors", metadata=metadata)
+    with pytest.warns(UserWarning, match=r"several phases of the learning rate \(stable: 1, 2; decay: 3\)"):
+        merge(tmp_path, "--output", tmp_path / "all")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(tmp_path, "--to", 2, "--output", tmp_path / "stable")
 
 
 @pytest.mark.parametrize(
@@ -391,10 +426,10 @@ def test_excluded_tensors_may_hold_anything(tmp_path, checkpoints):
 
 def test_what_is_there_is_replaced_only_by_force(tmp_path, checkpoints, capsys):
     paths, dicts = checkpoints
-    assert merge(*paths[:1], "--output", tmp_path / "out") == 0
+    assert merge(paths[0], paths[0], "--keep-all", "--output", tmp_path / "out") == 0
     assert "exists; name another folder, or replace it with --force" in refused(tmp_path, capsys, *paths)
     assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[0]["model.scale"])
-    assert merge(*paths[1:2], "--output", tmp_path / "out", "--force") == 0
+    assert merge(paths[1], paths[1], "--keep-all", "--output", tmp_path / "out", "--force") == 0
     assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[1]["model.scale"])
     assert not list(tmp_path.glob(".*"))
 

@@ -10,7 +10,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.delta_snapshot import decode_snapshot
 from merge_callback.offline.frozen_part import with_frozen_part
 from merge_callback.offline.merge_record import PROVENANCE, read_record
-from merge_callback.offline.opened import Checkpoint, step_in_name
+from merge_callback.offline.opened import WEIGHTS_ALONE, Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
 from merge_callback.offline.quantised import with_plain_weights
 from merge_callback.offline.safetensors_folder import (
@@ -115,6 +115,8 @@ def recorded_step(path: Path) -> int | None:
         return dcp_step(path)
     if path.is_dir():
         return _folder_step(path)
+    if path.stem in WEIGHTS_ALONE and (step := _folder_step(path.parent)) is not None:
+        return step
     if path.suffix == ".safetensors":
         return open_file(path).step
     content = load_mapped(path)

@@ -46,6 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # one it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take
         # 27 ms a step when idle; with both cores taken 100 to 1200 and about 100; never spinning takes 44.
         os.environ.setdefault("GOMP_SPINCOUNT", "4000")
+    if arguments[:1] in (["merge"], ["methods"]):
+        from merge_callback.offline.merge_command import import_methods
+
+        try:
+            import_methods(arguments[1:])
+        except (ValueError, OSError) as error:
+            return _refuse(str(error))
     parsed = _make_parser().parse_args(arguments)
     remote = [a for a in arguments if re.match(r"[A-Za-z][\w+.:-]*://", a)]
     if remote and arguments[0] in _ON_FILES:

@@ -69,9 +69,10 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("checkpoints", nargs="+", metavar="CKPT", help="oldest first; files, folders, or folders of a run")
-    add("--last", type=int, metavar="N", help="of all these, only the last N")
+    add("checkpoints", nargs="+", metavar="CKPT", help="files, folders, or folders of a run")
+    add("--last", type=int, metavar="N", help="of all these, or of every K-th, only the last N")
     add("--every", type=int, default=1, metavar="K", help="of all these, only every K-th, from the last")
+    add("--keep-order", action="store_true", help="compare them in the order given, not by their steps")
 
 
 def _diversity(parsed: argparse.Namespace) -> int:
@@ -170,7 +171,10 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
 
 
 def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
-    return [open_checkpoint(path) for path in select(parsed.checkpoints, parsed.last, parsed.every)]
+    selection = select(parsed.checkpoints, parsed.last, parsed.every, keep_order=parsed.keep_order)
+    for note in selection.notes:
+        print(printable(note), file=sys.stderr)
+    return [open_checkpoint(path) for path in selection.chosen]
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:

@@ -284,6 +284,17 @@ def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None)
             f"the checkpoints' steps are {steps}: merged as given, the first as the oldest",
             stacklevel=2,
         )
+    segments: dict[tuple[str, int | None], list[int | None]] = {}
+    for checkpoint in checkpoints:
+        if checkpoint.segment is not None:
+            segments.setdefault(checkpoint.segment, []).append(checkpoint.step)
+    if len(segments) > 1:
+        told = "; ".join(f"{phase}: {', '.join(map(str, s))}" for (phase, _), s in segments.items())
+        warnings.warn(
+            f"the snapshots are of several phases of the learning rate ({told}), and a merge across phases "
+            "is worse than one within: choose one phase with --from and --to",
+            stacklevel=2,
+        )
     job.naming.check([*newest.tensors, *newest.tied])
     for name, tensor in newest.tensors.items():
         check_storable(name, tensor)

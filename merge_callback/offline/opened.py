@@ -15,9 +15,14 @@ from torch import Tensor
 from merge_callback.offline.containment import contained
 from merge_callback.snapshots.files import read_small
 
-_STEP = re.compile(r"(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?(\d+)", re.IGNORECASE)
-_NUMBERED = re.compile(r"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?(\d+)", re.IGNORECASE)
-_WEIGHTS_ALONE = {"model", "pytorch_model", "consolidated"}
+_TIMES = {"k": 1000, "m": 1_000_000}
+_COUNT = r"(\d+(?:\.\d+)?(?=[km](?![a-z0-9]))|\d+)([km](?![a-z0-9]))?"  # also 10k and 1.5M
+_STEP = re.compile(
+    rf"(?:(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?|^ep\d+-ba){_COUNT}", re.IGNORECASE
+)
+_NUMBERED = re.compile(rf"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?{_COUNT}", re.IGNORECASE)
+WEIGHTS_ALONE = {"model", "pytorch_model", "consolidated", "diffusion_pytorch_model"}
+"""Names of files that say nothing but that these are the weights of the folder's model."""
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Checkpoint:
         plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
             is yet to be read, and ``frozen_checksum`` that one's SHA-256.
+        segment: the phase of the learning rate it was taken in, and since when that lasts, where it knows.
     """
 
     path: Path
@@ -52,6 +58,7 @@ class Checkpoint:
     plain_config: Mapping[str, Any] | None = None
     frozen: str = ""
     frozen_checksum: str = ""
+    segment: tuple[str, int | None] | None = None
 
 
 NOT_ALONE = "holds what the snapshots beside it have in common, and no whole model: give one of those"
@@ -59,15 +66,27 @@ NOT_ALONE = "holds what the snapshots beside it have in common, and no whole mod
 
 
 def step_in_name(path: Path) -> int | None:
-    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``global_step500``, …
+    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``global_step500``, ``iter-2k``, …
 
     ``model.safetensors`` and its like are asked for their folder's name, symlinks for their target's.
     """
     for place in (path, path.resolve()):
-        name = place.parent.name if place.stem in _WEIGHTS_ALONE else place.name
-        if found := _STEP.search(name) or _NUMBERED.search(name):
-            return int(found[1])
+        name = place.parent.name if place.stem in WEIGHTS_ALONE else place.name
+        if (step := _step_in(name)) is not None:
+            return step
     return None
+
+
+def step_above(path: Path) -> int | None:
+    """The step that the folder of a checkpoint, or the one above that, has in its name."""
+    folders = path.absolute().parents[:2]
+    return next((step for folder in folders if (step := _step_in(folder.name)) is not None), None)
+
+
+def _step_in(name: str) -> int | None:
+    if not (found := _STEP.search(name) or _NUMBERED.search(name)):
+        return None
+    return round(float(found[1]) * _TIMES[found[2].lower()]) if found[2] else int(found[1])
 
 
 def is_frozen_part(metadata: Mapping[str, str]) -> bool:
@@ -78,6 +97,12 @@ def is_frozen_part(metadata: Mapping[str, str]) -> bool:
 def whole(value: object) -> int | None:
     """A count from a file's metadata, which knows text only; ``None`` where it is none."""
     return int(value) if isinstance(value, int | str) and re.fullmatch(r"\d{1,18}", str(value)) else None
+
+
+def segment_of(record: Mapping[str, Any]) -> tuple[str, int | None] | None:
+    """The phase of the learning rate that a record names, and since when that lasts."""
+    phase = record.get("phase")
+    return (phase, whole(record.get("since"))) if isinstance(phase, str) and phase else None
 
 
 def read_json(folder: Path, name: str) -> Mapping[str, Any]:

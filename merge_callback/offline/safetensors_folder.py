@@ -18,6 +18,7 @@ from merge_callback.offline.opened import (
     Checkpoint,
     is_frozen_part,
     read_json,
+    segment_of,
     step_in_name,
     whole,
 )
@@ -69,6 +70,7 @@ def open_file(path: Path) -> Checkpoint:
         difference_to=whole(metadata.get("difference_to")) if snapshot else None,
         frozen=metadata.get("frozen", "") if snapshot else "",
         frozen_checksum=metadata.get("frozen_checksum", ""),
+        segment=segment_of(metadata) if snapshot else None,
     )
 
 

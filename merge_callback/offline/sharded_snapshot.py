@@ -15,6 +15,7 @@ from merge_callback.offline.opened import (
     Checkpoint,
     is_frozen_part,
     read_json,
+    segment_of,
     step_in_name,
     whole,
 )
@@ -73,6 +74,7 @@ def open_sharded_snapshot(folder: Path, spool: Path | None = None, is_part: bool
         difference_to=whole(metadata.get("difference_to")),
         frozen=metadata.get("frozen", ""),
         frozen_checksum=metadata.get("frozen_checksum", ""),
+        segment=segment_of(metadata),
     )
 
 
