@@ -173,9 +173,7 @@ class WindowMerger:
                 if is_last:
                     raise
                 log.warning("merge: the restore failed half way and is made once more: %r", error)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_memory()
 
     def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
         """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
@@ -272,6 +270,13 @@ class WindowMerger:
 
     def _numel(self) -> dict[str, int]:
         return {s.name: s.numel for group in self.window.store.whole.groups for s in group.segments}
+
+
+def free_memory() -> None:
+    """Gives back what nobody uses, before something is tried again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def positions(snapshots: Sequence[Snapshot]) -> list[float]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.merge import Merge
+from merge_callback.snapshots.merge import HalfRestoredError, Merge
 from merge_callback.training.deferred_signals import DeferredSignals
 from merge_callback.training.kept_state import RandomState
 from merge_callback.training.reporting import gains, log_metrics
@@ -50,7 +50,11 @@ class MergedValidation:
         self._random = RandomState(self.trainer) if _validation_is_next(self.trainer) else None
 
     def update(self, merge: Merge | None) -> None:
-        """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on."""
+        """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on.
+
+        Raises:
+            HalfRestoredError: where the live weights could not be put back, on any rank.
+        """
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
         live = epoch_metrics(results, self.trainer.callback_metrics)
         if merge is not None and merge.step != self.step:
@@ -64,6 +68,11 @@ class MergedValidation:
             try:
                 self.sharding.ranks.agree(problem)
             except Exception:
+                is_half_back = isinstance(problem, HalfRestoredError)
+                if any(self.sharding.ranks.exchange(is_half_back)):
+                    raise HalfRestoredError(
+                        "after a merged validation the live weights are lost"
+                    ) from problem
                 log.exception("merge: validation with the merged weights failed; the live weights are back")
             else:
                 self.step = merge.step
