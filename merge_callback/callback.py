@@ -112,7 +112,8 @@ class CheckpointMergeCallback(Callback):
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the mend.
         TrainingDivergedError: while training, where restoring did not help and the options say to stop.
-        HalfRestoredError: while training, if a restore fails half way, twice. No checkpoint is saved then.
+        HalfRestoredError: while training, if a restore, or the return of the live weights after a merged
+            validation, fails half way, twice. No checkpoint is saved then.
     """
 
     def __init__(
@@ -238,7 +239,7 @@ class CheckpointMergeCallback(Callback):
         """
         if self.session:
             session, self.session = self.session, None
-            self._half_restored = session.is_half_restored
+            self._half_restored = session.is_half_restored or isinstance(exception, HalfRestoredError)
             try:
                 self._resume = session.state_dict()
             except Exception:

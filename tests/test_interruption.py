@@ -3,6 +3,7 @@
 Most fits run in `interrupted_run`, a process of their own.
 """
 
+import inspect
 import json
 import os
 import random
@@ -16,9 +17,11 @@ import pytest
 import torch
 from interrupted_run import PARTS
 from killed_run import wait_for_snapshots
-from training_runs import Classifier, assert_same_bits, is_beside, loader, seed, train
+from training_runs import Classifier, assert_same_bits, is_beside, loader, seed, train, weights_of
 
 from merge_callback import CheckpointMergeCallback
+from merge_callback.snapshots import arena
+from merge_callback.snapshots.merge import HalfRestoredError
 from merge_callback.training.deferred_signals import DeferredSignals
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
@@ -198,6 +201,31 @@ def test_what_a_handler_raises_during_a_merged_validation_ends_the_run(tmp_path)
         validated(tmp_path, module)
     signal.signal(signal.SIGUSR1, module.handler)
     assert module.trainer.global_step == 4
+
+
+@pytest.mark.parametrize("times", [1, 100], ids=["once", "always"])
+def test_live_weights_that_come_back_in_part_are_put_back_again_or_end_the_run(tmp_path, monkeypatch, times):
+    seed()
+    expected = weights_of(validated(tmp_path / "plain", Classifier()).lightning_module)
+    seed()
+    module, failed, overwrite = Classifier(), [], arena.overwrite
+
+    def fails(tensor, values):
+        frames = [frame.function for frame in inspect.stack()]
+        is_third = tensor.shape == module.net[2].weight.shape
+        if "put_all_back" in frames and is_third and len(failed) < times:
+            failed.append(tensor)
+            raise MemoryError("on purpose")
+        overwrite(tensor, values)
+
+    monkeypatch.setattr(arena, "overwrite", fails)
+    if times == 1:
+        assert_same_bits(weights_of(validated(tmp_path, module).lightning_module), expected)
+        return
+    with pytest.raises(HalfRestoredError):
+        validated(tmp_path, module)
+    with pytest.raises(HalfRestoredError):
+        module.trainer.save_checkpoint(tmp_path / "mixture.ckpt")
 
 
 class SavesMidway(Classifier):

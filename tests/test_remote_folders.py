@@ -222,6 +222,13 @@ def test_a_store_that_can_t_be_written_at_the_start_is_refused_by_name(monkeypat
     assert not list(Path.cwd().rglob(".lock"))
 
 
+def test_a_store_whose_listings_are_out_of_date_is_refused(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(Shelf, "ls", lambda *args, **options: [])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="lists what was just written"):
+        fit(default_root_dir="shelf://bucket/run")
+
+
 def test_a_start_that_is_refused_takes_no_name_from_the_next_one():
     refused = CheckpointMergeCallback(window=3, every_n_steps=2, exclude=["nothing.*"])
     with pytest.raises(ValueError, match="exclude"):

@@ -12,6 +12,8 @@ from merge_callback.publish.remote_folder import RemoteFolder
 
 log = logging.getLogger(__name__)
 
+_NOTICEABLE = 10.0  # seconds of waiting that the user is told of
+
 
 class Queue(Protocol):
     """Does jobs in a thread of its own, one after the other."""
@@ -67,7 +69,11 @@ class RemotePublisher(Publisher):
     def settle(self, timeout: float | None = None) -> None:
         """Tries once more to upload what is not uploaded yet, for so many seconds at most."""
         self._submit()
-        if not self._queue.drain(timeout) and self._waiting():
+        patience = _NOTICEABLE if timeout is None else min(timeout, _NOTICEABLE)
+        if not self._queue.drain(patience):
+            log.warning("merge: waiting for uploads to %s; what waits is in %s", self.url, self.folder)
+        rest = None if timeout is None else timeout - patience
+        if not self._queue.drain(rest) and self._waiting():
             log.warning("merge: not everything is in %s yet; the rest stays in %s", self.url, self.folder)
 
     def _conclude(self, name: str) -> None:

@@ -174,9 +174,7 @@ class WindowMerger:
                 if is_last:
                     raise
                 log.warning("merge: the restore failed half way and is made once more: %r", error)
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                free_memory()
 
     def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
         """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
@@ -271,6 +269,13 @@ class WindowMerger:
             "steps": [older.step, newer.step],
             "tokens": [older.tokens, newer.tokens],
         }
+
+
+def free_memory() -> None:
+    """Gives back what nobody uses, before something is tried again."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def positions(snapshots: Sequence[Snapshot]) -> list[float]:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.merge import Merge
+from merge_callback.snapshots.merge import HalfRestoredError, Merge
 from merge_callback.training.deferred_signals import DeferredSignals
 from merge_callback.training.kept_state import RandomState
 from merge_callback.training.metric_direction import MetricDirections
@@ -73,6 +73,9 @@ class MergedValidation:
 
         Afterwards there is a ``merged/…`` value of what the merge was validated for, and of nothing else. A
         monitor must find its key from the first validation on: until there is a merge, it is the model.
+
+        Raises:
+            HalfRestoredError: where the live weights could not be put back, on any rank.
         """
         results = self.trainer.fit_loop.epoch_loop.val_loop._results
         live = epoch_metrics(results, self.trainer.callback_metrics)
@@ -109,6 +112,8 @@ class MergedValidation:
         try:
             self.sharding.ranks.agree(problem)
         except Exception:
+            if any(self.sharding.ranks.exchange(isinstance(problem, HalfRestoredError))):
+                raise HalfRestoredError("after a merged validation the live weights are lost") from problem
             log.exception("merge: validation with the merged weights failed; the live weights are back")
             self.step, self.metrics, self._has_failed = -1, {}, True
             return

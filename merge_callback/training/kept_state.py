@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -33,6 +34,9 @@ from torchmetrics import Metric, MetricCollection
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.merge import HalfRestoredError, free_memory
+
+log = logging.getLogger(__name__)
 
 _PLAIN_TENSOR = 1 << 24  # elements; a larger plain attribute is a cache or a data set, and not copied
 _LOOKED_INTO = 10_000  # items; of a larger container only the container itself is kept
@@ -71,20 +75,34 @@ def kept_weights(
 ) -> Iterator[tuple[dict[str, Tensor], Restore]]:
     """Hands out the live tensors (or shards), and what gives them and all other buffers their bits back.
 
-    That is called on exit, too.
+    That is called on exit, too. It tries twice: after a failure half way there may be more memory.
+
+    Raises:
+        HalfRestoredError: where both fail.
     """
     model = ModelTensors.of(module, trainer.strategy.model)
     live = Arena.empty(Layout.of(model.tensors), device)
     live.copy_from(model.tensors)
     transient = [(buffer, buffer.clone()) for buffer in model.transient]
 
-    def restore() -> None:
+    def put_all_back() -> None:
         ModelTensors.of(
             module, trainer.strategy.model
         )  # shards are shown again, where FSDP has gathered them
         live.copy_to(model.tensors)
         for buffer, kept in transient:
             put_back(buffer, kept)
+
+    def restore() -> None:
+        try:
+            put_all_back()
+        except Exception as error:
+            log.warning("merge: the live weights were put back half way, which is tried again: %r", error)
+            free_memory()
+            try:
+                put_all_back()
+            except Exception as again:
+                raise HalfRestoredError(f"the live weights are back in part only: {again!r}") from again
 
     try:
         yield model.tensors, restore

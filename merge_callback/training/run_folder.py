@@ -24,6 +24,7 @@ from merge_callback.snapshots.folder_lock import LOCK, FolderInUseError, FolderL
 from merge_callback.snapshots.window_folder import MANIFEST
 
 _SCRATCH = "merge_scratch"
+_MOST_CLAIMS = 20  # that others are quicker with; or does the store list nothing new?
 
 _T = TypeVar("_T")
 
@@ -170,7 +171,7 @@ def _new(base: str, run_id: str, token: str) -> RunFolder:
 
 
 def _new_remote(remote: RemoteFolder, run_id: str, token: str) -> RunFolder:
-    taken = remote.siblings()
+    taken, tried = remote.siblings(), 0
     for url in _numbered(remote.url):
         path = _scratch(url)
         if url.rpartition("/")[2] in taken or not _make(path):
@@ -183,7 +184,13 @@ def _new_remote(remote: RemoteFolder, run_id: str, token: str) -> RunFolder:
             folder.give_up()
             raise
         folder.give_up()
-    raise AssertionError
+        tried += 1
+        if tried == _MOST_CLAIMS:
+            break
+    raise ValueError(
+        f"dirpath={remote.url!r} can't be used: none of {tried} new folders beside it lists what was just "
+        "written there; name a dirpath"
+    )
 
 
 def _numbered(base: str) -> Iterator[str]:
