@@ -148,7 +148,7 @@ def _runs(segments: Iterable[Segment], most: int) -> Iterator[list[Segment]]:
 def _same(run: Sequence[Segment], live: Mapping[str, Tensor], flat: Tensor) -> set[str]:
     """The names of those neighbours whose live tensors are what is kept, bit for bit."""
     if len(run) > 1:  # thousands of small ones are copied together faster than each is compared
-        together = torch._utils._flatten_dense_tensors([live[s.name] for s in run])
+        together: Tensor = torch._utils._flatten_dense_tensors([live[s.name] for s in run])  # type: ignore[no-untyped-call]
         if same_bytes(together, flat[run[0].start : run[-1].stop]):
             return {s.name for s in run}
     return {s.name for s in run if same_bytes(live[s.name], flat[s.start : s.stop].view(s.shape))}
