@@ -7,8 +7,9 @@ A mixture of experts is trained with the callback; its experts are matrices of 1
 little, and what is measured is what each tensor costs. Of every snapshot but the first ones, which allocate:
 
 * ``snapshot``: seconds inside ``take_snapshot``, in training's thread;
-* ``bytes``: seconds of one ``torch._foreach_copy_`` of all tensors to memory that is there: the copy alone;
-* ``python``: the difference;
+* ``processor``: the same without the time for which another process, or the background, had the processor;
+* ``bytes``: of that, one ``torch._foreach_copy_`` of all tensors to memory that is there: the copy alone;
+* ``python``: the rest of it;
 * ``longest``: the longest time for which another Python thread could not run while the background kept,
   measured, merged and published the snapshot; ``over 1 ms`` is the sum of all such times of 1 ms and more.
   Both contain what the operating system's scheduler adds: look at the fastest snapshots.
@@ -109,17 +110,23 @@ class Timed(CheckpointMergeCallback):
 
         def timed() -> None:
             assert self.session is not None
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.thread_time()
             take()
-            seconds = time.perf_counter() - start
+            seconds, busy = time.perf_counter() - start, time.thread_time() - busy
             (probe := Probe()).start()
             self.session.background.drain()
             longest, lost = probe.longest()
-            start = time.perf_counter()
+            copied = -time.thread_time()
             with torch.no_grad():
                 torch._foreach_copy_(kept, live)
-            copied = time.perf_counter() - start
-            measured = {"snapshot": seconds, "bytes": copied, "longest": longest, "over 1 ms": lost}
+            copied += time.thread_time()
+            measured = {
+                "snapshot": seconds,
+                "processor": busy,
+                "bytes": copied,
+                "longest": longest,
+                "over 1 ms": lost,
+            }
             for what, value in measured.items():
                 self.found.setdefault(what, []).append(value)
 
@@ -158,7 +165,7 @@ def measured_in(checkout: Path, variant: str, options: argparse.Namespace) -> di
 def summary(rounds: list[dict[str, list[float]]]) -> dict[str, dict[str, float]]:
     """Median and fastest of all rounds' snapshots."""
     joined = {what: [seconds for found in rounds for seconds in found[what]] for what in rounds[0]}
-    joined["python"] = [a - b for a, b in zip(joined["snapshot"], joined["bytes"], strict=True)]
+    joined["python"] = [a - b for a, b in zip(joined["processor"], joined["bytes"], strict=True)]
     return {what: {"fastest": min(each), "median": statistics.median(each)} for what, each in joined.items()}
 
 

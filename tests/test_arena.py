@@ -92,6 +92,55 @@ def test_what_a_file_cannot_hold_is_refused(name, tensor, named):
         Layout.of({name: tensor})
 
 
+def test_a_tensor_of_another_shape_is_refused_by_its_name():
+    tensors = mixed_tensors()
+    arena = Arena.empty(Layout.of(tensors))
+    for broken, found in (
+        (tensors | {"bias": torch.zeros(1)}, r"\(1,\)"),
+        ({n: t for n, t in tensors.items() if n != "bias"}, "gone"),
+    ):
+        with pytest.raises(ValueError, match=rf"'bias' is {found}, expected shape \(3,\)"):
+            arena.copy_from(broken)
+
+
+class OneByOne(torch.Tensor):
+    """Knows no operation on lists, as tensors of other libraries do."""
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if "_foreach" in str(function):
+            raise NotImplementedError(str(function))
+        return super().__torch_dispatch__(function, types, args, kwargs or {})
+
+
+def test_tensors_that_know_no_operation_on_lists_are_copied_one_by_one():
+    tensors = mixed_tensors()
+    arena = Arena.empty(Layout.of(tensors))
+    arena.copy_from(tensors | {"weight": tensors["weight"].as_subclass(OneByOne)})
+    assert all(torch.equal(arena.tensor(name), tensor) for name, tensor in tensors.items())
+
+
+def test_spans_are_the_tensors_one_after_the_other():
+    tensors = mixed_tensors()
+    arena = Arena.empty(Layout.of(tensors))
+    arena.copy_from(tensors)
+    stored = list(arena.layout.shapes)
+    assert len(arena.spans(stored)) == 1
+    for names in (stored[::-1], ["weight", "bias", "flag"], ["empty"]):
+        found = torch.cat([arena.bytes_of(*span) for span in arena.spans(names)])
+        assert found.tolist() == [
+            byte for name in names for byte in tensors[name].reshape(-1).view(torch.uint8).tolist()
+        ]
+
+
+def test_a_reused_arena_lies_in_the_same_memory_and_shares_nothing():
+    arena = Arena.empty(Layout.of(tensors := mixed_tensors()))
+    arena.own_tensors()
+    reused = arena.sharing(None, frozenset()).reused()
+    reused.copy_from(tensors)
+    assert torch.equal(arena.tensor("weight"), tensors["weight"])
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()

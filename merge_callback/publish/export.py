@@ -184,7 +184,7 @@ class _Model:
         if ranks.size > 1:
             return self._sharding.gather(arena.tensors(), chain.from_iterable(self._names), ranks)
         spans = (arena.bytes_of(*span) for shard in self._spans for span in shard)
-        return (piece.cpu() for span in spans for piece in span.split(_PIECE))
+        return (piece.cpu() for span in spans for piece in torch.split(span, _PIECE))
 
 
 def _frozen_layout(arena: Arena) -> Layout | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -74,13 +74,15 @@ class Arena:
         return {**self.own_tensors(), **self.shared_tensors()}
 
     def own_tensors(self) -> Mapping[str, Tensor]:
-        """Those that lie in the buffer. The views are kept: to make them takes longer than to copy to them."""
+        """Those that lie in the buffer. Their views are kept: making them takes longer than copying."""
         if not self._views:
+            views = {}  # of its own until it is whole: training and the background may both ask
             with torch.inference_mode(False):
                 for group in self.layout.groups:
-                    parts = self.flat(group).split([segment.numel for segment in group.segments])
+                    parts = torch.split(self.flat(group), [segment.numel for segment in group.segments])
                     for segment, part in zip(group.segments, parts, strict=True):
-                        self._views[segment.name] = part.view(segment.shape)
+                        views[segment.name] = part.view(segment.shape)
+            self._views = views
         return self._views
 
     def shared_tensors(self) -> dict[str, Tensor]:
@@ -165,7 +167,7 @@ class Arena:
         ]
 
 
-def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies tensors of one dtype each to its target, all in one call: without Python between them."""
     try:
         torch._foreach_copy_(targets, sources)

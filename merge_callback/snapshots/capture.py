@@ -109,7 +109,7 @@ class LiveModel:
         self._content: list[object] = []
 
     def tensors(self) -> ModelTensors:
-        """The module's tensors, to be read only: what is written to them autograd would take for a change.
+        """The module's tensors, without their pieces; to be read only, as autograd notices what is written.
 
         Raises:
             ValueError: as ``ModelTensors.of``.
@@ -136,7 +136,7 @@ class LiveModel:
         own = {found.names[id(tensor)]: tensor for _, tensor in _saved_tensors(self._module)}
         self._parameters = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
         self._sharded = {name: tensor for name, tensor in own.items() if local(tensor) is not tensor}
-        self._found = replace(found, tensors=own)
+        self._found = replace(found, tensors=own, pieces={})
 
     def _is_as_found(self) -> bool:
         content = _content(self._parts)

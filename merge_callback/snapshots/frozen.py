@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.layout import Group, Segment
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """By their size in bytes: equal floats may have other bits (0 and -0), and NaN is equal to nothing."""
+
+_RUN = 1 << 20  # bytes of neighbours that are compared at once
 
 _BLOCK = 1 << 22  # elements that are fingerprinted at once: 32 MiB each of numbers and of factors
 
@@ -62,14 +65,17 @@ class FrozenPart:
         In host memory the bytes are compared. Of a model on a device fingerprints are, which are made there:
         one small read waits for the device, once a snapshot, and only where something is frozen.
         """
-        kept = self.arena.own_tensors()
-        names = sorted(name for name in self.names if _fits(live.get(name), kept[name]))
-        same = {name for name in names if _is_near(live[name]) and same_bytes(live[name], kept[name])}
-        if away := [name for name in names if not _is_near(live[name])]:
+        same, away = set[str](), list[str]()
+        for group in self.arena.layout.groups:
+            here = [s for s in group.segments if s.name in self.names and _fits(live.get(s.name), s, group)]
+            away += [s.name for s in here if not _is_near(live[s.name])]
+            for run in _runs([s for s in here if _is_near(live[s.name])], _RUN // group.stored.itemsize):
+                same |= _same(run, live, self.arena.flat(group))
+        if away:
             now = torch.stack([fingerprint(live[name]) for name in away])
             for name in away:
                 if name not in self._prints:  # the run was resumed
-                    self._prints[name] = fingerprint(kept[name]).to(now.device)
+                    self._prints[name] = fingerprint(self.arena.tensor(name)).to(now.device)
             equal = (now == torch.stack([self._prints[name] for name in away])).all(1).tolist()
             same |= {name for name, is_equal in zip(away, equal, strict=True) if is_equal}
         moved = self.names - same
@@ -123,8 +129,29 @@ def _is_near(live: Tensor) -> bool:
     return live.is_cpu
 
 
-def _fits(live: Tensor | None, kept: Tensor) -> bool:
-    return live is not None and live.shape == kept.shape and live.dtype == kept.dtype
+def _fits(live: Tensor | None, segment: Segment, group: Group) -> bool:
+    return live is not None and live.shape == segment.shape and live.dtype == group.stored
+
+
+def _runs(segments: Iterable[Segment], most: int) -> Iterator[list[Segment]]:
+    """Neighbours of ``most`` elements together, or one that has more."""
+    run: list[Segment] = []
+    for segment in segments:
+        if run and (run[-1].stop != segment.start or segment.stop - run[0].start > most):
+            yield run
+            run = []
+        run.append(segment)
+    if run:
+        yield run
+
+
+def _same(run: Sequence[Segment], live: Mapping[str, Tensor], flat: Tensor) -> set[str]:
+    """The names of those neighbours whose live tensors are what is kept, bit for bit."""
+    if len(run) > 1:  # thousands of small ones are copied together faster than each is compared
+        together: Tensor = torch._utils._flatten_dense_tensors([live[s.name] for s in run])  # type: ignore[no-untyped-call]
+        if same_bytes(together, flat[run[0].start : run[-1].stop]):
+            return {s.name for s in run}
+    return {s.name for s in run if same_bytes(live[s.name], flat[s.start : s.stop].view(s.shape))}
 
 
 @lru_cache
