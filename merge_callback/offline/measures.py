@@ -71,6 +71,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="oldest first; files, folders, or folders of a run")
     add("--last", type=int, metavar="N", help="of all these, only the last N")
+    add("--state-key", metavar="KEY", help="where in the files the weights are, e.g. 'model_ema'")
     add("--every", type=int, default=1, metavar="K", help="of all these, only every K-th, from the last")
 
 
@@ -123,7 +124,7 @@ def _lags(asked: int | None, count: int) -> list[int]:
 
 
 def _interference(parsed: argparse.Namespace) -> int:
-    base = open_checkpoint(parsed.base) if parsed.base else None
+    base = open_checkpoint(parsed.base, state_key=parsed.state_key) if parsed.base else None
     checkpoints = [c for c in _open_all(parsed) if base is None or c.path.resolve() != base.path.resolve()]
     base = base or checkpoints.pop(0)
     if len(checkpoints) < 2:
@@ -170,7 +171,8 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
 
 
 def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
-    return [open_checkpoint(path) for path in select(parsed.checkpoints, parsed.last, parsed.every)]
+    paths = select(parsed.checkpoints, parsed.last, parsed.every)
+    return [open_checkpoint(path, state_key=parsed.state_key) for path in paths]
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:

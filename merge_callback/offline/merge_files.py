@@ -76,6 +76,7 @@ class Job:
         exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
         naming: of the output's tensors.
         max_shard_bytes: a larger model is written in several files with an index.
+        state_key: where in the checkpoints the weights are, if there is more than one place.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
         force: replace what is there.
         progress: show a bar.
@@ -89,6 +90,7 @@ class Job:
     exclude: Sequence[str] = ()
     naming: Naming = field(default_factory=Naming)
     max_shard_bytes: int = 5 * 10**9
+    state_key: str | None = None
     kind: Literal["safetensors", "lightning"] = "safetensors"
     force: bool = False
     progress: bool = False
@@ -116,8 +118,8 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
     sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
     folder = OutputFolder(output, job.force, sources)
     with folder.draft() as draft:
-        checkpoints = [open_checkpoint(path, spool=draft) for path in job.checkpoints]
-        base = None if job.base is None else open_checkpoint(job.base, spool=draft)
+        checkpoints = [open_checkpoint(path, draft, job.state_key) for path in job.checkpoints]
+        base = None if job.base is None else open_checkpoint(job.base, draft, job.state_key)
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
         merging = _Merging(job, checkpoints, base)
