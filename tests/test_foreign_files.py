@@ -3,20 +3,25 @@
 import argparse
 import collections
 import enum
+import gzip
+import json
 import pathlib
+import pickle
 import subprocess
 import warnings
+import zipfile
 from contextlib import suppress
 
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from checkpoint_files import few_tensors
+from checkpoint_files import few_tensors, sharded_folder
 from training_runs import assert_same_bits
 
 import merge_callback.offline.command_line as command_line
-from merge_callback.offline.checkpoint import open_checkpoint
+from merge_callback.offline.checkpoint import is_checkpoint_folder, open_checkpoint
 
 ADAM = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 OTHER = {"w": torch.zeros(2)}
@@ -186,3 +191,110 @@ def test_an_object_for_a_weight_is_refused_by_the_name_of_its_class(tmp_path):
         open_checkpoint(tmp_path / "c.pt")
     with pytest.raises(ValueError, match=r"a\.pt: 'x' is a test_foreign_files\.Plain"):
         open_checkpoint(tmp_path / "a.pt")
+
+
+# Folders of Hugging Face
+
+
+def bin_folder(folder, index: bool = True):
+    folder.mkdir()
+    table = torch.ones(3, 2)
+    shards = {
+        "pytorch_model-1.bin": {"embed.weight": table, "head.weight": table},
+        "pytorch_model-2.bin": few_tensors(),
+    }
+    if not index:
+        shards = {"pytorch_model.bin": {name: t for shard in shards.values() for name, t in shard.items()}}
+    for file, tensors in shards.items():
+        torch.save(tensors, folder / file)
+    if index:
+        weight_map = {name: file for file, tensors in shards.items() for name in tensors}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text("{}")
+    (folder / "trainer_state.json").write_text('{"global_step": 40}')
+    return folder
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_folder_of_bin_files_is_read(tmp_path, index):
+    folder = bin_folder(tmp_path / "model", index)
+    checkpoint = open_checkpoint(folder)
+    assert_same_bits(checkpoint.tensors, {"embed.weight": torch.ones(3, 2), **few_tensors()})
+    assert (checkpoint.tied, checkpoint.step) == ({"head.weight": "embed.weight"}, 40)
+    assert [path.name for path in checkpoint.extras] == ["config.json"]
+    assert is_checkpoint_folder(folder)
+
+
+def test_a_folder_of_bin_files_that_disagree_is_refused(tmp_path):
+    folder = bin_folder(tmp_path / "model")
+    torch.save({"b": torch.ones(2)}, folder / "pytorch_model-2.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model-2\.bin: other tensors than the index names"):
+        open_checkpoint(folder)
+    (folder / "pytorch_model-2.bin").unlink()
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model-2\.bin is missing"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "model.decoder.embed_tokens.weight", "cls.predictions.decoder.bias"]
+)
+def test_an_index_may_list_what_shares_the_embedding_s_weights(tmp_path, name):
+    folder = sharded_folder(tmp_path / "model")
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][name] = "first.safetensors"
+    path.write_text(json.dumps(index))
+    assert_same_bits(open_checkpoint(folder).tensors, few_tensors())
+    (folder / "config.json").write_text('{"text_config": {"tie_word_embeddings": false}}')
+    with pytest.raises(ValueError, match="other tensors than the index names: missing"):
+        open_checkpoint(folder)
+
+
+# Other formats
+
+OTHERS = {
+    "is empty": b"",
+    "git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
+    "is a GGUF file": b"GGUF\x03\0\0\0",
+    "HDF5": b"\x89HDF\r\n\x1a\n",
+    "compressed by gzip": gzip.compress(b"x"),
+    "compressed by Zstandard": b"\x28\xb5\x2f\xfd\0",
+    "is an array of NumPy": b"\x93NUMPY\x01\0",
+    "is a tar archive, as a .nemo file": b"a" + bytes(256) + b"ustar" + bytes(300),
+    "is a web page": b"<!DOCTYPE html>",
+    "rename it to end in .safetensors": safetensors.torch.save(few_tensors()),
+    "_use_new_zipfile_serialization": pickle.dumps({"w": 3}, 2),
+    "it begins with 01 02": b"\x01\x02",
+}
+
+
+@pytest.mark.parametrize("said", OTHERS)
+def test_another_format_is_called_by_its_name(tmp_path, said):
+    (tmp_path / "a.pt").write_bytes(OTHERS[said])
+    with pytest.raises(ValueError, match=rf"a\.pt: .*{said}"):
+        open_checkpoint(tmp_path / "a.pt")
+
+
+def test_another_archive_is_called_by_its_name(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+    np.savez(tmp_path / "b.npz", w=np.ones(2))
+    with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
+        archive.writestr("run/model.ckpt", "x")
+    for file, said in {
+        "a.pt": "TorchScript",
+        "b.npz": "NumPy",
+        "c.zip": r"run/model\.ckpt, …\); unpack",
+    }.items():
+        with pytest.raises(ValueError, match=rf"{file}: .*{said}"):
+            open_checkpoint(tmp_path / file)
+
+
+def test_weights_that_lie_in_other_files_are_refused(tmp_path):
+    torch.save(
+        {"module": {"w": torch.empty(0)}, "ds_version": "0.15"}, tmp_path / "mp_rank_00_model_states.pt"
+    )
+    torch.save({"optimizer_state_dict": ADAM}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(ValueError, match=r"states\.pt: its tensors are empty: .*zero_to_fp32"):
+        open_checkpoint(tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(ValueError, match=r"DeepSpeed.s ranks hold parts of it: run its zero_to_fp32\.py"):
+        open_checkpoint(tmp_path)

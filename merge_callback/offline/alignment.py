@@ -14,7 +14,9 @@ _WRAPPED = "module."  # by DataParallel and DistributedDataParallel, which put i
 Rename = Callable[[str], str]
 
 
-def aligned(checkpoints: Sequence[Checkpoint], strip: str = "", exclude: Sequence[str] = ()) -> list[Checkpoint]:
+def aligned(
+    checkpoints: Sequence[Checkpoint], strip: str = "", exclude: Sequence[str] = ()
+) -> list[Checkpoint]:
     """Checkpoints of one model with the names that the last of them has.
 
     Names are the same if they are so without what ``torch.compile``, activation checkpointing and FSDP put in
@@ -32,7 +34,10 @@ def aligned(checkpoints: Sequence[Checkpoint], strip: str = "", exclude: Sequenc
     newest = checkpoints[-1]
     plain = _shared_names(checkpoints, strip)
     own = {plain[-1](name): name for name in _names(newest)}
-    return [*(_renamed(c, p, own, exclude, newest) for c, p in zip(checkpoints[:-1], plain, strict=False)), newest]
+    return [
+        *(_renamed(c, p, own, exclude, newest) for c, p in zip(checkpoints[:-1], plain, strict=False)),
+        newest,
+    ]
 
 
 def published_name(checkpoints: Sequence[Checkpoint], strip: str = "") -> Rename:
@@ -75,14 +80,15 @@ def _renamed(
     latter = sorted(name for name in there - here if not matches_any(name, exclude))
     if former or latter:
         raise ValueError(
-            f"{checkpoint.path} and {newest.path} have different names: only in the former {former[:5]}, only in "
-            f"the latter {latter[:5]}; --strip-prefix takes off a prefix that some have, --exclude leaves such "
-            "tensors to the last checkpoint"
+            f"{checkpoint.path} and {newest.path} have different names: only in the former {former[:5]}, "
+            f"only in the latter {latter[:5]}; --strip-prefix takes off a prefix that "
+            "some have, --exclude leaves such tensors to the last checkpoint"
         )
+    tied = {names[alias]: names[kept] for alias, kept in checkpoint.tied.items()}
     return replace(
         checkpoint,
-        tensors={names[n]: tensor for n, tensor in checkpoint.tensors.items() if names[n] in there},
-        tied={names[a]: names[k] for a, k in checkpoint.tied.items() if names[a] in there and names[k] in there},
+        tensors={names[name]: t for name, t in checkpoint.tensors.items() if names[name] in there},
+        tied={alias: kept for alias, kept in tied.items() if {alias, kept} <= there},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from merge_callback.offline.bin_folder import is_bin_folder, open_bin_folder
 from merge_callback.offline.checksums import SHARDS, failed_checksums
 from merge_callback.offline.containment import contained
 from merge_callback.offline.delta_snapshot import decode_snapshot
@@ -36,8 +37,10 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str | None
 
     A Lightning ``.ckpt`` or other file of ``torch.save``; a safetensors file (a snapshot of the callback's
     window is one), or the folder of a snapshot that several ranks kept; a Hugging Face folder, whole or
-    sharded; an emission of the callback; a folder of ``torch.distributed.checkpoint``, saved by any number of
-    processes.
+    sharded, of safetensors files or of ``pytorch_model.bin``; an emission of the callback; a folder of
+    ``torch.distributed.checkpoint``, saved by any number of processes.
+
+    Training state beside the weights is left out; eight-bit codes are multiplied with their scales.
 
     Args:
         path: the file or folder; a symlink is followed.
@@ -81,7 +84,7 @@ def _open_stored(path: Path, spool: Path | None, state_key: str | None) -> Check
         stored = open_pytorch(contained(path, MERGED_CKPT))
         return replace(stored, path=path, format="emission")
     if path.is_dir():
-        return open_folder(path)
+        return open_bin_folder(path) if is_bin_folder(path) else open_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: neither a file nor a folder")
     return open_file(path) if path.suffix == ".safetensors" else open_pytorch(path, state_key)
@@ -100,6 +103,7 @@ def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint."""
     return path.is_dir() and (
         any((path / name).exists() for name in (_METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
+        or is_bin_folder(path)
         or any(path.glob("*.safetensors.index.json"))
     )
 

@@ -30,6 +30,7 @@ from merge_callback.diversity.tables import (
     source_table,
     write_csv,
 )
+from merge_callback.offline.alignment import aligned
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.selection import select
 from merge_callback.snapshots.files import printable
@@ -126,7 +127,7 @@ def _lags(asked: int | None, count: int) -> list[int]:
 def _interference(parsed: argparse.Namespace) -> int:
     base = open_checkpoint(parsed.base, state_key=parsed.state_key) if parsed.base else None
     checkpoints = [c for c in _open_all(parsed) if base is None or c.path.resolve() != base.path.resolve()]
-    base = base or checkpoints.pop(0)
+    base, *checkpoints = aligned([*([base] if base else []), *checkpoints])
     if len(checkpoints) < 2:
         raise ValueError(
             f"interference needs at least two checkpoints beside the base {base.path}, got {len(checkpoints)}"
@@ -172,7 +173,7 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
 
 def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
     paths = select(parsed.checkpoints, parsed.last, parsed.every)
-    return [open_checkpoint(path, state_key=parsed.state_key) for path in paths]
+    return aligned([open_checkpoint(path, state_key=parsed.state_key) for path in paths])
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, _weights_only_unpickler, nn
 
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
+from merge_callback.offline.other_formats import what_archive, what_else
 from merge_callback.offline.stand_ins import StandIn, kind_of, standing_in
 from merge_callback.offline.state_key import find_state, is_extra
 from merge_callback.snapshots.files import CorruptFileError, open_regular
@@ -43,6 +44,11 @@ def open_pytorch(path: Path, state_key: str | None = None) -> Checkpoint:
     named = {name: t for name, t in state.items() if isinstance(t, Tensor) or not is_extra(name)}
     for name, tensor in named.items():
         _check_plain(path, name, tensor)
+    if not any(t.numel() for t in named.values()):
+        raise ValueError(
+            f"{path}: its tensors are empty: their values are in the files of the ranks, which DeepSpeed's "
+            "zero_to_fp32.py puts together"
+        )
     tied = _find_tied(path, named)
     return Checkpoint(
         path=path,
@@ -123,13 +129,11 @@ def check_archive(path: Path) -> None:
         OSError: where it can't be opened.
     """
     with open_regular(path) as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise ValueError(
-                f"{path}: not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the "
-                "torch that wrote it and save it again, without _use_new_zipfile_serialization=False"
-            )
+        if not (head := file.read(512)).startswith(b"PK\x03\x04"):
+            raise ValueError(f"{path}: {what_else(head)}")
         try:
             with zipfile.ZipFile(file) as archive:
+                other = what_archive(archive.namelist())
                 packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
                 deep = not packed and any(
                     _nests_too_deep(archive.read(i))
@@ -138,6 +142,8 @@ def check_archive(path: Path) -> None:
                 )
         except Exception as error:  # a broken archive raises anything
             raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
+    if other:
+        raise ValueError(f"{path}: {other}")
     if packed:
         raise CorruptFileError(
             f"{path}: {packed[0]!r} in it is compressed, which torch.save never does; "

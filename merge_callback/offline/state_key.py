@@ -24,7 +24,7 @@ def find_state(path: Path, content: Mapping[Any, Any], key: str | None = None) -
     It is what ``key`` names, if that is given; else the entry ``state_dict``; else the whole content, if it
     maps names to tensors; else the one entry, at any depth, that does, outside of what is named like training
     state. Of several, the one that is named as weights are (``model``, ``model_state_dict``, …) is taken if
-    all others are named as nothing of the kind is (``mean``); it is not chosen between a model and its average.
+    no other is named so; between a model and its average it is not chosen.
 
     Args:
         path: of the file, for messages.
