@@ -224,8 +224,8 @@ def test_folder_with_both_an_index_and_one_whole_file_is_refused(tmp_path):
 def test_folder_without_weights_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match=r"holds neither model\.safetensors nor an index"):
         open_checkpoint(tmp_path)
-    torch.save(few_tensors(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"give the file itself: .*pytorch_model.bin"):
+    torch.save(few_tensors(), tmp_path / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"give the file itself: .*consolidated.00.pth"):
         open_checkpoint(tmp_path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from merge_callback.offline.bin_folder import is_bin_folder, open_bin_folder
 from merge_callback.offline.checksums import SHARDS, failed_checksums
 from merge_callback.offline.containment import contained
 from merge_callback.offline.delta_snapshot import decode_snapshot
@@ -20,6 +21,7 @@ from merge_callback.offline.safetensors_folder import (
     open_folder,
 )
 from merge_callback.offline.safetensors_folder import recorded_step as _folder_step
+from merge_callback.offline.state_key import under_key
 from merge_callback.offline.training_state import without_training_state
 
 __all__ = ["Checkpoint", "is_checkpoint_folder", "open_checkpoint", "recorded_step", "verify"]
@@ -30,18 +32,21 @@ MERGED_CKPT = "merged.ckpt"
 _METADATA = ".metadata"  # of torch.distributed.checkpoint, which takes 0.7 s to import
 
 
-def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "state_dict") -> Checkpoint:
+def open_checkpoint(path: Path, spool: Path | None = None, state_key: str | None = None) -> Checkpoint:
     """Opens a checkpoint by what it is.
 
     A Lightning ``.ckpt`` or other file of ``torch.save``; a safetensors file (a snapshot of the callback's
     window is one), or the folder of a snapshot that several ranks kept; a Hugging Face folder, whole or
-    sharded; an emission of the callback; a folder of ``torch.distributed.checkpoint``, saved by any number of
-    processes.
+    sharded, of safetensors files or of ``pytorch_model.bin``; an emission of the callback; a folder of
+    ``torch.distributed.checkpoint``, saved by any number of processes.
+
+    Training state beside the weights is left out; eight-bit codes are multiplied with their scales.
 
     Args:
         path: the file or folder; a symlink is followed.
         spool: where a distributed checkpoint is put together: a folder on a disk with room for its weights.
-        state_key: the entry of a ``torch.save`` file that holds the weights, where it has one.
+        state_key: the entry of a ``torch.save`` file that holds the weights, ``"state.model"`` for one within
+            another, if it isn't the only one; of other files, what comes before the names of the weights.
 
     Raises:
         ValueError: for what can't be opened without running code or guessing; ``CorruptFileError`` for what
@@ -52,8 +57,10 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
     if not path.exists():
         raise FileNotFoundError(f"{path}: there is no such checkpoint")
     stored = _open_stored(path, spool, state_key)
+    if state_key is not None and stored.format in ("safetensors", "dcp"):
+        stored = under_key(stored, state_key)
     if stored.difference_to is not None:
-        stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
+        stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, None), spool)
     if stored.format in ("pytorch", "safetensors"):  # a LightningModule's state is what the module says it is
         stored = without_training_state(stored)
     if stored.format in ("pytorch", "safetensors", "dcp", "lightning"):
@@ -61,7 +68,7 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
     return with_frozen_part(stored, spool) if stored.frozen else stored
 
 
-def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:
+def _open_stored(path: Path, spool: Path | None, state_key: str | None) -> Checkpoint:
     """A checkpoint as its own files have it."""
     if (path / _METADATA).is_file():
         from merge_callback.offline.dcp import open_dcp
@@ -77,7 +84,7 @@ def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:
         stored = open_pytorch(contained(path, MERGED_CKPT))
         return replace(stored, path=path, format="emission")
     if path.is_dir():
-        return open_folder(path)
+        return open_bin_folder(path) if is_bin_folder(path) else open_folder(path)
     if not path.is_file():
         raise ValueError(f"{path}: neither a file nor a folder")
     return open_file(path) if path.suffix == ".safetensors" else open_pytorch(path, state_key)
@@ -96,6 +103,7 @@ def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint."""
     return path.is_dir() and (
         any((path / name).exists() for name in (_METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
+        or is_bin_folder(path)
         or any(path.glob("*.safetensors.index.json"))
     )
 

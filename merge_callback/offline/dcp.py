@@ -25,7 +25,7 @@ from merge_callback.offline.containment import contained
 from merge_callback.offline.dcp_metadata import read_metadata
 from merge_callback.offline.mapped_file import default_spool, map_tensors
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
-from merge_callback.offline.pytorch_file import check_archive, short_reasons
+from merge_callback.offline.pytorch_file import load_mapped, short_reasons
 from merge_callback.offline.training_state import (
     check_no_repeats,
     is_container,
@@ -82,9 +82,7 @@ def recorded_step(folder: Path) -> int | None:
     """The step in Lightning's part of a sharded checkpoint, if safely read; else in the folder's name."""
     try:
         path = contained(folder, _LIGHTNING)
-        check_archive(path)
-        with short_reasons():
-            step = whole(torch.load(path, map_location="meta", weights_only=True)["global_step"])
+        step = whole(load_mapped(path)["global_step"])
     except Exception:  # whatever a foreign pickle does wrong: a step is good to have, no more
         step = None
     return step_in_name(folder) if step is None else step

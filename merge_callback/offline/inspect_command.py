@@ -15,11 +15,12 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``inspect``."""
     parser.set_defaults(run=_inspect)
     parser.add_argument("path", type=Path, help="a checkpoint, a snapshot, an emission")
+    parser.add_argument("--state-key", metavar="KEY", help="where in the file the weights are")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(parsed.path)
+    checkpoint = open_checkpoint(parsed.path, state_key=parsed.state_key)
     merged = (parsed.path / PROVENANCE).exists()
     for line in (*_layout(checkpoint), *(read_record(parsed.path).lines() if merged else [])):
         print(printable(line))

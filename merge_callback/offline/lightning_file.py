@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from merge_callback.offline.checkpoint import MERGED_CKPT, Checkpoint
+from merge_callback.offline.pytorch_file import load_mapped
+from merge_callback.offline.stand_ins import holds_stand_in, without_stand_ins
 from merge_callback.snapshots.safetensors_file import file_checksum, sync
 
 _CARRIED = ("pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
@@ -51,8 +54,15 @@ def _carried(newest: Checkpoint) -> dict[str, Any]:
     """What a Lightning checkpoint says besides its tensors."""
     content: dict[str, Any] = {"epoch": 0, "global_step": newest.step or 0}
     if newest.format == "lightning":
-        source = torch.load(newest.path, map_location="cpu", weights_only=True, mmap=True)
-        return {**content, **{key: source[key] for key in _CARRIED if key in source}}
+        source = load_mapped(newest.path)
+        carried = {key: source[key] for key in _CARRIED if key in source}
+        if holds_stand_in(carried):
+            warnings.warn(
+                f"{newest.path}: hyperparameters of other classes than Python's are left out; give them "
+                "to load_from_checkpoint",
+                stacklevel=2,
+            )
+        return {**content, **without_stand_ins(carried)}
     try:
         return {**content, "pytorch-lightning_version": version("lightning")}
     except PackageNotFoundError:

@@ -30,6 +30,7 @@ from merge_callback.diversity.tables import (
     source_table,
     write_csv,
 )
+from merge_callback.offline.alignment import aligned
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.selection import select
 from merge_callback.snapshots.files import printable
@@ -71,6 +72,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoints", nargs="+", metavar="CKPT", help="files, folders, or folders of a run")
     add("--last", type=int, metavar="N", help="of all these, or of every K-th, only the last N")
+    add("--state-key", metavar="KEY", help="where in the files the weights are, e.g. 'model_ema'")
     add("--every", type=int, default=1, metavar="K", help="of all these, only every K-th, from the last")
     add("--keep-order", action="store_true", help="compare them in the order given, not by their steps")
 
@@ -124,9 +126,9 @@ def _lags(asked: int | None, count: int) -> list[int]:
 
 
 def _interference(parsed: argparse.Namespace) -> int:
-    base = open_checkpoint(parsed.base) if parsed.base else None
+    base = open_checkpoint(parsed.base, state_key=parsed.state_key) if parsed.base else None
     checkpoints = [c for c in _open_all(parsed) if base is None or c.path.resolve() != base.path.resolve()]
-    base = base or checkpoints.pop(0)
+    base, *checkpoints = aligned([*([base] if base else []), *checkpoints])
     if len(checkpoints) < 2:
         raise ValueError(
             f"interference needs at least two checkpoints beside the base {base.path}, got {len(checkpoints)}"
@@ -174,7 +176,7 @@ def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
     selection = select(parsed.checkpoints, parsed.last, parsed.every, keep_order=parsed.keep_order)
     for note in selection.notes:
         print(printable(note), file=sys.stderr)
-    return [open_checkpoint(path) for path in selection.chosen]
+    return aligned([open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen])
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:

@@ -56,6 +56,7 @@ _DEFAULTS: dict[str, Any] = {
     "base": None,
     "dtype": None,
     "exclude": [],
+    "state_key": None,
     "strip_prefix": "",
     "prefix": "",
     "shard_size": "5GB",
@@ -96,6 +97,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     add("--base", type=Path, metavar="CKPT", help="initial model of the task vectors (the first checkpoint)")
     add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
     add("--exclude", nargs="+", metavar="PATTERN", help="names copied from the last checkpoint")
+    add("--state-key", metavar="KEY", help="where in the files the weights are, e.g. 'model_ema'")
     add("--strip-prefix", metavar="P", help="taken off the names, e.g. 'model.'")
     add("--prefix", metavar="P", help="put before the names")
     add("--shard-size", metavar="SIZE", help="a larger model is split (5GB)")
@@ -224,6 +226,7 @@ def _job(given: Mapping[str, Any]) -> Job:
         base=None if base is None else Path(base),
         dtype=resolve_dtype("--dtype", given["dtype"]),
         exclude=given["exclude"],
+        state_key=given["state_key"],
         naming=Naming(given["strip_prefix"], given["prefix"]),
         max_shard_bytes=resolve_size("--shard-size", given["shard_size"]),
         kind=given["kind"],

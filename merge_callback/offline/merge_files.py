@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from merge_callback.merging import (
     check_alike,
     matches_any,
 )
+from merge_callback.offline.alignment import aligned, published_name
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
 from merge_callback.offline.output import ModelFiles, copy_extras
@@ -33,6 +35,7 @@ from merge_callback.offline.workers import each
 from merge_callback.publish.emission import PROVENANCE, split_shards
 from merge_callback.publish.provenance import versions
 from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.layout import check_storable
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
 
@@ -44,12 +47,12 @@ class Naming:
     strip: str = ""
     prefix: str = ""
 
-    def published(self, name: str) -> str:
-        """A tensor's name in the output."""
-        return self.prefix + name.removeprefix(self.strip)
-
-    def check(self, names: Sequence[str]) -> None:
+    def check(self, names: Sequence[str], published: Sequence[str]) -> None:
         """Makes sure that every tensor has a name of its own.
+
+        Args:
+            names: that any of the checkpoints has.
+            published: those in the output.
 
         Raises:
             ValueError: where two would share one, or no name begins with the prefix to take off.
@@ -58,8 +61,7 @@ class Naming:
             raise ValueError(
                 f"--strip-prefix {self.strip!r} begins no tensor's name; the first is {names[0]!r}"
             )
-        published = [self.published(name) for name in names]
-        twice = sorted({name for name in published if published.count(name) > 1}) if self.strip else []
+        twice = sorted(name for name, count in Counter(published).items() if count > 1)
         if twice or "__metadata__" in published:
             raise ValueError(f"the prefixes give several tensors one name, or a reserved one: {twice[:3]}")
 
@@ -76,6 +78,7 @@ class Job:
         exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
         naming: of the output's tensors.
         max_shard_bytes: a larger model is written in several files with an index.
+        state_key: where in the checkpoints the weights are, if there is more than one place.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
         force: replace what is there.
         progress: show a bar.
@@ -89,6 +92,7 @@ class Job:
     exclude: Sequence[str] = ()
     naming: Naming = field(default_factory=Naming)
     max_shard_bytes: int = 5 * 10**9
+    state_key: str | None = None
     kind: Literal["safetensors", "lightning"] = "safetensors"
     force: bool = False
     progress: bool = False
@@ -116,8 +120,8 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
     sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
     folder = OutputFolder(output, job.force, sources)
     with folder.draft() as draft:
-        checkpoints = [open_checkpoint(path, spool=draft) for path in job.checkpoints]
-        base = None if job.base is None else open_checkpoint(job.base, spool=draft)
+        checkpoints = [open_checkpoint(path, draft, job.state_key) for path in job.checkpoints]
+        base = None if job.base is None else open_checkpoint(job.base, draft, job.state_key)
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
         merging = _Merging(job, checkpoints, base)
@@ -143,19 +147,33 @@ class _Merging:
     """One merge of files that were found to belong together."""
 
     def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-        self.job, self.checkpoints, self.base = job, checkpoints, base
+        given = [*([] if base is None else [base]), *checkpoints]
+        _check_options(job, given)
+        same = aligned(given, job.naming.strip, job.exclude)
+        self.job, self.checkpoints, self.base = job, same[-len(checkpoints) :], base and same[0]
         self.newest = checkpoints[-1]
         self.trajectory = trajectory_of(checkpoints)
-        _check(job, checkpoints, base)
+        _check(job, self.checkpoints, self.base)
+        # What Lightning loads must have the names of the module as it is, with its wrappers.
+        as_it_is = job.kind == "lightning" and not job.naming.strip
+        self._plain_name = str if as_it_is else published_name(given, job.naming.strip)
+        job.naming.check(
+            [name for checkpoint in reversed(given) for name in checkpoint.tensors],
+            [self.published(name) for name in (*self.newest.tensors, *self.newest.tied)],
+        )
         self.copied = {
             name
             for name, tensor in self.newest.tensors.items()
             if not tensor.is_floating_point() or matches_any(name, job.exclude)
         }
 
+    def published(self, name: str) -> str:
+        """A tensor's name in the output."""
+        return self.job.naming.prefix + self._plain_name(name)
+
     def outputs(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors to write, on the meta device, and the further names of shared ones."""
-        published = self.job.naming.published
+        published = self.published
         tensors = {
             published(name): torch.empty(tensor.shape, dtype=self._dtype(tensor), device="meta")
             for name, tensor in self.newest.tensors.items()
@@ -164,7 +182,7 @@ class _Merging:
 
     def run(self, files: ModelFiles) -> None:
         """Merges tensor by tensor, in the order of the files."""
-        names = {self.job.naming.published(name): name for name in self.newest.tensors}
+        names = {self.published(name): name for name in self.newest.tensors}
         total = len(self.checkpoints) * sum(t.nbytes for t in self.newest.tensors.values())
         survey = self.job.method.survey(_Model(self), self.trajectory)
 
@@ -260,6 +278,17 @@ def _ascending(numbers: Sequence[int | None]) -> list[int] | None:
     return known if ascending else None
 
 
+def _check_options(job: Job, given: Sequence[Checkpoint]) -> None:
+    for pattern in job.exclude:
+        names = (name for checkpoint in given for name in checkpoint.tensors)
+        if not any(
+            matches_any(name, [pattern]) or matches_any(clean_name(name), [pattern]) for name in names
+        ):
+            raise ValueError(
+                f"--exclude {pattern!r} matches no tensor; the first is {next(iter(given[-1].tensors))!r}"
+            )
+
+
 def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
     """Makes sure that the checkpoints, and the options, belong together."""
     method, newest = job.method, checkpoints[-1]
@@ -268,15 +297,10 @@ def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None)
     if isinstance(method, Weighted) and len(method.weights) != len(checkpoints):
         raise ValueError(f"{len(method.weights)} weights for {len(checkpoints)} checkpoints; give one each")
     everything = [*checkpoints, *([base] if base else [])]
-    check_alike([(str(checkpoint.path), checkpoint.tensors) for checkpoint in everything])
+    check_alike([(str(checkpoint.path), _included(checkpoint.tensors, job)) for checkpoint in everything])
     for checkpoint in everything:
-        if checkpoint.tied != newest.tied:
+        if _included(checkpoint.tied, job) != _included(newest.tied, job):
             raise ValueError(f"{checkpoint.path} and {newest.path} share other tensors among themselves")
-    for pattern in job.exclude:
-        if not any(matches_any(name, [pattern]) for name in newest.tensors):
-            raise ValueError(
-                f"--exclude {pattern!r} matches no tensor; the first is {next(iter(newest.tensors))!r}"
-            )
     steps = [checkpoint.step for checkpoint in checkpoints]
     known = [step for step in steps if step is not None]
     if known != sorted(known) and not isinstance(method, (Sma, Weighted)):
@@ -295,11 +319,14 @@ def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None)
             "is worse than one within: choose one phase with --from and --to",
             stacklevel=2,
         )
-    job.naming.check([*newest.tensors, *newest.tied])
     for name, tensor in newest.tensors.items():
         check_storable(name, tensor)
         if not tensor.is_floating_point() and not matches_any(name, job.exclude):
             _check_equal(name, checkpoints)
+
+
+def _included(entries: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if not matches_any(name, job.exclude)}
 
 
 def _check_equal(name: str, checkpoints: Sequence[Checkpoint]) -> None:

@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, _weights_only_unpickler, nn
 
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
+from merge_callback.offline.other_formats import what_archive, what_else
+from merge_callback.offline.stand_ins import StandIn, kind_of, standing_in
+from merge_callback.offline.state_key import find_state, is_extra
 from merge_callback.snapshots.files import CorruptFileError, open_regular
 
 _CALLBACK = "CheckpointMergeCallback"
@@ -24,23 +27,28 @@ _DEEPEST = 1000  # values within values
 _MANY_MARKS = 100_000  # below that many, a pickle loads in a fraction of a second
 
 
-def open_pytorch(path: Path, state_key: str = "state_dict") -> Checkpoint:
+def open_pytorch(path: Path, state_key: str | None = None) -> Checkpoint:
     """The state dict of a file written by ``torch.save``, mapped.
 
-    It is what the file holds under ``state_key``, or the whole content if that maps names to tensors. Entries
-    that ``get_extra_state`` made and that are no tensors are left out.
+    It is what the file holds under ``state_key``, or the one state dict that ``find_state`` finds in it.
+    Entries that ``get_extra_state`` made and that are no tensors are left out.
 
     Raises:
-        ValueError: where loading would run code, where there is no state dict, or where a tensor is none that
-            can be read as a plain array of its own.
+        ValueError: where loading would run code, where there is no state dict or no telling which, or where a
+            tensor is none that can be read as a plain array of its own.
         CorruptFileError: where the file is cut or altered.
         OSError: where it can't be opened.
     """
     content = load_mapped(path)
-    state = _state_dict(path, content, state_key)
-    named = {name: t for name, t in state.items() if isinstance(t, Tensor) or not _is_extra(name)}
+    state = find_state(path, content, state_key)
+    named = {name: t for name, t in state.items() if isinstance(t, Tensor) or not is_extra(name)}
     for name, tensor in named.items():
         _check_plain(path, name, tensor)
+    if not any(t.numel() for t in named.values()):
+        raise ValueError(
+            f"{path}: its tensors are empty: their values are in the files of the ranks, which DeepSpeed's "
+            "zero_to_fp32.py puts together"
+        )
     tied = _find_tied(path, named)
     return Checkpoint(
         path=path,
@@ -57,6 +65,8 @@ def open_pytorch(path: Path, state_key: str = "state_dict") -> Checkpoint:
 def load_mapped(path: Path) -> Mapping[Any, Any]:
     """The content of a ``torch.save`` file, its tensors mapped; never runs code from it.
 
+    Objects of other classes than torch's own are ``StandIn``s.
+
     Raises:
         ValueError: where the pickle wants code, or the file is not the kind that can be mapped.
         CorruptFileError: where the file is cut or altered.
@@ -65,7 +75,11 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
     check_archive(path)
     try:
         with short_reasons():
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except pickle.UnpicklingError:
+                with standing_in(path):
+                    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: loading it would run code, which this tool never does; save a file of tensors, numbers "
@@ -76,7 +90,8 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
     except Exception as error:  # a broken pickle raises anything
         raise CorruptFileError(f"{path}: its content cannot be read ({error!r:.200})") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+        mend = "; save its state_dict()" if isinstance(content, StandIn) else ""
+        raise ValueError(f"{path}: holds a {kind_of(content)}, expected a state dict{mend}")
     return content
 
 
@@ -114,13 +129,11 @@ def check_archive(path: Path) -> None:
         OSError: where it can't be opened.
     """
     with open_regular(path) as file:
-        if file.read(4) != b"PK\x03\x04":
-            raise ValueError(
-                f"{path}: not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the "
-                "torch that wrote it and save it again, without _use_new_zipfile_serialization=False"
-            )
+        if not (head := file.read(512)).startswith(b"PK\x03\x04"):
+            raise ValueError(f"{path}: {what_else(head)}")
         try:
             with zipfile.ZipFile(file) as archive:
+                other = what_archive(archive.namelist())
                 packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
                 deep = not packed and any(
                     _nests_too_deep(archive.read(i))
@@ -129,6 +142,8 @@ def check_archive(path: Path) -> None:
                 )
         except Exception as error:  # a broken archive raises anything
             raise CorruptFileError(f"{path}: cut or altered: {error}; fetch or save it again") from None
+    if other:
+        raise ValueError(f"{path}: {other}")
     if packed:
         raise CorruptFileError(
             f"{path}: {packed[0]!r} in it is compressed, which torch.save never does; "
@@ -171,30 +186,12 @@ def _unreadable(path: Path, error: RuntimeError) -> Exception:
     return CorruptFileError(f"{path}: cut, altered, or not written by torch.save ({reason})")
 
 
-def _state_dict(path: Path, content: Mapping[Any, Any], key: str) -> Mapping[Any, Any]:
-    state = content.get(key, content)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{path}: its {key!r} is a {type(state).__name__}, expected names mapped to tensors")
-    if state is content and not all(isinstance(t, Tensor) for n, t in state.items() if not _is_extra(n)):
-        keys = ", ".join(repr(k) for k in list(content)[:8])
-        raise ValueError(
-            f"{path}: no {key!r} among its entries ({keys}); say under which of them the weights are"
-        )
-    if not any(isinstance(t, Tensor) for t in state.values()):
-        raise ValueError(f"{path}: the state dict holds no tensors")
-    return state
-
-
-def _is_extra(name: object) -> bool:
-    return isinstance(name, str) and name.endswith("_extra_state")
-
-
 def _check_plain(path: Path, name: object, tensor: object) -> None:
     where = f"{path}: {name!r}"
     if not isinstance(name, str) or name == "__metadata__":
         raise ValueError(f"{where} is no name for a tensor in a safetensors file; rename it")
     if type(tensor) not in (Tensor, nn.Parameter):
-        raise ValueError(f"{where} is a {type(tensor).__name__}, expected a plain tensor")
+        raise ValueError(f"{where} is a {kind_of(tensor)}, expected a plain tensor")
     assert isinstance(tensor, Tensor)
     if (
         tensor.layout != torch.strided

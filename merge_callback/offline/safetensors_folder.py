@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -46,6 +47,13 @@ _EXTRAS = (
 )
 
 
+_SHARED = re.compile(
+    r"(.+\.)?(lm_head|embed_out|output_projection|output_layer|embed_tokens|wte|shared|word_embeddings|decoder)"
+    r"\.(weight|bias)"
+)
+"""What the layers at both ends of a language model are called, which may share their weights."""
+
+
 def open_file(path: Path) -> Checkpoint:
     """One safetensors file, which may be a snapshot of our window.
 
@@ -84,7 +92,7 @@ def open_folder(folder: Path) -> Checkpoint:
     """
     files = weight_files(folder)
     merge = read_record(folder) if (folder / PROVENANCE).exists() else None
-    record = merge.content if merge else _trainer_record(folder)
+    record = merge.content if merge else trainer_record(folder)
     tensors, aliases = _read_shards(folder, files)
     return Checkpoint(
         path=folder,
@@ -93,7 +101,7 @@ def open_folder(folder: Path) -> Checkpoint:
         step=_first(whole(record.get("step")), step_in_name(folder)),
         tokens=whole(record.get("tokens")),
         files=[folder / file for file in files],
-        extras=_extras(folder),
+        extras=extras_of(folder),
         format="emission" if merge else "safetensors",
     )
 
@@ -108,7 +116,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
     indices = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
     single = (folder / WEIGHTS).exists()
     if INDEX in indices or (len(indices) == 1 and not single):
-        files = _read_index(folder, INDEX if INDEX in indices else indices[0])
+        files = read_index(folder, INDEX if INDEX in indices else indices[0])
         if single and WEIGHTS not in files:
             raise ValueError(
                 f"{folder}: has both {WEIGHTS} and {INDEX}, of other files; remove the one left over"
@@ -121,7 +129,7 @@ def weight_files(folder: Path) -> dict[str, set[str] | None]:
 
 def recorded_step(folder: Path) -> int | None:
     """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
-    record = read_json(folder, PROVENANCE) or _trainer_record(folder)
+    record = read_json(folder, PROVENANCE) or trainer_record(folder)
     return whole(record.get("step"))
 
 
@@ -131,14 +139,23 @@ def _whats_wrong(folder: Path, indices: list[str]) -> str:
     mend = "give a checkpoint file, or a folder with safetensors files or a DCP .metadata"
     if (folder / MANIFEST).exists():
         mend = "it is a window of snapshots: give one of them"
-    elif bins := sorted(path.name for path in folder.glob("*.bin")):
-        mend = f"give the file itself: {folder / bins[0]}"
+    elif any(folder.glob("zero_pp_rank_*")) or any(folder.glob("*/zero_pp_rank_*")):
+        mend = "DeepSpeed's ranks hold parts of it: run its zero_to_fp32.py and give what that writes"
+    elif others := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+        mend = f"give the file itself: {folder / others[0]}"
+    elif any(folder.glob("mp_rank_*/*.pt")):
+        mend = "each rank of Megatron has a part in it: convert it to torch_dist or Hugging Face's format"
     elif any(folder.glob("*.distcp")):
         mend = "a distributed checkpoint without its .metadata was never finished: use an earlier one"
     return f"holds neither {WEIGHTS} nor an index of shards; {mend}"
 
 
-def _read_index(folder: Path, name: str) -> dict[str, set[str] | None]:
+def read_index(folder: Path, name: str) -> dict[str, set[str] | None]:
+    """The files that an index names, each with the names of its tensors.
+
+    Raises:
+        CorruptFileError: where it is broken, or names a file elsewhere.
+    """
     path = contained(folder, name)
     try:
         content = json.loads(read_small(path))
@@ -164,15 +181,38 @@ def _read_shards(
     for file, expected in files.items():
         path = contained(folder, file)
         found, metadata = map_safetensors(path)
-        if expected is not None and found.keys() != expected:
-            missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
-            raise CorruptFileError(
-                f"{path}: other tensors than the index names: missing {missing[:3]} ({len(missing)} in all), "
-                f"unexpected {extra[:3]} ({len(extra)} in all); index and shards must be of one save"
-            )
+        check_named(folder, path, expected, found)
         tensors |= found
         aliases |= _aliases(found, metadata)
     return tensors, {alias: kept for alias, kept in aliases.items() if alias not in tensors}
+
+
+def check_named(folder: Path, path: Path, expected: set[str] | None, found: Mapping[str, Tensor]) -> None:
+    """Makes sure that a shard has the tensors that the index names, if there is one.
+
+    An output layer that shares its weights with the embedding may be missing: some writers list it, and save
+    the embedding alone.
+
+    Raises:
+        CorruptFileError: where it has others.
+    """
+    if expected is None:
+        return
+    missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
+    if extra or not all(_SHARED.fullmatch(name) and _ties_embeddings(folder) for name in missing):
+        raise CorruptFileError(
+            f"{path}: other tensors than the index names: missing {missing[:3]} ({len(missing)} in all), "
+            f"unexpected {extra[:3]} ({len(extra)} in all); index and shards must be of one save"
+        )
+
+
+def _ties_embeddings(folder: Path) -> bool:
+    config = read_json(folder, "config.json")
+    inner = config.get("text_config")
+    told = config.get(
+        "tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
+    )
+    return told is not False
 
 
 def _aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -184,12 +224,18 @@ def _aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict
     }
 
 
-def _trainer_record(folder: Path) -> Mapping[str, Any]:
+def trainer_record(folder: Path) -> Mapping[str, Any]:
+    """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
     state = read_json(folder, "trainer_state.json")
     return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
 
 
-def _extras(folder: Path) -> list[Path]:
+def extras_of(folder: Path) -> list[Path]:
+    """What a model's loader wants beside the weights.
+
+    Raises:
+        CorruptFileError: where a file leads out of the folder, or is larger than such files are.
+    """
     names = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in _EXTRAS)]
     extras = [contained(folder, name) for name in names if not (folder / name).is_dir()]
     for path in extras:
