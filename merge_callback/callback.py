@@ -107,7 +107,8 @@ class CheckpointMergeCallback(Callback):
         lower_is_better: ``fnmatch`` patterns of the validation's metrics that improve downwards, for the sign
             of ``merge/gain/…``. Needed where no monitor's mode, torchmetrics object or standard name says so.
         higher_is_better: the same for those that improve upwards.
-        spike: what is a loss spike, and whether to restore the run, to warn, or not to look.
+        spike: what is a loss spike, and whether to restore the run, to warn, or not to look: a
+            ``SpikeOptions``, its options as a mapping, or its action alone, ``spike="warn"``.
 
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the mend.
@@ -139,7 +140,7 @@ class CheckpointMergeCallback(Callback):
         exclude: Sequence[str] = (),
         lower_is_better: Sequence[str] = (),
         higher_is_better: Sequence[str] = (),
-        spike: SpikeOptions | None = None,
+        spike: SpikeOptions | str | bool | dict[str, Any] | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.options = Options.resolve(**given)

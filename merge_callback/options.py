@@ -94,7 +94,7 @@ class Options:
             exclude=patterns("exclude", given["exclude"]),
             lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
-            spike=resolve_spike(given["spike"]),
+            spike=resolve_spike(given["spike"], given["window"]),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from torch.optim import Optimizer
@@ -163,12 +163,32 @@ DEFAULT = SpikeOptions()
 """Where nothing is given. What it asks for and a run can't have is done without: see ``MergeSession``."""
 
 
-def resolve_spike(spike: SpikeOptions | None) -> SpikeOptions:
-    """The defaults where nothing is given.
+def resolve_spike(spike: SpikeOptions | str | bool | Mapping[str, Any] | None, window: int) -> SpikeOptions:
+    """The options of an object, of an action alone or of a mapping; the defaults where nothing is given.
+
+    Args:
+        spike: as given to the callback. ``False`` is YAML's ``off``.
+        window: snapshots that there are.
 
     Raises:
-        ValueError: for anything that is not a ``SpikeOptions``.
+        ValueError: for anything else, an option that there is not, or more snapshots than the window has.
     """
-    if spike is not None and not isinstance(spike, SpikeOptions):
-        raise ValueError(f"spike={spike!r} must be a SpikeOptions, e.g. SpikeOptions(action='warn')")
-    return spike or DEFAULT
+    if spike is None:
+        return DEFAULT
+    if isinstance(spike, Mapping):
+        known = [option.name for option in fields(SpikeOptions)]
+        if unknown := sorted(str(name) for name in spike if name not in known):
+            raise ValueError(f"spike has no option {', '.join(unknown)}; its options are {', '.join(known)}")
+        spike = SpikeOptions(**spike)
+    elif spike is False or isinstance(spike, str):
+        spike = SpikeOptions(action=spike or "off")  # type: ignore[arg-type]
+    if not isinstance(spike, SpikeOptions):
+        raise ValueError(
+            f"spike={spike!r} must be a SpikeOptions, e.g. SpikeOptions(action='warn'), a mapping of its "
+            "options, or one of 'restore', 'warn', 'off'"
+        )
+    if spike.pma_window > max(window, DEFAULT.pma_window):
+        raise ValueError(
+            f"spike.pma_window={spike.pma_window} is more than window={window} holds; choose at most {window}"
+        )
+    return spike

@@ -1,6 +1,8 @@
 """The linear family against the golden numbers of its sources."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +149,49 @@ def test_options_that_could_not_be_recorded_are_refused():
     assert (given.name, given.options()) == ("hidden", {"count": 1})
     with pytest.raises(ValueError, match=r"Sma'> is no merging method: give a name, or an object"):
         resolve_method(Sma)
+
+
+class Unfinished(LinearMethod):
+    """Says no weights."""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (lambda tensors: tensors[0], "can't be registered .* a subclass of LinearMethod"),
+        (dict, "'dict' can't be registered"),
+        (Sma(), "can't be registered"),
+        (Unfinished, "Unfinished lacks raw_weights"),
+    ],
+)
+def test_what_can_be_no_method_is_not_registered(what, said):
+    with pytest.raises(TypeError, match=said):
+        register_method("impossible")(what)
+    assert "impossible" not in METHODS
+
+
+def test_a_method_is_registered_under_a_name():
+    with pytest.raises(ValueError, match="under a name, @register_method"):
+        register_method(Unfinished)
+
+
+def test_the_own_method_of_the_readme_runs(monkeypatch):
+    monkeypatch.setattr("merge_callback.merging.method.METHODS", dict(METHODS))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"<!-- own method -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
+    names: dict = {}
+    exec(code, names)
+    newest = names["Newest"](count=1)
+    assert newest.reference == ""
+    merged = merge_state_dicts([{"w": torch.tensor([float(i)])} for i in (1, 2, 3)], method=newest)
+    assert merged["w"].item() == 3.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+def test_state_dicts_that_are_not_finite_are_not_merged(value, dtype):
+    good, bad = {"w": torch.ones(3, dtype=dtype)}, {"w": torch.tensor([1, value, 1], dtype=dtype)}
+    kind = "NaN" if math.isnan(value) else "infinite"
+    with pytest.raises(ValueError, match=f"tensor 'w' of state dict 1 holds 1 values that are {kind}"):
+        merge_state_dicts([good, bad, good])
+    assert torch.equal(merge_state_dicts([bad, good], exclude=["w"])["w"], good["w"])

@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, fields
 import numpy as np
 import pytest
 
+from merge_callback import CheckpointMergeCallback
 from merge_callback.merging import Ema, Sma, Ties, Weighted
 from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.training.spike import SpikeDetector
@@ -114,7 +115,7 @@ def test_the_optimizer_policy_may_be_a_function():
 def test_options_are_settled_once():
     with pytest.raises(FrozenInstanceError):
         SpikeOptions().patience = 3
-    assert resolve_spike(None) == SpikeOptions()
+    assert resolve_spike(None, 10) == SpikeOptions()
     given = SpikeOptions(action="off")
     assert resolve_spike(given) is given
     for wrong in ({"action": "warn"}, "warn", True):
@@ -125,3 +126,40 @@ def test_options_are_settled_once():
 def test_options_survive_a_rebuild_from_their_own_fields():
     options = SpikeOptions(patience=3.0, cooldown=0, method="ema")
     assert SpikeOptions(**{f.name: getattr(options, f.name) for f in fields(options)}) == options
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("warn", SpikeOptions(action="warn")),
+        ("off", SpikeOptions(action="off")),
+        (False, SpikeOptions(action="off")),  # YAML's off
+        ({"action": "warn", "patience": 3}, SpikeOptions(action="warn", patience=3)),
+        ({}, SpikeOptions()),
+        (None, SpikeOptions()),
+    ],
+)
+def test_an_action_or_a_mapping_is_as_good_as_an_object(given, meant):
+    assert resolve_spike(given, window=10) == meant
+    assert CheckpointMergeCallback(spike=given).options.spike == meant
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("stop", "spike.action='stop'.*'restore', 'warn', 'off'"),
+        (True, "spike=True must be a SpikeOptions"),
+        (3, "spike=3 must be a SpikeOptions"),
+        ({"patiense": 3}, "spike has no option patiense; its options are action"),
+        ({"patience": 0}, "spike.patience=0"),
+        ({"pma_window": 5}, "spike.pma_window=5 is more than window=4 holds; choose at most 4"),
+        (SpikeOptions(pma_window=5), "spike.pma_window=5 is more than window=4 holds"),
+    ],
+)
+def test_other_values_of_spike_are_refused(given, named):
+    with pytest.raises(ValueError, match=named):
+        CheckpointMergeCallback(spike=given, window=4)
+
+
+def test_the_default_serves_the_smallest_window():
+    assert CheckpointMergeCallback(window=2).options.spike.pma_window == 3

@@ -43,7 +43,8 @@ def merge_state_dicts(
 
     Raises:
         ValueError: for no state dicts, names, shapes or dtypes that differ (the tensor is named), an
-            unknown method, options it does not have, or a base that it does not use.
+            unknown method, options it does not have, or a base that it does not use; for values that are NaN
+            or infinite in a tensor that is averaged.
 
     Example::
 
@@ -63,11 +64,26 @@ def merge_state_dicts(
         n: t.clone() if n in kept else torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for n, t in newest.items()
     }
+    for name in newest:
+        if name not in kept:
+            _check_finite(name, [*bases, *((f"state dict {i}", s) for i, s in enumerate(state_dicts))])
     model = [_inputs(name, state_dicts, base) for name in newest if name not in kept]
     survey = resolved.survey(model, trajectory)
     for inputs in model:
         resolved.merge(inputs, _flat(merged[inputs.name]), trajectory, survey)
     return merged
+
+
+def _check_finite(name: str, models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
+    for label, model in models:
+        tensor = model[name].float() if model[name].itemsize == 1 else model[name]  # float8
+        if not (finite := tensor.isfinite()).all():
+            count = int(finite.numel() - finite.sum())
+            kind = "NaN" if tensor.isnan().any() else "infinite"
+            raise ValueError(
+                f"tensor {name!r} of {label} holds {count} values that are {kind}: leave that one out, or "
+                f"copy the tensor from the last one with exclude=[{name!r}]"
+            )
 
 
 def matches_any(name: str, patterns: Sequence[str]) -> bool:

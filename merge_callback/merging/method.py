@@ -150,10 +150,11 @@ class LinearMethod(MergeMethod):
 M = TypeVar("M", bound=type[MergeMethod])
 
 
-def register_method(name: str, reference: str) -> Callable[[M], M]:
+def register_method(name: str, reference: str = "") -> Callable[[M], M]:
     """Class decorator: makes a method known as ``name``, with the source of its definition.
 
-    It makes the class a frozen dataclass, if it is none: annotated attributes are the method's options.
+    ``reference`` may be left out. It makes the class a frozen dataclass, if it is none: annotated attributes
+    are the method's options.
 
     Example:
         >>> @register_method("newest", reference="our lab notes, 2026")
@@ -163,11 +164,21 @@ def register_method(name: str, reference: str) -> Callable[[M], M]:
         ...         return [float(i < self.count) for i in reversed(range(len(positions)))]
 
     Raises:
-        ValueError: where the name is taken.
-        TypeError: where ``__init__`` keeps the options to itself: every merge records those it was made with.
+        ValueError: where the name is taken, or is no text.
+        TypeError: for what is no class of a method, or lacks its computation; where ``__init__`` keeps the
+            options to itself: every merge records those it was made with.
     """
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"a method is registered under a name, @register_method('newest'), not {name!r}")
 
     def register(method: M) -> M:
+        if not (isinstance(method, type) and issubclass(method, MergeMethod)):
+            raise TypeError(
+                f"{getattr(method, '__name__', method)!r} can't be registered as a merging method: it must "
+                "be a class, a subclass of LinearMethod (with raw_weights) or of MergeMethod (with merge)"
+            )
+        if missing := sorted(method.__abstractmethods__):
+            raise TypeError(f"{method.__name__} lacks {', '.join(missing)}, which says what it computes")
         if not is_dataclass(method):
             if "__init__" in vars(method):
                 raise TypeError(
