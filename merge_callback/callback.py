@@ -146,9 +146,11 @@ class CheckpointMergeCallback(Callback):
         self.options = Options.resolve(**given)
         # Made once: Lightning asks for it before every hook.
         self._state_key = self._generate_state_key(
-            dirpath=str(self.options.dirpath or ""),
             every=self.options.every,
             **{phase: method.name for phase, method in self.options.methods.items()},
+            window=self.options.window,
+            codec=self.options.snapshot_codec,
+            dtype=str(self.options.snapshot_dtype or ""),
         )
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
@@ -277,14 +279,28 @@ class CheckpointMergeCallback(Callback):
     ) -> None:
         """Finds the state of a run that was started with another ``dirpath``, interval or method."""
         states = checkpoint.get("callbacks", {})
-        kin = [key for key in states if key.startswith(type(self).__qualname__)]
-        if self.state_key not in states and len(kin) == 1:
-            self.load_state_dict(states[kin[0]])
-        elif self.state_key not in states and kin:
+        if self.state_key in states:
+            return
+        others = {c.state_key for c in trainer.callbacks if c is not self}  # type: ignore[attr-defined]
+        kin = [key for key in states if key.startswith(type(self).__qualname__) and key not in others]
+        # Those of older versions told callbacks apart by their dirpath.
+        alike = [key for key in kin if self._interval_and_methods in key]
+        found = next((k for k in (kin, alike, [k for k in alike if self._dirpath in k]) if len(k) == 1), [])
+        if found:
+            self.load_state_dict(states[found[0]])
+        elif kin:
             rank_zero_warn(
-                f"merge: the checkpoint holds the states of {kin}, none of them with dirpath="
-                f"{str(self.options.dirpath)!r}: this window begins empty"
+                f"merge: the checkpoint holds the states of {kin}, and which of them is that of "
+                f"{self.state_key} can't be told: this window begins empty"
             )
+
+    @property
+    def _interval_and_methods(self) -> str:
+        return self.state_key.partition("{")[2].partition(", 'window'")[0]
+
+    @property
+    def _dirpath(self) -> str:
+        return f"'dirpath': {str(self.options.dirpath or '')!r}"
 
 
 def _check_strategy(trainer: Trainer) -> None:

@@ -117,10 +117,10 @@ def test_options_are_settled_once():
         SpikeOptions().patience = 3
     assert resolve_spike(None, 10) == SpikeOptions()
     given = SpikeOptions(action="off")
-    assert resolve_spike(given) is given
-    for wrong in ({"action": "warn"}, "warn", True):
+    assert resolve_spike(given, 10) is given
+    for wrong in (["warn"], 3, True):
         with pytest.raises(ValueError, match=r"spike=.*must be a SpikeOptions.*action='warn'"):
-            resolve_spike(wrong)
+            resolve_spike(wrong, 10)
 
 
 def test_options_survive_a_rebuild_from_their_own_fields():

@@ -118,9 +118,7 @@ def test_a_single_nan_before_there_is_a_baseline_can_be_said():
     record = {**SPIKE, "event": "warn", "trigger": "non-finite loss", "onset": 3, "step": 3}
     said = sentence({**record, "values": [math.nan], "baseline": math.nan, "threshold": math.nan})
     what, outcome = said.split("; ")
-    assert what == (
-        "merge: non-finite loss spike: 1 outlier from step 3 to 3, the last nan (baseline nan, threshold nan)"
-    )
+    assert what == ("merge: non-finite loss spike: NaN at step 3 (there is no baseline yet)")
     assert outcome == "nothing is done about it"
 
 

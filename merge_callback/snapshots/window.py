@@ -200,7 +200,9 @@ class Window:
                 found.pop("__metadata__", None)
                 for entry in (*found.values(), *expected.values()):  # what is kept once lies elsewhere
                     entry.pop("data_offsets", None)
-                return difference(found, expected) or "the order of the tensors"
+                return (
+                    _other_dtype(found, expected) or difference(found, expected) or "the order of the tensors"
+                )
         return "their layouts have different hashes"
 
     def restore(self, state: Mapping[str, Any], last_step: int) -> list[str]:
@@ -579,3 +581,14 @@ class Window:
 
 def _digest(names: frozenset[str]) -> str:
     return hashlib.sha256("\0".join(sorted(names)).encode()).hexdigest() if names else ""
+
+
+def _other_dtype(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    """In what two headers of the same tensors differ that are stored in other dtypes; else empty."""
+    if found.keys() != expected.keys() or any(found[n]["shape"] != expected[n]["shape"] for n in expected):
+        return ""
+    names = [name for name in expected if found[name]["dtype"] != expected[name]["dtype"]]
+    if not names:
+        return ""
+    there, here = found[names[0]]["dtype"], expected[names[0]]["dtype"]
+    return f"{names[0]!r} is {there} there and here {here} ({len(names)} tensors)"

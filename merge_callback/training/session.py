@@ -322,18 +322,28 @@ class MergeSession:
             )
             return
         if different := self.window.layout_difference(state):
+            what = "of another model"
+            if different.startswith("snapshot_codec"):
+                what = "in another snapshot_codec"
+            elif " and here " in different:
+                what = "in another dtype"
             if dirpath == self.dirpath:
                 raise ValueError(
-                    f"the run that is resumed kept a window of another model in dirpath={str(dirpath)!r}: "
+                    f"the run that is resumed kept a window {what} in dirpath={str(dirpath)!r}: "
                     f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
                     "it was kept with, or give a new dirpath to begin with an empty window"
                 )
-            rank_zero_warn(
-                f"merge: the window begins empty, the resumed one is of another model: {different}"
-            )
+            rank_zero_warn(f"merge: the window begins empty, the resumed one is {what}: {different}")
             return
         for problem in self.window.restore(state, self.trainer.global_step):
             rank_zero_warn(f"merge: left out of the restored window: {problem}")
+        if state["snapshots"]:
+            steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
+            tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
+            rank_zero_info(
+                f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
+                f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
+            )
 
     def _watch_for_spikes(self) -> SpikeWatch | None:
         options = self.options.spike

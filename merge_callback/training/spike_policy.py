@@ -25,7 +25,7 @@ from merge_callback.training.inquiry import Inquiry
 from merge_callback.training.recovery import Recovery
 from merge_callback.training.reporting import log_metrics
 from merge_callback.training.spike import SpikeEvent
-from merge_callback.training.spike_record import RECORD, announce, append, sentence_of
+from merge_callback.training.spike_record import RECORD, announce, append, number, sentence_of
 from merge_callback.training.step_origins import StepOrigins
 from merge_callback.training.step_statistics import StepStatistics
 from merge_callback.training.watched_numbers import GRAD_NORM, LOSS, WatchedNumbers
@@ -320,10 +320,10 @@ class SpikePolicy:
             good += f", the last snapshots are in {folder}"
         tried = f" ({sentence_of(evidence.record())})" if evidence else ""
         raise TrainingDivergedError(
-            f"the {event.trigger} left its baseline of {event.baseline:.4g} at step {event.onset} (the last "
-            f"value is {event.values[-1]:.4g}, the threshold {event.threshold:.4g}) and {reason}{tried}; the "
-            f"gradient norm is {seen['grad_norm']:.4g}, the learning rate {seen['lr']:.3g}; {good}. {_TRY}; "
-            f"{self.dirpath / RECORD} has the whole story"
+            f"the {event.trigger} left its baseline of {number(event.baseline)} at step {event.onset} (the "
+            f"last value is {number(event.values[-1])}, the threshold {number(event.threshold)}) and {reason}"
+            f"{tried}; the gradient norm is {seen['grad_norm']:.4g}, the learning rate {seen['lr']:.3g}; "
+            f"{good}. {_TRY}; {self.dirpath / RECORD} has the whole story"
         )
 
     def _report(self, event: SpikeEvent, outcome: str, **more: Any) -> None:

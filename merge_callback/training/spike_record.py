@@ -65,10 +65,15 @@ def sentence(record: Mapping[str, Any]) -> str:
             f"step {record['step']}; nothing is done about it"
         )
     values = record["values"]
+    limits = f"baseline {number(record['baseline'])}, threshold {number(record['threshold'])}"
+    if math.isnan(record["baseline"]):
+        limits = "there is no baseline yet"
     what = (
         f"{len(values)} outlier{'s' * (len(values) > 1)} from step {record['onset']} to {record['step']}, "
-        f"the last {values[-1]:.4g} (baseline {record['baseline']:.4g}, threshold {record['threshold']:.4g})"
+        f"the last {number(values[-1])} ({limits})"
     )
+    if len(values) == 1 and not math.isfinite(values[0]):
+        what = f"{number(values[0])} at step {record['step']} ({limits})"
     kind = "shift" if record["event"] == "shift" else "spike"
     sick = record.get("sick_rank")
     rank = "" if sick is None else f"; only rank {sick} has seen them, which may be a fault of its hardware"
@@ -98,13 +103,24 @@ def sentence_of(evidence: Mapping[str, Any]) -> str:
     if evidence["source"] == "weights":
         return "weights or optimizer state are not finite"
     if math.isnan(candidate) and math.isfinite(live):
-        return f"on the same {evidence['source']} they score {live:.4g} now"
+        return f"on the same {evidence['source']} they score {number(live)} now"
     heard = evidence.get("validation")
-    validation = f"; on the validation {heard[0]:.4g} and {heard[1]:.4g}" if heard else ""
+    validation = f"; on the validation {number(heard[0])} and {number(heard[1])}" if heard else ""
     return (
-        f"on the same {evidence['source']} the live weights score {live:.4g}, those before the spike "
-        f"{candidate:.4g}{validation}"
+        f"on the same {evidence['source']} the live weights score {number(live)}, those before the spike "
+        f"{number(candidate)}{validation}"
     )
+
+
+def number(value: float) -> str:
+    """A number for people: 1.234, NaN, infinity.
+
+    >>> number(1.23456), number(float("nan")), number(float("-inf"))
+    ('1.235', 'NaN', '-infinity')
+    """
+    if math.isfinite(value):
+        return f"{value:.4g}"
+    return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}infinity"
 
 
 def _json(value: Any) -> Any:

@@ -158,10 +158,22 @@ class WindowKeeper:
         self.background.submit(partial(self._emit, model))  # what fails there is logged
         self.background.drain()
         if not self.publisher.published:
-            rank_zero_warn(
-                f"merge: nothing was published: {len(self._window)} snapshots in {step} steps, and a "
-                "merge takes two of one phase after the warm-up"
-            )
+            rank_zero_warn(f"merge: nothing was published: {self._why_nothing(step)}")
+
+    def _why_nothing(self, step: int) -> str:
+        """Why there is no merge after so many optimizer steps, and what to do."""
+        options, snapshots = self.options, self._window.snapshots
+        shorter = f"choose a shorter interval than every_n_{options.unit}={options.every}"
+        if not snapshots:
+            failed = f"{step} steps gave no snapshot that was kept"
+            return f"{failed}; {shorter}, if no warning above says more"
+        count = f"{len(snapshots)} snapshot{'s' * (len(snapshots) > 1)} in {step} steps"
+        if all(snapshot.phase == "warmup" for snapshot in snapshots):
+            return f"{count}, of the warm-up only, which is never merged; train on, or {shorter}"
+        if not self._window.segment():
+            phases = ", ".join(sorted({snapshot.phase for snapshot in snapshots}))
+            return f"{count} ({phases}), and a merge takes two of one phase after the warm-up; {shorter}"
+        return f"{count}, whose merge could not be made or written; see the warnings above"
 
     def close(self) -> None:
         """Gives the emissions' process group back. All ranks have to."""
