@@ -218,8 +218,28 @@ class CheckpointMergeCallback(Callback):
         """Advances the clock and the phase, acts on a spike, takes a snapshot where one is due."""
         if self.session:
             if self.session.end_batch(outputs, batch):
-                self.session.take_snapshot()
-            self.session.note_random_state()
+                self._follow_the_model(trainer, pl_module)
+                if self.session:
+                    self.session.take_snapshot()
+            if self.session:
+                self.session.note_random_state()
+
+    def _follow_the_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins a new window where the model's tensors are others now: a merge takes the same of each."""
+        if not self.session or not (change := self.session.model_change()):
+            return
+        rank_zero_warn(
+            f"merge: the model's tensors have changed since training began: at step {trainer.global_step} "
+            f"{change}. A new window begins here; of a buffer that changes its shape all the time, "
+            "register_buffer(persistent=False) keeps the window free"
+        )
+        session, self.session = self.session, None
+        try:
+            state = self._resume = session.hand_over()
+            self.session = MergeSession(session.options, trainer, pl_module, state, session.folder)
+        except Exception:
+            log.exception("merge: nothing more is merged: no window fits the changed model; training goes on")
+            session.folder.give_up()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""

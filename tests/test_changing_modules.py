@@ -1,11 +1,23 @@
 """Modules that step as they like, do not train at all, are compiled in part, or change while they train."""
 
+import json
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from training_runs import Classifier, loader, train
+from training_runs import (
+    Classifier,
+    Probe,
+    assert_mean,
+    assert_same_bits,
+    emissions,
+    loader,
+    seed,
+    train,
+    weights_of,
+)
 
 from merge_callback import CheckpointMergeCallback, load_merge
 
@@ -125,3 +137,109 @@ def test_a_merge_loads_strictly_into_a_module_with_wrapped_parts(kind, tmp_path)
         n.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for n in module.state_dict()
     }
     assert loaded == load_merge(path).keys()
+
+
+# Tensors that come and change
+
+
+class Changing(Classifier):
+    """Changes itself before batch 6."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self.change = change
+        self.register_buffer("bank", torch.zeros(2, 8))
+
+    def on_train_batch_start(self, batch, batch_idx) -> None:
+        if batch_idx == 6:
+            self.change(self)
+
+
+def add_parameter(module) -> None:
+    module.scale = nn.Parameter(torch.ones(4))
+    module.trainer.optimizers[0].add_param_group({"params": [module.scale]})
+
+
+def grow_buffer(module) -> None:
+    module.bank = torch.ones(5, 8)
+
+
+def add_module(module) -> None:
+    module.extra = nn.Linear(2, 2)
+
+
+def drop_parameter(module) -> None:
+    module.net[0].bias = None
+
+
+def widen(module) -> None:
+    module.bank = module.bank.double()
+
+
+CHANGES = {
+    "new parameter": (add_parameter, "there is now scale"),
+    "grown buffer": (grow_buffer, r"changed bank from \(2, 8\) float32 to \(5, 8\) float32"),
+    "new module": (add_module, r"there is now extra\.weight, extra\.bias"),
+    "dropped": (drop_parameter, r"there is no more net\.0\.bias"),
+    "other dtype": (widen, r"changed bank from \(2, 8\) float32 to \(2, 8\) float64"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("storage", ["disk", "cpu"])
+def test_a_window_of_the_changed_model_begins_when_its_tensors_change(kind, storage, tmp_path):
+    change, said = CHANGES[kind]
+    module, probe = Changing(change), Probe()
+    options = {"every_n_steps": 2, "keep_last": None, "storage": storage}
+    with pytest.warns(UserWarning, match=said):
+        trainer = train(module, merging(tmp_path, **options), probe, data=loader(count=96), max_steps=12)
+    newest = load_merge(tmp_path / "merges" / "latest")
+    assert_mean(newest, [probe.weights[step] for step in (8, 10, 12)])
+    module.load_state_dict(newest)
+    assert trainer.callback_metrics["merge/window"] == 3
+    before = load_merge(emissions(tmp_path / "merges")[1])  # of step 6
+    assert_mean(before, [probe.weights[step] for step in (2, 4, 6)])
+
+
+def test_training_is_the_same_whether_its_window_begins_again_or_not(tmp_path):
+    def weights(*callbacks):
+        seed()
+        module = Changing(add_parameter)
+        train(module, *callbacks, data=loader(count=96), max_steps=12)
+        return weights_of(module)
+
+    with pytest.warns(UserWarning, match="A new window begins"):
+        merged = weights(merging(tmp_path, every_n_steps=2))
+    assert_same_bits(merged, weights())
+
+
+def test_a_run_whose_window_began_again_can_be_resumed(tmp_path):
+    def module():
+        changing = Changing(grow_buffer)
+        changing.bank = torch.zeros(5, 8)
+        return changing
+
+    with pytest.warns(UserWarning, match="A new window begins"):
+        trainer = train(
+            Changing(grow_buffer), merging(tmp_path, every_n_steps=2), data=loader(count=96), max_steps=10
+        )
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    train(
+        module(),
+        merging(tmp_path, every_n_steps=2),
+        data=loader(count=96),
+        max_steps=12,
+        ckpt_path=tmp_path / "last.ckpt",
+    )
+    newest = emissions(tmp_path / "merges")[-1]
+    assert "step=00000012" in newest.name
+    assert [s["step"] for s in json.loads((newest / "merge.json").read_text())["snapshots"]] == [8, 10, 12]
+
+
+def test_a_merge_of_the_model_before_is_not_validated_and_is_told_of(tmp_path, caplog):
+    module, callback = Changing(add_parameter), merging(tmp_path, every_n_steps=3, window=2)
+    options = {"data": loader(count=64), "val": loader(16), "max_steps": 7, "val_check_interval": 7}
+    with pytest.warns(UserWarning, match="the last merge is of the model before .* there is now scale"):
+        trainer = train(module, callback, **options)
+    assert not [name for name in trainer.callback_metrics if name.startswith("merge/gain")]
+    assert "scale" not in load_merge(tmp_path / "merges" / "latest")

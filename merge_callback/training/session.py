@@ -83,7 +83,7 @@ class MergeSession:
         self._at_snapshots = LiveModel(module, trainer.strategy.model)
         _check_exclude(options.exclude, model)
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
-        self._names = model.names
+        self._names, self._shapes = model.names, _shapes(model)
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
             self.ranks,
@@ -230,6 +230,25 @@ class MergeSession:
         if self.options.evaluate:
             self.validation.note_random_state()
 
+    def model_change(self) -> str:
+        """How the model's tensors differ from those the window was made for; empty where they do not."""
+        try:
+            change = _difference(self._shapes, _shapes(self._at_snapshots.tensors()))
+        except Exception:  # is reported with the snapshot that it keeps from being taken
+            change = ""
+        if self.ranks.size > 1:
+            self.keeper.settle()  # nobody else may talk to the other ranks before that
+        return next(filter(None, self.ranks.exchange(change)), "")
+
+    def hand_over(self) -> dict[str, Any]:
+        """Ends this session but for its folder; gives the state for the next, whose window begins empty."""
+        self.keeper.finish_what_is_begun()
+        state = self.state_dict()
+        self._let_go()
+        for shared in (self.keeper, self.sharding, self.ranks):
+            shared.close()
+        return {**state, "window": {**state["window"], "snapshots": [], "moved": []}}
+
     def take_snapshot(self) -> None:
         """Copies the live weights; what becomes of the copy, training does not wait for."""
         snapshot = Snapshot(
@@ -245,12 +264,17 @@ class MergeSession:
         self.keeper.take(snapshot, self.phases.phase, self._at_snapshots.tensors, calm)
 
     def evaluate(self) -> None:
-        """Validates the merge of the window as it is, if that is new."""
-        self.validation.update(self.keeper.current_merge(self.live()))
+        """Validates the merge of the window as it is, if that is new, and of the model as it is."""
+        model = self.live()
+        is_same = all(self.ranks.exchange(_shapes(model) == self._shapes))
+        self.validation.update(self.keeper.current_merge(model) if is_same else None)
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
-        self.keeper.finish(self.live(), self.step)
+        model = self.live()
+        if change := _difference(self._shapes, _shapes(model)):
+            rank_zero_warn(f"merge: the last merge is of the model before its tensors changed: {change}")
+        self.keeper.finish(model, self.step)
         self._let_go()
         for shared in (self.keeper, self.sharding, self.ranks):
             shared.close()
@@ -316,7 +340,7 @@ class MergeSession:
             self.spikes.load_state_dict(state["spikes"])
 
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
-        if self.folder.is_elsewhere:
+        if self.folder.is_elsewhere and state["snapshots"]:
             rank_zero_warn(
                 f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here"
             )
@@ -446,6 +470,31 @@ def _whole_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor
     """A parameter's elements, on all ranks together."""
     name = names.get(id(parameter))
     return parameter.numel() if name is None else math.prod(sharding.wholes[name])
+
+
+def _shapes(model: ModelTensors) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.tensors.items()}
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What has changed among names, shapes and dtypes, in one line."""
+    if before == now:
+        return ""
+    new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
+    other = [
+        f"{n} from {_told(before[n])} to {_told(now[n])}" for n in now if before.get(n, now[n]) != now[n]
+    ]
+    parts = (("there is now", new), ("there is no more", gone), ("changed", other))
+    lines = [
+        f"{said} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for said, names in parts
+        if names
+    ]
+    return "; ".join(lines) or "the order of its tensors changed"
+
+
+def _told(shape: tuple[tuple[int, ...], torch.dtype]) -> str:
+    return f"{shape[0]} {str(shape[1]).removeprefix('torch.')}"
 
 
 def _whole(model: ModelTensors) -> dict[str, Tensor]:

@@ -135,6 +135,11 @@ class WindowKeeper:
         """Waits until all is written, for some minutes at most: other ranks may be gone."""
         self.background.drain(_PATIENCE)
 
+    def finish_what_is_begun(self) -> None:
+        """Waits until the last snapshot is in the window and all that was handed in is published."""
+        self.background.drain()
+        self.settle()
+
     def current_merge(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` where there is none, or it can't be made."""
         self.settle()
@@ -152,8 +157,7 @@ class WindowKeeper:
 
     def finish(self, model: ModelTensors, step: int) -> None:
         """Publishes the last merge of the run, unless it is published already."""
-        self.background.drain()
-        self.settle()
+        self.finish_what_is_begun()
         self._handed_in = self._window.ranks.from_first(self._emitted)  # it alone knows what could be written
         self.background.submit(partial(self._emit, model))  # what fails there is logged
         self.background.drain()
