@@ -66,7 +66,7 @@ NOT_ALONE = "holds what the snapshots beside it have in common, and no whole mod
 
 
 def step_in_name(path: Path) -> int | None:
-    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``global_step500``, ``iter-2k``, …
+    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``global_step500``, ``iter-2k``.
 
     ``model.safetensors`` and its like are asked for their folder's name, symlinks for their target's.
     """

@@ -139,7 +139,7 @@ class WindowMerger:
             HalfRestoredError: where some are overwritten and others are not, on any rank.
         """
 
-        def prepare() -> tuple[dict[str, Tensor], list[float], set[str]]:
+        def prepare() -> tuple[Mapping[str, Tensor], list[float], set[str]]:
             own = self.sharding.own(model.tensors)
             snapshots[-1].arena.check(own)
             weights = method.normalised_weights(positions(snapshots))
