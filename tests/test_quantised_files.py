@@ -149,6 +149,12 @@ def test_what_the_configuration_says_is_named(tmp_path, told, tensors):
         open_checkpoint(saved(tmp_path / "a", tensors, told), tmp_path)
 
 
+def test_codes_can_be_looked_at(tmp_path, capsys):
+    folder = saved(tmp_path / "a", {**REFUSED["bitsandbytes 8 bit"], "m.weight": codes(6, 9)})
+    assert command_line.main(["inspect", str(folder), "--tensors"]) == 0
+    assert {"int8", "float16", "float8_e4m3fn"} <= set(capsys.readouterr().out.split())
+
+
 def test_integers_that_are_no_codes_are_read(tmp_path):
     tensors = {
         "attn.relative_position_index": torch.ones(3, 3, dtype=torch.int64),

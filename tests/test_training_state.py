@@ -19,6 +19,8 @@ STATE = [
     "chained_1.optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(bf16).bucket_idx_0.exp_avg_sq",
     f"optimizer.state.{W}.exp_avg_sq",  # torchtitan, flattened by torch
     f"optim.state.{W}.step",
+    f"state.{W}.row_var",  # flattened by torch, beside the model
+    f"param_groups.{W}.lr",
     f"optimizer.param_groups.{W}.lr",
     f"state.optimizers.DecoupledAdamW.state.{W}.exp_avg",  # Composer
     f"optimizer_0.state.{W}.momentum_buffer",

@@ -32,7 +32,9 @@ MERGED_CKPT = "merged.ckpt"
 _METADATA = ".metadata"  # of torch.distributed.checkpoint, which takes 0.7 s to import
 
 
-def open_checkpoint(path: Path, spool: Path | None = None, state_key: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: Path, spool: Path | None = None, state_key: str | None = None, dequantise: bool = True
+) -> Checkpoint:
     """Opens a checkpoint by what it is.
 
     A Lightning ``.ckpt`` or other file of ``torch.save``; a safetensors file (a snapshot of the callback's
@@ -47,6 +49,8 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str | None
         spool: where a distributed checkpoint is put together: a folder on a disk with room for its weights.
         state_key: the entry of a ``torch.save`` file that holds the weights, ``"state.model"`` for one within
             another, if it isn't the only one; of other files, what comes before the names of the weights.
+
+        dequantise: multiply codes with their scales, and refuse what can't be; otherwise both are as stored.
 
     Raises:
         ValueError: for what can't be opened without running code or guessing; ``CorruptFileError`` for what
@@ -63,7 +67,7 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str | None
         stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, None), spool)
     if stored.format in ("pytorch", "safetensors"):  # a LightningModule's state is what the module says it is
         stored = without_training_state(stored)
-    if stored.format in ("pytorch", "safetensors", "dcp", "lightning"):
+    if dequantise and stored.format in ("pytorch", "safetensors", "dcp", "lightning"):
         stored = with_plain_weights(stored, spool)
     return with_frozen_part(stored, spool) if stored.frozen else stored
 

@@ -20,7 +20,7 @@ def add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
-    checkpoint = open_checkpoint(parsed.path, state_key=parsed.state_key)
+    checkpoint = open_checkpoint(parsed.path, state_key=parsed.state_key, dequantise=False)
     merged = (parsed.path / PROVENANCE).exists()
     for line in (*_layout(checkpoint), *(read_record(parsed.path).lines() if merged else [])):
         print(printable(line))

@@ -45,7 +45,7 @@ def training_state(names: Mapping[str, torch.dtype | None]) -> set[str]:
 
     It takes more than one word to tell: a module may be called ``optimizer``. They are
 
-    - what lies in the ``state`` or ``param_groups`` of an optimizer;
+    - what lies in the ``state`` or ``param_groups`` of an optimizer, or of another tensor here;
     - moments and master copies (``exp_avg``, ``fp32_param``, …) below an optimizer, or of a tensor here;
     - what an optimizer has of another tensor by its name (``optimizer.layer.weight``);
     - bytes below a generator's name (``rng_state``, ``rng.0.torch``).
@@ -109,6 +109,9 @@ def _is_state(name: str, dtype: torch.dtype | None, suffixes: Collection[str]) -
     if _GENERATOR.fullmatch(name) and dtype in (torch.uint8, torch.int64):
         return True
     parts = name.split(".")
+    states = [i for i, part in enumerate(parts) if part in ("state", "param_groups")]
+    if any(".".join(parts[i + 1 : -1]) in suffixes for i in states):  # as torch flattens an optimizer's state
+        return True
     below = _optimizers(name)
     if (at := _moment(name)) is not None:
         rest = parts[:at] + parts[at + 1 :]
