@@ -171,13 +171,15 @@ def test_options_of_an_own_method_are_flags_and_entries_of_a_file(downloaded):
         record = json.loads((downloaded / "out/merge.json").read_text())
         assert record["method"]["options"] == options
     done = run(downloaded, "merge", *files, *imported, *output, "--method", "sma", "--k", "2")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and "has no option k" in done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "has no option k" in done.stderr
 
 
 def test_own_methods_are_listed(downloaded):
     (downloaded / "own.py").write_text(LAST_K)
     listed = run(downloaded, "methods", "--import", "own")
-    assert "last_k" in listed.stdout and "options: k=1, last=False" in listed.stdout
+    assert "last_k" in listed.stdout
+    assert "options: k=1, last=False" in listed.stdout
     assert "last_k" not in run(downloaded, "methods").stdout
 
 
@@ -197,5 +199,7 @@ def test_a_module_that_fails_is_refused_in_a_line(downloaded, code, reason):
     done = run(
         downloaded, "merge", *files, "--import", "own", "--method", "last_k", "--output", "out", "--quiet"
     )
-    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and not (downloaded / "out").exists()
+    assert done.returncode == 1
+    assert reason in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (downloaded / "out").exists()

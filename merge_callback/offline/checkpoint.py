@@ -17,6 +17,7 @@ from merge_callback.offline.safetensors_folder import (
     WEIGHTS,
     open_file,
     open_folder,
+    other_weights,
 )
 from merge_callback.offline.safetensors_folder import recorded_step as _folder_step
 
@@ -90,7 +91,8 @@ def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint."""
     return path.is_dir() and (
         any((path / name).exists() for name in (_METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
-        or any(path.glob("*.safetensors.index.json"))
+        or any(path.glob("*.safetensors.index*.json"))
+        or bool(other_weights(path))
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -26,10 +26,10 @@ from merge_callback.merging import (
 )
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
-from merge_callback.offline.output import ModelFiles, copy_extras
+from merge_callback.offline.output import ModelFiles, copy_extras, lay_out
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each
-from merge_callback.publish.emission import PROVENANCE, split_shards
+from merge_callback.publish.emission import PROVENANCE, shard_names
 from merge_callback.publish.provenance import versions
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.layout import check_storable
@@ -74,11 +74,13 @@ class Job:
         dtype: of the merged floating-point tensors; default: that of the last checkpoint.
         exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
         naming: of the output's tensors.
-        max_shard_bytes: a larger model is written in several files with an index.
+        max_shard_bytes: a larger model is written in several files with an index; default: the files of the
+            last checkpoint, where that is a model's folder, else 5 GB.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
         force: replace what is there.
         progress: show a bar.
         workers: processes that merge, one tensor each at a time; 1: this one.
+        begun: is called once the checkpoints are found to belong together.
     """
 
     checkpoints: Sequence[Path]
@@ -87,11 +89,12 @@ class Job:
     dtype: torch.dtype | None = None
     exclude: Sequence[str] = ()
     naming: Naming = field(default_factory=Naming)
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int | None = None
     kind: Literal["safetensors", "lightning"] = "safetensors"
     force: bool = False
     progress: bool = False
     workers: int = 1
+    begun: Callable[[], None] = lambda: None
 
 
 @torch.no_grad()
@@ -120,17 +123,29 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
         merging = _Merging(job, checkpoints, base)
+        job.begun()
         tensors, tied = merging.outputs()
         lightning = job.kind == "lightning"
-        shards = split_dtypes(tensors) if lightning else split_shards(tensors, job.max_shard_bytes)
-        files = ModelFiles(draft, shards, tied)
+        newest = checkpoints[-1]
+        if lightning:
+            parts = split_dtypes(tensors)
+            shards, index = dict(zip(shard_names(len(parts)), parts, strict=True)), ""
+        else:
+            shards, index = lay_out(tensors, newest, job.naming.published, job.max_shard_bytes)
+        files = ModelFiles(draft, shards, index, tied)
         merging.run(files)
         checksums = files.finish()
         if lightning:
-            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), checkpoints[-1])
+            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), newest)
         else:
-            checksums |= copy_extras({path.name: path for path in checkpoints[-1].extras}, draft)
-        record = {**merging.record(), "tied": tied, "files": checksums}
+            extras = {path.relative_to(newest.path).as_posix(): path for path in newest.extras}
+            checksums |= copy_extras(extras, draft)
+        record = {
+            **merging.record(),
+            "tied": tied,
+            "files": checksums,
+            "left_out": {} if lightning else dict(newest.left_out),
+        }
         write_json(draft / PROVENANCE, record)
     return record
 
