@@ -12,6 +12,7 @@ from merge_callback.offline.frozen_part import with_frozen_part
 from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import WEIGHTS_ALONE, Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
+from merge_callback.offline.run_snapshot import as_published
 from merge_callback.offline.safetensors_folder import (
     INDEX,
     WEIGHTS,
@@ -53,7 +54,8 @@ def open_checkpoint(path: Path, spool: Path | None = None, state_key: str = "sta
     stored = _open_stored(path, spool, state_key)
     if stored.difference_to is not None:
         stored = decode_snapshot(stored, lambda earlier: _open_stored(earlier, spool, state_key), spool)
-    return with_frozen_part(stored, spool) if stored.frozen else stored
+    stored = with_frozen_part(stored, spool) if stored.frozen else stored
+    return as_published(stored) if stored.format == "snapshot" else stored
 
 
 def _open_stored(path: Path, spool: Path | None, state_key: str) -> Checkpoint:

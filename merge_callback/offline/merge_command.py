@@ -56,7 +56,7 @@ _DEFAULTS: dict[str, Any] = {
     "base": None,
     "dtype": None,
     "exclude": [],
-    "strip_prefix": "",
+    "strip_prefix": None,
     "prefix": "",
     "shard_size": None,
     "kind": "safetensors",
@@ -96,7 +96,11 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     add("--base", type=Path, metavar="CKPT", help="initial model of the task vectors (the first checkpoint)")
     add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
     add("--exclude", nargs="+", metavar="PATTERN", help="names copied from the last checkpoint")
-    add("--strip-prefix", metavar="P", help="taken off the names, e.g. 'model.'")
+    add(
+        "--strip-prefix",
+        metavar="P",
+        help="taken off the names, e.g. 'model.' (what a snapshot's run takes off)",
+    )
     add("--prefix", metavar="P", help="put before the names")
     add("--shard-size", metavar="SIZE", help="a larger model is split (as the last checkpoint is, or 5GB)")
     add("--as", dest="kind", choices=("safetensors", "lightning"), help="format")
@@ -146,7 +150,7 @@ def _merge(parsed: argparse.Namespace) -> int:
         raise ValueError("name the checkpoints to merge, and the folder to make with --output")
     method = _method(given)
     selection = _chosen(given, method)
-    told, is_quiet = selection.lines(), given["quiet"]  # then it is told when all went well, else in time
+    told, is_quiet = selection.lines(), given["quiet"]  # where quiet, told when all went well
     job = _job(given, selection.chosen, method, (lambda: None) if is_quiet else (lambda: _tell(told)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of the workers

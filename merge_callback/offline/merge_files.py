@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from merge_callback.merging import (
 )
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
-from merge_callback.offline.output import ModelFiles, copy_extras, lay_out
+from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each
 from merge_callback.publish.emission import PROVENANCE, shard_names
@@ -38,14 +38,17 @@ from merge_callback.snapshots.safetensors_file import write_json
 
 @dataclass(frozen=True)
 class Naming:
-    """What the merged tensors are called: a prefix taken off, then one put before."""
+    """What the merged tensors are called: a prefix taken off, then one put before.
 
-    strip: str = ""
+    By default the first is what the run of a snapshot takes off, and else nothing.
+    """
+
+    strip: str | None = None
     prefix: str = ""
 
     def published(self, name: str) -> str:
         """A tensor's name in the output."""
-        return self.prefix + name.removeprefix(self.strip)
+        return self.prefix + name.removeprefix(self.strip or "")
 
     def check(self, names: Sequence[str]) -> None:
         """Makes sure that every tensor has a name of its own.
@@ -122,11 +125,12 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
         base = None if job.base is None else open_checkpoint(job.base, spool=draft)
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
+        newest, lightning = checkpoints[-1], job.kind == "lightning"
+        if job.naming.strip is None and not lightning:  # a LightningModule loads the names of its own
+            job = replace(job, naming=replace(job.naming, strip=newest.prefix))
         merging = _Merging(job, checkpoints, base)
         job.begun()
         tensors, tied = merging.outputs()
-        lightning = job.kind == "lightning"
-        newest = checkpoints[-1]
         if lightning:
             parts = split_dtypes(tensors)
             shards, index = dict(zip(shard_names(len(parts)), parts, strict=True)), ""
@@ -140,6 +144,8 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
         else:
             extras = {path.relative_to(newest.path).as_posix(): path for path in newest.extras}
             checksums |= copy_extras(extras, draft)
+            if job.naming.strip == newest.prefix:
+                checksums |= write_texts(newest.texts, draft)
         record = {
             **merging.record(),
             "tied": tied,
@@ -161,7 +167,7 @@ class _Merging:
         self.copied = {
             name
             for name, tensor in self.newest.tensors.items()
-            if not tensor.is_floating_point() or matches_any(name, job.exclude)
+            if not tensor.is_floating_point() or name in self.newest.copied or matches_any(name, job.exclude)
         }
 
     def outputs(self) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -209,7 +215,7 @@ class _Merging:
             "step": self.newest.step,
             "tokens": self.newest.tokens,
             "copied": sorted(self.copied),
-            "stripped_prefix": self.job.naming.strip,
+            "stripped_prefix": self.job.naming.strip or "",
             "prefix": self.job.naming.prefix,
             "versions": versions(),
         }

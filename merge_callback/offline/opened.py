@@ -45,6 +45,8 @@ class Checkpoint:
         segment: the phase of the learning rate it was taken in, and since when that lasts, where it knows.
         shards: of a model's folder, the names in each file, and the name of the ``index`` of them.
         left_out: the names of what else lies there, each with the reason why no merge takes it along.
+        prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
+            files it then writes, and ``copied`` the names it does not average.
     """
 
     path: Path
@@ -62,6 +64,9 @@ class Checkpoint:
     shards: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     index: str = ""
     left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
+    prefix: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    copied: frozenset[str] = frozenset()
 
 
 NOT_ALONE = "holds what the snapshots beside it have in common, and no whole model: give one of those"

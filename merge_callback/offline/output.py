@@ -154,3 +154,10 @@ def copy_extras(extras: Mapping[str, Path], folder: Path) -> dict[str, str]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, folder / name)
     return {name: file_checksum(folder / name) for name in extras}
+
+
+def write_texts(texts: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Writes a model's configuration; returns the SHA-256 of each file."""
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return {name: file_checksum(folder / name) for name in texts}
