@@ -116,14 +116,23 @@ def shared_out(folder):
 
 def emission(folder):
     save_file(tensors(), folder / "in.safetensors")
-    run(["merge", *[str(folder / "in.safetensors")] * 2, "--output", str(folder / "merged"), "--quiet"])
+    run(
+        [
+            "merge",
+            "--keep-all",
+            *[str(folder / "in.safetensors")] * 2,
+            "--output",
+            str(folder / "merged"),
+            "--quiet",
+        ]
+    )
     return "merged"
 
 
 def lightning_emission(folder):
     save_file(tensors(), folder / "in.safetensors")
     inputs = [str(folder / "in.safetensors")] * 2
-    run(["merge", *inputs, "--output", str(folder / "merged"), "--quiet", "--as", "lightning"])
+    run(["merge", "--keep-all", *inputs, "--output", str(folder / "merged"), "--quiet", "--as", "lightning"])
     return "merged"
 
 
@@ -337,11 +346,11 @@ def verdict(place, file, number):
     """What is wrong with how a mutated file was met; empty where nothing is."""
     path = str(place / file)
     if file.endswith(".yaml"):
-        arguments = ["merge", "--config", path, "--output", str(place / "out"), "--quiet"]
+        arguments = ["merge", "--keep-all", "--config", path, "--output", str(place / "out"), "--quiet"]
     elif number % 3 == 0:
         whole = (place / "window").is_dir() and number // 30 % 2  # by its manifest
         inputs = [str(place / "window")] if whole else [path, path]
-        arguments = ["merge", *inputs, "--output", str(place / "out"), "--quiet"]
+        arguments = ["merge", "--keep-all", *inputs, "--output", str(place / "out"), "--quiet"]
     else:
         arguments = ["inspect", path, "--tensors"]
     status, out, errors = run(arguments)

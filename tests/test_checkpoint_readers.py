@@ -163,7 +163,7 @@ def test_sharded_folder_gives_all_shards_and_the_files_beside_them(tmp_path):
     folder = sharded_folder(tmp_path / "checkpoint-500")
     checkpoint = open_checkpoint(folder)
     assert_same_bits(checkpoint.tensors, few_tensors())
-    assert [path.name for path in checkpoint.extras] == ["config.json", "tokenizer.json"]
+    assert [path.name for path in checkpoint.extras] == ["config.json", "notes.txt", "tokenizer.json"]
     assert {path.name for path in checkpoint.files} == {"first.safetensors", "second.safetensors"}
     assert (checkpoint.format, checkpoint.step, checkpoint.tokens) == ("safetensors", 500, None)
 
@@ -185,7 +185,7 @@ def test_hugging_face_cache_is_read_through_its_links(tmp_path):
         (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
     checkpoint = open_checkpoint(snapshot)
     assert_same_bits(checkpoint.tensors, few_tensors())
-    assert len(checkpoint.extras) == 2
+    assert len(checkpoint.extras) == 3
 
 
 def test_snapshot_of_the_window_is_read_and_verified(run):

@@ -35,6 +35,7 @@ from training_runs import (
 )
 
 from merge_callback import CheckpointMergeCallback, load_merge
+from merge_callback.offline.command_line import main
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -223,6 +224,52 @@ def test_from_pretrained_keeps_the_dtype_of_the_weights(precision, declared, exp
     assert module.dtype == model.dtype == expected
     merged = load_merge(tmp_path / "latest")
     assert torch.equal(model.lm_head.weight, merged["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("make", "given"), [(llama, "window"), (mixtral, "window/step=*")])
+def test_a_merge_of_the_snapshots_files_is_what_the_run_publishes(make, given, tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+    excluded = ["*norm.weight"]
+    merged_run(make(), tmp_path / "run", data=token_dicts(shuffle=True), exclude=excluded)
+    emission, output = tmp_path / "run/latest", tmp_path / "out"
+    assert main(["merge", str(tmp_path / "run" / given), "--quiet", "--output", str(output)]) == 0
+    emitted, merged = load_merge(emission), load_merge(output)
+    assert merged.keys() == emitted.keys()
+    for name, tensor in emitted.items():
+        torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+    own, other = (json.loads((folder / "merge.json").read_text()) for folder in (output, emission))
+    assert own["tied"] == other["tied"] != {}
+    assert (own["stripped_prefix"], own["copied"]) == (other["stripped_prefix"], other["copied"])
+    for file in ("config.json", "generation_config.json"):
+        assert json.loads((output / file).read_text()) == json.loads((emission / file).read_text())
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(output, output_loading_info=True)
+    assert not any(report.values()), report
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_lightning_merge_of_snapshots_has_the_names_of_the_module(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+    module = llama()
+    merged_run(module, tmp_path / "run", data=token_dicts())
+    command = ["merge", str(tmp_path / "run/window"), "--quiet", "--as", "lightning", "--output"]
+    assert main([*command, str(tmp_path / "out")]) == 0
+    state = torch.load(tmp_path / "out/merged.ckpt", weights_only=True)["state_dict"]
+    assert state.keys() == module.state_dict().keys()
+    module.load_state_dict(load_merge(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    "published", [3, {"tied": {"a": 3}}, {"stripped_prefix": []}, {"files": {"../x": "y"}}, {"copied": "all"}]
+)
+def test_a_manifest_that_says_it_in_no_known_way_is_refused(published, tmp_path, monkeypatch, capsys):
+    merged_run(Classifier(), tmp_path)
+    manifest = tmp_path / "window/manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "published": published}))
+    assert main(["merge", str(tmp_path / "window"), "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "manifest.json" in error) == (1, True)
 
 
 def test_the_live_models_config_is_left_alone(tmp_path):

@@ -89,7 +89,9 @@ def test_a_trainer_state_that_is_no_file_of_metadata_is_refused(tmp_path, put):
     model = sharded_folder(tmp_path / "model")
     put(model / "trainer_state.json")
     assert "trainer_state.json" in refused("inspect", model)
-    assert "trainer_state.json" in refused("merge", model, model, "--output", tmp_path / "out", "--quiet")
+    assert "trainer_state.json" in refused(
+        "merge", model, model, "--keep-all", "--output", tmp_path / "out", "--quiet"
+    )
 
 
 @KINDS
@@ -234,7 +236,7 @@ def test_an_endless_configuration_is_not_copied(tmp_path):
     with open(model / "tokenizer.json", "wb") as file:
         file.truncate(1 << 40)  # no room is taken
     assert "tokenizer.json: has 1099511627776 bytes" in refused(
-        "merge", model, model, "--output", tmp_path / "out"
+        "merge", model, model, "--keep-all", "--output", tmp_path / "out"
     )
 
 
@@ -380,14 +382,17 @@ def test_options_of_other_types_are_refused_in_a_line(tmp_path, monkeypatch, tex
 
 def test_options_that_are_left_empty_are_not_given(tmp_path):
     save_file(few_tensors(), tmp_path / "a.safetensors")
-    content = f"checkpoints: {tmp_path / 'a.safetensors'}\nlast:\nbase: null\nexclude: ~\nquiet: true\n"
+    files = [str(tmp_path / "a.safetensors")] * 2
+    content = f"checkpoints: {files}\nkeep_all: true\nlast:\nbase: null\nexclude: ~\nquiet: true\n"
     (tmp_path / "merge.yaml").write_text(content)
     assert run(["merge", "--config", str(tmp_path / "merge.yaml"), "--output", str(tmp_path / "out")])[0] == 0
 
 
 def test_a_value_on_the_command_line_that_is_no_yaml_is_a_wrong_argument(tmp_path):
     for value in ("[", "!!python/object/apply:os.system [x]", "&a [*a]"):
-        status, _, errors = run(["merge", "a", "--method", "ties", "--density", value, "--output", "out"])
+        status, _, errors = run(
+            ["merge", "a", "a", "--keep-all", "--method", "ties", "--density", value, "--output", "out"]
+        )
         assert (status, "argument --density" in errors) == (2, True)
 
 
@@ -465,7 +470,16 @@ def checksums_of(path):
 def merged(tmp_path):
     (tmp_path / "in").mkdir()
     save_file(few_tensors(), tmp_path / "in/a.safetensors")
-    run(["merge", *[str(tmp_path / "in/a.safetensors")] * 2, "--output", str(tmp_path / "merged"), "--quiet"])
+    run(
+        [
+            "merge",
+            "--keep-all",
+            *[str(tmp_path / "in/a.safetensors")] * 2,
+            "--output",
+            str(tmp_path / "merged"),
+            "--quiet",
+        ]
+    )
     assert checksums_of(tmp_path / "merged") == (0, "checksums    verified")
     return tmp_path / "merged"
 
@@ -591,7 +605,7 @@ def test_a_name_reaches_the_terminal_as_text(tmp_path, monkeypatch, name):
         ["inspect", "--tensors", paths[0]],
         ["diversity", "--by-layer", *paths],
         ["interference", *paths],
-        ["merge", *paths, "--exclude", "nothing*", "--output", "out"],
+        ["merge", "--keep-all", *paths, "--exclude", "nothing*", "--output", "out"],
     ):
         _, out, errors = run(command)
         assert all(line.isprintable() for line in (out + errors).split("\n")), command

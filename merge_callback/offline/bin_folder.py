@@ -7,12 +7,12 @@ from pathlib import Path
 from torch import Tensor
 
 from merge_callback.offline.containment import contained
+from merge_callback.offline.model_folder import extras
 from merge_callback.offline.opened import Checkpoint, step_in_name, whole
 from merge_callback.offline.pytorch_file import open_pytorch
 from merge_callback.offline.safetensors_folder import (
     WEIGHTS,
     check_named,
-    extras_of,
     read_index,
     trainer_record,
 )
@@ -48,6 +48,7 @@ def open_bin_folder(folder: Path) -> Checkpoint:
         )
         tensors |= shard.tensors
         tied |= shard.tied
+    taken, left_out = extras(folder, {*files, _INDEX})
     record = trainer_record(folder)
     step = whole(record.get("step"))
     return Checkpoint(
@@ -57,6 +58,7 @@ def open_bin_folder(folder: Path) -> Checkpoint:
         step=step_in_name(folder) if step is None else step,
         tokens=whole(record.get("tokens")),
         files=[folder / file for file in files],
-        extras=extras_of(folder),
+        extras=taken,
+        left_out=left_out,
         format="pytorch",
     )

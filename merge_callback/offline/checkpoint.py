@@ -14,11 +14,13 @@ from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import WEIGHTS_ALONE, Checkpoint, step_in_name
 from merge_callback.offline.pytorch_file import load_mapped, open_pytorch
 from merge_callback.offline.quantised import with_plain_weights
+from merge_callback.offline.run_snapshot import as_published
 from merge_callback.offline.safetensors_folder import (
     INDEX,
     WEIGHTS,
     open_file,
     open_folder,
+    other_weights,
 )
 from merge_callback.offline.safetensors_folder import recorded_step as _folder_step
 from merge_callback.offline.state_key import under_key
@@ -69,7 +71,8 @@ def open_checkpoint(
         stored = without_training_state(stored)
     if dequantise and stored.format in ("pytorch", "safetensors", "dcp", "lightning"):
         stored = with_plain_weights(stored, spool)
-    return with_frozen_part(stored, spool) if stored.frozen else stored
+    stored = with_frozen_part(stored, spool) if stored.frozen else stored
+    return as_published(stored) if stored.format == "snapshot" else stored
 
 
 def _open_stored(path: Path, spool: Path | None, state_key: str | None) -> Checkpoint:
@@ -108,7 +111,8 @@ def is_checkpoint_folder(path: Path) -> bool:
     return path.is_dir() and (
         any((path / name).exists() for name in (_METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
         or is_bin_folder(path)
-        or any(path.glob("*.safetensors.index.json"))
+        or any(path.glob("*.safetensors.index*.json"))
+        or bool(other_weights(path))
     )
 
 

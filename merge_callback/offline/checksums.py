@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_callback.offline.containment import contained
+from merge_callback.offline.containment import contained_below
 from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.offline.opened import Checkpoint, read_json
 from merge_callback.snapshots.files import CorruptFileError
@@ -51,7 +51,7 @@ class _Recorded(NamedTuple):
     def problem(self) -> str:
         """What is wrong with the file, in one line; empty where nothing is."""
         try:
-            found = file_checksum(contained(self.folder, self.name))
+            found = file_checksum(contained_below(self.folder, self.name))
         except (OSError, CorruptFileError) as error:
             return str(error)
         if self.checksum == found[: self.digits]:

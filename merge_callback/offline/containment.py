@@ -38,6 +38,22 @@ def contained(folder: Path, name: object) -> Path:
     return folder / name
 
 
+def contained_below(folder: Path, name: object) -> Path:
+    """The file ``name`` of a folder or of one in it (``1_Pooling/config.json``), which must be no link.
+
+    Raises:
+        CorruptFileError, FileNotFoundError: as above.
+    """
+    above = name.split("/")[:-1] if isinstance(name, str) else []
+    if {"", ".", ".."} & {*above}:
+        return contained(folder, name)  # which refuses it
+    for part in above:
+        folder = folder / part
+        if folder.is_symlink() or not folder.is_dir():
+            raise CorruptFileError(f"{printable(str(folder))}: is no folder that a file of it is read from")
+    return contained(folder, name.split("/")[-1] if isinstance(name, str) else name)
+
+
 def _blobs(root: Path) -> Path | None:
     """Where the cache of Hugging Face keeps the files of a snapshot folder, if this is one."""
     return next((p.parent / "blobs" for p in (root, *root.parents) if p.name == "snapshots"), None)

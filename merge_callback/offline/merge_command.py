@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from importlib import import_module
@@ -22,7 +22,7 @@ from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_metho
 from merge_callback.offline import workers
 from merge_callback.offline.config_file import checked, is_plain, read_options, read_value
 from merge_callback.offline.merge_files import Job, Naming, merge_files
-from merge_callback.offline.selection import select
+from merge_callback.offline.selection import Selection, grouped, select
 from merge_callback.snapshots.files import printable
 
 _RENAMED = {"as": "kind", "import": "imports", "from": "first_step", "to": "last_step"}
@@ -57,9 +57,9 @@ _DEFAULTS: dict[str, Any] = {
     "dtype": None,
     "exclude": [],
     "state_key": None,
-    "strip_prefix": "",
+    "strip_prefix": None,
     "prefix": "",
-    "shard_size": "5GB",
+    "shard_size": None,
     "kind": "safetensors",
     "force": False,
     "quiet": False,
@@ -98,9 +98,13 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
     add("--exclude", nargs="+", metavar="PATTERN", help="names copied from the last checkpoint")
     add("--state-key", metavar="KEY", help="where in the files the weights are, e.g. 'model_ema'")
-    add("--strip-prefix", metavar="P", help="taken off the names, e.g. 'model.'")
+    add(
+        "--strip-prefix",
+        metavar="P",
+        help="taken off the names, e.g. 'model.' (what a snapshot's run takes off)",
+    )
     add("--prefix", metavar="P", help="put before the names")
-    add("--shard-size", metavar="SIZE", help="a larger model is split (5GB)")
+    add("--shard-size", metavar="SIZE", help="a larger model is split (as the last checkpoint is, or 5GB)")
     add("--as", dest="kind", choices=("safetensors", "lightning"), help="format")
     add("--force", action="store_true", help="replace the output folder if it is there")
     add("--quiet", action="store_true", help="no progress bar")
@@ -146,22 +150,35 @@ def _merge(parsed: argparse.Namespace) -> int:
     one_of("--as", given["kind"], ("safetensors", "lightning"))
     if not given["checkpoints"] or given["output"] is None:
         raise ValueError("name the checkpoints to merge, and the folder to make with --output")
-    job = _job(given)
+    method = _method(given)
+    selection = _chosen(given, method)
+    told, is_quiet = selection.lines(), given["quiet"]  # where quiet, told when all went well
+    job = _job(given, selection.chosen, method, (lambda: None) if is_quiet else (lambda: _tell(told)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of the workers
     try:
         record = merge_files(job, Path(given["output"]))
     except Exception as error:
-        if isinstance(error, (ValueError, OSError)) or not (place := _own_line(error, job.method)):
+        if isinstance(error, (ValueError, OSError)) or not (place := _own_line(error, method)):
             raise
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
     finally:
         torch.set_num_threads(threads)
-    method = record["method"]["name"]
-    print(
-        f"{printable(str(given['output']))}: {method} of {len(record['inputs'])} checkpoints", file=sys.stderr
+    left_out = grouped(record["left_out"]).items()
+    more = [f"not taken along: {', '.join(names)}: {reason}" for reason, names in left_out]
+    _tell(
+        [
+            *(told if is_quiet else []),
+            *more,
+            f"{given['output']}: {method.name} of {len(record['inputs'])} checkpoints",
+        ]
     )
     return 0
+
+
+def _tell(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(printable(line), file=sys.stderr)
 
 
 def _own_line(error: Exception, method: MergeMethod) -> str:
@@ -218,26 +235,33 @@ def _mend(module: str, error: Exception, here: bool) -> str:
     return f"; if {missing} lies beside it, name it first" if missing and missing != module else ""
 
 
-def _job(given: Mapping[str, Any]) -> Job:
-    base, method = given["base"], _method(given)
+def _job(
+    given: Mapping[str, Any], checkpoints: Sequence[Path], method: MergeMethod, begun: Callable[[], None]
+) -> Job:
+    base, size = given["base"], given["shard_size"]
     return Job(
-        checkpoints=_chosen(given, method),
+        checkpoints=checkpoints,
         method=method,
         base=None if base is None else Path(base),
         dtype=resolve_dtype("--dtype", given["dtype"]),
         exclude=given["exclude"],
         state_key=given["state_key"],
         naming=Naming(given["strip_prefix"], given["prefix"]),
-        max_shard_bytes=resolve_size("--shard-size", given["shard_size"]),
+        max_shard_bytes=None if size is None else resolve_size("--shard-size", size),
         kind=given["kind"],
         force=given["force"],
         progress=not given["quiet"],
         workers=workers.available(),
+        begun=begun,
     )
 
 
-def _chosen(given: Mapping[str, Any], method: MergeMethod) -> list[Path]:
-    """The checkpoints to merge, which are told with what was left out."""
+def _chosen(given: Mapping[str, Any], method: MergeMethod) -> Selection:
+    """The checkpoints to merge.
+
+    Raises:
+        ValueError: where there is only one, or weights were given in another order than theirs.
+    """
     choice = {name: given[name] for name in _CHOICE}
     found = select([str(path) for path in given["checkpoints"]], **choice)
     if len(found.chosen) < 2 and given["base"] is None:
@@ -248,9 +272,7 @@ def _chosen(given: Mapping[str, Any], method: MergeMethod) -> list[Path]:
             "--weights, one for each checkpoint, go with their order, and they were not given oldest first "
             f"(their steps: {', '.join(map(str, found.steps))}); say --keep-order, or give them in that order"
         )
-    for line in found.lines():
-        print(printable(line), file=sys.stderr)
-    return found.chosen
+    return found
 
 
 def _method(given: Mapping[str, Any]) -> MergeMethod:

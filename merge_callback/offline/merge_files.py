@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -28,11 +28,11 @@ from merge_callback.merging import (
 from merge_callback.offline.alignment import aligned, published_name
 from merge_callback.offline.checkpoint import Checkpoint, open_checkpoint
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
-from merge_callback.offline.output import ModelFiles, copy_extras
+from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.quantised import CONFIG
 from merge_callback.offline.workers import each
-from merge_callback.publish.emission import PROVENANCE, split_shards
+from merge_callback.publish.emission import PROVENANCE, shard_names
 from merge_callback.publish.provenance import versions
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import clean_name
@@ -42,9 +42,12 @@ from merge_callback.snapshots.safetensors_file import file_checksum, write_json
 
 @dataclass(frozen=True)
 class Naming:
-    """What the merged tensors are called: a prefix taken off, then one put before."""
+    """What the merged tensors are called: a prefix taken off, then one put before.
 
-    strip: str = ""
+    By default the first is what the run of a snapshot takes off, and else nothing.
+    """
+
+    strip: str | None = None
     prefix: str = ""
 
     def check(self, names: Sequence[str], published: Sequence[str]) -> None:
@@ -77,12 +80,14 @@ class Job:
         dtype: of the merged floating-point tensors; default: that of the last checkpoint.
         exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
         naming: of the output's tensors.
-        max_shard_bytes: a larger model is written in several files with an index.
+        max_shard_bytes: a larger model is written in several files with an index; default: the files of the
+            last checkpoint, where that is a model's folder, else 5 GB.
         state_key: where in the checkpoints the weights are, if there is more than one place.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
         force: replace what is there.
         progress: show a bar.
         workers: processes that merge, one tensor each at a time; 1: this one.
+        begun: is called once the checkpoints are found to belong together.
     """
 
     checkpoints: Sequence[Path]
@@ -91,12 +96,13 @@ class Job:
     dtype: torch.dtype | None = None
     exclude: Sequence[str] = ()
     naming: Naming = field(default_factory=Naming)
-    max_shard_bytes: int = 5 * 10**9
+    max_shard_bytes: int | None = None
     state_key: str | None = None
     kind: Literal["safetensors", "lightning"] = "safetensors"
     force: bool = False
     progress: bool = False
     workers: int = 1
+    begun: Callable[[], None] = lambda: None
 
 
 @torch.no_grad()
@@ -124,21 +130,36 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
         base = None if job.base is None else open_checkpoint(job.base, draft, job.state_key)
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
+        newest, lightning = checkpoints[-1], job.kind == "lightning"
+        if job.naming.strip is None and not lightning:  # a LightningModule loads the names of its own
+            job = replace(job, naming=replace(job.naming, strip=newest.prefix))
         merging = _Merging(job, checkpoints, base)
+        job.begun()
         tensors, tied = merging.outputs()
-        lightning = job.kind == "lightning"
-        shards = split_dtypes(tensors) if lightning else split_shards(tensors, job.max_shard_bytes)
-        files = ModelFiles(draft, shards, tied)
+        if lightning:
+            parts = split_dtypes(tensors)
+            shards, index = dict(zip(shard_names(len(parts)), parts, strict=True)), ""
+        else:
+            shards, index = lay_out(tensors, newest, merging.published, job.max_shard_bytes)
+        files = ModelFiles(draft, shards, index, tied)
         merging.run(files)
         checksums = files.finish()
         if lightning:
-            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), checkpoints[-1])
+            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), newest)
         else:
-            checksums |= copy_extras({path.name: path for path in checkpoints[-1].extras}, draft)
-            if (config := checkpoints[-1].plain_config) is not None:
-                write_json(draft / CONFIG, config)
+            extras = {path.relative_to(newest.path).as_posix(): path for path in newest.extras}
+            checksums |= copy_extras(extras, draft)
+            if job.naming.strip == newest.prefix:
+                checksums |= write_texts(newest.texts, draft)
+            if newest.plain_config is not None:
+                write_json(draft / CONFIG, newest.plain_config)
                 checksums[CONFIG] = file_checksum(draft / CONFIG)
-        record = {**merging.record(), "tied": tied, "files": checksums}
+        record = {
+            **merging.record(),
+            "tied": tied,
+            "files": checksums,
+            "left_out": {} if lightning else dict(newest.left_out),
+        }
         write_json(draft / PROVENANCE, record)
     return record
 
@@ -149,14 +170,14 @@ class _Merging:
     def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
         given = [*([] if base is None else [base]), *checkpoints]
         _check_options(job, given)
-        same = aligned(given, job.naming.strip, job.exclude)
+        same = aligned(given, job.naming.strip or "", job.exclude)
         self.job, self.checkpoints, self.base = job, same[-len(checkpoints) :], base and same[0]
         self.newest = checkpoints[-1]
         self.trajectory = trajectory_of(checkpoints)
         _check(job, self.checkpoints, self.base)
         # What Lightning loads must have the names of the module as it is, with its wrappers.
         as_it_is = job.kind == "lightning" and not job.naming.strip
-        self._plain_name = str if as_it_is else published_name(given, job.naming.strip)
+        self._plain_name = str if as_it_is else published_name(given, job.naming.strip or "")
         job.naming.check(
             [name for checkpoint in reversed(given) for name in checkpoint.tensors],
             [self.published(name) for name in (*self.newest.tensors, *self.newest.tied)],
@@ -164,7 +185,7 @@ class _Merging:
         self.copied = {
             name
             for name, tensor in self.newest.tensors.items()
-            if not tensor.is_floating_point() or matches_any(name, job.exclude)
+            if not tensor.is_floating_point() or name in self.newest.copied or matches_any(name, job.exclude)
         }
 
     def published(self, name: str) -> str:
@@ -216,7 +237,7 @@ class _Merging:
             "step": self.newest.step,
             "tokens": self.newest.tokens,
             "copied": sorted(self.copied),
-            "stripped_prefix": self.job.naming.strip,
+            "stripped_prefix": self.job.naming.strip or "",
             "prefix": self.job.naming.prefix,
             "versions": versions(),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,13 +37,17 @@ class Checkpoint:
         step: optimizer steps taken, where the checkpoint or its name knows.
         tokens: tokens seen, where the checkpoint knows.
         files: what was read.
-        extras: what a Hugging Face model's loader wants beside the weights (config, tokenizer).
+        extras: what lies in a model's folder beside the weights (config, tokenizer, code, licence).
         format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
         difference_to: step of the snapshot that this is stored as the difference to; ``None`` if it is whole.
         plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
             is yet to be read, and ``frozen_checksum`` that one's SHA-256.
         segment: the phase of the learning rate it was taken in, and since when that lasts, where it knows.
+        shards: of a model's folder, the names in each file, and the name of the ``index`` of them.
+        left_out: the names of what else lies there, each with the reason why no merge takes it along.
+        prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
+            files it then writes, and ``copied`` the names it does not average.
     """
 
     path: Path
@@ -59,6 +63,12 @@ class Checkpoint:
     frozen: str = ""
     frozen_checksum: str = ""
     segment: tuple[str, int | None] | None = None
+    shards: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
+    index: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict, repr=False)
+    prefix: str = ""
+    texts: Mapping[str, str] = field(default_factory=dict, repr=False)
+    copied: frozenset[str] = frozenset()
 
 
 NOT_ALONE = "holds what the snapshots beside it have in common, and no whole model: give one of those"
@@ -66,7 +76,7 @@ NOT_ALONE = "holds what the snapshots beside it have in common, and no whole mod
 
 
 def step_in_name(path: Path) -> int | None:
-    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``global_step500``, ``iter-2k``.
+    """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``iter-2k`` and the like.
 
     ``model.safetensors`` and its like are asked for their folder's name, symlinks for their target's.
     """

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.publish.emission import INDEX, shard_names, write_index
+from merge_callback.offline.opened import Checkpoint
+from merge_callback.publish.emission import shard_names, split_shards, write_index
 from merge_callback.snapshots.files import copy_file, sync
 from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
 
+_MOST_BYTES = 5 * 10**9  # of a file
+_NAMED_LIKE_A_MODEL = re.compile(r"(model|diffusion_pytorch_model)[.-]")
 _SYNCED = 64 << 20  # bytes after which the disk is set to work, while the rest is still merged
+
+
+def lay_out(
+    tensors: Mapping[str, Tensor],
+    like: Checkpoint,
+    published: Callable[[str], str],
+    max_bytes: int | None,
+) -> tuple[dict[str, dict[str, Tensor]], str]:
+    """In which files a merge's tensors lie: those of the checkpoint it is like, which other tools know.
+
+    Args:
+        tensors: by their names in the output.
+        like: the last of the merged checkpoints.
+        published: from a tensor's name there to that in the output.
+        max_bytes: of a file, where that is asked for.
+
+    Returns:
+        The tensors of each file, and the name of their index; empty where there is none.
+    """
+    if like.shards and max_bytes is None:
+        named = {file: [published(name) for name in names] for file, names in like.shards.items()}
+        return {f: {name: tensors[name] for name in names} for f, names in named.items()}, like.index
+    shards = split_shards(tensors, _MOST_BYTES if max_bytes is None else max_bytes)
+    first = next(iter(like.shards), "model.safetensors")
+    stem = re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", first) if _NAMED_LIKE_A_MODEL.match(first) else "model"
+    base, _, variant = stem.partition(".")
+    index = f"{base}.safetensors.index.{variant}.json" if variant else f"{base}.safetensors.index.json"
+    files = dict(zip(shard_names(len(shards), stem), shards, strict=True))
+    return files, index if len(shards) > 1 else ""
 
 
 class ModelFiles:
@@ -24,28 +57,29 @@ class ModelFiles:
 
     Args:
         folder: where the files are made; it must exist.
-        shards: for each file its tensors by name, on the meta device: their shapes and dtypes. Where there
-            are several, an index says which tensor is where (Hugging Face's scheme).
+        shards: for each file, by its name, the tensors by theirs, on the meta device: shapes and dtypes.
+        index: the name of a file that says which tensor is where (Hugging Face's scheme); empty for none.
         tied: further names of shared tensors, each with the name it is kept under.
 
     Raises:
         OSError: where there is no room.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Mapping[str, Tensor]], tied: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, shards: Mapping[str, Mapping[str, Tensor]], index: str, tied: Mapping[str, str]
+    ) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._files: dict[str, _File] = {}
         self._places: dict[str, _File] = {}
-        self._folder, self._background = folder, ThreadPoolExecutor(1)
-        names = shard_names(len(shards))
-        for name, shard in zip(names, shards, strict=True):
+        self._folder, self._index, self._background = folder, index, ThreadPoolExecutor(1)
+        for name, shard in shards.items():
             shared = {alias: kept for alias, kept in tied.items() if kept in shard}
             file = _File(folder / name, shard, {"format": "pt", **shared}, self._background)
             self._files[name] = file
             self._places |= dict.fromkeys(shard, file)
             self.tensors |= file.tensors
-        if len(shards) > 1:
-            write_index(folder, names, shards)
+        if index:
+            write_index(folder, list(shards), list(shards.values()), index)
 
     def done(self, name: str) -> None:
         """Notes that a tensor, and all before it, hold their final values."""
@@ -61,8 +95,8 @@ class ModelFiles:
             sync(file.path)
         found = {name: file.checksum() for name, file in self._files.items()}
         self._background.shutdown()
-        if len(self._files) > 1:
-            found[INDEX] = file_checksum(self._folder / INDEX)
+        if self._index:
+            found[self._index] = file_checksum(self._folder / self._index)
         return found
 
 
@@ -115,7 +149,15 @@ class _File:
 
 
 def copy_extras(extras: Mapping[str, Path], folder: Path) -> dict[str, str]:
-    """Copies a model's configuration and tokenizer; returns the SHA-256 of each."""
+    """Copies what lies beside a model's weights; returns the SHA-256 of each."""
     for name, path in extras.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, folder / name)
     return {name: file_checksum(folder / name) for name in extras}
+
+
+def write_texts(texts: Mapping[str, str], folder: Path) -> dict[str, str]:
+    """Writes a model's configuration; returns the SHA-256 of each file."""
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return {name: file_checksum(folder / name) for name in texts}

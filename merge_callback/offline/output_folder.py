@@ -11,9 +11,10 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from merge_callback.offline.merge_record import PROVENANCE, read_record
+from merge_callback.offline.model_folder import named_below
 from merge_callback.snapshots.files import CorruptFileError, make_folder, sync
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
@@ -74,8 +75,8 @@ class OutputFolder:
         draft, lock = _new_draft(self.target)
         try:
             yield draft
-            for path in draft.iterdir():
-                sync(path)
+            for name, _ in named_below(draft):  # folders last
+                sync(draft / name)
             sync(draft)
             self.check()  # a merge takes hours: something else may be there by now
             self._place(draft)
@@ -156,8 +157,13 @@ def _whats_lost(target: Path, sources: Iterable[Path]) -> str:
         own = _own_names(target)
     except (CorruptFileError, OSError) as error:
         return f"cannot be told to be a merge ({error})"
-    others = [name for name in names if name not in own or (target / name).is_dir()]
-    return f"holds {others[0]!r}, which is no part of the merge" if others else ""
+    above = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents}
+    for name, is_folder in named_below(target):
+        if name not in (above if is_folder else own) or (not is_folder and (target / name).is_dir()):
+            first = name.partition("/")[0]
+            other = name if first in above else first
+            return f"holds {other!r}, which is no part of the merge"
+    return ""
 
 
 def _own_names(folder: Path) -> set[str]:
@@ -234,9 +240,13 @@ def _discard(folder: Path) -> None:
         return
     with suppress(CorruptFileError, OSError):
         own = _own_names(folder)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == PROVENANCE):  # the list goes last
-            if path.name in own:
-                path.unlink()
+        below = sorted(named_below(folder), key=lambda found: found == (PROVENANCE, False))
+        for name, is_folder in below:  # the list goes last
+            if is_folder:
+                with suppress(OSError):  # something came into it
+                    os.rmdir(folder / name)
+            elif name in own:
+                (folder / name).unlink()
         os.rmdir(folder)
     if folder.exists():
         names = ", ".join(sorted(path.name for path in folder.iterdir()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from merge_callback.offline.containment import contained
 from merge_callback.offline.mapped_file import map_safetensors
 from merge_callback.offline.merge_record import PROVENANCE, read_record
+from merge_callback.offline.model_folder import check_whole, extras
 from merge_callback.offline.opened import (
     NOT_ALONE,
     Checkpoint,
@@ -27,24 +27,9 @@ from merge_callback.snapshots.files import CorruptFileError, read_small
 from merge_callback.snapshots.window_folder import MANIFEST
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_MOST_EXTRA = 1 << 28  # bytes; the largest tokenizers have about 40 million
 _SNAPSHOT_KEYS = {"layout", "lr_step", "phase", "since", "step"}
-_EXTRAS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
-)
+_OTHER = re.compile(r"(model|diffusion_pytorch_model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
+"""Names that libraries give a model's only weights, in a variant such as ``fp16``; or the index of them."""
 
 
 _SHARED = re.compile(
@@ -90,10 +75,12 @@ def open_folder(folder: Path) -> Checkpoint:
         FileNotFoundError: where a file is missing.
         ValueError: where the folder has both, or neither.
     """
-    files = weight_files(folder)
+    check_whole(folder)
+    files, index = weight_files(folder)
     merge = read_record(folder) if (folder / PROVENANCE).exists() else None
     record = merge.content if merge else trainer_record(folder)
-    tensors, aliases = _read_shards(folder, files)
+    tensors, aliases, shards = _read_shards(folder, files)
+    taken, left_out = extras(folder, {*files, index})
     return Checkpoint(
         path=folder,
         tensors=tensors,
@@ -101,30 +88,52 @@ def open_folder(folder: Path) -> Checkpoint:
         step=_first(whole(record.get("step")), step_in_name(folder)),
         tokens=whole(record.get("tokens")),
         files=[folder / file for file in files],
-        extras=extras_of(folder),
+        extras=taken,
         format="emission" if merge else "safetensors",
+        segment=segment_of(record),
+        shards=shards,
+        index=index,
+        left_out=left_out,
     )
 
 
-def weight_files(folder: Path) -> dict[str, set[str] | None]:
+def weight_files(folder: Path) -> tuple[dict[str, set[str] | None], str]:
     """The files a folder's weights are in, each with the names an index gives it (``None``: no index).
+
+    And the name of that index, which is empty where there is none. ``model.safetensors`` and its index go
+    before what other libraries call a model's weights, and those before a variant of the same.
 
     Raises:
         CorruptFileError: where the index is broken.
         ValueError: where it is not clear which files, or there are none.
     """
-    indices = sorted(path.name for path in folder.glob("*.safetensors.index.json"))
+    indices = sorted(path.name for path in folder.glob("*.safetensors.index*.json"))
     single = (folder / WEIGHTS).exists()
+    if not single and INDEX not in indices and (others := other_weights(folder)):
+        if len(others) > 1:
+            raise ValueError(f"{folder}: has {', '.join(others)}; move away all but one, or give a file")
+        index = others[0] if others[0].endswith(".json") else ""
+        return read_index(folder, index) if index else {others[0]: None}, index
     if INDEX in indices or (len(indices) == 1 and not single):
-        files = read_index(folder, INDEX if INDEX in indices else indices[0])
+        index = INDEX if INDEX in indices else indices[0]
+        files = read_index(folder, index)
         if single and WEIGHTS not in files:
             raise ValueError(
                 f"{folder}: has both {WEIGHTS} and {INDEX}, of other files; remove the one left over"
             )
-        return files
+        return files, index
     if single:
-        return {WEIGHTS: None}
+        return {WEIGHTS: None}, ""
     raise ValueError(f"{folder}: {_whats_wrong(folder, indices)}")
+
+
+def other_weights(folder: Path) -> list[str]:
+    """The weights, or the index of them, that another library than transformers names so; variants last.
+
+    One, or several that are all variants; none where there are no such names.
+    """
+    found = [match for path in sorted(folder.iterdir()) if (match := _OTHER.fullmatch(path.name))]
+    return [m[0] for m in found if not m[2] and not m[4]] or [m[0] for m in found]
 
 
 def recorded_step(folder: Path) -> int | None:
@@ -175,16 +184,19 @@ def read_index(folder: Path, name: str) -> dict[str, set[str] | None]:
 
 def _read_shards(
     folder: Path, files: Mapping[str, set[str] | None]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, list[str]]]:
+    """The tensors of all files, further names of shared ones, and which file has which."""
     tensors: dict[str, Tensor] = {}
+    shards: dict[str, list[str]] = {}
     aliases: dict[str, str] = {}
     for file, expected in files.items():
         path = contained(folder, file)
         found, metadata = map_safetensors(path)
         check_named(folder, path, expected, found)
+        shards[file] = [name for name in found if name not in tensors]
         tensors |= found
         aliases |= _aliases(found, metadata)
-    return tensors, {alias: kept for alias, kept in aliases.items() if alias not in tensors}
+    return tensors, {alias: kept for alias, kept in aliases.items() if alias not in tensors}, shards
 
 
 def check_named(folder: Path, path: Path, expected: set[str] | None, found: Mapping[str, Tensor]) -> None:
@@ -228,23 +240,6 @@ def trainer_record(folder: Path) -> Mapping[str, Any]:
     """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
     state = read_json(folder, "trainer_state.json")
     return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
-
-
-def extras_of(folder: Path) -> list[Path]:
-    """What a model's loader wants beside the weights.
-
-    Raises:
-        CorruptFileError: where a file leads out of the folder, or is larger than such files are.
-    """
-    names = [p.name for p in sorted(folder.iterdir()) if any(fnmatch(p.name, pattern) for pattern in _EXTRAS)]
-    extras = [contained(folder, name) for name in names if not (folder / name).is_dir()]
-    for path in extras:
-        if path.stat().st_size > _MOST_EXTRA:
-            size = path.stat().st_size
-            raise CorruptFileError(
-                f"{path}: has {size} bytes, expected a configuration or tokenizer, which is less"
-            )
-    return extras
 
 
 def _first(*steps: int | None) -> int | None:

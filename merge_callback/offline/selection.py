@@ -9,10 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import TypeVar
 
 from merge_callback.offline.checkpoint import is_checkpoint_folder, recorded_step
 from merge_callback.offline.containment import contained
 from merge_callback.offline.merge_record import PROVENANCE
+from merge_callback.offline.model_folder import check_whole
 from merge_callback.offline.opened import read_json, step_above
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 from merge_callback.snapshots.window_folder import MANIFEST
@@ -25,6 +27,8 @@ _VERSION = re.compile(r"-(?:v(\d+)|last)(?=\.|$)")  # Lightning's, of a file who
 _OF_MERGES = (PROVENANCE, "mergekit_config.yml")
 _WINDOW = "window"
 _MOST_TOLD = 12
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ def select(
     everything = list(dict.fromkeys(path for argument in arguments for path in argument.found))
     steps = _steps(everything)
     left_out = {} if keep_all else _left_out(everything, steps)
-    notes = _told(left_out)
+    out = grouped(left_out).items()
+    notes = [f"left out: {', '.join(_distinct_names(found)[:6])}: {reason}" for reason, found in out]
     arguments = [replace(a, found=[p for p in a.found if p not in left_out]) for a in arguments]
     given = [path for argument in arguments for path in _in_order(argument, steps)]
     if len(set(given)) < len(given) and not keep_all:
@@ -153,6 +158,7 @@ def _expand(given: str) -> _Argument:
 def _of_folder(given: str, folder: Path) -> _Argument:
     if (folder / MANIFEST).is_file():
         return _Argument(given, _of_window(folder))
+    check_whole(folder)
     itself = is_checkpoint_folder(folder)
     inside = [p for p in sorted(folder.iterdir()) if _is_checkpoint(p, () if itself else _RUN_FILES)]
     if not itself:
@@ -250,11 +256,12 @@ def _of_spikes(folders: Iterable[Path]) -> set[Path]:
     return {w / str(r.get("file")) for w in windows for r in _listed(w) if r.get("in_spike")}
 
 
-def _told(left_out: Mapping[Path, str]) -> list[str]:
-    reasons: dict[str, list[Path]] = {}
-    for path, reason in left_out.items():
-        reasons.setdefault(reason, []).append(path)
-    return [f"left out: {', '.join(_distinct_names(p)[:6])}: {reason}" for reason, p in reasons.items()]
+def grouped(reasons: Mapping[T, str]) -> dict[str, list[T]]:
+    """What was left out for each reason."""
+    found: dict[str, list[T]] = {}
+    for item, reason in reasons.items():
+        found.setdefault(reason, []).append(item)
+    return found
 
 
 def _version(path: Path) -> int:
@@ -312,16 +319,17 @@ def _by_step(
 
 def _by_number(found: Sequence[Path]) -> list[Path] | None:
     """By the epoch in the names, or by the one number they differ in."""
-    names = dict(zip(found, _distinct_names(found), strict=True))
-    epochs = [re.search(r"epoch[=_-]?(\d+)", name) for name in names.values()]
-    numbered = [(int(e[1]), _natural(names[path]), path) for e, path in zip(epochs, found, strict=True) if e]
-    if len(numbered) == len(found):
-        return [path for _, _, path in sorted(numbered)]
-    columns = list(zip_longest(*(re.split(r"(\d+)", name) for name in names.values())))
+    named = sorted((_natural(n), n, p) for n, p in zip(_distinct_names(found), found, strict=True))
+    in_order = [path for _, _, path in named]
+    epochs = [re.search(r"epoch[=_-]?(\d+)", name) for _, name, _ in named]
+    numbers = [int(epoch[1]) for epoch in epochs if epoch]
+    if len(numbers) == len(found):
+        return [path for _, path in sorted(zip(numbers, in_order, strict=True), key=lambda item: item[0])]
+    columns = list(zip_longest(*(re.split(r"(\d+)", name) for _, name, _ in named)))
     differing = [i for i, column in enumerate(columns) if len(set(column)) > 1]
     if len(differing) != 1 or differing[0] % 2 == 0:  # every other part is a number
         return None
-    return sorted(found, key=lambda path: _natural(names[path]))
+    return in_order
 
 
 def _in_range(

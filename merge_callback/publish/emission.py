@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 PROVENANCE = "merge.json"
 LATEST = "latest"
 _DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
-_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 
 
 class ModelFiles:
@@ -286,20 +286,19 @@ def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str
     return shards
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, stem: str = "model") -> list[str]:
     """The files of a model in ``count`` shards."""
-    return (
-        [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        if count > 1
-        else [_WEIGHTS]
-    )
+    numbered = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    return numbered if count > 1 else [f"{stem}.safetensors"]
 
 
-def write_index(folder: Path, names: Sequence[str], shards: Sequence[Mapping[str, Tensor]]) -> None:
+def write_index(
+    folder: Path, names: Sequence[str], shards: Sequence[Mapping[str, Tensor]], index: str = INDEX
+) -> None:
     """Writes which tensor is in which file (Hugging Face's scheme)."""
     weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -59,6 +60,20 @@ class Naming:
     def published(self, name: str) -> str:
         """A tensor's name in the emission."""
         return name.removeprefix(self.prefix)
+
+    def record(self, tied: Mapping[str, str], copied: Collection[str]) -> dict[str, Any]:
+        """What makes an emission of a merge, beside the weights, for a merge of the snapshots' files.
+
+        Args:
+            tied: further names of shared tensors in the module, each with the name it is kept under.
+            copied: names of the tensors that are not averaged.
+        """
+        texts = {}
+        if self.add_files is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                self.add_files(Path(folder))
+                texts = {path.name: path.read_text() for path in sorted(Path(folder).iterdir())}
+        return {"tied": dict(tied), "stripped_prefix": self.prefix, "copied": sorted(copied), "files": texts}
 
 
 def _names_that_meet(names: Sequence[str], prefix: str) -> list[str]:

@@ -46,6 +46,7 @@ class WindowFolder:
         self.path, self.run_id, self.session = path, run_id, session
         self.saved: list[list[str]] = []  # the files of the windows that the last two checkpoints need
         self._own = path if keeps else None
+        self.published: Mapping[str, Any] = {}  # what is said of how merges of the snapshots are published
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
 
     def claim(self) -> None:
@@ -90,6 +91,7 @@ class WindowFolder:
                 "layout": layout,
                 "snapshots": list(snapshots),
                 "saved": self.saved,
+                **({"published": dict(self.published)} if self.published else {}),
             }
             write_json(self._own / MANIFEST, manifest)
 

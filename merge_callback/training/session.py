@@ -111,6 +111,13 @@ class MergeSession:
             frozen=model.frozen,
         )
         window = Window(options.window, store, folder.run_id)
+        if store.folder is not None and self.ranks.is_first:
+            try:
+                window.folder.published = naming.record(model.tied, model.matching(options.exclude))
+            except Exception as error:  # a configuration of someone else's, or no room: a merge of the files
+                log.info(
+                    "merge: the snapshots do not tell how merges are published: %r", error
+                )  # needs flags
         self.keeper = WindowKeeper(options, trainer, window, self._publisher(), naming)
         self.step = trainer.global_step  # the last optimizer step seen
         self._progress = step_progress(trainer)
