@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from merge_callback.merging import matches_any
@@ -15,7 +15,7 @@ Rename = Callable[[str], str]
 
 
 def aligned(
-    checkpoints: Sequence[Checkpoint], strip: str = "", exclude: Sequence[str] = ()
+    checkpoints: Sequence[Checkpoint], strip: str = "", exclude: Sequence[str] | None = None
 ) -> list[Checkpoint]:
     """Checkpoints of one model with the names that the last of them has.
 
@@ -26,10 +26,10 @@ def aligned(
     Args:
         checkpoints: the last one's names are kept.
         strip: a prefix that not all of them need have.
-        exclude: ``fnmatch`` patterns of names.
+        exclude: ``fnmatch`` patterns of names; ``None``: all stay, and may differ in names.
 
     Raises:
-        ValueError: for names that differ.
+        ValueError: for names that differ, unless ``exclude`` is ``None``.
     """
     newest = checkpoints[-1]
     plain = _shared_names(checkpoints, strip)
@@ -72,9 +72,15 @@ def _without(prefix: str, rename: Rename) -> Rename:
 
 
 def _renamed(
-    checkpoint: Checkpoint, plain: Rename, own: dict[str, str], exclude: Sequence[str], newest: Checkpoint
+    checkpoint: Checkpoint,
+    plain: Rename,
+    own: Mapping[str, str],
+    exclude: Sequence[str] | None,
+    newest: Checkpoint,
 ) -> Checkpoint:
     names = {name: own.get(plain(name), name) for name in _names(checkpoint)}
+    if exclude is None:
+        return _with_names(checkpoint, names)
     here, there = {*names.values()}, {*own.values()}
     former = sorted(name for name in here - there if not _excluded(name, plain, exclude))
     latter = sorted(name for name in there - here if not matches_any(name, exclude))
@@ -84,11 +90,19 @@ def _renamed(
             f"only in the latter {latter[:5]}; --strip-prefix takes off a prefix that "
             "some have, --exclude leaves such tensors to the last checkpoint"
         )
-    tied = {names[alias]: names[kept] for alias, kept in checkpoint.tied.items()}
+    return _with_names(checkpoint, {name: new for name, new in names.items() if new in there})
+
+
+def _with_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """A checkpoint of the tensors that have a new name."""
     return replace(
         checkpoint,
-        tensors={names[name]: t for name, t in checkpoint.tensors.items() if names[name] in there},
-        tied={alias: kept for alias, kept in tied.items() if {alias, kept} <= there},
+        tensors={names[name]: tensor for name, tensor in checkpoint.tensors.items() if name in names},
+        tied={
+            names[alias]: names[kept]
+            for alias, kept in checkpoint.tied.items()
+            if {alias, kept} <= names.keys()
+        },
     )
 
 
