@@ -151,6 +151,7 @@ class CheckpointMergeCallback(Callback):
             window=self.options.window,
             codec=self.options.snapshot_codec,
             dtype=str(self.options.snapshot_dtype or ""),
+            folder=Path(self.options.dirpath or "").name,  # tells twins apart
         )
         self.session: MergeSession | None = None
         self._resume: dict[str, Any] = {}
