@@ -38,8 +38,10 @@ def lay_out(
         The tensors of each file, and the name of their index; empty where there is none.
     """
     if like.shards and max_bytes is None:
-        named = {file: [published(name) for name in names] for file, names in like.shards.items()}
-        return {f: {name: tensors[name] for name in names} for f, names in named.items()}, like.index
+        named = {file: map(published, names) for file, names in like.shards.items()}
+        files = {f: {name: tensors[name] for name in names if name in tensors} for f, names in named.items()}
+        if sum(map(len, files.values())) == len(tensors):  # else they go by other names now
+            return {file: held for file, held in files.items() if held}, like.index
     shards = split_shards(tensors, _MOST_BYTES if max_bytes is None else max_bytes)
     first = next(iter(like.shards), "model.safetensors")
     stem = re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", first) if _NAMED_LIKE_A_MODEL.match(first) else "model"
