@@ -27,7 +27,8 @@ from torch.nn.functional import linear
 
 from merge_callback import load_merge, merge_state_dicts
 from merge_callback.merging import Ema
-from merge_callback.publish import Publisher
+from merge_callback.publish import Publisher, export
+from merge_callback.publish.emission import ModelFiles
 
 
 def fit(folder, **options):
@@ -438,6 +439,14 @@ def test_a_stripped_prefix_lets_the_inner_model_load_the_merge(tmp_path):
     assert record(tmp_path / "merges/latest")["stripped_prefix"] == "model."
 
 
+def test_how_a_model_lies_in_its_files_is_worked_out_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(export, "ModelFiles", lambda *args: made.append(args) or ModelFiles(*args))
+    fit(tmp_path)
+    assert len(published_steps(tmp_path)) > 1
+    assert len(made) == 1
+
+
 @pytest.mark.parametrize("size", ["5GB", 1], ids=["whole", "shards"])
 def test_a_tied_tensor_is_stored_once_and_loaded_under_all_its_names(tmp_path, size):
     fit(tmp_path, module=Wrapping, max_shard_size=size)
@@ -459,6 +468,8 @@ def test_safetensors_own_loader_finds_the_tied_names(tmp_path):
 
     assert not missing
     assert not unexpected
+    with safetensors.safe_open(tmp_path / "merges/latest/model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt", "head.weight": "embed.weight"}
     assert torch.equal(model.head.weight, load_merge(tmp_path / "merges/latest")["embed.weight"])
 
 

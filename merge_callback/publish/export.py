@@ -127,25 +127,31 @@ class Exporter:
             **record,
         )
         outside = self._naming.published
+        aliases = {outside(alias): outside(kept) for alias, kept in tied.items()}
         publish = partial(
             self._publisher.publish,
             emission_name(merge.method.name, merge.step, merge.snapshots[-1].tokens),
             record=content,
-            tied={outside(alias): outside(kept) for alias, kept in tied.items()},
+            tied=aliases,
             add_files=self._naming.add_files,
         )
         if self._distributed:
             return partial(self._write_distributed, merge.arena, publish)
         if self._model is None or not self._model.is_of(merge.arena):
             self._model = _Model(merge.arena, self._sharding, self._naming, self._publisher.max_shard_bytes)
-        return partial(self._write_safetensors, self._model, merge.arena, publish)
+        return partial(self._write_safetensors, self._model, merge.arena, aliases, publish)
 
-    def _write_safetensors(self, model: _Model, arena: Arena, publish: Callable[..., Path]) -> Path | None:
+    def _write_safetensors(
+        self, model: _Model, arena: Arena, aliases: Mapping[str, str], publish: Callable[..., Path]
+    ) -> Path | None:
         values = model.values(arena, self._ranks)
         try:
             if not self._ranks.is_first:
                 return None
-            return publish(write=lambda draft: self._publisher.write_safetensors(draft, model.files, values))
+            write = partial(
+                self._publisher.write_safetensors, tensors=model.files, values=values, tied=aliases
+            )
+            return publish(write=write)
         finally:
             for _ in values:  # the other ranks send all they have, whatever became of it
                 pass
