@@ -35,7 +35,11 @@ def mostly_slow(cases, daily):
     """Parameters of a test, of which those at the indices `daily` belong to every run of the tests."""
     slow = pytest.mark.slow
     return [
-        pytest.param(*case, marks=() if index in daily else slow, id=" ".join(map(str, case)))
+        pytest.param(
+            *case,
+            marks=() if index in daily else slow,
+            id=" ".join(getattr(part, "__name__", str(part)) for part in case),
+        )
         for index, case in enumerate(cases)
     ]
 

@@ -340,36 +340,6 @@ def test_weights_that_can_not_serve_the_window_are_refused_before_the_first_step
     assert not keeper.weights, "it trained before it was refused"
 
 
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
-def test_a_tensor_that_changes_its_shape_costs_snapshots_only(tmp_path, storage):
-    def grow(module):
-        head = nn.Linear(8, 24)
-        head.requires_grad_(True)
-        module.head = head
-
-    with pytest.warns(UserWarning, match=r"no snapshot at step 12.*head"):
-        trainer, _, _ = fit(tmp_path, callbacks=[At(step11=grow)], storage=storage)
-
-    assert trainer.global_step == STEPS
-    assert steps(tmp_path) == [4, 6, 8, 10]
-
-
-def test_a_tensor_that_goes_costs_snapshots_only(tmp_path):
-    class Optional(Tiny):
-        def __init__(self):
-            super().__init__()
-            self.extra = nn.Linear(2, 2)
-
-    def drop(module):
-        del module.extra
-
-    with pytest.warns(UserWarning, match=r"no snapshot at step 12: .*extra.weight"):
-        trainer, _, _ = fit(tmp_path, module=Optional, callbacks=[At(step11=drop)])
-
-    assert trainer.global_step == STEPS
-    assert steps(tmp_path) == [4, 6, 8, 10]
-
-
 def test_memory_that_runs_out_costs_a_snapshot_only(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_AS)
 
