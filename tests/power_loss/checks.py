@@ -21,6 +21,9 @@ from .states import FOLDER, below, digest, lay_out
 MERGES = "new/newer/merges"
 """The run's folder below the one that is watched; none of the three was there before."""
 
+_WRITER = re.compile(rb"(frozen-step=\d+)-[0-9a-f]{12}(?=\")")
+"""The name of a frozen part that several ranks wrote: its end tells the launch."""
+
 RECORD = "spikes.jsonl"
 
 
@@ -144,7 +147,10 @@ def outcome(merges, published, weights, is_exact):
         path = merges / "window" / record["file"]
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         sums = {file.name: _sha(file) for file in files if file.exists()}
-        found.window[record["step"]] = _digest_of_files(sums, path.is_dir())
+        listed = json.loads((path / "shards.json").read_text())["files"] if path.is_dir() else {}
+        if any(sums[name] != checksum for name, checksum in listed.items()):
+            found.missing.append(f"a file of {record['file']} is not what its list says")
+        found.window[record["step"]] = [_content(path / name) for name in sorted(listed)] or _content(path)
         own = sums.get("shards.json") if path.is_dir() else sums.get(path.name)
         if own != record["checksum"]:
             found.missing.append(f"{record['file']} is not what the manifest says")
@@ -228,9 +234,10 @@ def _sha(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _digest_of_files(sums, is_folder):
-    """Of what the files hold; the list in a folder says nothing else."""
-    return sorted(sums.values()) if is_folder else next(iter(sums.values()), "")
+def _content(file):
+    """A digest of a snapshot's file, whatever launch wrote the frozen part that it names with its checksum."""
+    content = file.read_bytes() if file.exists() else b""
+    return hashlib.sha256(_WRITER.sub(rb"\1", content)).hexdigest()
 
 
 def _digest_of(weights):
