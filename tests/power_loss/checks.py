@@ -235,7 +235,7 @@ def _sha(path):
 
 
 def _content(file):
-    """A digest of a snapshot's file, whatever launch wrote the frozen part that it names with its checksum."""
+    """A digest of a snapshot's file; which launch wrote the frozen part that it names does not count."""
     content = file.read_bytes() if file.exists() else b""
     return hashlib.sha256(_WRITER.sub(rb"\1", content)).hexdigest()
 
