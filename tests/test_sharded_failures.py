@@ -167,10 +167,9 @@ def swapping(folder):
 
 
 def preparing(folder):
-    from merge_callback.training import window_keeper
+    from merge_callback.publish.export import Exporter
 
-    memory = MemoryError("on purpose")
-    return failing(folder, 1, (window_keeper, "prepare_emission"), memory, nth=3)
+    return failing(folder, 1, (Exporter, "prepare"), MemoryError("on purpose"), nth=3)
 
 
 def manifest_writing(folder):
