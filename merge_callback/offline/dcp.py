@@ -91,7 +91,9 @@ def recorded_step(folder: Path) -> int | None:
 def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:
     entries = metadata.state_dict_metadata
     tensors = {str(n): e for n, e in entries.items() if isinstance(e, TensorStorageMetadata)}
-    state = training_state({name: getattr(e.properties, "dtype", None) for name, e in tensors.items()})
+    state = training_state(
+        {name: getattr(getattr(e, "properties", None), "dtype", None) for name, e in tensors.items()}
+    )
     kept = {n: e for n, e in tensors.items() if n not in state and not _is_beside(n, metadata.planner_data)}
     if not kept:
         other = only_state(tensors) if tensors else "holds no tensors; give a checkpoint that has the model"
