@@ -58,7 +58,7 @@ class CheckpointMergeCallback(Callback):
     ``spikes.jsonl`` has one line for each spike and what was done about it.
 
     With several ranks, under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each keeps
-    in its window what it holds, or its share of what several hold alike.
+    in its window what it holds, or its share of what several hold in common.
 
     Note:
         The module's validation hooks run a second time for the merged weights.
@@ -160,7 +160,7 @@ class CheckpointMergeCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """A copy made in mid-fit is what a checkpoint would give back: the options and the state.
 
-        It is none, and takes none of the files that the trainer's last two checkpoints need.
+        It does not count as one: the files of the trainer's last two checkpoints stay.
         """
         state = {**self.__dict__, "session": None}
         if self.session is not None:
@@ -303,15 +303,17 @@ class CheckpointMergeCallback(Callback):
         if self.state_key in states:
             return
         others = {c.state_key for c in trainer.callbacks if c is not self}  # type: ignore[attr-defined]
-        kin = [key for key in states if key.startswith(type(self).__qualname__) and key not in others]
+        saved = [key for key in states if key.startswith(type(self).__qualname__) and key not in others]
         # Those of older versions told callbacks apart by their dirpath.
-        alike = [key for key in kin if self._interval_and_methods in key]
-        found = next((k for k in (kin, alike, [k for k in alike if self._dirpath in k]) if len(k) == 1), [])
+        similar = [key for key in saved if self._interval_and_methods in key]
+        found = next(
+            (k for k in (saved, similar, [k for k in similar if self._dirpath in k]) if len(k) == 1), []
+        )
         if found:
             self.load_state_dict(states[found[0]])
-        elif kin:
+        elif saved:
             rank_zero_warn(
-                f"merge: the checkpoint holds the states of {kin}, and which of them is that of "
+                f"merge: the checkpoint holds the states of {saved}, and which of them is that of "
                 f"{self.state_key} can't be told: this window begins empty"
             )
 

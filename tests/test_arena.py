@@ -109,7 +109,7 @@ class OneByOne(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if "_foreach" in str(function):
-            raise NotImplementedError(str(function))
+            raise TypeError(f"no implementation of {function} for this kind")
         return super().__torch_dispatch__(function, types, args, kwargs or {})
 
 

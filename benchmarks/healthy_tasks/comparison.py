@@ -37,7 +37,7 @@ class Run:
     seconds: float
     losses: list[float]
     ended: str = ""  # why it did not take all its steps
-    error: str = ""  # the traceback of an error that has nothing to do with spikes
+    error: str = ""  # of an error that has nothing to do with spikes: its kind and message
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -106,8 +106,9 @@ def train(name: str, seed: int, folder: Path | None) -> Run:
         trainer.fit(module)
     except TrainingDivergedError as stop:
         ended = str(stop)
-    except Exception:
-        error = traceback.format_exc()
+    except Exception as problem:
+        traceback.print_exc()
+        error = f"{type(problem).__name__}: {problem}"
     seconds = time.perf_counter() - began
     return Run(
         fingerprint(module),

@@ -63,7 +63,7 @@ def interference(
     labels: Sequence[object] | None = None,
     block: int = BLOCK,
 ) -> Counts:
-    """Counts what N task vectors have in common; as a rule every checkpoint is read twice.
+    """Counts what N task vectors have in common; usually every checkpoint is read twice.
 
     Args:
         checkpoints: θ_1 … θ_N, N ≥ 2, tensors by name, on the CPU (views of mapped files, as a rule).

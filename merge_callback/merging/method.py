@@ -153,7 +153,7 @@ M = TypeVar("M", bound=type[MergeMethod])
 def register_method(name: str, reference: str = "") -> Callable[[M], M]:
     """Class decorator: makes a method known as ``name``, with the source of its definition.
 
-    ``reference`` may be left out. It makes the class a frozen dataclass, if it is none: annotated attributes
+    ``reference`` may be left out. A class that is no dataclass becomes a frozen one: annotated attributes
     are the method's options.
 
     Example:

@@ -48,7 +48,7 @@ class FolderLock:
         self.claim: Callable[[], object] = lambda: None
         self._told: set[str] = set()
         self._is_closed = self._was_lost = False
-        self._one_at_a_time = threading.RLock()  # checked by what is done beside training, too
+        self._one_at_a_time = threading.RLock()  # checked by what is done in the background, too
 
     def check(self) -> None:
         """Makes sure, before something is written, that the folder is the one that is locked.

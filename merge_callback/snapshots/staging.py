@@ -1,4 +1,4 @@
-"""The way of a snapshot from a device to host memory, beside training."""
+"""The way of a snapshot from a device to host memory, in the background."""
 
 from __future__ import annotations
 

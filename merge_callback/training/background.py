@@ -1,4 +1,4 @@
-"""What is done beside training, one job after the other."""
+"""What is done in the background, one job after the other."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Background:
         try:
             self._work(job)
         except BaseException:
-            log.exception("merge: a job beside training failed; training goes on")
+            log.exception("merge: a job in the background failed; training goes on")
         finally:
             job.done.set()
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and its kin wait while the live weights are somebody else's, or half written."""
+"""Ctrl-C and other signals wait while the live weights are somebody else's, or half written."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def _only_the_closure(optimizer: Any, closure: Any = None, *_: Any, **__: Any) -
 
 
 class _TrainingLoss:
-    """Computes the training loss of some batches, each time from the same state but for the weights.
+    """Computes the training loss of some batches, each time from the same state except for the weights.
 
     Args:
         trainer: in fit.

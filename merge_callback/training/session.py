@@ -159,7 +159,7 @@ class MergeSession:
 
     @property
     def background(self) -> Background:
-        """What the window is kept by, beside training."""
+        """What the window is kept by, in the background."""
         return self.keeper.background
 
     @property
@@ -248,7 +248,7 @@ class MergeSession:
         return next(filter(None, self.ranks.exchange(change)), "")
 
     def hand_over(self) -> dict[str, Any]:
-        """Ends this session but for its folder; gives the state for the next, whose window begins empty."""
+        """Ends this session, except for its folder; the state is for the next, with an empty window."""
         self.keeper.finish_what_is_begun()
         state = self.state_dict()
         self._let_go()
@@ -341,7 +341,7 @@ class MergeSession:
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
                 rank_zero_warn(
-                    "merge: the checkpoint is of an older version: spikes are judged anew from here"
+                    "merge: the checkpoint is of an older version: spikes are judged from scratch from here"
                 )
                 return
             self.spikes.load_state_dict(state["spikes"])

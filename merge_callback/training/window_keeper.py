@@ -1,4 +1,4 @@
-"""What becomes of a snapshot, beside training: it is kept, measured, merged, published and logged."""
+"""What becomes of a snapshot, in the background: it is kept, measured, merged, published and logged."""
 
 from __future__ import annotations
 
