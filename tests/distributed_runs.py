@@ -56,10 +56,19 @@ def run_jobs(nprocs: int, jobs: Mapping[str, Job], timeout: float = 200) -> dict
         torch.save(dict(jobs), Path(folder, "jobs"))
         status = _run_worker(nprocs, folder, timeout)
         if status != 0:
-            logs = [f"--- {log.name}\n{log.read_text()}" for log in sorted(Path(folder).glob("*.log"))]
-            raise RankError("\n".join([f"timeout={timeout} s" if status is None else "failed", *logs]))
+            raise RankError(_failure(Path(folder), f"timeout={timeout} s" if status is None else "failed"))
         results = [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=False) for rank in range(nprocs)]
     return {name: [result[name] for result in results] for name in jobs}
+
+
+def _failure(folder: Path, what: str) -> str:
+    """What happened, in a line; then the end of what each rank printed."""
+    logs = {log.stem: log.read_text().splitlines() for log in sorted(folder.glob("*.log"))}
+    *_, last = ["", *logs.pop("worker", [])]
+    jobs = {rank: [line for line in lines if line.startswith("job ")] for rank, lines in logs.items()}
+    where = ", ".join(f"{rank} in {found[-1] if found else 'no job'}" for rank, found in jobs.items())
+    ends = [f"--- {rank}\n" + "\n".join(lines[-25:]) for rank, lines in logs.items()]
+    return "\n".join([f"{what}; {last}; {where}", *ends])
 
 
 def _run_worker(nprocs: int, folder: str, timeout: float) -> int | None:

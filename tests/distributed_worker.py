@@ -1,5 +1,6 @@
 """Forks ranks that run the jobs of ``distributed_runs.run_jobs``: ``distributed_worker.py NPROCS FOLDER``."""
 
+import faulthandler
 import multiprocessing
 import os
 import sys
@@ -25,6 +26,7 @@ def main(nprocs: int, folder: Path) -> int:
     failed = any(rank.exitcode for rank in ranks)
     if failed:  # the others would wait for that rank for ever; where all fail, all may say why
         time.sleep(0.5)
+        print(f"exit codes: {[rank.exitcode for rank in ranks]}", flush=True)
     for rank in ranks:
         rank.kill()
     return int(failed)
@@ -35,6 +37,7 @@ def run(rank: int, nprocs: int, jobs: dict[str, Any], folder: Path) -> None:
     log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    faulthandler.enable()
     # LOCAL_RANK tells Lightning that somebody else started the processes.
     os.environ.update(LOCAL_RANK=str(rank), NODE_RANK="0", WORLD_SIZE=str(nprocs))
     # Lightning takes a process group that is there already; to meet at a file needs no free port.
