@@ -34,8 +34,8 @@ from safetensors.torch import load_file, save_file
 
 MEBI = 1 << 20
 TIES = ("--method", "ties", "--density", "0.8")
-OURS = "from merge_callback.offline.command_line import run; run()"
-IMPORTS = "import torch; import merge_callback.offline.merge_command"
+OURS = "from merge_callback.cli.main import run; run()"
+IMPORTS = "import torch; import merge_callback.cli.merge"
 NAIVE = """
 import sys, torch
 from safetensors.torch import load_file, save_file

@@ -42,15 +42,15 @@ from merge_callback import CheckpointMergeCallback
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
+from merge_callback.engine.session import MergeSession
+from merge_callback.engine.snapshot_pipeline import WindowKeeper
 from merge_callback.merging import resolve_method
 from merge_callback.publish.export import Exporter
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
-from merge_callback.training.evaluation import MergedValidation, _BesideLoop
-from merge_callback.training.session import MergeSession
-from merge_callback.training.window_keeper import WindowKeeper
+from merge_callback.trainers.lightning.merged_validation import MergedValidation, _BesideLoop
 
 SETTINGS = ((1, "alone"), (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
 WINDOW = 3

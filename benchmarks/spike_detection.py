@@ -53,7 +53,7 @@ from merge_callback.demo.crops import Batch, DemoData, RandomCrops, cut
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import ExcessiveSchedule, WSDSchedule, wsd_factor
-from merge_callback.training.spike import SpikeDetector
+from merge_callback.signals.spike_detector import SpikeDetector
 
 CURVES = RESULTS / "loss_curves.npz"
 PUBLIC = RESULTS / "public_losses.npz"

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
-    from merge_callback.callback import CheckpointMergeCallback
     from merge_callback.diversity import RMSDiversity
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
     from merge_callback.publish import load_merge
+    from merge_callback.recovery.spike_policy import TrainingDivergedError
     from merge_callback.spike_options import SpikeOptions
-    from merge_callback.training.spike_policy import TrainingDivergedError
+    from merge_callback.trainers.lightning.callback import CheckpointMergeCallback
 
 __all__ = [
     "METHODS",
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CheckpointMergeCallback": "callback",
+    "CheckpointMergeCallback": "trainers.lightning.callback",
     "METHODS": "merging",
     "RMSDiversity": "diversity",
     "SpikeOptions": "spike_options",
-    "TrainingDivergedError": "training.spike_policy",
+    "TrainingDivergedError": "recovery.spike_policy",
     "load_merge": "publish",
     "merge_state_dicts": "merging",
     "register_method": "merging",

@@ -1,5 +1,5 @@
 """`python -m merge_callback` is the `merge-callback` command."""
 
-from merge_callback.offline.command_line import run
+from merge_callback.cli.main import run
 
 run()

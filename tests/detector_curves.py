@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from merge_callback.training.spike import SpikeDetector
+from merge_callback.signals.spike_detector import SpikeDetector
 
 
 def healthy(n=200, level=2.0, noise=0.02, seed=0):

@@ -25,8 +25,8 @@ from training_runs import QUIET, assert_same_bits, is_beside, seed, weights_of
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
 
-EVALUATION, EVIDENCE, ARENA = "training/evaluation.py", "training/evidence.py", "snapshots/arena.py"
-RECOVERY, POLICY, KEEPER = "training/recovery.py", "training/spike_policy.py", "training/window_keeper.py"
+EVALUATION, EVIDENCE, ARENA = "lightning/merged_validation.py", "recovery/evidence.py", "snapshots/arena.py"
+RECOVERY, POLICY, KEEPER = "recovery/restore.py", "recovery/spike_policy.py", "engine/snapshot_pipeline.py"
 
 PARTS = {
     "merged validation": ((EVALUATION, "validate_with"), (EVALUATION, "validate_with"), 2),

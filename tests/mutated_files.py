@@ -26,7 +26,7 @@ from codec_windows import new_window, take
 from safetensors.torch import save_file
 
 from merge_callback import load_merge
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 from merge_callback.snapshots.files import CorruptFileError
 from merge_callback.snapshots.safetensors_file import file_checksum, tensors_header, write_file
 from merge_callback.snapshots.window_folder import MANIFEST, WindowFolder

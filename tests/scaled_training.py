@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from merge_callback.training.lr_scale import LRScale
+from merge_callback.recovery.lr_scale import LRScale
 
 
 class Training:

@@ -20,10 +20,10 @@ from training_runs import QUIET, seed
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.sharding import Ranks
-from merge_callback.training import step_statistics
-from merge_callback.training.interval import Interval
-from merge_callback.training.step_statistics import StepStatistics
-from merge_callback.training.token_clock import TokenClock
+from merge_callback.signals import step_statistics
+from merge_callback.signals.snapshot_interval import Interval
+from merge_callback.signals.step_statistics import StepStatistics
+from merge_callback.signals.token_clock import TokenClock
 
 STEPS, BAD = 24, 9
 """Optimizer steps of a scenario, and the one at which something goes wrong."""

@@ -27,8 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 from training_runs import assert_same_bits
 
 from merge_callback import CheckpointMergeCallback
+from merge_callback.engine import snapshot_pipeline as window_keeper
 from merge_callback.merging import LinearMethod
-from merge_callback.training import window_keeper
 
 CODEC = {"snapshot_codec": "delta-fp16"}
 WAYS = pytest.mark.parametrize("codec", [{}, CODEC], ids=["whole", "differences"])

@@ -10,14 +10,14 @@ import torch
 from checkpoint_files import entry, in_subprocess, save_distributed
 from safetensors.torch import save_file
 
-from merge_callback.offline.checkpoint import open_checkpoint
+from merge_callback.checkpoints.open import open_checkpoint
 
 # What it costs
 
 
 def test_opening_files_does_not_import_lightning():
     code = (
-        "import sys, merge_callback.offline.checkpoint, merge_callback.offline.selection\n"
+        "import sys, merge_callback.checkpoints.open, merge_callback.offline.selection\n"
         "print([m for m in ('lightning', 'torchmetrics', 'transformers') if m in sys.modules])"
     )
     assert in_subprocess(code).strip() == "[]"
@@ -25,7 +25,7 @@ def test_opening_files_does_not_import_lightning():
 
 PEAKS = """
 import sys, pathlib, threading, torch, torch.distributed.checkpoint
-from merge_callback.offline.checkpoint import open_checkpoint
+from merge_callback.checkpoints.open import open_checkpoint
 
 def anonymous():
     with open("/proc/self/status") as lines:

@@ -14,7 +14,7 @@ from torch import Tensor
 from training_runs import Classifier, assert_same_bits, loader, train
 
 from merge_callback import CheckpointMergeCallback
-from merge_callback.offline.checkpoint import open_checkpoint, verify
+from merge_callback.checkpoints.open import open_checkpoint, verify
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import torch
 from checkpoint_files import ROOT, save_distributed
 from safetensors.torch import save_file
 
-COMMAND = "import sys; from merge_callback.offline.command_line import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = "import sys; from merge_callback.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 METHOD = """
 from merge_callback import register_method

@@ -8,8 +8,8 @@ import torch
 from killed_run import EVERY, WINDOW, Keeper, fit
 
 from merge_callback import load_merge
-from merge_callback.offline.checkpoint import open_checkpoint
-from merge_callback.offline.command_line import main
+from merge_callback.checkpoints.open import open_checkpoint
+from merge_callback.cli.main import main
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 

@@ -19,14 +19,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from training_runs import seed
 
+from merge_callback.cli import main as command_line
+from merge_callback.cli.main import main
 from merge_callback.demo import GPT, DemoData, DemoModule, GPTConfig, WSDSchedule, load_corpus, wsd_factor
 from merge_callback.demo.crops import RandomCrops
 from merge_callback.demo.experts import BIAS_STEP, Experts
 from merge_callback.demo.record import Row, format_table
 from merge_callback.demo.run import DemoPlan, run_demo
 from merge_callback.demo.text import SKIPPED_FOLDERS, split_files
-from merge_callback.offline import command_line
-from merge_callback.offline.command_line import main
 
 CONFIGS = Path(__file__).parent.parent / "example_configs"
 DENSE, MOE = GPTConfig(), GPTConfig(experts=4)
@@ -495,7 +495,5 @@ def test_missing_extras_are_named_with_the_command_that_installs_them(command, c
 
 
 def test_command_line_loads_neither_torch_nor_lightning():
-    check = (
-        "import sys, merge_callback.offline.command_line; print({'torch', 'lightning'} & set(sys.modules))"
-    )
+    check = "import sys, merge_callback.cli.main; print({'torch', 'lightning'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", check], text=True).strip() == "set()"

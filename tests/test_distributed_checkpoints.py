@@ -15,7 +15,7 @@ from checkpoint_files import ROOT, Evil, few_tensors, save_distributed
 from torch.distributed.checkpoint.metadata import Metadata
 from training_runs import assert_same_bits
 
-from merge_callback.offline.checkpoint import open_checkpoint, recorded_step
+from merge_callback.checkpoints.open import open_checkpoint, recorded_step
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 # Distributed checkpoints

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torchmetrics import MeanMetric
 from training_runs import Classifier
 
-from merge_callback.training.evaluation import BesideLoop
+from merge_callback.trainers.lightning.merged_validation import BesideLoop
 
 # What hooks read
 

@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from merge_callback.sharding import Ranks
-from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.training.evidence import (
+from merge_callback.recovery.evidence import (
     Alarm,
     HeldBatch,
     HeldBatches,
@@ -18,6 +16,8 @@ from merge_callback.training.evidence import (
     UnrepeatableStepError,
     is_clearly_better,
 )
+from merge_callback.sharding import Ranks
+from merge_callback.snapshots.capture import ModelTensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 
@@ -145,7 +145,7 @@ def test_of_many_micro_batches_the_newest_eight_are_held():
 
 
 def test_large_batches_are_not_held_any_longer_than_training_does(monkeypatch):
-    monkeypatch.setattr("merge_callback.training.evidence._MOST_BYTES", 1000)
+    monkeypatch.setattr("merge_callback.recovery.evidence._MOST_BYTES", 1000)
     batches = HeldBatches()
     for step in (1, 2):
         batches.add({"x": torch.zeros(300), "n": step}, 0)

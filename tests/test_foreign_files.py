@@ -20,8 +20,8 @@ import torch
 from checkpoint_files import few_tensors, sharded_folder
 from training_runs import assert_same_bits
 
-import merge_callback.offline.command_line as command_line
-from merge_callback.offline.checkpoint import is_checkpoint_folder, open_checkpoint
+import merge_callback.cli.main as command_line
+from merge_callback.checkpoints.open import is_checkpoint_folder, open_checkpoint
 
 ADAM = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 OTHER = {"w": torch.zeros(2)}

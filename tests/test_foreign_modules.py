@@ -35,7 +35,7 @@ from training_runs import (
 )
 
 from merge_callback import CheckpointMergeCallback, load_merge
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -18,8 +18,8 @@ from training_runs import assert_same_bits
 from window_runs import CODEC, steps
 
 from merge_callback import load_merge
-from merge_callback.offline.checkpoint import open_checkpoint, verify
-from merge_callback.offline.command_line import main
+from merge_callback.checkpoints.open import open_checkpoint, verify
+from merge_callback.cli.main import main
 from merge_callback.sharding import Sharding
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 

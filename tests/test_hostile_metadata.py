@@ -20,7 +20,7 @@ from resumed_runs import stopped
 from safetensors.torch import save_file
 
 from merge_callback import load_merge
-from merge_callback.offline.checkpoint import open_checkpoint, recorded_step, verify
+from merge_callback.checkpoints.open import open_checkpoint, recorded_step, verify
 from merge_callback.snapshots.files import CorruptFileError, open_regular, printable, read_object, read_small
 from merge_callback.snapshots.window_folder import WindowFolder
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge_callback.diversity.interference import (
+from merge_callback.analysis.interference import (
     _part,
     chance,
     count,
@@ -18,7 +18,7 @@ from merge_callback.diversity.interference import (
     sign_conflict,
     variance,
 )
-from merge_callback.diversity.top_magnitude import keep_top, thresholds
+from merge_callback.analysis.top_magnitude import keep_top, thresholds
 
 SHAPES = {"a": (50, 6), "b": (37,), "c": (2, 3, 5)}
 

@@ -20,9 +20,9 @@ from killed_run import wait_for_snapshots
 from training_runs import Classifier, assert_same_bits, is_beside, loader, seed, train, weights_of
 
 from merge_callback import CheckpointMergeCallback
+from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.snapshots import arena
 from merge_callback.snapshots.merge import HalfRestoredError
-from merge_callback.training.deferred_signals import DeferredSignals
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
 

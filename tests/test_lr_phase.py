@@ -14,7 +14,7 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as sched
 
-from merge_callback.training.lr_phase import LRPhaseDetector, Phase
+from merge_callback.signals.lr_phase import LRPhaseDetector, Phase
 
 Segment = tuple[str, int]
 Rates = Sequence[Sequence[float]]

@@ -8,7 +8,7 @@ from scaled_training import Training
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
-from merge_callback.training.lr_scale import LRScale
+from merge_callback.recovery.lr_scale import LRScale
 
 STEPS = 24
 

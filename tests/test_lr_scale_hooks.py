@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from merge_callback.training.lr_scale import LRScale
+from merge_callback.recovery.lr_scale import LRScale
 
 # --- what the user may do in between ----------------------------------------------------------------------
 

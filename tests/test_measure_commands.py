@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_callback.diversity.interference import interference, overlap, pair_mean, sign_conflict, variance
-from merge_callback.diversity.pairwise import changes, consecutive, pairwise_distances
-from merge_callback.offline import measures
-from merge_callback.offline.command_line import main
+from merge_callback.analysis.interference import interference, overlap, pair_mean, sign_conflict, variance
+from merge_callback.analysis.pairwise import changes, consecutive, pairwise_distances
+from merge_callback.cli import measures
+from merge_callback.cli.main import main
 
 LAYERS = ("embed", "head", "layers.0", "layers.1")  # in the order of a safetensors file
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_callback import load_merge, merge_state_dicts
+from merge_callback.cli.main import main
 from merge_callback.offline import merge_files as merging
 from merge_callback.offline import output
-from merge_callback.offline.command_line import main
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +83,7 @@ def test_processes_side_by_side_merge_to_the_same_bits(tmp_path, checkpoints):
     assert merge(*paths, "--method", "dare", "--output", tmp_path / "one") == 0
     program = (
         "import sys; from merge_callback.offline import workers; workers.available = lambda: 3;"
-        "from merge_callback.offline.command_line import main; sys.exit(main(sys.argv[1:]))"
+        "from merge_callback.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     command = ["merge", *map(str, paths), "--method", "dare", "--quiet", "--output", str(tmp_path / "three")]
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
@@ -103,7 +103,7 @@ def test_a_process_that_is_killed_is_an_error_and_leaves_nothing(tmp_path, check
         "import os, sys; from merge_callback.offline import merge_files, workers;"
         "workers.available = lambda: 2;"
         "merge_files._Merging._merge = lambda *_: os.kill(os.getpid(), 9);"
-        "from merge_callback.offline.command_line import main; sys.exit(main(sys.argv[1:]))"
+        "from merge_callback.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     command = ["merge", *map(str, paths), "--quiet", "--output", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
@@ -471,7 +471,7 @@ def watch():
         peak[method] = max(peak.get(method, 0), anonymous() - before)
 method = "import"
 threading.Thread(target=watch, daemon=True).start()
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 for method in ("sma", "ties", "slerp", "dare", "noise"):
     command = ["merge", *sys.argv[1:], "--method", method, "--quiet", "--dtype", "fp32", "--force"]
     assert main(command + ["--output", "out"]) == 0

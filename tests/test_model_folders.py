@@ -10,7 +10,7 @@ from checkpoint_files import few_tensors
 from safetensors.torch import load_file, save_file
 
 from merge_callback import load_merge
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 
 TAKEN = [
     "config.json",

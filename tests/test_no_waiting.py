@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves
 from training_runs import Classifier, loader, train
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
-from merge_callback.training import late_numbers, step_statistics
+from merge_callback.signals import async_scalars as late_numbers
+from merge_callback.signals import step_statistics
 
 
 class NoWayToTheHost(TorchDispatchMode):

@@ -25,7 +25,7 @@ from torch.optim import (
     lr_scheduler,
 )
 
-from merge_callback.training.optimizer_state import is_finite, is_known, reset, scale
+from merge_callback.recovery.optimizer_state import is_finite, is_known, reset, scale
 
 VARIANTS = {
     "SGD": (SGD, {}),

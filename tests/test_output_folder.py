@@ -14,8 +14,8 @@ from checkpoint_files import ROOT, save_distributed
 from safetensors.torch import save_file
 
 from merge_callback import load_merge
+from merge_callback.cli.main import main
 from merge_callback.offline import output_folder
-from merge_callback.offline.command_line import main
 from merge_callback.offline.output_folder import OutputFolder, exchange
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from merge_callback.analysis.layer_groups import layer_groups
+from merge_callback.analysis.pairwise import changes, consecutive, pairwise_distances
+from merge_callback.analysis.tensor_blocks import side_by_side
 from merge_callback.diversity import rms_diversity
-from merge_callback.diversity.layer_groups import layer_groups
-from merge_callback.diversity.pairwise import changes, consecutive, pairwise_distances
-from merge_callback.diversity.tensor_blocks import side_by_side
 
 SHAPES = {
     "embed.weight": (11, 4),
@@ -204,8 +204,8 @@ def test_what_cannot_be_compared_is_refused():
 
 def test_the_measures_of_files_import_neither_torchmetrics_nor_lightning():
     code = (
-        "import sys, merge_callback.diversity.pairwise, merge_callback.diversity.interference, "
-        "merge_callback.offline.measures; "
+        "import sys, merge_callback.analysis.pairwise, merge_callback.analysis.interference, "
+        "merge_callback.cli.measures; "
         "print(sorted({'torchmetrics', 'lightning', 'matplotlib'} & sys.modules.keys()))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

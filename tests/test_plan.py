@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from merge_callback.training.plan import Plan, in_bytes
+from merge_callback.engine.plan import Plan, in_bytes
 
 
 def plan(**changes):

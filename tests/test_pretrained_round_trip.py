@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 
 TINY = {
     "bert": lambda: BertModel(

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import merge_callback.offline.command_line as command_line
-from merge_callback.offline.checkpoint import open_checkpoint
+import merge_callback.cli.main as command_line
+from merge_callback.checkpoints.open import open_checkpoint
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 

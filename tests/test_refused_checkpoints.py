@@ -14,7 +14,7 @@ from checkpoint_files import Evil, entry, few_tensors, sharded_folder, write_saf
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merge_callback.offline.checkpoint import open_checkpoint, verify
+from merge_callback.checkpoints.open import open_checkpoint, verify
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 # Refusals: torch.save

@@ -17,10 +17,10 @@ from remote_stores import Shelf, assert_whole, names
 from training_runs import QUIET, Classifier, Probe, assert_mean, assert_same_bits, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, load_merge
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
+from merge_callback.engine.run_folder import _scratch
 from merge_callback.publish.remote_folder import RemoteFolder
 from merge_callback.publish.remote_publisher import RemotePublisher
-from merge_callback.training.run_folder import _scratch
 
 
 @pytest.fixture(autouse=True)

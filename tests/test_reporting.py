@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from merge_callback.training.lr_phase import Phase
-from merge_callback.training.metric_direction import MetricDirections
-from merge_callback.training.reporting import advice, lower_is_better
+from merge_callback.signals.lr_phase import Phase
+from merge_callback.trainers.lightning.metric_direction import MetricDirections
+from merge_callback.trainers.lightning.reporting import advice, lower_is_better
 
 
 def test_the_decay_is_announced_once_per_segment():

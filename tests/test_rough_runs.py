@@ -15,7 +15,7 @@ from training_runs import Classifier, loader, train
 from window_runs import LAST, assert_nothing_is_half_there, quiet, steps
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions, load_merge
-from merge_callback.training import window_keeper
+from merge_callback.engine import snapshot_pipeline as window_keeper
 
 
 def test_files_of_others_survive_beside_the_merges_and_drafts_of_a_killed_run_do_not(tmp_path):

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from training_runs import QUIET, Classifier, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, load_merge
-from merge_callback.training import run_folder
+from merge_callback.engine import run_folder
 
 
 class Sweep(Logger):

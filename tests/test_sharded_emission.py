@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from training_runs import assert_same_bits
 
 from merge_callback import CheckpointMergeCallback, load_merge
-from merge_callback.offline.checkpoint import open_checkpoint, verify
+from merge_callback.checkpoints.open import open_checkpoint, verify
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 

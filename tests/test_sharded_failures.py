@@ -161,7 +161,7 @@ def gathering(folder, rank, strategy):
 
 def swapping(folder):
     """Fails before the other rank spreads the merged weights, in which it would wait for this one."""
-    from merge_callback.training import undisturbed
+    from merge_callback.trainers.lightning import undisturbed
 
     return failing(folder, 1, (undisturbed, "kept_weights"), MemoryError("on purpose"), nth=2)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from detector_curves import healthy, kinds, warm, watch
 
-from merge_callback.training.spike import SpikeDetector
+from merge_callback.signals.spike_detector import SpikeDetector
 
 NAN, INF = math.nan, math.inf
 

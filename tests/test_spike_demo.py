@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from merge_callback.cli.main import main
 from merge_callback.demo.spike import RUNS, SpikePlan, SpikeRun, run_spike_demo
 from merge_callback.demo.spike_curves import format_spike_table, smoothed
-from merge_callback.offline.command_line import main
 
 PLAN = SpikePlan(
     steps=130, warmup=10, excess=300.0, excess_from=100, excess_steps=5, validate_every=65, snapshot_every=10

@@ -15,7 +15,7 @@ from training_runs import assert_same_bits
 
 from merge_callback import SpikeOptions, TrainingDivergedError, load_merge
 from merge_callback import merge_state_dicts as merge
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 

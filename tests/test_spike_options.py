@@ -8,8 +8,8 @@ import pytest
 
 from merge_callback import CheckpointMergeCallback
 from merge_callback.merging import Ema, Sma, Ties, Weighted
+from merge_callback.signals.spike_detector import SpikeDetector
 from merge_callback.spike_options import SpikeOptions, resolve_spike
-from merge_callback.training.spike import SpikeDetector
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from merge_callback.training.spike_record import RECORD, announce, append, sentence
+from merge_callback.recovery.spike_log import RECORD, announce, append, sentence
 
 SPIKE = {
     "trigger": "loss",

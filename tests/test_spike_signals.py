@@ -13,7 +13,7 @@ from spiking_runs import BURST, FIRES, SPIKE, Batches, Damage, Line, plain, spik
 from torch.utils.data import DataLoader, TensorDataset
 from training_runs import assert_same_bits
 
-from merge_callback.training.drift import DRIFT_STEPS, Drift, SpikeScore
+from merge_callback.signals.drift import DRIFT_STEPS, Drift, SpikeScore
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 

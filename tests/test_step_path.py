@@ -6,8 +6,8 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 from training_runs import Classifier, loader, rows, train
 
-from merge_callback.training.evaluation import _validation_is_next
-from merge_callback.training.step_statistics import step_progress
+from merge_callback.signals.step_statistics import step_progress
+from merge_callback.trainers.lightning.merged_validation import _validation_is_next
 
 
 class Answers(Callback):

@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import nn
 
 from merge_callback.sharding import Ranks
-from merge_callback.training.step_statistics import Statistics, StepStatistics
-from merge_callback.training.token_clock import TokenClock
+from merge_callback.signals.step_statistics import Statistics, StepStatistics
+from merge_callback.signals.token_clock import TokenClock
 
 
 def tensor(value, dtype=torch.float32):

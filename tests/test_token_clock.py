@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from merge_callback.training.token_clock import TokenClock, count_tokens, crossed
+from merge_callback.signals.token_clock import TokenClock, count_tokens, crossed
 
 IDS = torch.zeros(4, 8, dtype=torch.int64)
 

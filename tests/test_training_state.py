@@ -8,7 +8,7 @@ from checkpoint_files import few_tensors, save_distributed
 from safetensors.torch import save_file
 from training_runs import assert_same_bits
 
-from merge_callback.offline.checkpoint import open_checkpoint
+from merge_callback.checkpoints.open import open_checkpoint
 
 W = "decoder.layers.linear.weight"
 

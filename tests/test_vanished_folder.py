@@ -7,8 +7,8 @@ from lightning.pytorch import Callback
 from training_runs import Classifier, emissions, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
+from merge_callback.recovery.spike_log import append
 from merge_callback.snapshots.folder_lock import lock_folder
-from merge_callback.training.spike_record import append
 
 
 class At(Callback):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import merge_callback.offline.command_line as command_line
-from merge_callback.offline.checkpoint import open_checkpoint
+import merge_callback.cli.main as command_line
+from merge_callback.checkpoints.open import open_checkpoint
 
 
 def merged(tmp_path, *models: list[str], options=()) -> dict[str, float]:

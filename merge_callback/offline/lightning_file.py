@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_callback.offline.checkpoint import MERGED_CKPT, Checkpoint
-from merge_callback.offline.pytorch_file import load_mapped
-from merge_callback.offline.stand_ins import holds_stand_in, without_stand_ins
+from merge_callback.checkpoints.open import MERGED_CKPT, Checkpoint
+from merge_callback.checkpoints.pytorch_file import load_mapped
+from merge_callback.checkpoints.stand_ins import holds_stand_in, without_stand_ins
 from merge_callback.snapshots.safetensors_file import file_checksum, sync
 
 _CARRIED = ("pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_callback.offline.containment import contained
+from merge_callback.checkpoints.containment import contained
 from merge_callback.snapshots.files import CorruptFileError, read_object
 
 PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics

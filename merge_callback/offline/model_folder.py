@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from merge_callback.offline.containment import contained
+from merge_callback.checkpoints.containment import contained
 from merge_callback.offline.merge_record import PROVENANCE
 from merge_callback.snapshots.files import CorruptFileError, read_small
 

@@ -11,11 +11,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
-from merge_callback.offline.checkpoint import is_checkpoint_folder, recorded_step
-from merge_callback.offline.containment import contained
+from merge_callback.checkpoints.checkpoint import read_json, step_above
+from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.open import is_checkpoint_folder, recorded_step
 from merge_callback.offline.merge_record import PROVENANCE
 from merge_callback.offline.model_folder import check_whole
-from merge_callback.offline.opened import read_json, step_above
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 from merge_callback.snapshots.window_folder import MANIFEST
 

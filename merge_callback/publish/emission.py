@@ -264,7 +264,7 @@ def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, T
     if not (path / PROVENANCE).exists():
         mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
         raise FileNotFoundError(f"{path}: no published merge; {mend}")
-    from merge_callback.offline.checkpoint import open_checkpoint
+    from merge_callback.checkpoints.open import open_checkpoint
 
     merge = open_checkpoint(path)
     tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from merge_callback.offline.command_line import main
+from merge_callback.cli.main import main
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [str(TESTS)] * (str(TESTS) not in sys.path)

@@ -1,0 +1,1 @@
+"""Measures of checkpoint files: pairwise diversity, interference, plots and tables."""

@@ -1,0 +1,64 @@
+"""Hugging Face folders of ``pytorch_model.bin``: files of ``torch.save``, whole or with an index."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name, whole
+from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.pytorch_file import open_pytorch
+from merge_callback.checkpoints.safetensors_folder import (
+    WEIGHTS,
+    check_named,
+    read_index,
+    trainer_record,
+)
+from merge_callback.offline.model_folder import extras
+
+_BIN, _INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+
+def is_bin_folder(folder: Path) -> bool:
+    """Whether a folder's weights are in such files, and not also in safetensors files."""
+    has_others = (folder / WEIGHTS).exists() or any(folder.glob("*.safetensors.index.json"))
+    return not has_others and ((folder / _INDEX).exists() or (folder / _BIN).exists())
+
+
+def open_bin_folder(folder: Path) -> Checkpoint:
+    """The tensors of all files.
+
+    Raises:
+        CorruptFileError: where a file is broken, or index and files disagree, or one leads out of the folder.
+        FileNotFoundError: where a file is missing.
+        ValueError: where loading a file would run code.
+    """
+    has_index = (folder / _INDEX).exists()
+    files: dict[str, set[str] | None] = read_index(folder, _INDEX) if has_index else {_BIN: None}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for file, expected in files.items():
+        shard = open_pytorch(contained(folder, file))
+        check_named(
+            folder,
+            folder / file,
+            expected,
+            shard.tensors | {a: shard.tensors[k] for a, k in shard.tied.items()},
+        )
+        tensors |= shard.tensors
+        tied |= shard.tied
+    taken, left_out = extras(folder, {*files, _INDEX})
+    record = trainer_record(folder)
+    step = whole(record.get("step"))
+    return Checkpoint(
+        path=folder,
+        tensors=tensors,
+        tied=tied,
+        step=step_in_name(folder) if step is None else step,
+        tokens=whole(record.get("tokens")),
+        files=[folder / file for file in files],
+        extras=taken,
+        left_out=left_out,
+        format="pytorch",
+    )

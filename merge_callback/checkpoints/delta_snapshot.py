@@ -1,0 +1,94 @@
+"""A snapshot that is kept as the difference to the one before (``snapshot_codec=``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
+from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
+from merge_callback.reduce import one_pass
+from merge_callback.snapshots.layout import delta_unit
+from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.snapshots.window_folder import MANIFEST
+
+
+def decode_snapshot(
+    checkpoint: Checkpoint, open_stored: Callable[[Path], Checkpoint], spool: Path | None = None
+) -> Checkpoint:
+    """The whole snapshot, from its file and those before it, summed up in a temporary file under ``spool``.
+
+    Args:
+        checkpoint: as it is stored.
+        open_stored: opens another one as it is stored.
+        spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
+
+    Raises:
+        CorruptFileError: where one it builds on is missing or of another model.
+        OSError: where a file can't be read, or the spool is full.
+    """
+    chain = [checkpoint]
+    while (step := chain[0].difference_to) is not None:
+        chain.insert(0, _of_step(step, chain[0], open_stored))
+    wide = {
+        name: (first.dtype, first.shape)
+        for name, first in chain[0].tensors.items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].dtype != first.dtype
+    }
+    summed = map_tensors(spool or default_spool(), wide)
+    for name, out in summed.items():
+        stored = [_part(name, out, stage) for stage in chain]
+        units = [delta_unit(part.dtype) if part.dtype != out.dtype else 1.0 for part in stored]
+        one_pass(stored, units, out.view(-1))
+    return replace(
+        checkpoint,
+        tensors={**checkpoint.tensors, **summed},
+        files=[file for stage in reversed(chain) for file in stage.files],
+        difference_to=None,
+    )
+
+
+def _of_step(step: int, after: Checkpoint, open_stored: Callable[[Path], Checkpoint]) -> Checkpoint:
+    """The snapshot of ``step`` that another one in the same window's folder is the difference to."""
+    for path in _candidates(step, after.path):
+        earlier = open_stored(path)
+        if earlier.step == step and (earlier.difference_to is None or earlier.difference_to < step):
+            return earlier
+    raise CorruptFileError(
+        f"{after.path}: is kept as the difference to the snapshot of step {step}, which is not in "
+        f"{after.path.parent}; take an emission, or a snapshot that the window still holds"
+    )
+
+
+def _candidates(step: int, path: Path) -> Iterator[Path]:
+    """What the window lists of a step; of a snapshot that it no longer holds, the only one there is."""
+    folder = path.resolve().parent
+    records = read_json(folder, MANIFEST).get("snapshots")
+    listed = {
+        record["step"]: record["file"]
+        for record in (records if isinstance(records, list) else [])
+        if isinstance(record, dict)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("file"), str)
+    }
+    if path.resolve().name in listed.values() and step in listed:
+        yield contained(folder, listed[step])
+        return
+    found = sorted(folder.glob(f"step={step:08d}-*"))
+    if len(found) > 1:
+        raise CorruptFileError(
+            f"{path}: builds on step {step}, of which {folder} holds {len(found)}; which is not known"
+        )
+    yield from found
+
+
+def _part(name: str, out: Tensor, stage: Checkpoint) -> Tensor:
+    if name not in stage.tensors or stage.tensors[name].shape != out.shape:
+        raise CorruptFileError(
+            f"{stage.path}: {name!r} is missing, or has another shape than the snapshots before"
+        )
+    return stage.tensors[name].view(-1)

@@ -1,0 +1,54 @@
+"""What the manifest of a window says of all its snapshots: how their run publishes a merge of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_json, segment_of
+from merge_callback.offline.merge_record import MergeRecord
+from merge_callback.snapshots.files import CorruptFileError
+from merge_callback.snapshots.window_folder import MANIFEST
+
+_CONFIGURATIONS = {"config.json", "generation_config.json"}
+
+
+def as_published(snapshot: Checkpoint) -> Checkpoint:
+    """A snapshot with what its run's emissions have beside the weights, where it lies in its window's folder.
+
+    Raises:
+        CorruptFileError: where the manifest contradicts the snapshot, or is none that a run has written.
+    """
+    file = snapshot.path.resolve()
+    manifest = read_json(file.parent, MANIFEST)
+    path = file.parent / MANIFEST
+    records = manifest.get("snapshots")
+    listed = [r for r in (records if isinstance(records, list) else []) if isinstance(r, dict)]
+    own: Mapping[str, Any] = next((r for r in listed if r.get("file") == file.name), {})
+    published = manifest.get("published", {})
+    if not isinstance(published, dict):
+        raise CorruptFileError(f"{path}: 'published' is {published!r:.100}, expected names and their values")
+    prefix, texts, copied = (published.get(key) for key in ("stripped_prefix", "files", "copied"))
+    if not isinstance(prefix, str | None) or not _are_texts(texts) or not _are_names(copied):
+        raise CorruptFileError(f"{path}: does not say in a known way how merges are published")
+    return replace(
+        snapshot,
+        tied=MergeRecord(path, published, {}).tied(snapshot.tensors),
+        segment=segment_of(own) or snapshot.segment,
+        prefix=prefix or "",
+        texts=texts or {},
+        copied=frozenset(copied or ()),
+    )
+
+
+def _are_texts(found: object) -> bool:
+    return found is None or (
+        isinstance(found, dict)
+        and found.keys() <= _CONFIGURATIONS
+        and all(isinstance(text, str) for text in found.values())
+    )
+
+
+def _are_names(found: object) -> bool:
+    return found is None or (isinstance(found, list) and all(isinstance(name, str) for name in found))

@@ -1,0 +1,1 @@
+"""The commands of ``merge-callback``, one file each."""

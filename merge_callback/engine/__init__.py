@@ -1,0 +1,1 @@
+"""The merging of one training run, for any training loop."""

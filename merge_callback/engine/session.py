@@ -1,0 +1,560 @@
+"""One fit's merging: the parts, wired to a live trainer, and their state."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from merge_callback.engine.background import Background
+from merge_callback.engine.plan import Plan, total_batches
+from merge_callback.engine.run_folder import RunFolder
+from merge_callback.engine.snapshot_pipeline import WindowKeeper
+from merge_callback.options import Options
+from merge_callback.publish import Publisher
+from merge_callback.publish.export import Naming
+from merge_callback.publish.remote_publisher import RemotePublisher
+from merge_callback.recovery.spike_watch import SpikeWatch
+from merge_callback.sharding import Ranks, Sharding, local
+from merge_callback.signals.applied_lr import AppliedLR
+from merge_callback.signals.lr_phase import LRPhaseDetector
+from merge_callback.signals.snapshot_interval import Interval
+from merge_callback.signals.step_statistics import StepStatistics, counts_batches, step_progress
+from merge_callback.signals.token_clock import TokenClock
+from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.capture import LiveModel, ModelTensors
+from merge_callback.snapshots.deltas import CODECS
+from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.window import Window
+from merge_callback.spike_options import DEFAULT
+from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
+from merge_callback.trainers.lightning.metric_direction import MetricDirections
+
+log = logging.getLogger(__name__)
+
+_UNSEEN = 256  # batches without a step, after which something is wrong
+
+_PATIENCE = 600.0  # seconds that uploads may take after an exception
+_LAST_UPLOADS = 1500.0  # and at the end of a run of several ranks: the others give up after half an hour
+
+_MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
+_COUNTED_OVER = 8  # batches after which the steps of a manual optimization are
+
+
+class MergeSession:
+    """The merging of one fit.
+
+    Args:
+        options: the callback's.
+        trainer: whose model is set up, moved and restored.
+        module: the live model.
+        resume: a former session's ``state_dict``; empty for a new run.
+        folder: the run's, locked; the caller gives it up where this raises.
+
+    Raises:
+        ValueError: where an option does not fit this model, trainer or machine.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        trainer: Trainer,
+        module: LightningModule,
+        resume: Mapping[str, Any],
+        folder: RunFolder,
+    ) -> None:
+        self.options, self.trainer, self.module = options, trainer, module
+        self.ranks = Ranks.of_run()
+        self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
+        naming = Naming.of(module, options.strip_prefix)
+        model = self.live()
+        self._at_snapshots = LiveModel(module, trainer.strategy.model)
+        _check_exclude(options.exclude, model)
+        self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
+        self._names, self._shapes = model.names, _shapes(model)
+        self.clock = TokenClock(options.count_tokens)
+        self.statistics = StepStatistics(
+            self.ranks,
+            counts_batches(trainer),
+            trainer.strategy.root_device,
+            self.clock,
+            partial(_own_gradient, self._names, self.sharding),
+        )
+        self.applied = AppliedLR(trainer.optimizers, partial(_whole_numel, self._names, self.sharding))
+        self.phases = LRPhaseDetector(total_batches(trainer))
+        still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
+        layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
+        whole = Layout.of(_whole(model), options.snapshot_dtype, still)
+        masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
+        store = SnapshotStore(
+            layout,
+            options.storage,
+            self.dirpath / "window" if options.durable else None,
+            module.device,
+            masks,
+            model.buffers,
+            self.sharding,
+            whole,
+            codec=codec,
+            frozen=model.frozen,
+        )
+        window = Window(options.window, store, folder.run_id)
+        if store.folder is not None and self.ranks.is_first:
+            try:
+                window.folder.published = naming.record(model.tied, model.matching(options.exclude))
+            except Exception as error:  # a configuration of someone else's, or no room: a merge of the files
+                log.info(
+                    "merge: the snapshots do not tell how merges are published: %r", error
+                )  # needs flags
+        self.keeper = WindowKeeper(options, trainer, window, self._publisher(), naming)
+        self.step = trainer.global_step  # the last optimizer step seen
+        self._progress = step_progress(trainer)
+        self._stepless = 0  # batches of a manual optimization since its last step
+        self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
+        self.validation = MergedValidation(
+            trainer,
+            module,
+            self.sharding,
+            MetricDirections(options.lower_is_better, options.higher_is_better),
+            taking_part(trainer, options.evaluate_with),
+        )
+        self.spikes = self._watch_for_spikes()
+        try:
+            self._put_folder_in_order()
+            self.plan = Plan.of(options, store, trainer)
+            _tell([*self.plan.lines(), *folder.notices], self.plan.warnings())
+            if resume:
+                self._load_state_dict(resume)
+        except BaseException:
+            self.close()
+            raise
+        self._first = (self.step, self.clock.tokens)
+        self._is_measured, self._batches = False, 0
+
+    def live(self) -> ModelTensors:
+        """The live model's tensors, as they are on this rank."""
+        return ModelTensors.of(self.module, self.trainer.strategy.model)
+
+    @property
+    def window(self) -> Window:
+        """The window, once the last snapshot is in it."""
+        return self.keeper.window
+
+    @property
+    def merger(self) -> WindowMerger:
+        """The window's merger, once it has done with the last snapshot."""
+        return self.keeper.merger
+
+    @property
+    def background(self) -> Background:
+        """What the window is kept by, in the background."""
+        return self.keeper.background
+
+    @property
+    def is_half_restored(self) -> bool:
+        """Whether a restore failed half way, so that the weights are a mixture."""
+        return self.spikes is not None and self.spikes.policy.is_half_restored
+
+    @property
+    def countable(self) -> bool | None:
+        """Whether tokens can be counted; ``None`` before the first batch."""
+        return self.clock.countable
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Notes a batch before it is trained on; of the first one finds out whether tokens can be counted.
+
+        Raises:
+            ValueError: where they can't and the interval is in tokens.
+            RemoteError: where another rank raises.
+        """
+        if self.spikes:
+            self.spikes.begin_batch(batch, batch_idx)
+        if self.clock.countable is None and batch is not None:
+            error = _failure(self.clock.count, batch)
+            bearable = isinstance(error, ValueError) and self.options.unit == "steps"
+            self.ranks.agree(None if bearable else error)
+            self.clock.countable = all(self.ranks.exchange(error is None))
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Notes the learning rates and gradients of the optimizer step that comes now."""
+        self.applied.note(optimizer)
+        if self.spikes:
+            self.spikes.note_step(optimizer)
+
+    def lr_factor(self, step: int) -> float:
+        """What the rates of the update after ``step`` optimizer steps are scaled by, since a restore."""
+        return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
+
+    def end_batch(self, outputs: Any, batch: Any) -> bool:
+        """Counts a batch and, where an optimizer step was taken with it, the step; restores after a spike.
+
+        Returns:
+            Whether a snapshot is due. Of weights that were just restored none is: they are a merge.
+
+        Raises:
+            TrainingDivergedError: where the run is to stop after a spike.
+        """
+        if self.clock.countable is not False:
+            self._count(batch)
+        if self.spikes and self._stepless < _UNSEEN:
+            self.spikes.add_batch(outputs)
+        if self.keeper.has_news:
+            self.keeper.log_news()
+        step = self._progress.completed
+        self._batches += 1
+        if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
+            self._report_steps_per_batch((step - self._first[0]) / _COUNTED_OVER)
+        if step == self.step:
+            self._note_no_step()
+            return False  # gradients are being accumulated
+        self.step, self._stepless = step, 0
+        self._observe_learning_rates()
+        if self.spikes:
+            self.spikes.note_end_of_step(step)
+        seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
+        if not self._is_measured and step - self._first[0] >= _MEASURED_OVER:
+            self._is_measured = True
+            self._report_tokens_per_step()
+        due = self.interval.is_over(self.step)
+        warming_up = self.phases.is_warming_up
+        restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
+        return due and not restored
+
+    def note_random_state(self) -> None:
+        """Remembers, before a validation, where the random generators stand."""
+        if self.options.evaluate:
+            self.validation.note_random_state()
+
+    def model_change(self) -> str:
+        """How the model's tensors differ from those the window was made for; empty where they do not."""
+        try:
+            change = _difference(self._shapes, _shapes(self._at_snapshots.tensors()))
+        except Exception:  # is reported with the snapshot that it keeps from being taken
+            change = ""
+        if self.ranks.size > 1:
+            self.keeper.settle()  # nobody else may talk to the other ranks before that
+        return next(filter(None, self.ranks.exchange(change)), "")
+
+    def hand_over(self) -> dict[str, Any]:
+        """Ends this session, except for its folder; the state is for the next, with an empty window."""
+        self.keeper.finish_what_is_begun()
+        state = self.state_dict()
+        self._let_go()
+        for shared in (self.keeper, self.sharding, self.ranks):
+            shared.close()
+        return {**state, "window": {**state["window"], "snapshots": [], "moved": []}}
+
+    def take_snapshot(self) -> None:
+        """Copies the live weights; what becomes of the copy, training does not wait for."""
+        snapshot = Snapshot(
+            step=self.step,
+            tokens=self.clock.tokens if self.countable else None,
+            lr=max(self.applied.rates, default=0.0) * self.lr_factor(self.step - 1),
+            lr_ratio=self.phases.lr_ratio,
+            phase=self.phases.phase.value,
+            since=self.phases.since,
+            lr_step=self.phases.steps,
+        )
+        calm = self.spikes is None or self.spikes.calm
+        self.keeper.take(snapshot, self.phases.phase, self._at_snapshots.tensors, calm)
+
+    def evaluate(self) -> None:
+        """Validates the merge of the window as it is, if that is new, and of the model as it is."""
+        model = self.live()
+        is_same = all(self.ranks.exchange(_shapes(model) == self._shapes))
+        self.validation.update(self.keeper.current_merge(model) if is_same else None)
+
+    def finish(self) -> None:
+        """Publishes the last merge of the run, unless it is published already."""
+        model = self.live()
+        if change := _difference(self._shapes, _shapes(model)):
+            rank_zero_warn(f"merge: the last merge is of the model before its tensors changed: {change}")
+        self.keeper.finish(model, self.step)
+        self._let_go()
+        for shared in (self.keeper, self.sharding, self.ranks):
+            shared.close()
+        self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
+
+    def close(self) -> None:
+        """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
+        self._let_go()
+        self._give_folder_back(_PATIENCE)
+
+    def _let_go(self) -> None:
+        self.keeper.wait()
+        self.validation.close()
+        self.statistics.close()
+        if self.spikes:
+            self.spikes.close()
+
+    def _give_folder_back(self, patience: float | None) -> None:
+        """Gives the folder back, once all that is published is where it belongs, or so many seconds later."""
+        self.keeper.publisher.settle(patience)
+        if self.lock:
+            self.lock.close()
+
+    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives; the weights stay in the window's files.
+
+        Args:
+            to_keep: whether it is a checkpoint's, which needs these files from now on.
+        """
+        kept = self.keeper.state_dict(to_keep)
+        statistics = self.statistics.state_dict()  # before the clock is read: it may advance it
+        return {
+            "dirpath": str(self.dirpath),
+            "remote": self.folder.url,
+            "tokens": self.clock.tokens,
+            "step": self.step,
+            "mark": self.interval.mark,
+            "largest_step": self.clock.largest,
+            "statistics": statistics,
+            "validation": self.validation.state_dict(),
+            "learning_rates": self.applied.state_dict(),
+            "phases": self.phases.state_dict(),
+            **kept,
+            "spikes": self.spikes.state_dict() if self.spikes else None,
+        }
+
+    def _load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.interval.mark = state["step"], state["mark"]
+        self.clock.tokens, self.clock.largest = state["tokens"], state["largest_step"]
+        self.statistics.load_state_dict(state["statistics"])
+        self.validation.load_state_dict(state["validation"])
+        self.applied.load_state_dict(state["learning_rates"])
+        self.phases.load_state_dict(state["phases"])
+        self.keeper.load_state_dict(state)
+        self._restore_window(state["window"], Path(state["dirpath"]))
+        self.keeper.publish_again(self.live(), state)
+        if self.spikes and state.get("spikes"):
+            if "numbers" not in state["spikes"]:
+                rank_zero_warn(
+                    "merge: the checkpoint is of an older version: spikes are judged from scratch from here"
+                )
+                return
+            self.spikes.load_state_dict(state["spikes"])
+
+    def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
+        if self.folder.is_elsewhere and state["snapshots"]:
+            rank_zero_warn(
+                f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here"
+            )
+            return
+        if different := self.window.layout_difference(state):
+            what = "of another model"
+            if different.startswith("snapshot_codec"):
+                what = "in another snapshot_codec"
+            elif " and here " in different:
+                what = "in another dtype"
+            if dirpath == self.dirpath:
+                raise ValueError(
+                    f"the run that is resumed kept a window {what} in dirpath={str(dirpath)!r}: "
+                    f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
+                    "it was kept with, or give a new dirpath to begin with an empty window"
+                )
+            rank_zero_warn(f"merge: the window begins empty, the resumed one is {what}: {different}")
+            return
+        for problem in self.window.restore(state, self.trainer.global_step):
+            rank_zero_warn(f"merge: left out of the restored window: {problem}")
+        if state["snapshots"]:
+            steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
+            tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
+            rank_zero_info(
+                f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
+                f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
+            )
+
+    def _watch_for_spikes(self) -> SpikeWatch | None:
+        options = self.options.spike
+        if options.action == "off":
+            return None
+        watch = partial(
+            SpikeWatch,
+            trainer=self.trainer,
+            module=self.module,
+            merger=partial(getattr, self.keeper, "merger"),  # no lambda: it would keep the session alive
+            statistics=self.statistics,
+            dirpath=self.dirpath,
+            last_good_merge=self.keeper.newest_emission_up_to,
+        )
+        try:
+            return watch(options)
+        except ValueError as error:
+            if options is not DEFAULT:
+                raise
+            # Nobody has asked for restores, so that they are impossible must not keep the run from training.
+            rank_zero_warn(f"merge: loss spikes are told of, and nothing is restored: {error}")
+            return watch(replace(options, action="warn"))
+
+    def _publisher(self) -> Publisher:
+        """What publishes this run's merges; on the first rank, which does so, where they belong."""
+        options, folder = self.options, self.folder
+        if folder.url is None or not self.ranks.is_first:
+            return Publisher(folder.path, options.keep_last, options.max_shard_bytes)
+        return RemotePublisher(
+            folder.path, options.keep_last, options.max_shard_bytes, folder.url, folder.run_id, Background()
+        )
+
+    def _put_folder_in_order(self) -> None:
+        """Makes the folder ready for this run: the first rank, for all of them.
+
+        Raises:
+            OSError: where it can't be written.
+        """
+        problem: Exception | None = None
+        try:
+            if self.lock is not None:
+                self.lock.claim = self.window.folder.claim
+                self.lock.claim()
+                self.keeper.publisher.sweep()
+                for writer in (self.window.store, self.window.folder, self.keeper.publisher):
+                    writer.before_writing = self.lock.check
+                if self.spikes:
+                    self.spikes.policy.before_writing = self.lock.check
+        except Exception as error:
+            problem = error
+        self.ranks.agree(problem)
+
+    def _note_no_step(self) -> None:
+        """Tells the user where the steps of a manual optimization are nobody's to see."""
+        self._stepless += not self.module.automatic_optimization
+        if self._stepless == _UNSEEN:
+            rank_zero_warn(
+                f"merge: no optimizer step was seen in {_UNSEEN} batches, so no snapshot is taken: step with "
+                "self.optimizers(), not with those of use_pl_optimizer=False, which Lightning does not count"
+            )
+
+    def _count(self, batch: Any) -> None:
+        try:
+            self.statistics.add_tokens(int(self.clock.count(batch)))
+        except ValueError as error:
+            self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
+            warn = rank_zero_warn if self.ranks.is_first else log.warning
+            warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
+
+    def _observe_learning_rates(self) -> None:
+        segment = self.phases.segment
+        self.phases.observe([self.applied.total])
+        if segment != self.phases.segment:
+            self.window.relabel(self.phases.phase.value, self.phases.since)
+            self.merger.forget()
+
+    def _report_tokens_per_step(self) -> None:
+        if self.options.unit == "tokens":
+            self.statistics.settle()
+            per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
+            _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
+
+    def _report_steps_per_batch(self, per_batch: float) -> None:
+        self.plan = self.plan.with_steps(per_batch)
+        if self.options.unit == "steps":
+            _tell(self.plan.counted(per_batch), self.plan.warnings())
+
+
+def _own_gradient(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> Tensor | None:
+    """The part of a gradient that no other rank answers for."""
+    gradient, name = parameter.grad, names.get(id(parameter))
+    if gradient is None or name is None:
+        return gradient
+    if gradient.is_sparse:  # DDP's, so it is everybody's
+        return gradient if sharding.ranks.is_first else None
+    return sharding.own_part(name, local(gradient))
+
+
+def _whole_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> int:
+    """A parameter's elements, on all ranks together."""
+    name = names.get(id(parameter))
+    return parameter.numel() if name is None else math.prod(sharding.wholes[name])
+
+
+def _shapes(model: ModelTensors) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.tensors.items()}
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What has changed among names, shapes and dtypes, in one line."""
+    if before == now:
+        return ""
+    new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
+    other = [
+        f"{n} from {_told(before[n])} to {_told(now[n])}" for n in now if before.get(n, now[n]) != now[n]
+    ]
+    parts = (("there is now", new), ("there is no more", gone), ("changed", other))
+    lines = [
+        f"{said} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for said, names in parts
+        if names
+    ]
+    return "; ".join(lines) or "the order of its tensors changed"
+
+
+def _told(shape: tuple[tuple[int, ...], torch.dtype]) -> str:
+    return f"{shape[0]} {str(shape[1]).removeprefix('torch.')}"
+
+
+def _whole(model: ModelTensors) -> dict[str, Tensor]:
+    """The model's tensors in their whole shapes, without values."""
+    return {
+        name: torch.empty(model.pieces[name].whole, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.tensors.items()
+    }
+
+
+def _kept_as_they_are(
+    options: Options, model: ModelTensors, recorded: Mapping[str, Any]
+) -> tuple[set[str], str]:
+    """Names of what is stored natively where the rest is not, and the codec, where it has anything to do.
+
+    These are the tensors that are never averaged, which rounding would change. What they were at the start of
+    a run they stay when it is resumed, though something may have been frozen or unfrozen in between.
+
+    Args:
+        options: the callback's.
+        model: the live one.
+        recorded: the resumed window's ``state_dict``; empty for a new run.
+    """
+    tensors, dtype = _whole(model), options.snapshot_dtype
+    still = model.frozen | model.buffers | model.matching(options.exclude)
+    before = recorded.get("still", ())
+    if (dtype or recorded.get("codec")) and Layout.of(tensors, dtype, before).hash == recorded.get("layout"):
+        still = set(before)
+    codec = options.snapshot_codec
+    if codec and not Layout.of(tensors, dtype, still).delta(CODECS[codec]).is_delta:
+        codec = ""
+    return (still if dtype or codec else set()), codec
+
+
+def _check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
+    for pattern in patterns:
+        if not model.matching([pattern]):
+            raise ValueError(
+                f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
+                f"names look like {next(iter(model.tensors), None)!r}"
+            )
+
+
+def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:
+    try:
+        function(argument)
+    except Exception as error:
+        return error
+    return None
+
+
+def _tell(lines: list[str], warnings: list[str]) -> None:
+    for line in lines:
+        rank_zero_info(line)
+    for line in warnings:
+        rank_zero_warn(line)

@@ -1,0 +1,1 @@
+"""What is done about a loss spike: evidence, restore, record."""

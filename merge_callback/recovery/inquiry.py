@@ -1,0 +1,193 @@
+"""Whose fault is a spike: which weights are tried on what, and in which order."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from merge_callback.recovery import optimizer_state
+from merge_callback.recovery.evidence import (
+    Alarm,
+    Evidence,
+    HeldBatch,
+    HeldBatches,
+    Trial,
+    UnrepeatableStepError,
+    is_clearly_better,
+)
+from merge_callback.sharding import local, overwrite
+from merge_callback.signals.spike_detector import SpikeEvent
+from merge_callback.signals.watched_numbers import LOSS, WatchedNumbers
+from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.storage import Snapshot
+from merge_callback.spike_options import SpikeOptions
+from merge_callback.trainers.lightning.rehearsal import (
+    rehearsed_training,
+    rehearsed_validation,
+    validation_loss,
+)
+
+_AS_IT_WAS = 0.5
+"""How much higher than last time a validation's loss may be, as a share, to count as what it was."""
+
+
+class Inquiry:
+    """Finds out, after an alarm, whether the weights or the data are to blame.
+
+    Args:
+        options: what counts as evidence, and how snapshots are merged.
+        trainer: in fit.
+        module: its module.
+        merger: gives the window's, once the last snapshot is in it.
+        numbers: that are watched.
+        batches: of the last steps.
+    """
+
+    def __init__(
+        self,
+        options: SpikeOptions,
+        trainer: Trainer,
+        module: LightningModule,
+        merger: Callable[[], WindowMerger],
+        numbers: WatchedNumbers,
+        batches: HeldBatches,
+    ) -> None:
+        self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
+        self.numbers, self.batches = numbers, batches
+        self._told: set[str] = set()  # what can't be tried
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """All that is trained, in the optimizers' order."""
+        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        return [parameter for group in groups for parameter in group["params"]]
+
+    def weights_are_finite(self) -> bool:
+        """Whether weights, buffers and optimizer state are, on all ranks."""
+        own = all(all_finite(local(parameter.data)) for parameter in self.parameters)
+        own = own and all(map(optimizer_state.is_finite, self.trainer.optimizers))
+        model, store = self._live(), self._merger().window.store
+        buffers = ((name, model.tensors[name]) for name in model.buffers)
+        own = own and all(all_finite(buffer) or store.may_hold(name, buffer) for name, buffer in buffers)
+        return all(self._merger().ranks.exchange(own))
+
+    def evidence(self, event: SpikeEvent, snapshots: Sequence[Snapshot]) -> Evidence | None:
+        """What speaks for or against the live weights; ``None`` where nothing but the losses does.
+
+        Args:
+            event: that raised the question.
+            snapshots: whose merge would replace the live weights, oldest first.
+        """
+        if not all(map(math.isfinite, event.values)) and not self.weights_are_finite():
+            return Evidence("weights", math.nan, guilty=True)
+        if self.numbers.takes_turns:
+            return None  # what helps one of the opponents may harm the other
+        alarm, loss = Alarm.of(event.baseline, event.threshold, event.values[-1]), self.numbers.loss
+        if event.watched != LOSS:
+            alarm = replace(alarm, baseline=loss.baseline, threshold=loss.threshold)
+        batches = self._batches_for(event)
+        # Those with a gradient: an optimizer may be handed all parameters of a module. A trial has none.
+        parameters = self.parameters
+        trained = {id(p) for p in parameters if p.grad is not None} or set(map(id, parameters))
+        candidate = partial(self._put_in, snapshots, trained)
+        newest = partial(self._put_in, snapshots[-1:], trained) if len(snapshots) > 1 else None
+        for trial in self._trials(snapshots[-1]):
+            try:
+                if trial.source == "validation":
+                    candidate, newest = partial(self._put_in_all, snapshots), None
+                found = [trial.hold(candidate, newest, batches[0], alarm)]
+                if not found[0].guilty and trial.source == "batch":
+                    found += [trial.hold(candidate, newest, others, alarm) for others in batches[1:]]
+            except UnrepeatableStepError as error:
+                self._tell_once(trial.source, error)
+                continue
+            evidence = next((each for each in found if each.guilty), found[0])
+            return self._hear_validation(evidence, snapshots, alarm)
+        return None
+
+    def compares_nothing(self, event: SpikeEvent) -> bool:
+        """Whether the losses alone, which are to decide for lack of evidence, are those of opponents."""
+        finite = all(map(math.isfinite, event.values))
+        return finite and self.options.evidence != "rules" and self.numbers.takes_turns
+
+    def _batches_for(self, event: SpikeEvent) -> list[list[HeldBatch]]:
+        """The batches that an event is tried on, in turn, until one set speaks against the weights.
+
+        Those of its step; then those of the step after it, which no alarm has picked: where only some batches
+        are bad, weights that are broken as well would else be found sound. A rise, which is small, takes all
+        that are held at once.
+        """
+        if event.kind == "rise":
+            return [self.batches.all]
+        return [self.batches.of(event.step), self.batches.of(event.step + 1)]
+
+    def _hear_validation(self, evidence: Evidence, snapshots: Sequence[Snapshot], alarm: Alarm) -> Evidence:
+        """Lets the validation's loss speak up for live weights that the training loss has found guilty.
+
+        A training loss may rise by design: parts of the model work against it (gradient reversal), or it is
+        no measure of what is learned (policy gradients). The validation is heard where its loss is about what
+        it was last time, and not clearly better with the candidate.
+        """
+        if not evidence.guilty or evidence.source != "batch" or not math.isfinite(evidence.live):
+            return evidence
+        (trial,) = self._trials(snapshots[-1])[1:]
+        try:
+            live, merged = trial.compare(partial(self._put_in_all, snapshots))
+        except UnrepeatableStepError:  # there is none, or not yet
+            return evidence
+        name = validation_loss(self.trainer)
+        last = float(self.trainer.callback_metrics[name]) if name else math.nan
+        is_sound = live <= last + _AS_IT_WAS * abs(last)
+        is_sound = is_sound and not is_clearly_better(merged, live, alarm.scaled_to(live))
+        return replace(evidence, validation=(live, merged), guilty=not is_sound)
+
+    def _tell_once(self, source: str, error: Exception) -> None:
+        if source not in self._told:
+            self._told.add(source)
+            rank_zero_warn(
+                f"merge: the weights before the spike could not be tried on the {source}: {error}; so "
+                f"{'the validation tells, or' if source == 'batch' else ''} the losses alone tell, whether "
+                "to restore"
+            )
+
+    def _trials(self, snapshot: Snapshot) -> list[Trial]:
+        device, ranks = snapshot.arena.buffer.device, self._merger().ranks
+        sources = {"batch": rehearsed_training, "validation": rehearsed_validation}
+        wanted = {"batch": ("batch", "validation"), "validation": ("validation",), "rules": ()}
+        return [
+            Trial(source, partial(sources[source], self.trainer, self.module, device), self._live, ranks)
+            for source in wanted[self.options.evidence]
+        ]
+
+    def _live(self) -> ModelTensors:
+        return ModelTensors.of(self.module, self.trainer.strategy.model)
+
+    def _put_in(self, snapshots: Sequence[Snapshot], trained: set[int], model: ModelTensors) -> None:
+        """Overwrites what is trained, and nothing else, with the merge of some snapshots.
+
+        Buffers (a queue), and parameters that get no gradient (a target network, a teacher), stay those of
+        the live model: they are part of the data here.
+        """
+        merger = self._merger()
+
+        def keep() -> dict[str, Tensor]:
+            names = {model.names.get(parameter) for parameter in trained}
+            others = model.tensors.keys() - names - merger.constant(model)
+            return {name: model.tensors[name].clone() for name in others}
+
+        kept = merger.ranks.agreed(keep)
+        merger.merge_into(model, snapshots, self.options.merging)
+        for name, values in kept.items():
+            overwrite(model.tensors[name], values)
+
+    def _put_in_all(self, snapshots: Sequence[Snapshot], model: ModelTensors) -> None:
+        """Overwrites all: in a validation, running statistics have to fit the parameters."""
+        self._merger().merge_into(model, snapshots, self.options.merging)

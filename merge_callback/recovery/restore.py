@@ -1,0 +1,133 @@
+"""Restoring a live run from the merge of earlier snapshots (PMA-init, arXiv 2505.12082 section 4.5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from merge_callback.recovery import optimizer_state
+from merge_callback.recovery.lr_scale import LRScale
+from merge_callback.sharding import Ranks
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.storage import Snapshot
+from merge_callback.spike_options import SpikeOptions
+
+
+class Recovery:
+    """Puts earlier weights into the live model, and everything that was gathered for the others right.
+
+    Args:
+        options: how.
+        trainer: in fit.
+        module: its module.
+        merger: gives the window's, once the last snapshot is in it.
+
+    Raises:
+        ValueError: where an optimizer's state can't be set back.
+    """
+
+    def __init__(
+        self,
+        options: SpikeOptions,
+        trainer: Trainer,
+        module: LightningModule,
+        merger: Callable[[], WindowMerger],
+    ) -> None:
+        self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
+        self.lr = LRScale(trainer.optimizers, lambda: trainer.global_step)
+        self.scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # what a run begins with
+        if options.action == "restore":
+            for optimizer in trainer.optimizers:
+                _check_scalable(optimizer)
+                if not callable(options.optimizer):
+                    _check_known(optimizer)
+
+    def restore(self, snapshots: list[Snapshot], step: int, lasting: float) -> list[float]:
+        """Restores the run from the merge of ``snapshots``.
+
+        In place: parameters and buffers, gradients, optimizer state, loss scale. The schedulers, the step
+        count, the data and the token clock go on from where they are.
+
+        Args:
+            snapshots: of one segment, oldest first.
+            step: optimizer steps taken so far.
+            lasting: what the learning rate is multiplied by from now on, once it is warm again.
+
+        Returns:
+            The normalised weight of each snapshot.
+
+        Raises:
+            ValueError: where the model or an optimizer's state is not what it should be. The run is as it
+                was, but for the state of further optimizers, if there are any.
+            RemoteError: where that is so on another rank.
+        """
+        merger, problem = self._merger(), None
+        model = ModelTensors.of(self.module, self.trainer.strategy.model)
+        spoilt = self._spoilt(merger.ranks)
+        try:
+            snapshots[-1].arena.check(merger.sharding.own(model.tensors))
+            for index, optimizer in enumerate(self.trainer.optimizers):
+                self._set_back(optimizer, index in spoilt)
+        except Exception as error:
+            problem = error
+        merger.ranks.agree(problem)
+        weights = merger.merge_into(model, snapshots, self.options.merging)
+        merger.forget()
+        # Where Lightning is about to drop the gradients, zeros would only be written.
+        self.module.zero_grad(set_to_none=self.module.automatic_optimization)
+        self._reset_loss_scale()
+        self.lr.rewarm(step, self.options.rewarm_steps, lasting)
+        return weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learning rate's factor and the first loss scale, as primitives."""
+        return {"lr": self.lr.state_dict(), "loss_scale": self._loss_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``."""
+        self.lr.load_state_dict(state["lr"])
+        self._loss_scale = state["loss_scale"]
+
+    def _spoilt(self, ranks: Ranks) -> set[int]:
+        """Which optimizers have state that is not finite, on any rank; where that matters."""
+        if callable(self.options.optimizer) or self.options.optimizer == "reset":
+            return set()
+        own = {i for i, o in enumerate(self.trainer.optimizers) if not optimizer_state.is_finite(o)}
+        return set().union(*ranks.exchange(own))
+
+    def _set_back(self, optimizer: Optimizer, is_spoilt: bool) -> None:
+        policy = self.options.optimizer
+        if callable(policy):
+            policy(optimizer)
+        elif policy == "reset" or is_spoilt:
+            optimizer_state.reset(optimizer)
+        elif policy == "scale":
+            optimizer_state.scale(optimizer, self.options.optimizer_scale)
+
+    def _reset_loss_scale(self) -> None:
+        if self.scaler and (state := self.scaler.state_dict()):  # empty where it is disabled
+            self.scaler.load_state_dict({**state, "scale": self._loss_scale, "_growth_tracker": 0})
+
+
+def _check_scalable(optimizer: Optimizer) -> None:
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"after a loss spike the learning rate of {type(optimizer).__qualname__} would have to be warmed "
+            "up again, and it has none: pass spike=SpikeOptions(action='warn') to be told of spikes only"
+        )
+
+
+def _check_known(optimizer: Any) -> None:
+    if not optimizer_state.is_known(optimizer):
+        name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise ValueError(
+            f"after a loss spike the state of {name} would have to be reset, and how is not known: pass "
+            "spike=SpikeOptions(optimizer=…) a function that is handed the optimizer and resets its state, "
+            "or spike=SpikeOptions(action='warn') to be told of spikes only"
+        )

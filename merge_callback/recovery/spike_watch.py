@@ -1,0 +1,181 @@
+"""From each optimizer step's numbers to spikes, and with those to the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from merge_callback.recovery.evidence import HeldBatches
+from merge_callback.recovery.spike_policy import SpikePolicy
+from merge_callback.sharding import local
+from merge_callback.signals.spike_detector import SpikeEvent
+from merge_callback.signals.step_statistics import Statistics, StepStatistics, dense
+from merge_callback.signals.watched_numbers import WatchedNumbers
+from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.spike_options import SpikeOptions
+from merge_callback.trainers.lightning.logged_scalars import LoggedScalars
+from merge_callback.trainers.lightning.reporting import log_metrics
+
+
+class SpikeWatch:
+    """Watches the numbers of one fit, and has the run restored after a spike that is the weights' fault.
+
+    Args:
+        options: what is a spike and what is done about it.
+        trainer: in fit.
+        module: its module.
+        merger: gives the window's, once the last snapshot is in it.
+        statistics: of the fit's steps; this notes their losses, gradients and further scalars.
+        dirpath: for the record of events.
+        last_good_merge: finds the newest published merge that holds no snapshot after a step.
+
+    Raises:
+        ValueError: where an optimizer's state can't be set back.
+    """
+
+    def __init__(
+        self,
+        options: SpikeOptions,
+        trainer: Trainer,
+        module: LightningModule,
+        merger: Callable[[], WindowMerger],
+        statistics: StepStatistics,
+        dirpath: Path,
+        last_good_merge: Callable[[int], Path | str | None],
+    ) -> None:
+        self.options, self.trainer, self.module, self.statistics = options, trainer, module, statistics
+        self.numbers, self.batches = WatchedNumbers(options), HeldBatches()
+        self.policy = SpikePolicy(
+            options, trainer, module, merger, self.numbers, self.batches, statistics, dirpath, last_good_merge
+        )
+        self._merger = merger
+        self._scalars = LoggedScalars(trainer, [*options.watch]) if options.watch else None
+        statistics.names = [] if options.watch else None
+        self._several = len(trainer.optimizers) > 1
+        self._stepped: set[int] = set()  # optimizers that have stepped since the last step ended
+        self._optimizers = ["", ""]  # those of the step before the last one, and of the last one
+        self._batch_idx = 0
+        self._seen = trainer.global_step  # the last step whose loss was read
+        self._told = False  # that there is no loss to watch
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing that was read speaks against the weights."""
+        return self.numbers.calm
+
+    @property
+    def loss_scale(self) -> Tensor | None:
+        """What fp16 training scales the loss by; ``None`` where it does not."""
+        scaler = self.policy.recovery.scaler
+        return scaler._scale if scaler else None
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Notes a micro-batch before it is trained on."""
+        self._batch_idx = batch_idx
+        self.batches.add(batch, batch_idx)
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Notes which optimizer is about to step and, where it is watched, the norm of its gradients."""
+        if self._several:
+            self._stepped.add(next(i for i, o in enumerate(self.trainer.optimizers) if o is optimizer))
+        if self.options.grad_norm:
+            self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+
+    def add_batch(self, outputs: Any) -> None:
+        """Notes the loss of a micro-batch, as Lightning hands it to ``on_train_batch_end``."""
+        automatic = self.module.automatic_optimization
+        self.statistics.add_loss(outputs, self.trainer.accumulate_grad_batches if automatic else 1)
+
+    def note_end_of_step(self, step: int) -> None:
+        """Notes what belongs to the step that ends, before its statistics are sent off."""
+        self.batches.end_step(step)
+        self.policy.origins.end_step(step, self._batch_idx)
+        if self._scalars:
+            self.statistics.add_scalars(self._scalars.new_values())
+        if self._several:
+            self._optimizers = [self._optimizers[1], ",".join(map(str, sorted(self._stepped)))]
+            self._stepped.clear()
+
+    def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
+        """Reads the statistics of the step before, and acts on them.
+
+        Returns:
+            Whether the live weights were replaced.
+
+        Raises:
+            TrainingDivergedError: where the run is to stop.
+        """
+        self.policy.recovery.lr.end_step(step)
+        restored = False
+        if statistics is not None:
+            for event in self._observe(statistics, warming_up):
+                restored = restored or self.policy.act(event, step)
+        if restored:
+            self.statistics.forget()
+            self._seen = step
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and step % every == 0 and not restored:
+            log_metrics(self.trainer, self.policy.metrics(0.0 if self.calm else 1.0))
+        return restored
+
+    def close(self) -> None:
+        """Sets the learning rates back to the schedule's."""
+        self.policy.recovery.lr.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives."""
+        return {
+            "numbers": self.numbers.state_dict(),
+            "policy": self.policy.state_dict(),
+            "seen": self._seen,
+            "optimizers": list(self._optimizers),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict`` as if there had been no break."""
+        self.numbers.load_state_dict(state["numbers"])
+        self.policy.load_state_dict(state["policy"])
+        self._seen, self._optimizers = state["seen"], list(state["optimizers"])
+
+    def _observe(self, seen: Statistics, warming_up: bool) -> list[SpikeEvent]:
+        """What the detectors have to say of a step, spikes first."""
+        if seen.loss is None and not self._told:
+            self._told = True
+            rank_zero_warn(
+                "merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}"
+            )
+        if seen.unknown_scalars and self._scalars:
+            self._agree_on_scalars()
+        events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
+        if not self.calm:
+            if self._merger().window.mark_in_spike(self._seen, seen.step):
+                self._merger().forget()
+        elif self.numbers.loss.onset is None:
+            self.policy.note_clean(seen.step)
+        self._seen = seen.step
+        if not events and (drift := self.numbers.drifted(seen, not warming_up)):
+            self.policy.report_drift(seen.step, *drift)
+        return events
+
+    def _agree_on_scalars(self) -> None:
+        """Gives the further scalars an order that is the same on all ranks."""
+        assert self._scalars is not None
+        assert self.statistics.names is not None
+        told = self._merger().ranks.exchange(self._scalars.names)
+        new = {name for names in told for name in names}.difference(self.statistics.names)
+        self.statistics.names = [*self.statistics.names, *sorted(new)]
+
+    def _is_broken(self) -> bool:
+        """Whether weights, optimizer state or gradients are not finite, on any rank."""
+        if not self.policy.inquiry.weights_are_finite():
+            return True
+        gradients = [p.grad for p in self.policy.inquiry.parameters if p.grad is not None]
+        sound = all(all_finite(dense(local(gradient))) for gradient in gradients)
+        return not all(self._merger().ranks.exchange(sound))

@@ -1,0 +1,380 @@
+"""Tells a loss spike from noise, from hard data, from a spike that heals by itself, and from a shift."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from merge_callback.signals.baseline import ACTIVE_FROM, Baseline, RiseTest, ShiftTest, middle
+from merge_callback.signals.hard_data import HardData
+from merge_callback.spike_options import HISTORY
+
+__all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]
+
+_RETURNED = 16  # values in a row, nearer to the baseline before a shift, that bring it back
+
+_FAR = 4.0  # while the rate rises: how many times as far above the baseline as usually an outlier lies,
+_TIMES = 2.0  # and how many times the baseline it lies above that,
+_AS_AT_FIRST = 0.5  # and the share of the level at the start of the run that it reaches
+
+
+@dataclass(frozen=True)
+class SpikeEvent:
+    """What a detector has to say: a spike, a rise, or a shift that it now takes for the new normal.
+
+    ``onset`` is the step of the first outlier, ``step`` the one whose value settled it, ``values`` are the
+    outliers (of a shift those among its 128 values, of a spike the last 128, of a rise the last 16 values).
+    ``baseline`` and ``threshold`` are those they were judged by, NaN where there were too few clean values.
+    """
+
+    kind: Literal["spike", "rise", "shift"]
+    watched: str
+    onset: int
+    step: int
+    values: list[float]
+    baseline: float
+    threshold: float
+
+    @property
+    def trigger(self) -> str:
+        """What gave it away, e.g. ``"loss"`` or ``"non-finite loss"``."""
+        finite = all(map(math.isfinite, self.values))
+        return self.watched if finite else f"non-finite {self.watched}"
+
+
+@dataclass
+class _Streak:
+    """Outliers in a row."""
+
+    onset: int
+    outliers: list[float] = field(default_factory=list)  # the last 128, oldest first
+    length: int = 0
+    beyond: int = 0  # how many of the newest stand out of the hard data, too
+    ask_at: int | None = None  # the length at which it is reported though it looks like hard data
+    reported: bool = False  # and nobody answered
+    answers: int = 0
+
+
+@dataclass
+class _AfterRestore:
+    """The first values of restored weights, until it is known whether the data have changed, too."""
+
+    unmoved: int  # how many are of weights as they were restored
+    values: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _BeforeShift:
+    """What was normal before the last shift."""
+
+    onset: int  # of the shift
+    clean: list[float]
+    median: float
+    low: int = 0  # values in a row that lie nearer to that than to the new baseline
+
+
+class SpikeDetector:
+    """Watches one number per optimizer step, the loss or the gradient norm. Pure: no device, no trainer.
+
+    It is in one of three states. *Calm*: a value above the limit of the last 128 clean values (see
+    ``Baseline``) is an outlier; outliers never enter that baseline, so neither a spike nor a NaN can poison
+    it. *Streak*: outliers in a row.
+
+    * A **spike** is ``patience`` outliers in a row: most spikes heal by themselves. A value that is not
+      finite is an outlier like others, unless the weights are broken: then it is a spike at once.
+    * The answer to a spike may be ``acquit()``: the weights are sound, it was **hard data**. Its values make
+      a baseline of their own, and what lies within that is no reason to report again but after 1, 2, 4, …
+      further outliers.
+    * A streak that ends by itself after it was reported was hard data as well. A later one **like it** is
+      reported when it is twice as long.
+    * A **rise** is none of these: the values of late lie clearly above those of before, though few are
+      outliers (see ``RiseTest``). By itself it proves nothing: it is a reason to ask the data.
+    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline. If the
+      values come down again later, they are judged by the old one: hard data may have harmed the weights.
+
+    *After a restore*, the first values are those of weights known to be good. If more than a quarter of them
+    are outliers all the same, the data are the cause: these values are hard data.
+
+    While the learning rate rises the loss can't be judged by what it was, unless it lies several times above
+    that, and is no better than at the start of the run.
+
+    Args:
+        k: how many robust standard deviations above the median an outlier lies.
+        floor: how far above the median it lies at least, as a share of the median.
+        patience: outliers in a row that make a spike.
+        watched: the number's name, for the reports.
+
+    Example:
+        >>> detector = SpikeDetector(patience=2)
+        >>> events = [detector.observe(step, 2.0 + step % 3 / 100) for step in range(100)]
+        >>> any(events), detector.observe(100, 9.0), detector.observe(101, 9.0).onset
+        (False, None, 100)
+    """
+
+    def __init__(self, k: float = 6.0, floor: float = 0.05, patience: int = 5, watched: str = "loss") -> None:
+        self.k, self.floor, self.patience, self.watched = k, floor, patience, watched
+        self._clean = Baseline(k, floor)
+        self._hard = HardData(k, floor)
+        self._shift, self._rise = ShiftTest(), RiseTest(k, floor)
+        self._streak: _Streak | None = None
+        self._after: _AfterRestore | None = None
+        self._before_shift: _BeforeShift | None = None
+        self._active = True  # whether the last value was judged
+        self._before: tuple[float, float] | None = None  # baseline and threshold before the rate rose
+        self._start: list[float] = []  # the first values of the run, and
+        self._level = 0.0  # how large they are
+
+    @property
+    def onset(self) -> int | None:
+        """Step of the first outlier of the current streak; ``None`` while all is well."""
+        return self._streak.onset if self._streak else None
+
+    @property
+    def calm(self) -> bool:
+        """Whether nothing speaks against the weights: no streak, or nothing in it but hard data."""
+        return self._streak is None or (self._streak.beyond == 0 and self._after is None)
+
+    @property
+    def baseline(self) -> float:
+        """Median of the last clean values; NaN before there is one."""
+        return self._clean.median
+
+    @property
+    def threshold(self) -> float:
+        """What a value must exceed to be an outlier; NaN before 64 clean values, or where all are 0."""
+        return self._clean.limit(self._level) if len(self._clean) >= ACTIVE_FROM else math.nan
+
+    def observe(
+        self, step: int, value: float, active: bool = True, skipped: bool = False, broken: bool = False
+    ) -> SpikeEvent | None:
+        """Reads the value of one optimizer step.
+
+        Args:
+            step: the optimizer step; only ever grows.
+            value: its loss, or gradient norm.
+            active: ``False`` while the learning rate warms up: those before, at another rate, are forgotten,
+                and only what lies several times above them is an outlier.
+            skipped: whether the step was skipped because its scaled fp16 gradients overflowed. That is how
+                loss scaling works, and no spike.
+            broken: whether weights, gradients or optimizer state are known not to be finite.
+
+        Returns:
+            What there is to report, as a rule nothing.
+        """
+        finite = math.isfinite(value)
+        if skipped and finite:
+            return None
+        if self._active is not active or self._before:
+            self._note_activity(active)
+        outlier = not finite or self._is_outlier(value)
+        if finite and len(self._start) < ACTIVE_FROM:
+            self._start.append(value)
+            self._level = middle(sorted(map(abs, self._start)))
+        if outlier or self._shift.entries:
+            self._shift.note(step, value, self.threshold)
+        rise = self._note_rise(step, value) if finite and active else None
+        if not outlier:
+            self._end_streak()
+            if self._after:
+                self._note_restored(value)
+            self._clean.admit(value)
+            if self._before_shift:
+                self._note_return(value)
+            return rise
+        streak = self._note_outlier(step, value)
+        if outliers := self._shift.outliers(self.threshold):
+            return self._accept_shift(step, outliers)
+        if not streak.reported and ((broken and not skipped) or self._is_spike(streak)):
+            streak.reported = True
+            return self._event("spike", step, streak.onset, list(streak.outliers))
+        return rise
+
+    def acquit(self) -> bool:
+        """The answer to a spike: it was not the weights. Asks again after 1, 2, 4, … further outliers.
+
+        Returns:
+            Whether it is the first answer to this streak.
+        """
+        streak = self._streak
+        if streak is None:
+            return False
+        self._acquit(streak.outliers)
+        streak.ask_at = streak.length + 2**streak.answers
+        streak.answers += 1
+        return streak.answers == 1
+
+    def restored(self, unmoved: int) -> None:
+        """The answer to an event: the weights are now those of a merge of clean snapshots.
+
+        Args:
+            unmoved: the coming values that are of these weights, but for the noise of a few small updates.
+        """
+        if self._before_shift:
+            self._clean = Baseline(self.k, self.floor, self._before_shift.clean)
+        self._streak = self._before_shift = None
+        self._shift, self._rise = ShiftTest(), RiseTest(self.k, self.floor)
+        self._after = _AfterRestore(min(unmoved, self.patience))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, as JSON types (NaN and infinities as Python's ``json`` writes them)."""
+        return {
+            "clean": list(self._clean.values),
+            "hard": list(self._hard.baseline.values),
+            "healed": self._hard.longest,
+            "trouble": [list(entry) for entry in self._shift.entries],
+            "rise": [[list(entry) for entry in self._rise.recent], self._rise.pause, self._rise.asked],
+            "streak": asdict(self._streak) if self._streak else None,
+            "after": asdict(self._after) if self._after else None,
+            "active": self._active,
+            "before": list(self._before) if self._before else None,
+            "before_shift": asdict(self._before_shift) if self._before_shift else None,
+            "start": list(self._start),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict`` as if there had been no break."""
+        state = copy.deepcopy(dict(state))
+        self._clean = Baseline(self.k, self.floor, state["clean"])
+        self._hard = HardData(self.k, self.floor, state["hard"], state["healed"])
+        self._active, self._start = state["active"], state["start"]
+        self._shift, self._rise = ShiftTest(state["trouble"]), RiseTest(self.k, self.floor, *state["rise"])
+        self._streak = _Streak(**state["streak"]) if state["streak"] else None
+        self._after = _AfterRestore(**state["after"]) if state["after"] else None
+        self._before = tuple(state["before"]) if state["before"] else None
+        self._before_shift = _BeforeShift(**state["before_shift"]) if state["before_shift"] else None
+        self._level = middle(sorted(map(abs, self._start))) if self._start else 0.0
+
+    def _note_activity(self, active: bool) -> None:
+        """At the beginning of a warm-up a new baseline begins; the old one is kept until its end."""
+        if self._active and not active:
+            known = len(self._clean) >= ACTIVE_FROM
+            self._before = (self.baseline, self.threshold) if known else None
+            self._clean, self._shift = Baseline(self.k, self.floor), ShiftTest()
+            self._before_shift = None
+            self._rise = RiseTest(self.k, self.floor)
+        elif active:
+            self._before = None
+        self._active = active
+
+    def _is_outlier(self, value: float) -> bool:
+        if not self._active:
+            return value > self._far_off
+        # The spread takes a sort, which most values don't need.
+        known = len(self._clean) >= ACTIVE_FROM
+        return known and value > self._clean.least_limit(self._level) and value > self.threshold
+
+    @property
+    def _far_off(self) -> float:
+        """What a value must exceed while the rate rises, to be an outlier all the same."""
+        if self._before is None or not math.isfinite(self._before[1]):
+            return math.inf
+        baseline, threshold = self._before
+        far = baseline + max(_FAR * (threshold - baseline), _TIMES * abs(baseline))
+        return max(far, _AS_AT_FIRST * self._level)
+
+    def _note_rise(self, step: int, value: float) -> SpikeEvent | None:
+        found = self._rise.onset(step, value, self._clean, self._level)
+        if found is None:
+            return None
+        streak = self._streak
+        if (streak and (streak.reported or streak.answers)) or self._after:
+            return None
+        onset, baseline, limit = found
+        values = [value for _, value in self._rise.recent]
+        if self._is_hard(middle(sorted(values))):
+            return None
+        return SpikeEvent("rise", self.watched, onset, step, values, baseline, (baseline + limit) / 2)
+
+    def _note_outlier(self, step: int, value: float) -> _Streak:
+        """Adds an outlier to the streak, or begins one with it."""
+        if self._streak is None:
+            # Without an answer from the data a change of them is all that hard data can turn out to be.
+            longest = self._hard.longest
+            ask_at = 2 * longest + self.patience if longest else None
+            self._streak = _Streak(step, ask_at=ask_at)
+        streak = self._streak
+        streak.outliers = [*streak.outliers[1 - HISTORY :], value]
+        streak.length += 1
+        if self._is_hard(value):
+            streak.beyond = 0
+            self._hard.baseline.admit(value)
+        else:
+            streak.beyond += 1
+        if self._after:
+            self._note_restored(value)
+        return streak
+
+    def _is_hard(self, value: float) -> bool:
+        """Whether a value looks like the hard data that are known."""
+        low, high = self._hard.range(self._clean, self._level)
+        return low <= value <= high
+
+    def _is_spike(self, streak: _Streak) -> bool:
+        if self._after and self._after.values:
+            return False  # it is not known yet whether the data changed
+        is_due = streak.ask_at is not None and streak.length >= streak.ask_at
+        return is_due or streak.beyond >= self.patience
+
+    def _note_restored(self, value: float) -> None:
+        """Notes one of the first values after a restore; the last one tells whether the data changed."""
+        after = self._after
+        assert after is not None
+        if not math.isfinite(value):
+            return
+        after.values.append(value)
+        if len(after.values) < after.unmoved:
+            return
+        self._after = None
+        threshold = self.threshold
+        if sorted(after.values)[after.unmoved // 4] > threshold:
+            self._acquit([value for value in after.values if value > threshold])
+        elif self._streak:
+            self._streak.beyond = self._streak.length
+
+    def _acquit(self, values: list[float]) -> None:
+        self._hard.note(values, self._clean, self._level)
+        if self._streak:
+            self._streak.reported, self._streak.beyond = False, 0
+
+    def _end_streak(self) -> None:
+        """A streak that ended by itself was none of the weights' fault, if it was long enough to ask."""
+        streak, self._streak = self._streak, None
+        if streak is None:
+            return
+        if streak.reported or streak.answers:
+            self._hard.note(streak.outliers, self._clean, self._level)
+        elif streak.beyond or not self._hard.longest:
+            return
+        self._hard.longest = max(self._hard.longest, streak.length)
+
+    def _accept_shift(self, step: int, outliers: list[float]) -> SpikeEvent:
+        """Takes the outliers for the new baseline: they are the rule by now."""
+        event = self._event("shift", step, self._shift.entries[0][0], outliers)
+        self._before_shift = _BeforeShift(event.onset, list(self._clean.values), self._clean.median)
+        self._clean = Baseline(self.k, self.floor, outliers)
+        self._shift, self._streak, self._after = ShiftTest(), None, None
+        self._rise = RiseTest(self.k, self.floor)
+        return event
+
+    def _note_return(self, value: float) -> None:
+        """Finds out whether the data are again what they were before the shift; then judges by those.
+
+        What is still off then is no hard data any more: they have harmed the weights, and the streak began
+        with them.
+        """
+        before = self._before_shift
+        assert before is not None
+        before.low = before.low + 1 if value < (self.baseline + before.median) / 2 else 0
+        if before.low == _RETURNED:
+            self._clean, self._before_shift = Baseline(self.k, self.floor, before.clean), None
+            self._rise = RiseTest(self.k, self.floor)
+            self._streak = _Streak(before.onset)
+
+    def _event(
+        self, kind: Literal["spike", "shift"], step: int, onset: int, values: list[float]
+    ) -> SpikeEvent:
+        baseline, threshold = self._before or (self.baseline, self.threshold)
+        return SpikeEvent(kind, self.watched, onset, step, values, baseline, threshold)

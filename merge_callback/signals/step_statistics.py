@@ -1,0 +1,354 @@
+"""The loss, gradient norm and tokens of every optimizer step, read one step late: nothing waits for them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.progress import _ReadyCompletedTracker
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+
+from merge_callback.sharding import Ranks
+from merge_callback.signals.async_scalars import send, send_sum
+from merge_callback.signals.token_clock import TokenClock
+
+log = logging.getLogger(__name__)
+
+_REMEMBERED = 128  # steps whose own losses are kept
+
+_PATIENCE = timedelta(seconds=30)
+"""How long a checkpoint waits for the numbers of other ranks, which may be gone."""
+
+
+class Statistics(NamedTuple):
+    """What one optimizer step was like, on all ranks together.
+
+    Args:
+        step: the optimizer step (the count after it).
+        loss: mean over its micro-batches, not divided for accumulation; ``None`` where none was returned.
+        grad_norm: global 2-norm of its gradients before clipping; ``None`` unless it is watched.
+        skipped: whether fp16 loss scaling skipped it.
+        tokens: in its micro-batches; 0 where they can't be counted.
+        scalars: mean over the ranks that had one, by name, of further numbers that are watched.
+        unknown_scalars: whether some rank had one under a name that is not among ``StepStatistics.names``.
+    """
+
+    step: int
+    loss: float | None
+    grad_norm: float | None
+    skipped: bool
+    tokens: int = 0
+    scalars: Mapping[str, float] = MappingProxyType({})
+    unknown_scalars: bool = False
+
+
+class StepStatistics:
+    """Sums up micro-batches on their device and hands out each step's numbers when the next one ends.
+
+    On several ranks the sums are reduced over all of them, in one all-reduce of seven fp64 numbers a step
+    (and two for each further scalar that is watched). On CUDA they travel in one small copy to pinned memory.
+    Both are waited for one optimizer step later, when the device has the whole next step in its queue: the
+    device never idles for them.
+
+    Args:
+        ranks: that end every step together; default: this process alone.
+        counts: whether this rank's batches are summed up. Tensor-parallel ranks share a batch, and one of
+            them counts it; the losses of the others only tell whether they are finite.
+        device: that training uses.
+        clock: told the tokens of every step once they are known: at its end, by a lone rank.
+        own_part: the part of a parameter's gradient that this rank answers for, as a plain tensor, so that
+            each gradient is summed up once; ``None`` where it has none. Default: the whole gradient, which
+            is right for a lone rank.
+
+    Attributes:
+        names: of further scalars, in an order that is the same on all ranks; ``None`` where none are watched.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks | None = None,
+        counts: bool = True,
+        device: torch.device | str = "cpu",
+        clock: TokenClock | None = None,
+        own_part: Callable[[Tensor], Tensor | None] | None = None,
+    ) -> None:
+        self._ranks, self._counts, self._device = ranks or Ranks(), counts, torch.device(device)
+        self._clock, self._own_part = clock or TokenClock(), own_part or _gradient
+        self._losses: list[float | Tensor] = []
+        self._square_norms: list[float | Tensor] = []
+        self._tokens = 0.0
+        self._on_device = False  # whether one of these is
+        self.names: list[str] | None = None
+        self._scalars: Mapping[str, Tensor | float] = {}
+        self._own_losses: deque[tuple[int, float | Tensor]] = deque(maxlen=_REMEMBERED)
+        self._scale: float | None = None  # after the last step that was read; None where that is not known
+        self._last: _Pending | None = None
+
+    def add_loss(self, outputs: Any, divided_by: int) -> None:
+        """Notes the loss of a micro-batch.
+
+        Args:
+            outputs: what Lightning hands to ``on_train_batch_end``; without a ``"loss"`` nothing is noted.
+            divided_by: what Lightning divided it by (``accumulate_grad_batches``; 1 in manual optimization).
+        """
+        loss = loss_in(outputs)
+        if isinstance(loss, (Tensor, float)):
+            loss = _own(loss, divided_by)
+            self._losses.append(loss)
+            self._on_device |= isinstance(loss, Tensor)
+
+    def add_tokens(self, tokens: float) -> None:
+        """Notes the tokens of a micro-batch: NaN where they can't be counted, which stops the clock."""
+        self._tokens += tokens
+
+    @torch.no_grad()
+    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Notes the norm of the gradients that one optimizer is about to apply."""
+        gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
+        if gradients:
+            square = _own(torch.nn.utils.get_total_norm(gradients), 1) ** 2
+            self._square_norms.append(square)
+            self._on_device |= isinstance(square, Tensor)
+
+    def add_scalars(self, values: Mapping[str, Tensor | float]) -> None:
+        """Notes further scalars of the step that ends now, by name."""
+        self._scalars = values
+
+    def own_losses(self, steps: Iterable[int]) -> list[float | None]:
+        """This rank's own mean losses of some of the last steps, waited for; ``None`` where there is none."""
+        known = dict(self._own_losses)
+        return [None if (loss := known.get(step)) is None else float(loss) for step in steps]
+
+    @torch.no_grad()
+    def gradient_norm(self, parameters: Iterable[Tensor]) -> float:
+        """The global 2-norm of the gradients as they are now; waits for it. All ranks have to ask."""
+        gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
+        square = float(torch.nn.utils.get_total_norm(gradients)) ** 2 if gradients else 0.0
+        return math.sqrt(sum(self._ranks.exchange(square)))
+
+    def end_step(self, step: int, scale: Tensor | None) -> Statistics | None:
+        """Ends optimizer step ``step``; all ranks have to.
+
+        Args:
+            step: the count after it.
+            scale: the loss scale after it, where fp16 needs one: it falls when a step is skipped.
+
+        Returns:
+            The statistics of the step before; ``None`` at the first one.
+        """
+        if losses := self._losses:
+            self._own_losses.append((step, losses[0] if len(losses) == 1 else sum(losses) / len(losses)))
+        tokens, numbers = self._tokens, self._take(scale)
+        last, self._last = self._last, self._send(step, numbers)
+        if self._ranks.group is None:
+            self._last.counted = True
+            self._clock.add(tokens)
+        return None if last is None else self._read(last)
+
+    def settle(self) -> None:
+        """Has the clock count the step that has just ended: waits for its sum, where there is one."""
+        if self._last is not None:
+            self._count(self._last)
+
+    def forget(self) -> None:
+        """Drops what is not read yet: it is about weights, and a loss scale, that are no longer there.
+
+        Tokens are not: those of the step that has just ended are counted first.
+        """
+        self.settle()
+        self._losses, self._square_norms, self._scalars = [], [], {}
+        self._scale, self._last = None, None
+
+    def close(self) -> None:
+        """Waits for a sum that is under way, unless the other ranks are gone."""
+        if self._last is not None:
+            with suppress(Exception):
+                self._last.read(_PATIENCE)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is noted, as primitives: of the micro-batches since the last step this rank's.
+
+        The sum of that step is waited for, and left out where the other ranks are gone.
+        """
+        return {
+            "losses": [float(loss) for loss in self._losses],
+            "square_norms": [float(square) for square in self._square_norms],
+            "tokens": self._tokens,
+            "scale": self._scale,
+            "names": self.names,
+            "last": self._last_step(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from the first rank's ``state_dict``; its micro-batches are the first rank's again."""
+        first = self._ranks.is_first
+        self._losses = list(state["losses"]) if first else []
+        self._square_norms = list(state["square_norms"]) if first else []
+        self._tokens = state["tokens"] if first else 0.0
+        self._scale = state["scale"]
+        self._last = None
+        if self.names is not None:
+            self.names = list(state.get("names") or [])
+        if state["last"] is not None and "names" in state:  # that of an older version has other numbers
+            step, names, *sums = state["last"]
+            self._last = _Pending(step, names, _Sums(*sums))
+            self._last.counted = True
+
+    def _last_step(self) -> list[Any] | None:
+        if self._last is None:
+            return None
+        try:
+            self._count(self._last, _PATIENCE)
+        except Exception as error:  # of any backend
+            log.warning("merge: the statistics of step %s are not saved: %s", self._last.step, error)
+            return None
+        return [self._last.step, self._last.names, *self._last.read()]
+
+    def _take(self, scale: Tensor | None) -> list[float | Tensor]:
+        """The sums of the step that ends; those of the next one begin."""
+        losses, squares, tokens = self._losses, self._square_norms, self._tokens
+        self._losses, self._square_norms, self._tokens = [], [], 0.0
+        loss = sum(losses)
+        counted = [loss, float(len(losses)), tokens] if self._counts else [0.0, 0.0, 0.0]
+        bad = 0.0 if self._ranks.group is None else _is_bad(loss)
+        numbers = [*counted, bad, sum(squares), float(len(squares)), 0.0 if scale is None else scale]
+        return numbers if self.names is None else [*numbers, *self._take_scalars(self.names)]
+
+    def _take_scalars(self, names: Sequence[str]) -> list[float | Tensor]:
+        """Whether there are unknown ones; then of each known one its value, and whether there is one."""
+        found, self._scalars = self._scalars, {}
+        numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
+        for name in names:
+            value = found.get(name)
+            own = 0.0 if value is None else _own(value, 1)
+            numbers += [own, float(value is not None)]
+            self._on_device |= isinstance(own, Tensor)
+        return numbers
+
+    def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
+        ranks = self._ranks
+        on_device, self._on_device = self._on_device or isinstance(numbers[6], Tensor), False
+        if ranks.group is None and not on_device:
+            return _Pending(step, self.names, _reduced(numbers, 1))  # type: ignore[arg-type]
+        read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
+        return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
+
+    def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
+        """Has the clock count a step, once."""
+        if not pending.counted:
+            self._clock.add(pending.read(within).tokens)
+            pending.counted = True
+
+    def _read(self, pending: _Pending) -> Statistics:
+        if not pending.counted:
+            self._count(pending)
+        loss, norm, scale, tokens, *further = pending.sums or pending.read()
+        skipped = scale is not None and self._was_skipped(loss, norm, scale)
+        self._scale = scale
+        tokens = 0 if math.isnan(tokens) else int(tokens)
+        if not further[0]:
+            return Statistics(pending.step, loss, norm, skipped, tokens)
+        unknown, *values = further[0]
+        pairs = zip(pending.names or [], values[::2], values[1::2], strict=True)
+        scalars = {name: value / count for name, value, count in pairs if count}
+        return Statistics(pending.step, loss, norm, skipped, tokens, scalars, bool(unknown))
+
+    def _was_skipped(self, loss: float | None, norm: float | None, scale: float) -> bool:
+        if self._scale is None:  # the first step, or the first after a restore: only an overflow can tell
+            return not all(math.isfinite(number) for number in (loss, norm) if number is not None)
+        return scale < self._scale
+
+
+class _Sums(NamedTuple):
+    """What all ranks' sums of a step come to."""
+
+    loss: float | None
+    norm: float | None
+    scale: float | None
+    tokens: float
+    scalars: list[float] = []  # noqa: RUF012  # as ``_take_scalars`` lays them out; empty where none are watched
+
+
+class _Pending:
+    """A step that has ended, whose numbers may still be on their way."""
+
+    def __init__(
+        self,
+        step: int,
+        names: list[str] | None = None,
+        sums: _Sums | None = None,
+        wait: Callable[[timedelta | None], _Sums] | None = None,
+    ) -> None:
+        self.step, self.names = step, names
+        self.counted = False  # whether the clock knows its tokens
+        self.sums, self._wait = sums, wait  # they are known, or waited for
+
+    def read(self, within: timedelta | None = None) -> _Sums:
+        if self.sums is None:
+            assert self._wait is not None
+            self.sums = self._wait(within)
+        return self.sums
+
+
+def loss_in(outputs: Any) -> Any:
+    """The loss that a training step returned, if any."""
+    return outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
+
+
+def counts_batches(trainer: Trainer) -> bool:
+    """Whether this rank counts its batches: of tensor-parallel ranks, which share theirs, the first does."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return True
+    return strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
+
+
+def step_progress(trainer: Trainer) -> _ReadyCompletedTracker:
+    """Whose ``completed`` is ``trainer.global_step``, which takes seven properties to get there."""
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:
+        return loop.automatic_optimization.optim_progress.optimizer.step.total
+    return loop.manual_optimization.optim_step_progress.total
+
+
+def _reduced(numbers: list[float], ranks: int) -> _Sums:
+    loss, count, tokens, bad, square, squares, scale, *scalars = numbers
+    mean = loss / count if count else None
+    if bad and (mean is None or math.isfinite(mean)):  # on a rank whose loss is not summed up
+        mean = math.nan
+    return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens, scalars)
+
+
+def _is_bad(loss: float | Tensor) -> float | Tensor:
+    return (
+        loss.isfinite().logical_not().double() if isinstance(loss, Tensor) else float(not math.isfinite(loss))
+    )
+
+
+def _gradient(parameter: Tensor) -> Tensor | None:
+    return parameter.grad
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The values that a gradient holds; of a sparse one those that are there."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
+def _own(value: Tensor | float, factor: int) -> Tensor | float:
+    """A copy that no later step writes over, times ``factor``: a number where that takes no waiting."""
+    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor's: to import the class takes a second
+        value = full_tensor()
+    if isinstance(value, Tensor) and value.is_cuda:
+        return value.detach().double().mean() * factor
+    if isinstance(value, Tensor):
+        return (value if value.numel() == 1 else value.detach().double().mean()).item() * factor
+    return value * factor

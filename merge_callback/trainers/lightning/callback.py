@@ -1,0 +1,369 @@
+"""``CheckpointMergeCallback``: merges checkpoints while the model trains."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    SingleDeviceXLAStrategy,
+    Strategy,
+    XLAStrategy,
+)
+from torch.optim import Optimizer
+
+from merge_callback.engine.run_folder import RunFolder
+from merge_callback.engine.session import MergeSession
+from merge_callback.merging import MergeMethod
+from merge_callback.options import Options
+from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.spike_options import SpikeOptions
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointMergeCallback(Callback):
+    """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
+
+    Every interval the callback takes a snapshot of the weights, measures how far it lies from the one before
+    the last (RMS diversity), merges the snapshots of the current learning-rate phase, publishes the merge as
+    safetensors and, after each validation, evaluates it on the same validation data.
+
+    It watches the loss of every optimizer step, too. When that spikes (is NaN, or an outlier for several
+    steps in a row), the live weights are restored from the mean of the last snapshots before the spike
+    (PMA-init), the learning rate warms up again, and training goes on with the data that come next. But for
+    that, the live weights are never touched: training with the callback is bit for bit training without it.
+
+    In the stable phase of a schedule a merge scores about what the model would score after annealing
+    (arXiv 2505.12082); in the decay the gain fades. The phase is read off the learning rates that were really
+    applied; a merge never crosses phases and never holds snapshots of the warm-up.
+
+    Everything lands in ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its window
+    back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
+    ``spikes.jsonl`` has one line for each spike and what was done about it.
+
+    With several ranks, under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each keeps
+    in its window what it holds, or its share of what several hold in common.
+
+    Note:
+        The module's validation hooks run a second time for the merged weights.
+
+    Example::
+
+        trainer = Trainer(callbacks=[CheckpointMergeCallback(every_n_tokens=4_000_000_000)])
+        trainer.fit(model, data)
+        weights = merge_callback.load_merge("lightning_logs/version_0/merges/latest")
+
+    Args:
+        window: snapshots kept, and so the most that are merged. 10 is the paper's choice; early in training
+            fewer are better, late 15 beat 3 by about a point.
+        every_n_tokens: tokens between snapshots; 4B where no interval is given.
+        every_n_steps: optimizer steps between snapshots, instead. Needs no tokens to be countable.
+        count_tokens: tokens of one batch; default: the size of its ``input_ids`` (or first integer tensor).
+        method: a method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
+            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay.
+        storage: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory; ``"auto"`` is
+            ``"disk"``, or ``"cpu"`` where the window is not durable.
+        durable: keeps every snapshot in a file as well, so that the window survives the process.
+        snapshot_dtype: stores the parameters that train as ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp64"``;
+            default: as the model has them. What is copied instead of averaged is kept as it is.
+        snapshot_codec: ``"delta-fp16"`` keeps all but the oldest snapshot as fp16 differences to the one
+            before: about half the bytes for fp32 weights, with errors relative to what moved, not to weights.
+            ``"delta-bf16"`` is coarser, for weights that move by 64 or more between snapshots.
+        dirpath: where everything lands; default: ``merges`` beside Lightning's own checkpoints, or
+            ``merges-1``, ``merges-2``, … where other runs were first. A run resumed without one goes on where
+            it was. To a URL that fsspec knows (``s3://…``) the emissions are uploaded; all else stays in a
+            local folder, ``merge_scratch/…``.
+        emit_every: snapshots between emissions; 0 emits at the end of training only.
+        format: ``"safetensors"``, which the first rank writes as one model, or ``"dcp"``, for which all ranks
+            write their own part at once (``torch.distributed.checkpoint``).
+        keep_last: emissions kept; ``None`` keeps all.
+        strip_prefix: taken off the published names, e.g. ``"model."`` so that the inner model loads them.
+            By default that of a wrapped Hugging Face model, so that ``from_pretrained`` loads the emission,
+            and nothing elsewhere.
+        max_shard_size: larger models are published in several files with an index.
+        evaluate: runs the validation with the merged weights too.
+        evaluate_with: classes (or their names) of callbacks that prepare batches or compute metrics in their
+            validation hooks: those are called then, too. The hooks of all other callbacks are not.
+        diversity_lag: how many snapshots apart the two lie whose distance is the diversity; in a smaller
+            window, the oldest and the newest.
+        exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
+            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters always are.
+        lower_is_better: ``fnmatch`` patterns of the validation's metrics that improve downwards, for the sign
+            of ``merge/gain/…``. Needed where no monitor's mode, torchmetrics object or standard name says so.
+        higher_is_better: the same for those that improve upwards.
+        spike: what is a loss spike, and whether to restore the run, to warn, or not to look: a
+            ``SpikeOptions``, its options as a mapping, or its action alone, ``spike="warn"``.
+
+    Raises:
+        ValueError: for an option that makes no sense; the message names it, its value and the mend.
+        TrainingDivergedError: while training, where restoring did not help and the options say to stop.
+        HalfRestoredError: while training, if a restore, or the return of the live weights after a merged
+            validation, fails half way, twice. No checkpoint is saved then.
+    """
+
+    def __init__(
+        self,
+        window: int = 10,
+        every_n_tokens: int | float | None = None,
+        every_n_steps: int | None = None,
+        count_tokens: Callable[[Any], int] | None = None,
+        method: str | MergeMethod | dict[str, str | MergeMethod] = "auto",
+        storage: str = "auto",
+        durable: bool = True,
+        snapshot_dtype: str | torch.dtype | None = None,
+        snapshot_codec: str | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        emit_every: int = 1,
+        format: str = "safetensors",
+        keep_last: int | None = 3,
+        strip_prefix: str | None = None,
+        max_shard_size: int | str = "5GB",
+        evaluate: bool = True,
+        evaluate_with: Sequence[str | type[Callback]] = (),
+        diversity_lag: int = 2,
+        exclude: Sequence[str] = (),
+        lower_is_better: Sequence[str] = (),
+        higher_is_better: Sequence[str] = (),
+        spike: SpikeOptions | str | bool | dict[str, Any] | None = None,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.options = Options.resolve(**given)
+        # Made once: Lightning asks for it before every hook.
+        self._state_key = self._generate_state_key(
+            every=self.options.every,
+            **{phase: method.name for phase, method in self.options.methods.items()},
+            window=self.options.window,
+            codec=self.options.snapshot_codec,
+            dtype=str(self.options.snapshot_dtype or ""),
+            folder=Path(self.options.dirpath or "").name,  # tells twins apart
+        )
+        self.session: MergeSession | None = None
+        self._resume: dict[str, Any] = {}
+        self._loaded = self._half_restored = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made in mid-fit is what a checkpoint would give back: the options and the state.
+
+        It does not count as one: the files of the trainer's last two checkpoints stay.
+        """
+        state = {**self.__dict__, "session": None}
+        if self.session is not None:
+            state["_resume"] = copy.deepcopy(self.session.state_dict(to_keep=False))
+        return state
+
+    @property
+    def state_key(self) -> str:
+        """Tells several callbacks of this kind apart."""
+        return self._state_key
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses what this callback can't do, before anything is set up."""
+        if stage == "fit":
+            _check_strategy(trainer)
+            _check_folders(trainer)
+            # First in the list: what monitors merged/… or saves a checkpoint then finds this step's state.
+            others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+            trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
+            self._loaded = self._half_restored = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Builds or restores the window: here every strategy has set up, moved and restored the model."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if all(isinstance(optimizer, _MockOptimizer) for optimizer in trainer.optimizers):
+            rank_zero_info("merge: the module has no optimizer, so no weights are trained, and none merged")
+            return
+        if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
+            self._resume = {}  # another run's, left from this callback's last fit
+        options = _beside_others(self.options, trainer)
+        folder = RunFolder.take(options, trainer, self._resume)
+        try:
+            self.session = MergeSession(options, trainer, pl_module, self._resume, folder)
+        except BaseException:
+            folder.give_up()
+            raise
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the batch; makes sure that batches can be counted, before the first step is spent."""
+        if self.session:
+            self.session.begin_batch(batch, batch_idx)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Notes the learning rates of this step; after it the schedulers have moved on."""
+        if self.session:
+            self.session.note_step(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advances the clock and the phase, acts on a spike, takes a snapshot where one is due."""
+        if self.session:
+            if self.session.end_batch(outputs, batch):
+                self._follow_the_model(trainer, pl_module)
+                if self.session:
+                    self.session.take_snapshot()
+            if self.session:
+                self.session.note_random_state()
+
+    def _follow_the_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins a new window where the model's tensors are others now: a merge takes the same of each."""
+        if not self.session or not (change := self.session.model_change()):
+            return
+        rank_zero_warn(
+            f"merge: the model's tensors have changed since training began: at step {trainer.global_step} "
+            f"{change}. A new window begins here; of a buffer that changes its shape all the time, "
+            "register_buffer(persistent=False) keeps the window free"
+        )
+        session, self.session = self.session, None
+        try:
+            state = self._resume = session.hand_over()
+            self.session = MergeSession(session.options, trainer, pl_module, state, session.folder)
+        except Exception:
+            log.exception("merge: nothing more is merged: no window fits the changed model; training goes on")
+            session.folder.give_up()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validates the merged weights, if the window has something new since the last validation."""
+        if self.session and not trainer.sanity_checking:
+            self.session.keeper.settle()  # a monitor finds the same on all ranks
+            if self.options.evaluate:
+                self.session.evaluate()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publishes the last merge; the live model keeps its own weights."""
+        if self.session:
+            self.session.finish()
+            self._resume = self.session.state_dict()
+            self.session = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Lets go of the folder: ``teardown`` does not come after an exception.
+
+        Raises nothing itself: the next callback may have a checkpoint to rescue.
+        """
+        if self.session:
+            session, self.session = self.session, None
+            self._half_restored = session.is_half_restored or isinstance(exception, HalfRestoredError)
+            try:
+                self._resume = session.state_dict()
+            except Exception:
+                log.exception("merge: the state of the run could not be taken")
+            try:
+                session.close()
+            except Exception:
+                log.exception("merge: the folder could not be given back")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuses to save weights that a failed restore has overwritten in part.
+
+        Raises:
+            HalfRestoredError: instead of a checkpoint of a mixture.
+        """
+        if self._half_restored or (self.session and self.session.is_half_restored):
+            raise HalfRestoredError(
+                "a restore failed half way, and its weights are not saved; resume earlier"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock, phase, and the records of the window's snapshots, as primitives."""
+        return self.session.state_dict() if self.session else self._resume
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until training starts, when there is a model to restore the window for."""
+        self._resume = state_dict
+        self._loaded = True
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Finds the state of a run that was started with another ``dirpath``, interval or method."""
+        states = checkpoint.get("callbacks", {})
+        if self.state_key in states:
+            return
+        others = {c.state_key for c in trainer.callbacks if c is not self}  # type: ignore[attr-defined]
+        saved = [key for key in states if key.startswith(type(self).__qualname__) and key not in others]
+        # Those of older versions told callbacks apart by their dirpath.
+        similar = [key for key in saved if self._interval_and_methods in key]
+        found = next(
+            (k for k in (saved, similar, [k for k in similar if self._dirpath in k]) if len(k) == 1), []
+        )
+        if found:
+            self.load_state_dict(states[found[0]])
+        elif saved:
+            rank_zero_warn(
+                f"merge: the checkpoint holds the states of {saved}, and which of them is that of "
+                f"{self.state_key} can't be told: this window begins empty"
+            )
+
+    @property
+    def _interval_and_methods(self) -> str:
+        return self.state_key.partition("{")[2].partition(", 'window'")[0]
+
+    @property
+    def _dirpath(self) -> str:
+        return f"'dirpath': {str(self.options.dirpath or '')!r}"
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    if reason := _why_not(trainer.strategy):
+        raise MisconfigurationException(
+            f"CheckpointMergeCallback can't work with {type(trainer.strategy).__name__}: {reason}; use one "
+            "device, DDP, FSDP, or ModelParallelStrategy (FSDP2, tensor parallelism)"
+        )
+
+
+def _why_not(strategy: Strategy) -> str:
+    """What keeps a strategy's model from being merged; empty where nothing does."""
+    if isinstance(strategy, DeepSpeedStrategy):
+        return "its optimizer keeps master weights of its own, which a restore would have to write, too"
+    if isinstance(strategy, FSDPStrategy):
+        if strategy.kwargs.get("use_orig_params") is False:
+            return "use_orig_params=False hides the parameters from the optimizer and from us"
+        return ""
+    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+    if isinstance(strategy, known) and not isinstance(strategy, (SingleDeviceXLAStrategy, XLAStrategy)):
+        return ""
+    return "which part of the weights is where is not known"
+
+
+def _beside_others(options: Options, trainer: Trainer) -> Options:
+    """Of several callbacks the first one restores the run; the others only note and report its spikes."""
+    sessions = [getattr(c, "session", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
+    if options.spike.action != "restore" or "restore" not in actions:
+        return options
+    return replace(options, spike=replace(options.spike, action="warn"))
+
+
+def _check_folders(trainer: Trainer) -> None:
+    mine = [c for c in trainer.callbacks if isinstance(c, CheckpointMergeCallback)]  # type: ignore[attr-defined]
+    given = [c.options.dirpath for c in mine if c.options.dirpath is not None]
+    folders = [folder.absolute() if isinstance(folder, Path) else folder for folder in given]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise MisconfigurationException(
+                f"{folders.count(folder)} CheckpointMergeCallbacks share dirpath={str(folder)!r}; "
+                "give each its own dirpath"
+            )

@@ -1,0 +1,284 @@
+"""Validation with other weights, inside a running fit.
+
+``trainer.validate()`` inside fit corrupts the loops' state, so this runs Lightning's own evaluation loop
+beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, and nobody
+hears of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from torch import Tensor
+
+from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.sharding.sharding import Sharding
+from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.merge import HalfRestoredError, Merge
+from merge_callback.trainers.lightning.metric_direction import MetricDirections
+from merge_callback.trainers.lightning.quiet import nothing
+from merge_callback.trainers.lightning.reporting import gains, log_metrics
+from merge_callback.trainers.lightning.undisturbed import replaced, undisturbed
+from merge_callback.trainers.lightning.validation_state import RandomState
+
+log = logging.getLogger(__name__)
+
+_WELL_KNOWN = {"lightning", "pytorch_lightning", "merge_callback"}
+
+_MEASURING = [
+    f"on_validation_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end")
+]
+
+
+class MergedValidation:
+    """Validates each merge once and makes ``merged/…`` known to callbacks that monitor it."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        sharding: Sharding | None = None,
+        directions: MetricDirections | None = None,
+        taking_part: Sequence[Callback] = (),
+    ) -> None:
+        self.trainer, self.module, self._taking_part = trainer, module, taking_part
+        self.sharding = sharding or Sharding({}, {})
+        self._directions, self._told = directions or MetricDirections(), False
+        self.step = -1
+        self.metrics: dict[str, float] = {}
+        self._random: RandomState | None = None
+        self._has_failed = self._told_of_missing = False
+
+    def note_random_state(self) -> None:
+        """Before a live validation: keeps the generators, so that the merged one draws the same numbers.
+
+        Else the gain would compare two weights on two samples wherever data is shuffled or masked at random.
+        """
+        self._random = RandomState(self.trainer) if _validation_is_next(self.trainer) else None
+
+    def update(self, merge: Merge | None) -> None:
+        """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on.
+
+        Afterwards there is a ``merged/…`` value of what the merge was validated for, and of nothing else. A
+        monitor must find its key from the first validation on: until there is a merge, it is the model.
+
+        Raises:
+            HalfRestoredError: where the live weights could not be put back, on any rank.
+        """
+        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        live = epoch_metrics(results, self.trainer.callback_metrics)
+        if merge is not None and merge.step != self.step:
+            self._validate(merge, live)
+        known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
+        if self.step == -1 and not self._has_failed:
+            known = {f"merged/{name}": value for name, value in live.items()}
+        shown = self.trainer.callback_metrics
+        shown.update(known)
+        missing = {f"merged/{name}" for name in live} - known.keys()
+        for name in missing:
+            shown.pop(name, None)
+            shown.pop(name.replace("merged/", "merge/gain/", 1), None)
+        # A monitor that misses its key ends the run.
+        shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
+        self._hold_stopping(missing)
+
+    def close(self) -> None:
+        """Leaves the trainer's callbacks as they were."""
+        self._hold_stopping(())
+
+    def _validate(self, merge: Merge, live: Mapping[str, Tensor]) -> None:
+        problem = None
+        try:
+            with self._directions.listening(self.module):
+                merged = validate_with(
+                    self.trainer, self.module, merge.arena, self._random, self.sharding, self._taking_part
+                )
+        except Exception as error:
+            if DeferredSignals.has_raised(error):
+                raise
+            problem = error
+        try:
+            self.sharding.ranks.agree(problem)
+        except Exception:
+            if any(self.sharding.ranks.exchange(isinstance(problem, HalfRestoredError))):
+                raise HalfRestoredError("after a merged validation the live weights are lost") from problem
+            log.exception("merge: validation with the merged weights failed; the live weights are back")
+            self.step, self.metrics, self._has_failed = -1, {}, True
+            return
+        self.step, self._has_failed = merge.step, False
+        self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
+        log_metrics(self.trainer, {**self.metrics, **self._gains(live, merged)})
+        self._tell_of_missing(sorted(live.keys() - merged.keys()))
+
+    def _monitored(self) -> set[str]:
+        monitors = [getattr(c, "monitor", None) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
+        return {str(m) for m in (*monitors, *(c.monitor for c in self.trainer.lr_scheduler_configs)) if m}
+
+    def _hold_stopping(self, missing: Collection[str]) -> None:
+        """Lets early stopping pass over what has no value: NaN would stop the run."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping):
+                if callback.monitor in missing:
+                    vars(callback)["_run_early_stopping_check"] = nothing
+                elif vars(callback).get("_run_early_stopping_check") is nothing:
+                    del vars(callback)["_run_early_stopping_check"]
+
+    def _tell_of_missing(self, missing: list[str]) -> None:
+        """Says once which callbacks take no part, if that may matter."""
+        others = [c for c in self.trainer.callbacks if c not in self._taking_part]  # type: ignore[attr-defined]
+        idle = [type(c).__name__ for c in others if _may_prepare_or_log(c)]
+        if (missing or idle) and not self._told_of_missing:
+            self._told_of_missing = True
+            without = f"; so there is no merged/… value of {', '.join(missing)}" if missing else ""
+            rank_zero_info(
+                f"merge: the hooks of {', '.join(idle) or 'callbacks'} are not called when a merge is "
+                f"validated{without}. Name those that prepare batches or measure in evaluate_with={idle}"
+            )
+
+    def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
+        """The gains; says once of which metrics there are none, and how to tell."""
+        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        told = self._directions.lower_is_better
+        lower = {name: told(name, self.trainer, results, self.module) for name in merged if name in live}
+        unknown = sorted(name for name, direction in lower.items() if direction is None)
+        if unknown and not self._told:
+            self._told = True
+            rank_zero_info(
+                f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
+                f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
+            )
+        return gains(live, merged, lower)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last validated merge and its metrics, as primitives."""
+        return {"step": self.step, "metrics": dict(self.metrics)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``."""
+        self.step, self.metrics = state["step"], dict(state["metrics"])
+
+
+def validate_with(
+    trainer: Trainer,
+    module: LightningModule,
+    merged: Arena,
+    random: RandomState | None = None,
+    sharding: Sharding | None = None,
+    taking_part: Sequence[Callback] = (),
+) -> dict[str, Tensor]:
+    """Runs the fit's validation with ``merged`` in place of the live weights.
+
+    To be called from ``on_validation_end``. Whatever happens inside, the live weights, the module's Python
+    state and torchmetrics, schedulers, and every random generator come back bit for bit.
+
+    Args:
+        trainer: in fit, at the end of a validation.
+        module: its module.
+        merged: weights in the model's layout and dtypes; with several ranks what this one keeps of them.
+        random: the generators to begin with; default: as they are.
+        sharding: what each rank keeps, where there are several.
+        taking_part: the callbacks whose hooks are called.
+
+    Returns:
+        Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
+
+    Raises:
+        Exception: whatever the module's validation raises.
+    """
+    loop, sharding = BesideLoop(trainer), sharding or Sharding({}, {})
+    swap = undisturbed(trainer, module, merged.buffer.device, taking_part)
+    with DeferredSignals() as signals, ExitStack() as stack:
+
+        def put_in() -> dict[str, Tensor]:
+            tensors = stack.enter_context(swap)
+            stack.enter_context(replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
+            merged.copy_to(sharding.own(tensors))
+            return tensors
+
+        sharding.spread(sharding.ranks.agreed(put_in))
+        if random is not None:
+            random.restore()
+        with signals.let_through():
+            loop.run()
+        return epoch_metrics(loop._results, trainer._logger_connector._callback_metrics)
+
+
+def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
+    """The trainer's callbacks of the classes that are named.
+
+    Raises:
+        ValueError: where a name is that of none of them.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    kinds = {callback: {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks}
+    for name in named:
+        if not any(name in names for names in kinds.values()):
+            raise ValueError(
+                f"evaluate_with={list(named)!r}: the trainer has no callback of the class {name!r}; it has "
+                f"{', '.join(type(callback).__name__ for callback in callbacks)}"
+            )
+    return [callback for callback, names in kinds.items() if names & set(named)]
+
+
+def _may_prepare_or_log(callback: Callback) -> bool:
+    """Whether a callback of somebody's own has hooks that may change what a validation measures, or log."""
+    if type(callback).__module__.partition(".")[0] in _WELL_KNOWN:
+        return False
+    return any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in _MEASURING)
+
+
+def _validation_is_next(trainer: Trainer) -> bool:
+    """Whether the fit validates after this batch; Lightning knows, but takes ten times as long to say no."""
+    loop = trainer.fit_loop
+    progress, every = loop.epoch_loop.batch_progress, trainer.val_check_batch
+    if every is not None and not progress.is_last_batch and not trainer.should_stop:
+        if every == math.inf:  # the length of an epoch is not known
+            every = trainer.limit_train_batches
+        # Depending on the options the batches of the epoch count, or those of the run.
+        if isinstance(every, float) or (progress.current.ready % every and progress.total.ready % every):
+            return False
+    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
+
+
+class BesideLoop(_EvaluationLoop):
+    """An evaluation loop that shares the dataloaders of the trainer's validation loop.
+
+    Args:
+        trainer: in fit.
+        at_most: batches of each dataloader.
+    """
+
+    def __init__(self, trainer: Trainer, at_most: float = math.inf) -> None:
+        self._at_most = at_most
+        self._live = trainer.fit_loop.epoch_loop.val_loop
+        super().__init__(
+            trainer,
+            TrainerFn.FITTING,
+            RunningStage.VALIDATING,
+            verbose=False,
+            inference_mode=self._live.inference_mode,
+        )
+
+    def setup_data(self) -> None:
+        """Takes the dataloaders of the trainer's loop."""
+        self._combined_loader = self._live._combined_loader
+        self._max_batches = [min(n, self._at_most) for n in self._live._max_batches]
+        self._seen_batches_per_dataloader = defaultdict(int)
+
+
+def epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of the ``known`` metrics that a validation logged for its epoch."""
+    names = [n for r in results.values() if r.meta.on_epoch for n in results._forked_name(r, on_step=False)]
+    return {name: known[name] for name in names if name in known and name != "step"}  # an axis, no metric

@@ -1,0 +1,184 @@
+"""How losses are computed again inside a running Lightning fit: of training batches, or of the validation."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from merge_callback.recovery.evidence import HeldBatch, LossOf, UnrepeatableStepError, copied
+from merge_callback.signals.step_statistics import loss_in
+from merge_callback.trainers.lightning.merged_validation import BesideLoop, epoch_metrics
+from merge_callback.trainers.lightning.reporting import lower_is_better
+from merge_callback.trainers.lightning.undisturbed import replaced, undisturbed
+from merge_callback.trainers.lightning.validation_state import (
+    PythonState,
+    RandomState,
+    first_iterator,
+    put_back,
+    reset_metrics,
+)
+
+_VALIDATED = 8  # batches of each dataloader
+
+_CALLED_LOSS = re.compile(r"(^|[^a-zA-Z])loss$|^loss([^a-zA-Z]|$)", re.IGNORECASE)
+
+
+@contextmanager
+def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.device) -> Iterator[LossOf]:
+    """A ``Rehearsal`` of the training step, as Lightning runs it, without gradients.
+
+    A step that asks for gradients itself (a penalty on them, an adversary) is run with them, in a process
+    that trains alone. Of a manual optimization only the loss is computed, nothing is trained.
+
+    Args:
+        trainer: in fit, between two training steps.
+        module: its module.
+        device: for the copy of the live weights.
+
+    Raises:
+        UnrepeatableStepError: for a step that takes from an iterator.
+    """
+    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+        raise UnrepeatableStepError("it takes its batches from an iterator (dataloader_iter)")
+    if (iterator := first_iterator(module)) is not None:
+        raise UnrepeatableStepError(f"it may take from an iterator that the module holds ({iterator!r:.80})")
+    loop = trainer.fit_loop.epoch_loop
+    with ExitStack() as stack:
+        stack.enter_context(undisturbed(trainer, module, device))
+        stack.enter_context(replaced(loop, "_results", _ResultCollection(training=True)))
+        stack.enter_context(_no_training(trainer, module))
+        state = PythonState(trainer, module)
+        yield _TrainingLoss(trainer, module, state.restore)
+
+
+@contextmanager
+def _no_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Within, a step of a manual optimization changes nothing: no backward pass, no update, no gradients."""
+    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in module.parameters()]
+    strategy = trainer.strategy
+    with (
+        replaced(strategy, "backward", _nothing),
+        replaced(strategy, "optimizer_step", _only_the_closure),
+    ):
+        for parameter, _, _ in kept:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient, requires_grad in kept:
+                parameter.grad = gradient
+                parameter.requires_grad_(requires_grad)
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _only_the_closure(optimizer: Any, closure: Any = None, *_: Any, **__: Any) -> Any:
+    return closure() if closure else None
+
+
+class _TrainingLoss:
+    """Computes the training loss of some batches, each time from the same state except for the weights.
+
+    Args:
+        trainer: in fit.
+        module: its module; what a step counts or collects in it is put back before every pass.
+        restore: puts its Python state back.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, restore: Callable[[], object]) -> None:
+        self.trainer, self._module, self._restore = trainer, module, restore
+        self._random = RandomState(trainer)
+        self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+        self._needs_gradients = False
+
+    def __call__(self, batches: Sequence[HeldBatch]) -> float:
+        if not batches:
+            raise UnrepeatableStepError("no batch of it is left")
+        if not self._needs_gradients:
+            try:
+                return self._mean(batches)
+            except RuntimeError as error:
+                if self.trainer.world_size > 1 or "grad" not in str(error):
+                    raise
+                self._needs_gradients = True
+        with torch.enable_grad():
+            return self._mean(batches)
+
+    def _mean(self, batches: Sequence[HeldBatch]) -> float:
+        self._restore()
+        for buffer, kept in self._buffers:
+            put_back(buffer, kept)
+        reset_metrics(self._module)
+        self._random.restore()
+        losses = [loss for loss in map(self._loss, batches) if loss is not None]
+        if not losses:
+            raise UnrepeatableStepError("it returned no loss this time")
+        return math.fsum(losses) / len(losses)
+
+    def _loss(self, held: HeldBatch) -> float | None:
+        loop = self.trainer.fit_loop.epoch_loop
+        batch = apply_to_collection(copied(held.batch), Tensor, Tensor.clone)  # the step may write to it
+        loop._results.batch, loop._results.batch_size = batch, None
+        arguments = loop._build_kwargs(OrderedDict(), batch, held.batch_idx)
+        loss = loss_in(call._call_strategy_hook(self.trainer, "training_step", *arguments.values()))
+        if loss is None:
+            return None
+        return float(loss.detach().double().mean()) if isinstance(loss, Tensor) else float(loss)
+
+
+@contextmanager
+def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torch.device) -> Iterator[LossOf]:
+    """A ``Rehearsal`` of the first batches of the validation, whatever batches it is asked for.
+
+    Args:
+        trainer: in fit, between two training steps.
+        module: its module.
+        device: for the copy of the live weights.
+
+    Raises:
+        UnrepeatableStepError: where there was no validation yet that logged a loss.
+    """
+    live = trainer.fit_loop.epoch_loop.val_loop
+    name = validation_loss(trainer)
+    if live._combined_loader is None or name is None:
+        raise UnrepeatableStepError("there was no validation with a loss yet")
+    random = RandomState(trainer)
+
+    def loss(_: Sequence[HeldBatch]) -> float:
+        loop = BesideLoop(trainer, at_most=_VALIDATED)
+        random.restore()
+        with replaced(trainer.fit_loop.epoch_loop, "val_loop", loop):
+            trainer.validating = True
+            try:
+                loop.run()
+            finally:
+                trainer.training = True
+        return float(epoch_metrics(loop._results, trainer._logger_connector._callback_metrics)[name])
+
+    with undisturbed(trainer, module, device):
+        yield loss
+
+
+def validation_loss(trainer: Trainer) -> str | None:
+    """The name of the validation's loss: one that is monitored, or else called a loss; no part of one."""
+    results = trainer.fit_loop.epoch_loop.val_loop._results
+    names = epoch_metrics(results, trainer.callback_metrics)
+    monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    for name in monitored:
+        if name in names and lower_is_better(name, trainer, results):
+            return str(name)
+    losses = [name for name in names if _CALLED_LOSS.search(name)]
+    return min(losses, key=len, default=None)

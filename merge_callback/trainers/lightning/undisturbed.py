@@ -1,0 +1,168 @@
+"""Running a live module on anything, with other weights, as if nothing had been run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from torch import Tensor
+
+from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
+from merge_callback.trainers.lightning.validation_state import (
+    PythonState,
+    RandomState,
+    Restore,
+    kept_weights,
+    reset_metrics,
+)
+
+Replacement = tuple[object, str, Any]
+"""An object, the name of an attribute, and a value for it."""
+
+
+@contextmanager
+def undisturbed(
+    trainer: Trainer,
+    module: LightningModule,
+    device: torch.device,
+    taking_part: Sequence[Callback] = (),
+) -> Iterator[dict[str, Tensor]]:
+    """Within, the module may be run on anything, with other weights, and nobody hears of it.
+
+    On exit, also by an exception, the live weights, the module's Python state and torchmetrics, schedulers,
+    and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
+    callbacks and loggers can be read as ever, but no hook of a callback is called, and nothing is logged.
+
+    What is saved within by a hook is the run as it was: by ``trainer.save_checkpoint``, by the connector's
+    ``dump_checkpoint``, or by the ``state_dict`` of the module itself. That of a part of it shows the other
+    weights. The handler of a signal finds the run as it was, and what it sets there stays.
+
+    Args:
+        trainer: in fit. Signals have to be deferred on entry and on exit.
+        module: its module.
+        device: for the copy of the live weights.
+        taking_part: the callbacks whose hooks are called; their state is kept like the module's.
+
+    Yields:
+        The live tensors (or shards) by name.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    loop = trainer.fit_loop.epoch_loop
+    connector = _LoggerConnector(trainer)
+    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
+    others: list[Replacement] = [
+        (trainer, "callbacks", list(callbacks)),
+        (trainer, "loggers", [quiet_logger(logger) for logger in trainer.loggers]),
+        (trainer, "should_stop", trainer.should_stop),
+        (trainer, "_logger_connector", connector),
+        (loop, "val_loop", loop.val_loop),
+    ]
+    with ExitStack() as stack:
+        # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        tensors, state, restore = stack.enter_context(_kept(trainer, module, device, taking_part))
+        own: list[Replacement] = []
+        set_within: list[Replacement] = []  # by handlers
+        stack.callback(_set_all, set_within)
+
+        @contextmanager
+        def as_it_was(stays: bool = False) -> Iterator[None]:
+            with DeferredSignals(), torch.inference_mode(False), ExitStack() as present:
+                present.enter_context(_kept(trainer, module, device, taking_part))
+                for replacement in own:
+                    present.enter_context(replaced(*replacement))
+                restore()
+                try:
+                    yield
+                finally:
+                    if stays:
+                        state.renew()
+                        now = [(owner, name, getattr(owner, name)) for owner, name, _ in own]
+                        set_within.extend(new for new, old in zip(now, own, strict=True) if new[2] != old[2])
+                        own[:] = now
+
+        for owner, name, value in (*others, *_saving(trainer, module, as_it_was)):
+            own.append((owner, name, getattr(owner, name)))
+            stack.enter_context(replaced(owner, name, value))
+        stack.enter_context(silenced([c for c in callbacks if c not in taking_part]))
+        stack.enter_context(DeferredSignals.around_handlers(partial(as_it_was, stays=True)))
+        reset_metrics(module, *taking_part)
+        yield tensors
+
+
+@contextmanager
+def _kept(
+    trainer: Trainer, module: LightningModule, device: torch.device, taking_part: Sequence[Callback]
+) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
+    """Hands out the live tensors, the Python state, and what sets both back, as on exit."""
+    random, state = RandomState(trainer), PythonState(trainer, module, taking_part)
+    with ExitStack() as stack:
+        stack.callback(random.restore)
+        stack.callback(state.restore)
+        tensors, restore_weights = stack.enter_context(kept_weights(trainer, module, device))
+
+        def restore() -> None:
+            restore_weights()
+            state.restore()
+            random.restore()
+
+        yield tensors, state, restore
+
+
+def _saving(
+    trainer: Trainer, module: LightningModule, as_it_was: Callable[[], AbstractContextManager[None]]
+) -> list[Replacement]:
+    """The functions that a run is saved by, so that they save it as it was.
+
+    A state dict only refers to the weights, which are others again when it is returned: it is copied.
+    """
+    connector, kind = trainer._checkpoint_connector, type(module)
+    present = kind.state_dict
+
+    def save_checkpoint(*args: Any, **options: Any) -> None:
+        with as_it_was():
+            trainer.save_checkpoint(*args, **options)
+
+    def dump_checkpoint(*args: Any, **options: Any) -> dict[str, Any]:
+        with as_it_was():
+            checkpoint = connector.dump_checkpoint(*args, **options)
+            return {**checkpoint, "state_dict": copy.deepcopy(checkpoint["state_dict"])}
+
+    def state_dict(self: LightningModule, *args: Any, **options: Any) -> Any:
+        if self is not module:
+            return present(self, *args, **options)
+        with as_it_was():
+            return copy.deepcopy(module.state_dict(*args, **options))
+
+    return [
+        (trainer, "save_checkpoint", save_checkpoint),
+        (connector, "dump_checkpoint", dump_checkpoint),
+        (kind, "state_dict", state_dict),  # of the class: a module that has a function can't be pickled
+    ]
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Within, an attribute has another value."""
+    kept, was_own = getattr(owner, name), name in vars(owner)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if name in vars(owner) and not was_own:  # the class's shows again
+            delattr(owner, name)
+        else:
+            setattr(owner, name, kept)
+
+
+def _set_all(replacements: list[Replacement]) -> None:
+    for replacement in replacements:
+        setattr(*replacement)

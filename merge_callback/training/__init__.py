@@ -1,1 +1,0 @@
-"""What touches a live Trainer: token clock, learning-rate phase, merged evaluation, logging."""
