@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import WEIGHTS_ALONE
 from merge_callback.snapshots.files import read_small
 
 _TIMES = {"k": 1000, "m": 1_000_000}
@@ -21,8 +22,6 @@ _STEP = re.compile(
     rf"(?:(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?|^ep\d+-ba){_COUNT}", re.IGNORECASE
 )
 _NUMBERED = re.compile(rf"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?{_COUNT}", re.IGNORECASE)
-WEIGHTS_ALONE = {"model", "pytorch_model", "consolidated", "diffusion_pytorch_model"}
-"""Names of files that say nothing but that these are the weights of the folder's model."""
 
 
 @dataclass

@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
 from merge_callback.checkpoints.containment import contained_below
-from merge_callback.offline.merge_record import PROVENANCE, read_record
+from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, SHARDS
+from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.snapshots.files import CorruptFileError
 from merge_callback.snapshots.safetensors_file import file_checksum
-from merge_callback.snapshots.window_folder import MANIFEST
-
-SHARDS = "shards.json"  # of a snapshot of several ranks
 
 _IN_NAME = re.compile(r"-([0-9a-f]{12})\.safetensors$")
 

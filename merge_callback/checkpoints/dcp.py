@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name, whole
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.dcp_metadata import read_metadata
+from merge_callback.checkpoints.file_names import LIGHTNING_META, METADATA
 from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
 from merge_callback.checkpoints.pytorch_file import load_mapped, short_reasons
 from merge_callback.checkpoints.training_state import (
@@ -34,8 +35,6 @@ from merge_callback.checkpoints.training_state import (
 )
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
-METADATA = ".metadata"
-_LIGHTNING = "meta.pt"  # what Lightning's sharded checkpoints hold besides tensors
 _MOST_CELLS = 10_000_000
 # What torch raises for a part that is not what was saved.
 _BROKEN = (RuntimeError, AssertionError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
@@ -81,7 +80,7 @@ def open_dcp(folder: Path, spool: Path | None = None) -> Checkpoint:
 def recorded_step(folder: Path) -> int | None:
     """The step in Lightning's part of a sharded checkpoint, if safely read; else in the folder's name."""
     try:
-        path = contained(folder, _LIGHTNING)
+        path = contained(folder, LIGHTNING_META)
         step = whole(load_mapped(path)["global_step"])
     except Exception:  # whatever a foreign pickle does wrong: a step is good to have, no more
         step = None

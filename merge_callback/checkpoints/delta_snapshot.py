@@ -10,11 +10,11 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import MANIFEST
 from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.layout import delta_unit
 from merge_callback.snapshots.safetensors_file import CorruptFileError
-from merge_callback.snapshots.window_folder import MANIFEST
 
 
 def decode_snapshot(

@@ -6,32 +6,30 @@ from dataclasses import replace
 from pathlib import Path
 
 from merge_callback.checkpoints.bin_folder import is_bin_folder, open_bin_folder
-from merge_callback.checkpoints.checkpoint import WEIGHTS_ALONE, Checkpoint, step_in_name
-from merge_callback.checkpoints.checksums import SHARDS, failed_checksums
+from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name
+from merge_callback.checkpoints.checksums import failed_checksums
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.delta_snapshot import decode_snapshot
+from merge_callback.checkpoints.file_names import (
+    INDEX,
+    MERGED_CKPT,
+    METADATA,
+    PROVENANCE,
+    SHARDS,
+    WEIGHTS,
+    WEIGHTS_ALONE,
+)
 from merge_callback.checkpoints.frozen_part import with_frozen_part
+from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.pytorch_file import load_mapped, open_pytorch
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.run_snapshot import as_published
-from merge_callback.checkpoints.safetensors_folder import (
-    INDEX,
-    WEIGHTS,
-    open_file,
-    open_folder,
-    other_weights,
-)
+from merge_callback.checkpoints.safetensors_folder import open_file, open_folder, other_weights
 from merge_callback.checkpoints.safetensors_folder import recorded_step as _folder_step
 from merge_callback.checkpoints.state_key import under_key
 from merge_callback.checkpoints.training_state import without_training_state
-from merge_callback.offline.merge_record import PROVENANCE, read_record
 
 __all__ = ["Checkpoint", "is_checkpoint_folder", "open_checkpoint", "recorded_step", "verify"]
-
-MERGED_CKPT = "merged.ckpt"
-"""The file of a merge that was written for Lightning, beside its record."""
-
-_METADATA = ".metadata"  # of torch.distributed.checkpoint, which takes 0.7 s to import
 
 
 def open_checkpoint(
@@ -77,7 +75,7 @@ def open_checkpoint(
 
 def _open_stored(path: Path, spool: Path | None, state_key: str | None) -> Checkpoint:
     """A checkpoint as its own files have it."""
-    if (path / _METADATA).is_file():
+    if (path / METADATA).is_file():
         from merge_callback.checkpoints.dcp import open_dcp
 
         stored = open_dcp(path, spool)
@@ -109,7 +107,7 @@ def verify(checkpoint: Checkpoint) -> list[str] | None:
 def is_checkpoint_folder(path: Path) -> bool:
     """Whether a folder is one checkpoint."""
     return path.is_dir() and (
-        any((path / name).exists() for name in (_METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
+        any((path / name).exists() for name in (METADATA, SHARDS, PROVENANCE, WEIGHTS, INDEX))
         or is_bin_folder(path)
         or any(path.glob("*.safetensors.index*.json"))
         or bool(other_weights(path))
@@ -125,7 +123,7 @@ def recorded_step(path: Path) -> int | None:
     step = step_in_name(path)
     if step is not None:
         return step
-    if (path / _METADATA).is_file():
+    if (path / METADATA).is_file():
         from merge_callback.checkpoints.dcp import recorded_step as dcp_step
 
         return dcp_step(path)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
+from merge_callback.checkpoints.file_names import CONFIG
 from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
 
-CONFIG = "config.json"
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _OTHER_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _KNOWN_METHODS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark"}

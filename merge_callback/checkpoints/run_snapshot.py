@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json, segment_of
-from merge_callback.offline.merge_record import MergeRecord
+from merge_callback.checkpoints.file_names import CONFIG, GENERATION_CONFIG, MANIFEST
+from merge_callback.checkpoints.merge_record import MergeRecord
 from merge_callback.snapshots.files import CorruptFileError
-from merge_callback.snapshots.window_folder import MANIFEST
 
-_CONFIGURATIONS = {"config.json", "generation_config.json"}
+_CONFIGURATIONS = {CONFIG, GENERATION_CONFIG}
 
 
 def as_published(snapshot: Checkpoint) -> Checkpoint:

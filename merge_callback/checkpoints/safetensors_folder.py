@@ -20,13 +20,12 @@ from merge_callback.checkpoints.checkpoint import (
     whole,
 )
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import CONFIG, INDEX, MANIFEST, PROVENANCE, TRAINER_STATE, WEIGHTS
 from merge_callback.checkpoints.mapped_file import map_safetensors
-from merge_callback.offline.merge_record import PROVENANCE, read_record
-from merge_callback.offline.model_folder import check_whole, extras
+from merge_callback.checkpoints.merge_record import read_record
+from merge_callback.checkpoints.model_folder import check_whole, extras
 from merge_callback.snapshots.files import CorruptFileError, read_small
-from merge_callback.snapshots.window_folder import MANIFEST
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SNAPSHOT_KEYS = {"layout", "lr_step", "phase", "since", "step"}
 _OTHER = re.compile(r"(model|diffusion_pytorch_model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
 """Names that libraries give a model's only weights, in a variant such as ``fp16``; or the index of them."""
@@ -219,7 +218,7 @@ def check_named(folder: Path, path: Path, expected: set[str] | None, found: Mapp
 
 
 def _ties_embeddings(folder: Path) -> bool:
-    config = read_json(folder, "config.json")
+    config = read_json(folder, CONFIG)
     inner = config.get("text_config")
     told = config.get(
         "tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None
@@ -238,7 +237,7 @@ def _aliases(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict
 
 def trainer_record(folder: Path) -> Mapping[str, Any]:
     """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
-    state = read_json(folder, "trainer_state.json")
+    state = read_json(folder, TRAINER_STATE)
     return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
 
 

@@ -18,10 +18,11 @@ from merge_callback.checkpoints.checkpoint import (
     whole,
 )
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import SHARDS
 from merge_callback.checkpoints.mapped_file import default_spool, map_safetensors, map_tensors
 from merge_callback.sharding.pieces import Piece
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
-from merge_callback.snapshots.shard_files import SHARDS, gather_shards, read_pieces
+from merge_callback.snapshots.shard_files import gather_shards, read_pieces
 
 
 def open_sharded_snapshot(folder: Path, spool: Path | None = None, is_part: bool = False) -> Checkpoint:

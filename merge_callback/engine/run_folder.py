@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 
+from merge_callback.checkpoints.file_names import LATEST, MANIFEST, PROVENANCE, WINDOW
 from merge_callback.options import Options
-from merge_callback.publish.emission import LATEST, PROVENANCE
 from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.files import CorruptFileError, make_folder, read_object, sync
 from merge_callback.snapshots.folder_lock import LOCK, FolderInUseError, FolderLock, holder, lock_folder
-from merge_callback.snapshots.window_folder import MANIFEST
 
 _SCRATCH = "merge_scratch"
 _MOST_CLAIMS = 20  # that others are quicker with; or does the store list nothing new?
@@ -103,7 +102,7 @@ class RunFolder:
                 with suppress(Exception):
                     RemoteFolder(self.url).release(self.run_id)
             with suppress(OSError):
-                (self.path / "window").rmdir()
+                (self.path / WINDOW).rmdir()
             with suppress(OSError):
                 if os.listdir(self.path) == [LOCK]:
                     (self.path / LOCK).unlink()
@@ -251,7 +250,7 @@ def _told(folder: RunFolder) -> RunFolder:
 
 def _owner(folder: Path) -> str | None:
     """The run whose window or merges lie in a folder, where that can be told."""
-    for path in (folder / "window" / MANIFEST, folder / LATEST / PROVENANCE):
+    for path in (folder / WINDOW / MANIFEST, folder / LATEST / PROVENANCE):
         with suppress(OSError, CorruptFileError):
             if isinstance(found := read_object(path).get("run_id"), str):
                 return found

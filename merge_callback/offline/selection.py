@@ -13,11 +13,10 @@ from typing import TypeVar
 
 from merge_callback.checkpoints.checkpoint import read_json, step_above
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, WINDOW
+from merge_callback.checkpoints.model_folder import check_whole
 from merge_callback.checkpoints.open import is_checkpoint_folder, recorded_step
-from merge_callback.offline.merge_record import PROVENANCE
-from merge_callback.offline.model_folder import check_whole
 from merge_callback.snapshots.safetensors_file import CorruptFileError
-from merge_callback.snapshots.window_folder import MANIFEST
 
 _RUN_FILES = {".ckpt", ".safetensors"}
 _GLOB_FILES = {*_RUN_FILES, ".pt", ".pth", ".bin"}
@@ -25,7 +24,6 @@ _NO_CHECKPOINT = re.compile(r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|
 _REPEATED = re.compile(r"last(-v\d+)?(\.ckpt|\.safetensors)?", re.DOTALL)
 _VERSION = re.compile(r"-(?:v(\d+)|last)(?=\.|$)")  # Lightning's, of a file whose name was taken; NeMo's
 _OF_MERGES = (PROVENANCE, "mergekit_config.yml")
-_WINDOW = "window"
 _MOST_TOLD = 12
 
 T = TypeVar("T")
@@ -173,11 +171,11 @@ def _of_folder(given: str, folder: Path) -> _Argument:
 
 def _of_run(folder: Path, inside: list[Path]) -> list[Path]:
     others = [path for path in inside if not _is_merge(path)]
-    snapshots = _of_window(folder / _WINDOW) if (folder / _WINDOW / MANIFEST).is_file() else []
+    snapshots = _of_window(folder / WINDOW) if (folder / WINDOW / MANIFEST).is_file() else []
     if others and snapshots:
         raise ValueError(
             f"{folder}: holds checkpoints ({others[0].name}, …) beside a window of snapshots; "
-            f"say which: '{folder}/*{others[0].suffix}' or {folder / _WINDOW}"
+            f"say which: '{folder}/*{others[0].suffix}' or {folder / WINDOW}"
         )
     if not snapshots and not inside:
         below = [f"'{p}'" for p in sorted(folder.iterdir()) if p.is_dir() and _holds_some(p)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from merge_callback.checkpoints.file_names import INDEX, LATEST, PROVENANCE
 from merge_callback.publish.provenance import emission_name
 from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.files import (
@@ -26,10 +27,7 @@ from merge_callback.snapshots.safetensors_file import file_checksum, tensors_ent
 
 log = logging.getLogger(__name__)
 
-PROVENANCE = "merge.json"
-LATEST = "latest"
 _DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
-INDEX = "model.safetensors.index.json"
 
 
 class ModelFiles:

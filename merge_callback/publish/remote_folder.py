@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from merge_callback.publish.emission import LATEST, PROVENANCE
+from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
 from merge_callback.snapshots.files import MOST_METADATA, CorruptFileError, read_object
 
 _UPLOADING = ".uploading"  # holds the id of the run that is writing an emission, or removing it

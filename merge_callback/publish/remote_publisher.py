@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from merge_callback.publish.emission import PROVENANCE, Publisher, read_record, step_of
+from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.publish.emission import Publisher, read_record, step_of
 from merge_callback.publish.remote_folder import RemoteFolder
 
 log = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from merge_callback.snapshots.safetensors_file import (
 )
 
 SHARDS = "shards.json"
+"""What lists the files of a snapshot that several ranks have written, in its folder."""
 
 
 def shards_name(step: int, session: str, is_delta: bool = False) -> str:

@@ -25,6 +25,10 @@ from merge_callback.snapshots.shard_files import step_of
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+"""What lists the snapshots of a window, in its folder."""
+
+WINDOW = "window"
+"""The folder of the window in a run's folder."""
 
 _SNAPSHOT = re.compile(r"(frozen-)?step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
 _DRAFT = re.compile(

@@ -12,7 +12,7 @@ from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from merge_callback.merging import matches_any
+from merge_callback.checks import matches_any
 
 _LOWER = re.compile(
     r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|entropy|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import PROVENANCE
 from merge_callback.snapshots.files import CorruptFileError, read_object
-
-PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics
 
 
 @dataclass(frozen=True)
