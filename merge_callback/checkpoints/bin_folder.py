@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name, whole
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import BIN_INDEX, BIN_WEIGHTS, WEIGHTS
 from merge_callback.checkpoints.model_folder import extras
@@ -44,13 +44,13 @@ def open_bin_folder(folder: Path) -> Checkpoint:
         tied |= shard.tied
     taken, left_out = extras(folder, {*files, BIN_INDEX})
     record = trainer_record(folder)
-    step = whole(record.get("step"))
+    step = parse_count(record.get("step"))
     return Checkpoint(
         path=folder,
         tensors=tensors,
         tied=tied,
         step=step_in_name(folder) if step is None else step,
-        tokens=whole(record.get("tokens")),
+        tokens=parse_count(record.get("tokens")),
         files=[folder / file for file in files],
         extras=taken,
         left_out=left_out,

@@ -13,8 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import WEIGHTS_ALONE
+from merge_callback.checkpoints.file_names import MANIFEST, WEIGHTS_ALONE
 from merge_callback.snapshots.files import read_small
+from merge_callback.snapshots.manifest import Manifest
 
 _TIMES = {"k": 1000, "m": 1_000_000}
 _COUNT = r"(\d+(?:\.\d+)?(?=[km](?![a-z0-9]))|\d+)([km](?![a-z0-9]))?"  # also 10k and 1.5M
@@ -103,15 +104,24 @@ def is_frozen_part(metadata: Mapping[str, str]) -> bool:
     return metadata.get("part") == "frozen" and metadata.keys() >= {"layout", "step"}
 
 
-def whole(value: object) -> int | None:
-    """A count from a file's metadata, which knows text only; ``None`` where it is none."""
+def parse_count(value: object) -> int | None:
+    """A count from a file's metadata, which holds text only; ``None`` for anything else."""
     return int(value) if isinstance(value, int | str) and re.fullmatch(r"\d{1,18}", str(value)) else None
 
 
 def segment_of(record: Mapping[str, Any]) -> tuple[str, int | None] | None:
     """The phase of the learning rate that a record names, and since when that lasts."""
     phase = record.get("phase")
-    return (phase, whole(record.get("since"))) if isinstance(phase, str) and phase else None
+    return (phase, parse_count(record.get("since"))) if isinstance(phase, str) and phase else None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a window that may be anyone's; an empty one if there is none, or none that is sound.
+
+    Raises:
+        CorruptFileError, FileNotFoundError: see ``read_json``.
+    """
+    return Manifest(folder / MANIFEST, read_json(folder, MANIFEST))
 
 
 def read_json(folder: Path, name: str) -> Mapping[str, Any]:

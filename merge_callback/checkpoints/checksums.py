@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_json, read_manifest
 from merge_callback.checkpoints.containment import contained_below
-from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, SHARDS
+from merge_callback.checkpoints.file_names import PROVENANCE, SHARDS
 from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.snapshots.files import CorruptFileError
 from merge_callback.snapshots.safetensors_file import file_checksum
+from merge_callback.snapshots.shard_files import parse_shards
 
 _IN_NAME = re.compile(r"-([0-9a-f]{12})\.safetensors$")
 
@@ -61,8 +62,8 @@ def _of_snapshot(file: Path) -> Iterator[_Recorded]:
     """What the list of all ranks' files says, or the manifest beside a snapshot, or else its very name."""
     folder = file.parent
     if (folder / SHARDS).exists():
-        listed = read_json(folder, SHARDS).get("files")
-        yield _Recorded(folder, file.name, listed.get(file.name) if isinstance(listed, dict) else None)
+        listed = parse_shards(read_json(folder, SHARDS), folder / SHARDS)
+        yield _Recorded(folder, file.name, listed.get(file.name))
         if (found := _in_manifest(folder)) is not None:
             yield _Recorded(folder, SHARDS, found)
     elif (found := _in_manifest(file)) is not None:
@@ -73,10 +74,9 @@ def _of_snapshot(file: Path) -> Iterator[_Recorded]:
 
 def _in_manifest(snapshot: Path) -> object:
     """What the manifest of a window says of a snapshot in it; ``None`` where it does not list it."""
-    records = read_json(snapshot.parent, MANIFEST).get("snapshots")
-    for record in records if isinstance(records, list) else []:
+    for record in read_manifest(snapshot.parent).snapshots:
         for file, checksum in (("file", "checksum"), ("frozen", "frozen_checksum")):
-            if isinstance(record, dict) and record.get(file) == snapshot.name:
+            if record.get(file) == snapshot.name:
                 found = record.get(checksum)
                 return "" if found is None else found
     return None

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name, whole
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.dcp_metadata import read_metadata
 from merge_callback.checkpoints.file_names import LIGHTNING_META, METADATA
@@ -81,7 +81,7 @@ def recorded_step(folder: Path) -> int | None:
     """The step in Lightning's part of a sharded checkpoint, if safely read; else in the folder's name."""
     try:
         path = contained(folder, LIGHTNING_META)
-        step = whole(load_mapped(path)["global_step"])
+        step = parse_count(load_mapped(path)["global_step"])
     except Exception:  # whatever a foreign pickle does wrong: a step is good to have, no more
         step = None
     return step_in_name(folder) if step is None else step

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import MANIFEST
 from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.layout import delta_unit
@@ -67,13 +66,10 @@ def _of_step(step: int, after: Checkpoint, open_stored: Callable[[Path], Checkpo
 def _candidates(step: int, path: Path) -> Iterator[Path]:
     """What the window lists of a step; of a snapshot that it no longer holds, the only one there is."""
     folder = path.resolve().parent
-    records = read_json(folder, MANIFEST).get("snapshots")
     listed = {
         record["step"]: record["file"]
-        for record in (records if isinstance(records, list) else [])
-        if isinstance(record, dict)
-        and isinstance(record.get("step"), int)
-        and isinstance(record.get("file"), str)
+        for record in read_manifest(folder).snapshots
+        if isinstance(record.get("step"), int) and isinstance(record.get("file"), str)
     }
     if path.resolve().name in listed.values() and step in listed:
         yield contained(folder, listed[step])

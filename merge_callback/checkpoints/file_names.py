@@ -1,7 +1,8 @@
 """The names that the files of checkpoints go by: each is defined once, here or in the room that writes it."""
 
+from merge_callback.snapshots.manifest import MANIFEST
 from merge_callback.snapshots.shard_files import SHARDS
-from merge_callback.snapshots.window_folder import MANIFEST, WINDOW
+from merge_callback.snapshots.window_folder import WINDOW
 
 __all__ = [
     "BIN_INDEX",

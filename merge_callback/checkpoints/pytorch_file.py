@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, _weights_only_unpickler, nn
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name, whole
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
 from merge_callback.checkpoints.other_formats import what_archive, what_else
 from merge_callback.checkpoints.stand_ins import StandIn, kind_of, standing_in
 from merge_callback.checkpoints.state_key import find_state, is_extra
@@ -234,7 +234,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def _first(content: Mapping[Any, Any], *keys: str, fallback: int | None) -> int | None:
     counts = [content[key] for key in keys if isinstance(content.get(key), int)]
-    return next((whole(count) for count in counts), fallback)
+    return next((parse_count(count) for count in counts), fallback)
 
 
 def _tokens(content: Mapping[Any, Any]) -> int | None:
@@ -243,4 +243,4 @@ def _tokens(content: Mapping[Any, Any]) -> int | None:
     if not isinstance(states, Mapping):
         return None
     ours = [s for key, s in states.items() if str(key).startswith(_CALLBACK) and isinstance(s, Mapping)]
-    return whole(ours[0].get("tokens")) or None if ours else None
+    return parse_count(ours[0].get("tokens")) or None if ours else None

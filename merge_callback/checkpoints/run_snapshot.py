@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, read_json, segment_of
-from merge_callback.checkpoints.file_names import CONFIG, GENERATION_CONFIG, MANIFEST
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest, segment_of
+from merge_callback.checkpoints.file_names import CONFIG, GENERATION_CONFIG
 from merge_callback.checkpoints.merge_record import MergeRecord
 from merge_callback.snapshots.files import CorruptFileError
 
@@ -21,12 +19,8 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
         CorruptFileError: where the manifest contradicts the snapshot, or is none that a run has written.
     """
     file = snapshot.path.resolve()
-    manifest = read_json(file.parent, MANIFEST)
-    path = file.parent / MANIFEST
-    records = manifest.get("snapshots")
-    listed = [r for r in (records if isinstance(records, list) else []) if isinstance(r, dict)]
-    own: Mapping[str, Any] = next((r for r in listed if r.get("file") == file.name), {})
-    published = manifest.get("published", {})
+    manifest = read_manifest(file.parent)
+    path, published = manifest.path, manifest.content.get("published", {})
     if not isinstance(published, dict):
         raise CorruptFileError(f"{path}: 'published' is {published!r:.100}, expected names and their values")
     prefix, texts, copied = (published.get(key) for key in ("stripped_prefix", "files", "copied"))
@@ -35,7 +29,7 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
     return replace(
         snapshot,
         tied=MergeRecord(path, published, {}).tied(snapshot.tensors),
-        segment=segment_of(own) or snapshot.segment,
+        segment=segment_of(manifest.record_of(file.name)) or snapshot.segment,
         prefix=prefix or "",
         texts=texts or {},
         copied=frozenset(copied or ()),

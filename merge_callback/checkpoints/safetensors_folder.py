@@ -14,10 +14,10 @@ from merge_callback.checkpoints.checkpoint import (
     NOT_ALONE,
     Checkpoint,
     is_frozen_part,
+    parse_count,
     read_json,
     segment_of,
     step_in_name,
-    whole,
 )
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import CONFIG, INDEX, MANIFEST, PROVENANCE, TRAINER_STATE, WEIGHTS
@@ -54,12 +54,12 @@ def open_file(path: Path) -> Checkpoint:
         path=path,
         tensors=tensors,
         tied={} if snapshot else _aliases(tensors, metadata),
-        step=_first(whole(metadata.get("step")), step_in_name(path)),
-        tokens=whole(metadata.get("tokens")),
+        step=_first(parse_count(metadata.get("step")), step_in_name(path)),
+        tokens=parse_count(metadata.get("tokens")),
         files=[path],
         extras=[],
         format="snapshot" if snapshot else "safetensors",
-        difference_to=whole(metadata.get("difference_to")) if snapshot else None,
+        difference_to=parse_count(metadata.get("difference_to")) if snapshot else None,
         frozen=metadata.get("frozen", "") if snapshot else "",
         frozen_checksum=metadata.get("frozen_checksum", ""),
         segment=segment_of(metadata) if snapshot else None,
@@ -84,8 +84,8 @@ def open_folder(folder: Path) -> Checkpoint:
         path=folder,
         tensors=tensors,
         tied=merge.tied(tensors) if merge else aliases,
-        step=_first(whole(record.get("step")), step_in_name(folder)),
-        tokens=whole(record.get("tokens")),
+        step=_first(parse_count(record.get("step")), step_in_name(folder)),
+        tokens=parse_count(record.get("tokens")),
         files=[folder / file for file in files],
         extras=taken,
         format="emission" if merge else "safetensors",
@@ -138,7 +138,7 @@ def other_weights(folder: Path) -> list[str]:
 def recorded_step(folder: Path) -> int | None:
     """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
     record = read_json(folder, PROVENANCE) or trainer_record(folder)
-    return whole(record.get("step"))
+    return parse_count(record.get("step"))
 
 
 def _whats_wrong(folder: Path, indices: list[str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -12,17 +11,17 @@ from merge_callback.checkpoints.checkpoint import (
     NOT_ALONE,
     Checkpoint,
     is_frozen_part,
+    parse_count,
     read_json,
     segment_of,
     step_in_name,
-    whole,
 )
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import SHARDS
 from merge_callback.checkpoints.mapped_file import default_spool, map_safetensors, map_tensors
 from merge_callback.sharding.pieces import Piece
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
-from merge_callback.snapshots.shard_files import gather_shards, read_pieces
+from merge_callback.snapshots.shard_files import gather_shards, parse_shards, read_pieces
 
 
 def open_sharded_snapshot(folder: Path, spool: Path | None = None, is_part: bool = False) -> Checkpoint:
@@ -68,11 +67,11 @@ def open_sharded_snapshot(folder: Path, spool: Path | None = None, is_part: bool
         tensors=found,
         tied={},
         step=step_in_name(folder),
-        tokens=whole(metadata.get("tokens")),
+        tokens=parse_count(metadata.get("tokens")),
         files=files,
         extras=[],
         format="snapshot",
-        difference_to=whole(metadata.get("difference_to")),
+        difference_to=parse_count(metadata.get("difference_to")),
         frozen=metadata.get("frozen", ""),
         frozen_checksum=metadata.get("frozen_checksum", ""),
         segment=segment_of(metadata),
@@ -86,12 +85,7 @@ def listed(folder: Path) -> dict[Path, str]:
         CorruptFileError: where the list is not one, or names what is no rank's file.
         FileNotFoundError: where one is missing.
     """
-    files = read_json(folder, SHARDS).get("files")
-    if not isinstance(files, dict) or not files:
-        raise CorruptFileError(f"{folder / SHARDS}: lists no files")
-    for name, checksum in files.items():
-        if not re.fullmatch(r"rank-\d+-of-\d+\.safetensors", name) or not isinstance(checksum, str):
-            raise CorruptFileError(f"{folder / SHARDS}: lists {name!r}, which is no rank's file")
+    files = parse_shards(read_json(folder, SHARDS), folder / SHARDS)
     return {contained(folder, name): checksum for name, checksum in files.items()}
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from merge_callback.checkpoints.checkpoint import read_json, step_above
+from merge_callback.checkpoints.checkpoint import read_manifest, step_above
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, WINDOW
 from merge_callback.checkpoints.model_folder import check_whole
@@ -198,13 +198,11 @@ def _of_window(window: Path) -> list[Path]:
     return found
 
 
-def _listed(window: Path) -> list[dict[str, object]]:
-    records = read_json(window, MANIFEST).get("snapshots")
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise CorruptFileError(
-            f"{window / MANIFEST}: not the manifest of a window; give the snapshots as a glob"
-        )
-    return records
+def _listed(window: Path) -> list[Mapping[str, Any]]:
+    manifest = read_manifest(window)
+    if not manifest.lists_snapshots:
+        raise CorruptFileError(f"{manifest.path}: not the manifest of a window; give the snapshots as a glob")
+    return manifest.snapshots
 
 
 def _is_checkpoint(path: Path, suffixes: Iterable[str]) -> bool:

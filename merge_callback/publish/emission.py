@@ -10,16 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from merge_callback.checkpoints.file_names import INDEX, LATEST, PROVENANCE
+from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.merge_record import MergeRecord, find_record
+from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.publish.provenance import emission_name
-from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.files import (
-    CorruptFileError,
     clear,
     make_folder,
-    read_object,
     sync,
     write_json,
 )
@@ -76,7 +75,7 @@ class Publisher:
         self.published = [
             name
             for name in (*published, *self._named_after(last, published))
-            if read_record(self.folder / name).get("run_id") == run_id
+            if find_record(self.folder / name).run_id == run_id
         ]
 
     def publish(
@@ -118,7 +117,7 @@ class Publisher:
         finally:
             with contextlib.suppress(OSError):
                 clear(draft)
-        if read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
+        if find_record(target).run_id == record.get("run_id"):  # else another run's very same merge
             self.published = [*(p for p in self.published if p != target.name), target.name]
         self._conclude(target.name)
         return target
@@ -173,7 +172,7 @@ class Publisher:
     def _named_after(self, step: int, others: Iterable[str]) -> list[str]:
         """Emissions of a step that lie here under a name that a publisher gave them."""
         found = sorted(self.folder.glob(f"step={step:08d}-*")) if step >= 0 else []
-        return [p.name for p in found if _is_own_name(p.name, read_record(p)) and p.name not in others]
+        return [p.name for p in found if _is_own_name(p.name, find_record(p)) and p.name not in others]
 
     def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
         return next((name for name in reversed(names) if step_of(name) <= step), None)
@@ -237,92 +236,22 @@ def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield tensor
 
 
-def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, Tensor]:
-    """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
-
-    That of the LightningModule, as a rule; where a prefix was stripped from the names (``"model."``, as of a
-    wrapped Hugging Face model), that of the model under it: ``module.model.load_state_dict(…)``.
-
-    Args:
-        path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
-            (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
-        module: what they are to be loaded into, where a part of it is compiled or checkpoints activations:
-            the names are those of its ``state_dict`` then, with the ``_orig_mod`` that published names lack.
-
-    Raises:
-        FileNotFoundError: where there is no published merge.
-        ValueError: where its record or a file of it is broken, or leads out of the folder.
-    """
-    from merge_callback.publish.remote_folder import fetched, is_remote, local_path
-
-    if is_remote(path):
-        with fetched(str(path)) as folder:
-            return load_merge(folder, module)
-    path = local_path(path)
-    if not (path / PROVENANCE).exists():
-        mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
-        raise FileNotFoundError(f"{path}: no published merge; {mend}")
-    from merge_callback.checkpoints.open import open_checkpoint
-
-    merge = open_checkpoint(path)
-    tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}
-    tensors |= {alias: tensors[kept] for alias, kept in merge.tied.items()}
-    own = {} if module is None else {clean_name(name): name for name in module.state_dict()}
-    return {own.get(name, name): tensor for name, tensor in tensors.items()}
-
-
-def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """Shards of at most ``max_bytes`` (or one tensor), wider dtypes first so that all stay aligned."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(tensors, key=lambda n: -tensors[n].itemsize):
-        if shards[-1] and size + tensors[name].nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensors[name]
-        size += tensors[name].nbytes
-    return shards
-
-
-def shard_names(count: int, stem: str = "model") -> list[str]:
-    """The files of a model in ``count`` shards."""
-    numbered = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return numbered if count > 1 else [f"{stem}.safetensors"]
-
-
-def write_index(
-    folder: Path, names: Sequence[str], shards: Sequence[Mapping[str, Tensor]], index: str = INDEX
-) -> None:
-    """Writes which tensor is in which file (Hugging Face's scheme)."""
-    weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What an emission says of itself; nothing if it does not exist."""
-    try:
-        return read_object(folder / PROVENANCE)
-    except (OSError, CorruptFileError):
-        return {}
-
-
 def step_of(name: str) -> int:
     """The step in an emission's name."""
     return int(name.removeprefix("step=").partition("-")[0])
 
 
-def _is_own_name(name: str, record: Mapping[str, Any]) -> bool:
+def _is_own_name(name: str, record: MergeRecord) -> bool:
     """Whether a publisher named a folder so, and not somebody who has kept a copy."""
-    try:
-        own = emission_name(record["method"]["name"], int(record["step"]), record["tokens"])
-    except (KeyError, TypeError, ValueError):
+    method = record.content.get("method")
+    if record.step is None or not isinstance(method, dict) or not isinstance(method.get("name"), str):
         return False
+    own = emission_name(method["name"], record.step, record.tokens)
     return re.fullmatch(rf"{re.escape(own)}(-v\d+)?", name) is not None
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:
     """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
-    if read_record(folder).get("files") != files:
+    if find_record(folder).files != files:
         return False
     return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)

@@ -64,14 +64,21 @@ def read_object(path: Path) -> dict[str, Any]:
         CorruptFileError: where it is no regular file, too large, or holds anything else.
         OSError: where it is missing or unreadable.
     """
+    return parse_object(read_small(path), str(path))
+
+
+def parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a metadata file that was read already; ``where`` names the file.
+
+    Raises:
+        CorruptFileError: where it holds anything else.
+    """
     try:
-        content = json.loads(read_small(path))
-    except CorruptFileError:
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not sound JSON ({error})") from None
+        raise CorruptFileError(f"{where}: not sound JSON ({error})") from None
     if not isinstance(content, dict):
-        raise CorruptFileError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+        raise CorruptFileError(f"{where}: holds a {type(content).__name__}, expected a JSON object")
     return content
 
 
