@@ -6,18 +6,31 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name, trainer_record
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import BIN_INDEX, BIN_WEIGHTS, WEIGHTS
 from merge_callback.checkpoints.model_folder import extras
 from merge_callback.checkpoints.pytorch_file import open_pytorch
-from merge_callback.checkpoints.safetensors_folder import check_named, read_index, trainer_record
+from merge_callback.checkpoints.quantised import with_plain_weights
+from merge_callback.checkpoints.reader import OpenOptions, Reader
+from merge_callback.checkpoints.shard_index import check_named, read_index
+from merge_callback.checkpoints.training_state import without_training_state
 
 
-def is_bin_folder(folder: Path) -> bool:
-    """Whether a folder's weights are in such files, and not also in safetensors files."""
-    has_others = (folder / WEIGHTS).exists() or any(folder.glob("*.safetensors.index.json"))
-    return not has_others and ((folder / BIN_INDEX).exists() or (folder / BIN_WEIGHTS).exists())
+class BinFolderReader(Reader):
+    """Reads such a folder."""
+
+    name = "bin-folder"
+
+    def matches(self, path: Path) -> bool:
+        """Whether its weights are in such files, and not also in safetensors files."""
+        if not path.is_dir() or (path / WEIGHTS).exists() or any(path.glob("*.safetensors.index.json")):
+            return False
+        return (path / BIN_INDEX).exists() or (path / BIN_WEIGHTS).exists()
+
+    def open(self, path: Path, options: OpenOptions) -> Checkpoint:
+        """The tensors of all files, as views of memory maps."""
+        return with_plain_weights(without_training_state(open_bin_folder(path)), options)
 
 
 def open_bin_folder(folder: Path) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import MANIFEST, WEIGHTS_ALONE
+from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, TRAINER_STATE, WEIGHTS_ALONE
 from merge_callback.snapshots.files import read_small
 from merge_callback.snapshots.manifest import Manifest
 
@@ -38,7 +38,8 @@ class Checkpoint:
         tokens: tokens seen, where the checkpoint knows.
         files: what was read.
         extras: what lies in a model's folder beside the weights (config, tokenizer, code, licence).
-        format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
+        format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``;
+            of a reader that was added, its name.
         difference_to: step of the snapshot that this is stored as the difference to; ``None`` if it is whole.
         plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
@@ -53,11 +54,11 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor] = field(repr=False)
     tied: dict[str, str]
-    step: int | None
-    tokens: int | None
-    files: list[Path]
-    extras: list[Path]
-    format: str
+    step: int | None = None
+    tokens: int | None = None
+    files: list[Path] = field(default_factory=list)
+    extras: list[Path] = field(default_factory=list)
+    format: str = ""
     difference_to: int | None = None
     plain_config: Mapping[str, Any] | None = None
     frozen: str = ""
@@ -69,10 +70,6 @@ class Checkpoint:
     prefix: str = ""
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
-
-
-NOT_ALONE = "holds what the snapshots beside it have in common, and no whole model: give one of those"
-"""What is wrong with a file of frozen tensors that is given as a checkpoint."""
 
 
 def step_in_name(path: Path) -> int | None:
@@ -93,15 +90,27 @@ def step_above(path: Path) -> int | None:
     return next((step for folder in folders if (step := _step_in(folder.name)) is not None), None)
 
 
+def folder_step(folder: Path) -> int | None:
+    """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
+    record = read_json(folder, PROVENANCE) or trainer_record(folder)
+    return parse_count(record.get("step"))
+
+
+def step_beside(path: Path) -> int | None:
+    """The step that the records beside a file tell, if it is what holds the weights of its folder's model."""
+    return folder_step(path.parent) if path.stem in WEIGHTS_ALONE else None
+
+
+def trainer_record(folder: Path) -> Mapping[str, Any]:
+    """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
+    state = read_json(folder, TRAINER_STATE)
+    return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
+
+
 def _step_in(name: str) -> int | None:
     if not (found := _STEP.search(name) or _NUMBERED.search(name)):
         return None
     return round(float(found[1]) * _TIMES[found[2].lower()]) if found[2] else int(found[1])
-
-
-def is_frozen_part(metadata: Mapping[str, str]) -> bool:
-    """Whether a file with this metadata holds nothing but what snapshots have in common."""
-    return metadata.get("part") == "frozen" and metadata.keys() >= {"layout", "step"}
 
 
 def parse_count(value: object) -> int | None:

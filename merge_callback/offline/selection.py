@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -16,10 +16,9 @@ from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, WINDOW
 from merge_callback.checkpoints.model_folder import check_whole
 from merge_callback.checkpoints.open import is_checkpoint_folder, recorded_step
+from merge_callback.checkpoints.registry import READERS
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
-_RUN_FILES = {".ckpt", ".safetensors"}
-_GLOB_FILES = {*_RUN_FILES, ".pt", ".pth", ".bin"}
 _NO_CHECKPOINT = re.compile(r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|~)$", re.DOTALL)
 _REPEATED = re.compile(r"last(-v\d+)?(\.ckpt|\.safetensors)?", re.DOTALL)
 _VERSION = re.compile(r"-(?:v(\d+)|last)(?=\.|$)")  # Lightning's, of a file whose name was taken; NeMo's
@@ -147,7 +146,7 @@ def _expand(given: str) -> _Argument:
     if not glob.has_magic(given):
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(given), recursive=True))]
-    candidates = [match for match in matches if _is_checkpoint(match, _GLOB_FILES)]
+    candidates = [match for match in matches if _is_checkpoint(match, _run_suffixes() | _glob_suffixes())]
     if not candidates:
         raise FileNotFoundError(f"{given!r}: none of its {len(matches)} matches is a checkpoint")
     return _Argument(given, candidates)
@@ -158,7 +157,9 @@ def _of_folder(given: str, folder: Path) -> _Argument:
         return _Argument(given, _of_window(folder))
     check_whole(folder)
     itself = is_checkpoint_folder(folder)
-    inside = [p for p in sorted(folder.iterdir()) if _is_checkpoint(p, () if itself else _RUN_FILES)]
+    inside = [
+        p for p in sorted(folder.iterdir()) if _is_checkpoint(p, frozenset() if itself else _run_suffixes())
+    ]
     if not itself:
         return _Argument(given, _of_run(folder, inside))
     if others := [path for path in inside if not _is_merge(path)]:
@@ -187,7 +188,7 @@ def _of_run(folder: Path, inside: list[Path]) -> list[Path]:
 
 
 def _holds_some(folder: Path) -> bool:
-    return any(_is_checkpoint(path, _RUN_FILES) for path in folder.iterdir())
+    return any(_is_checkpoint(path, _run_suffixes()) for path in folder.iterdir())
 
 
 def _of_window(window: Path) -> list[Path]:
@@ -205,7 +206,15 @@ def _listed(window: Path) -> list[Mapping[str, Any]]:
     return manifest.snapshots
 
 
-def _is_checkpoint(path: Path, suffixes: Iterable[str]) -> bool:
+def _run_suffixes() -> frozenset[str]:
+    return frozenset(suffix for reader in READERS for suffix in reader.suffixes)
+
+
+def _glob_suffixes() -> frozenset[str]:
+    return frozenset(suffix for reader in READERS for suffix in reader.glob_suffixes)
+
+
+def _is_checkpoint(path: Path, suffixes: Collection[str]) -> bool:
     if _NO_CHECKPOINT.match(path.name) or not path.exists():
         return False
     return is_checkpoint_folder(path) or (path.is_file() and path.suffix in suffixes)
