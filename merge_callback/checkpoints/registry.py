@@ -38,3 +38,13 @@ def register_reader(reader: Reader) -> None:
 def reader_of(path: Path) -> Reader | None:
     """The first reader that a file or folder matches."""
     return next((reader for reader in READERS if reader.matches(path)), None)
+
+
+def run_suffixes() -> frozenset[str]:
+    """The endings of the checkpoint files in the folder of a run."""
+    return frozenset(suffix for reader in READERS for suffix in reader.suffixes)
+
+
+def glob_suffixes() -> frozenset[str]:
+    """The endings of the checkpoint files among the matches of a glob."""
+    return run_suffixes().union(*(reader.glob_suffixes for reader in READERS))

@@ -18,7 +18,12 @@ from merge_callback.checkpoints.safetensors_shards import shard_names, split_sha
 from merge_callback.publish.provenance import emission_name
 from merge_callback.snapshots.files import (
     clear,
+    draft,
+    hidden_names,
+    hidden_path,
     make_folder,
+    put_in_place,
+    replacing,
     sync,
     write_json,
 )
@@ -26,7 +31,7 @@ from merge_callback.snapshots.safetensors_file import file_checksum, tensors_ent
 
 log = logging.getLogger(__name__)
 
-_DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
+_DRAFT = hidden_names(f"step=.*|{LATEST}", "tmp|old")
 
 
 class ModelFiles:
@@ -104,19 +109,14 @@ class Publisher:
         """
         self.before_writing()
         make_folder(self.folder)
-        draft = self.folder / f".{name}.{os.getpid()}.tmp"
-        clear(draft)
-        draft.mkdir()
-        try:
+        with draft(self.folder, name) as made:
+            made.mkdir()
             if add_files is not None:
-                add_files(draft)
-            files = dict(write(draft))
-            files |= {p.name: file_checksum(p) for p in draft.iterdir() if p.name not in files}
-            write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
-            target = self._place(draft, name, files)
-        finally:
-            with contextlib.suppress(OSError):
-                clear(draft)
+                add_files(made)
+            files = dict(write(made))
+            files |= {p.name: file_checksum(p) for p in made.iterdir() if p.name not in files}
+            write_json(made / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
+            target = self._place(made, name, files)
         if find_record(target).run_id == record.get("run_id"):  # else another run's very same merge
             self.published = [*(p for p in self.published if p != target.name), target.name]
         self._conclude(target.name)
@@ -182,30 +182,24 @@ class Publisher:
         if self._point_latest(name):
             self._retain()
 
-    def _place(self, draft: Path, name: str, files: Mapping[str, str]) -> Path:
-        for path in draft.iterdir():  # the files that add_files wrote are not durable yet
+    def _place(self, made: Path, name: str, files: Mapping[str, str]) -> Path:
+        for path in made.iterdir():  # the files that add_files wrote are not durable yet
             sync(path)
-        sync(draft)
+        sync(made)
         target, version = self.folder / name, 0
         while target.exists():
             if _holds(target, files):
                 return target
             version += 1
             target = self.folder / f"{name}-v{version}"
-        os.rename(draft, target)
-        sync(self.folder)
+        put_in_place(made, target)
         return target
 
     def _point_latest(self, name: str) -> bool:
-        pointer = self.folder / f".{LATEST}.{os.getpid()}.tmp"
         try:
-            clear(pointer)
-            pointer.symlink_to(name, target_is_directory=True)
-            os.replace(pointer, self.folder / LATEST)
-            sync(self.folder)  # before the merge that it pointed at may go
+            with replacing(self.folder / LATEST) as pointer:  # durably: the merge that it pointed at may go
+                pointer.symlink_to(name, target_is_directory=True)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                pointer.unlink()
             log.warning("merge: could not point %s at %s: %s", self.folder / LATEST, name, error)
             return not (
                 self.folder / LATEST
@@ -221,7 +215,7 @@ class Publisher:
     def _remove(self, name: str) -> None:
         # Renamed first, and durably: a folder that is visible under its name is complete, also while it
         # goes, and also after a power loss.
-        doomed = self.folder / f".{name}.{os.getpid()}.old"
+        doomed = hidden_path(self.folder, name, "old")
         with contextlib.suppress(OSError):
             clear(doomed)
             os.rename(self.folder / name, doomed)

@@ -14,7 +14,9 @@ from typing import Any
 from merge_callback.snapshots.files import (
     clear,
     copy_file,
+    hidden_names,
     make_folder,
+    replacing,
     sync,
     write_json,
 )
@@ -27,9 +29,7 @@ WINDOW = "window"
 """The folder of the window in a run's folder."""
 
 _SNAPSHOT = re.compile(r"(frozen-)?step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
-_DRAFT = re.compile(
-    r"\.((?:frozen-)?step=.*|manifest\.json)\.\d{1,10}\.tmp", re.DOTALL
-)  # the number is a process's
+_DRAFT = hidden_names(rf"(?:frozen-)?step=.*|{re.escape(MANIFEST)}")
 
 
 class WindowFolder:
@@ -132,13 +132,10 @@ class WindowFolder:
         assert self.path is not None
         target = self.path / source.name
         # A hard link costs no room, and snapshot files are only ever removed, never written to.
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        clear(draft)
-        try:
-            os.link(source, draft)
-        except OSError:
-            copy_file(source, draft)
-            sync(draft)
-        os.replace(draft, target)
-        sync(self.path)  # before the folder it came from may go
+        with replacing(target) as made:  # durably: the folder it came from may go
+            try:
+                os.link(source, made)
+            except OSError:
+                copy_file(source, made)
+                sync(made)
         return target
