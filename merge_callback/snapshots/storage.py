@@ -25,10 +25,10 @@ from merge_callback.snapshots.safetensors_file import (
     arena_header,
     file_checksum,
     map_arena,
-    read_header,
     sync,
     write_file,
 )
+from merge_callback.snapshots.safetensors_header import read_header
 from merge_callback.snapshots.shard_files import (
     SHARDS,
     a_file,
@@ -547,8 +547,7 @@ class SnapshotStore:
 
 def names_in(file: Path) -> frozenset[str]:
     """The names of the tensors in a safetensors file."""
-    header, _ = read_header(file)
-    return frozenset(header) - {"__metadata__"}
+    return frozenset(read_header(file).entries)
 
 
 def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:

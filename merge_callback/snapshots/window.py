@@ -19,8 +19,8 @@ from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
     arena_header,
     difference,
-    read_header,
 )
+from merge_callback.snapshots.safetensors_header import read_header
 from merge_callback.snapshots.storage import DifferenceError, Snapshot, SnapshotStore
 from merge_callback.snapshots.window_folder import WindowFolder
 
@@ -195,9 +195,8 @@ class Window:
             with suppress(OSError, CorruptFileError, StopIteration):
                 found: dict[str, Any] = {}
                 for file in (record["file"], *filter(None, [record.get("frozen")])):
-                    found = read_header(next(self.folder.find(file, state["folder"])))[0] | found
+                    found = read_header(next(self.folder.find(file, state["folder"]))).entries | found
                 expected = arena_header(layout)
-                found.pop("__metadata__", None)
                 for entry in (*found.values(), *expected.values()):  # what is kept once lies elsewhere
                     entry.pop("data_offsets", None)
                 return (
