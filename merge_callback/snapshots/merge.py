@@ -14,8 +14,8 @@ from torch import Tensor
 
 from merge_callback.diversity import RMSDiversity
 from merge_callback.merging import Inputs, LinearMethod, MergeMethod, Shard, Trajectory
-from merge_callback.merging.task_vectors import in_ranges
 from merge_callback.reduce import one_pass
+from merge_callback.reduce.ranges import in_ranges
 from merge_callback.sharding import Sharding, overwrite
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
