@@ -4,10 +4,10 @@
     python benchmarks/call_trace.py --top 30        # prints the functions that are called most often
     python benchmarks/call_trace.py --against ../before         # the same of another checkout, too
 
-A tiny model is fitted with the callback. Of one snapshot, taken once the window is full, all threads are traced
-from the call of ``take_snapshot`` until nothing is left to do in the background: its merge is published by then.
-Counted are the calls into ``merge_callback`` alone; each resumption of a generator counts as a call. What
-training does in the meantime is not counted, as it waits.
+A tiny model is fitted with the callback. Of one snapshot, taken once the window is full, all threads are
+traced from the call of ``take_snapshot`` until nothing is left to do in the background: its merge is
+published by then. Counted are the calls into ``merge_callback`` alone; each resumption of a generator counts
+as a call. What training does in the meantime is not counted, as it waits.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Tiny(LightningModule):
 
 
 class Trace:
-    """Counts the calls of the package's functions, in all threads that begin while it is on, and in this one."""
+    """Counts the calls of the package's functions, in this thread and in those that begin while it is on."""
 
     def __init__(self) -> None:
         self.calls: Counter[CodeType] = Counter()

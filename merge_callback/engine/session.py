@@ -419,7 +419,7 @@ class MergeSession:
                 self.lock.claim = self.window.folder.claim
                 self.lock.claim()
                 self.keeper.publisher.sweep()
-                for writer in (self.window.store, self.window.folder, self.keeper.publisher):
+                for writer in (self.window.store.files, self.window.folder, self.keeper.publisher):
                     writer.before_writing = self.lock.check
                 if self.spikes:
                     self.spikes.policy.before_writing = self.lock.check
