@@ -92,11 +92,11 @@ def decode(arenas: Sequence[Arena], out: Arena) -> None:
         out: of the whole layout.
     """
     for group in out.layout.groups:
-        flat, stored = arenas[-1].find(group)
-        if stored.is_delta:
-            one_pass(*_last(arenas, group), out.flats[group.key])
+        flats, factors = _last(arenas, group)
+        if len(flats) == 1:
+            out.flats[group.key].copy_(flats[0])
         else:
-            out.flats[group.key].copy_(flat)
+            one_pass(flats, factors, out.flats[group.key])
 
 
 def flat_tensors(arenas: Sequence[Arena], names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -107,17 +107,21 @@ def flat_tensors(arenas: Sequence[Arena], names: Collection[str] | None = None) 
         names: of those that are asked for, by default all; others than the snapshot's are left out. Each one
             costs microseconds.
     """
-    last, tensors, known = arenas[-1], {}, dict[Any, tuple[list[Tensor], list[float]]]()
+    last, tensors = arenas[-1], dict[str, Tensor]()
+    known: dict[object, tuple[list[Tensor], list[float]]] = {}
     for name in [*last.shared, *last.layout.shapes] if names is None else names:
         if name in last.shared:
             tensors[name] = last.holder(name).flat(name)
         elif place := last.layout.places.get(name):
             group, segment = place
-            if group.key not in known:  # arenas before it may hold other tensors themselves
-                known[group.key] = _last(arenas if group.is_delta else arenas[-1:], group)
+            if group.key not in known:
+                known[group.key] = _last(arenas, group)
             flats, factors = known[group.key]
-            parts = [flat[segment.start : segment.stop] for flat in flats]
-            tensors[name] = parts[0] if len(parts) == 1 else cast(Tensor, Decoded(parts, factors))
+            if len(flats) == 1:
+                tensors[name] = flats[0][segment.start : segment.stop]
+            else:
+                parts = [flat[segment.start : segment.stop] for flat in flats]
+                tensors[name] = cast(Tensor, Decoded(parts, factors))
     return tensors
 
 
@@ -128,10 +132,14 @@ def _last(arenas: Sequence[Arena], group: Group) -> tuple[list[Tensor], list[flo
         arenas: of the window's snapshots from its oldest on.
         group: of any of their layouts.
     """
-    stored = [arena.find(group) for arena in arenas]
-    factors = delta_weights(stored, [0.0] * (len(arenas) - 1) + [1.0])
-    flats = [flat for (flat, _), factor in zip(stored, factors, strict=True) if factor]
-    return flats, [factor for factor in factors if factor]
+    flats, factors = list[Tensor](), list[float]()
+    for arena in reversed(arenas):  # those before the last one that is whole may hold other tensors
+        flat, stored = arena.find(group)
+        flats.append(flat)
+        factors.append(stored.unit)
+        if not stored.is_delta:
+            break
+    return flats[::-1], factors[::-1]
 
 
 class Decoded:

@@ -213,8 +213,10 @@ class WindowMerger:
 
     def _factors(self, snapshots: Sequence[Snapshot], factors: Sequence[float]) -> list[float]:
         """One factor for each of the window's snapshots: 0 for those that none was given for."""
-        given = {snapshot.step: factor for snapshot, factor in zip(snapshots, factors, strict=True)}
-        return [given.get(snapshot.step, 0.0) for snapshot in self.window.snapshots]
+        every, steps = [0.0] * len(self.window), [snapshot.step for snapshot in self.window.snapshots]
+        for snapshot, factor in zip(snapshots, factors, strict=True):
+            every[steps.index(snapshot.step)] = factor
+        return every
 
     def _copied(self, model: ModelTensors, oldest: Snapshot, newest: Snapshot) -> set[str]:
         """Names of the tensors that are taken from the newest snapshot: the excluded and the constant ones.

@@ -56,7 +56,7 @@ class SnapshotFiles:
     def path(self, stored: Stored) -> Path:
         """The file of this rank."""
         assert self.folder is not None
-        return self.own(self.folder / stored.file)
+        return self.folder / stored.file
 
     def own(self, path: Path) -> Path:
         """The file of this rank, of a snapshot whose file or folder is ``path``."""
@@ -188,6 +188,10 @@ class SnapshotFiles:
 
 class ShardedFiles(SnapshotFiles):
     """A folder per snapshot, with a file of every rank and a list of them."""
+
+    def path(self, stored: Stored) -> Path:
+        """The file of this rank."""
+        return self.own(super().path(stored))
 
     def own(self, path: Path) -> Path:
         """The file of this rank, of a snapshot whose folder is ``path``."""
