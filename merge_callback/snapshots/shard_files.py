@@ -120,8 +120,6 @@ def parse_shards(content: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 def shares(path: Path, sharding: Sharding, header: Mapping[str, Any]) -> bool:
     """Whether the snapshot at ``path`` has a file that holds just what this rank keeps now."""
-    if sharding.ranks.size == 1:
-        return path.is_file()
     own = path / shard_file(sharding.ranks.rank, sharding.ranks.size)
     if not own.is_file():
         return False

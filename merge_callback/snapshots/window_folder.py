@@ -112,9 +112,12 @@ class WindowFolder:
         for path in [
             p for p in self._own.iterdir() if _SNAPSHOT.fullmatch(p.name) or _DRAFT.fullmatch(p.name)
         ]:
-            step = step_of(path.name, self.session)  # of a folder that may not be complete yet
-            if path.name in needed or (step is not None and step >= latest):
+            if path.name in needed:
                 continue
+            if self.session in path.name:  # a folder that may not be complete yet
+                step = step_of(path.name, self.session)
+                if step is not None and step >= latest:
+                    continue
             with contextlib.suppress(OSError):
                 clear(path)
 
