@@ -37,9 +37,9 @@ def open_bin_folder(folder: Path) -> Checkpoint:
     """The tensors of all files.
 
     Raises:
-        CorruptFileError: where a file is broken, or index and files disagree, or one leads out of the folder.
-        FileNotFoundError: where a file is missing.
-        ValueError: where loading a file would run code.
+        CorruptFileError: if a file is broken, or index and files disagree, or one leads out of the folder.
+        FileNotFoundError: if a file is missing.
+        ValueError: if loading a file would run code.
     """
     has_index = (folder / BIN_INDEX).exists()
     files: dict[str, set[str] | None] = read_index(folder, BIN_INDEX) if has_index else {BIN_WEIGHTS: None}

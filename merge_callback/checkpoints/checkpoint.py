@@ -34,8 +34,8 @@ class Checkpoint:
         tensors: by name, in the order of the file. They are views of memory maps: the page cache holds what
             is in use, so a checkpoint may be larger than the memory. Not to be written to.
         tied: further names of shared tensors, each with the name it is kept under.
-        step: optimizer steps taken, where the checkpoint or its name knows.
-        tokens: tokens seen, where the checkpoint knows.
+        step: optimizer steps taken, if the checkpoint or its name knows.
+        tokens: tokens seen, if the checkpoint knows.
         files: what was read.
         extras: what lies in a model's folder beside the weights (config, tokenizer, code, licence).
         format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``;
@@ -44,7 +44,7 @@ class Checkpoint:
         plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
             is yet to be read, and ``frozen_checksum`` that one's SHA-256.
-        segment: the phase of the learning rate it was taken in, and since when that lasts, where it knows.
+        segment: the phase of the learning rate it was taken in, and since when that lasts, if it knows.
         shards: of a model's folder, the names in each file, and the name of the ``index`` of them.
         left_out: the names of what else lies there, each with the reason why no merge takes it along.
         prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
@@ -134,11 +134,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_json(folder: Path, name: str) -> Mapping[str, Any]:
-    """A JSON object beside the weights; empty where there is none, or none that is sound.
+    """A JSON object beside the weights; empty if there is none, or none that is sound.
 
     Raises:
-        CorruptFileError: where the file leads out of the folder, or is larger than metadata ever is.
-        FileNotFoundError: where it is no regular file.
+        CorruptFileError: if the file leads out of the folder, or is larger than metadata ever is.
+        FileNotFoundError: if it is no regular file.
     """
     if not os.path.lexists(folder / name):
         return {}

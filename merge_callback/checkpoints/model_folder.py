@@ -52,8 +52,8 @@ def extras(folder: Path, read: set[str]) -> tuple[list[Path], dict[str, str]]:
         read: names of the files that its weights were read from.
 
     Raises:
-        CorruptFileError: where a file that the model needs leads out of the folder, or is no such file.
-        FileNotFoundError: where one is no regular file.
+        CorruptFileError: if a file that the model needs leads out of the folder, or is no such file.
+        FileNotFoundError: if one is no regular file.
     """
     taken: list[Path] = []
     left_out: dict[str, str] = {}
@@ -78,7 +78,7 @@ def check_whole(folder: Path) -> None:
     """Makes sure that a folder is one model, and none that is put together from those in its sub-folders.
 
     Raises:
-        ValueError: where it is, with what to do.
+        ValueError: if it is, with what to do.
     """
     for listing in _PARTS:
         if not os.path.lexists(folder / listing):
@@ -107,7 +107,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _reason(path: Path) -> str:
-    """Why a file, or a whole sub-folder, is not taken along; empty where it is.
+    """Why a file, or a whole sub-folder, is not taken along; empty if it is.
 
     Raises:
         CorruptFileError, FileNotFoundError: see above.

@@ -32,10 +32,10 @@ def lay_out(
         tensors: by their names in the output.
         like: the last of the merged checkpoints.
         published: from a tensor's name there to that in the output.
-        max_bytes: of a file, where that is asked for.
+        max_bytes: of a file, if that is asked for.
 
     Returns:
-        The tensors of each file, and the name of their index; empty where there is none.
+        The tensors of each file, and the name of their index; empty if there is none.
     """
     if like.shards and max_bytes is None:
         named = {file: map(published, names) for file, names in like.shards.items()}
@@ -64,7 +64,7 @@ class ModelFiles:
         tied: further names of shared tensors, each with the name it is kept under.
 
     Raises:
-        OSError: where there is no room.
+        OSError: if there is no room.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class ModelFiles:
         """Makes the files durable; returns the SHA-256 of each, by its name.
 
         Raises:
-            OSError: where the disk fails.
+            OSError: if the disk fails.
         """
         for file in self._files.values():
             sync(file.path)

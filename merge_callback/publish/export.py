@@ -34,10 +34,10 @@ class Naming:
 
     @classmethod
     def of(cls, module: nn.Module, strip_prefix: str | None) -> Naming:
-        """The naming for ``module``: its Hugging Face model's own, where it wraps one, else as asked.
+        """The naming for ``module``: its Hugging Face model's own, if it wraps one, else as asked.
 
         Raises:
-            ValueError: where ``strip_prefix`` begins no tensor's name.
+            ValueError: if ``strip_prefix`` begins no tensor's name.
         """
         names = tensor_names(module)
         if strip_prefix and not any(name.startswith(strip_prefix) for name in names):
@@ -115,7 +115,7 @@ class Exporter:
 
         Returns:
             What publishes it, to be called on all ranks: the first one writes what all of them send, tensor
-            by tensor, and gets the folder. There it raises OSError where it can't be written.
+            by tensor, and gets the folder. There it raises OSError if it can't be written.
         """
         content = provenance(
             merge.method,

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     """The one outermost ``PreTrainedModel`` inside ``module`` and the prefix of its tensors' names.
 
-    ``None`` where there is none, or several (which of them to export would be a guess).
+    ``None`` if there is none, or several (which of them to export would be a guess).
     """
     transformers = sys.modules.get("transformers")  # imported by whoever built such a model
     if transformers is None:

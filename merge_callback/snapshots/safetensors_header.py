@@ -63,9 +63,9 @@ def read_header(path: Path) -> Header:
     """The header of a file.
 
     Raises:
-        CorruptFileError: where the file breaks any rule of the format, as far as the header tells: a length,
+        CorruptFileError: if the file breaks any rule of the format, as far as the header tells: a length,
             the JSON, a tensor's entry, or data that does not lie as it says.
-        OSError: where it can't be opened.
+        OSError: if it can't be opened.
     """
     with open_regular(path) as file:
         return parse_header(path, *header_text(path, file), os.fstat(file.fileno()).st_size)
@@ -75,7 +75,7 @@ def header_text(path: Path, file: IO[bytes]) -> tuple[bytes, int]:
     """The JSON of the header of an open file, and where the data region begins.
 
     Raises:
-        CorruptFileError: where the file is shorter than that.
+        CorruptFileError: if the file is shorter than that.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
