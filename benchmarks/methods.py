@@ -1,11 +1,11 @@
-"""What each method's merge is worth: validation losses along the demo's run, by method and number of snapshots.
+"""What each method's merge is worth: validation losses along the demo's run, by method and window.
 
     python benchmarks/methods.py                  # 15 minutes on one core
     python benchmarks/methods.py --seeds 1
 
-The demo's model trains without a callback of ours, and its weights are copied every 40 steps. Afterwards the last
-N copies of one phase are merged by every method with its defaults, and evaluated on the demo's validation text.
-A gain is the live loss less the merge's: positive is better. A seed changes the weights and the batches.
+The demo's model trains without a callback of ours, and its weights are copied every 40 steps. Afterwards the
+last N copies of one phase are merged by every method with its defaults, and evaluated on the demo's
+validation text. A gain is the live loss less the merge's: positive is better.
 """
 
 from __future__ import annotations
@@ -103,7 +103,9 @@ def summary(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict
 
 def main() -> None:
     """Runs the study."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)

@@ -1,6 +1,6 @@
-"""Writes into the README and the pages what the code knows better: options, metrics, methods, measurements.
+"""Writes into the README and the pages what the code knows: options, metrics, methods, measurements.
 
-    python docs/generate.py            # rewrites every block between <!-- generated: NAME --> and <!-- end -->
+    python docs/generate.py            # rewrites all between <!-- generated: NAME --> and <!-- end -->
     python docs/generate.py --check    # exits with 1 if one is out of date
 
 Options are read from signatures, docstrings and dataclass fields, metrics from ``METRICS``, methods from the
@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,11 @@ def arguments(docstring: str) -> dict[str, str]:
 
 def field_docstrings(kind: type) -> dict[str, str]:
     """The docstrings under the fields of a dataclass."""
-    (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef))
+    (body,) = (
+        node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)
+    )
     found = {}
-    for field, text in zip(body, body[1:]):
+    for field, text in pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
             found[ast.unparse(field.target)] = in_markdown(ast.literal_eval(text.value))
     return found
@@ -166,7 +169,9 @@ def _gains(name: str, count: int) -> list[str]:
 def live() -> str:
     """The live loss of the measured run."""
     found = _measured()["gains"]
-    return table(("weights", *_POINTS.values()), [["live", *(f"{found[p]['live']['mean']:.3f}" for p in _POINTS)]])
+    return table(
+        ("weights", *_POINTS.values()), [["live", *(f"{found[p]['live']['mean']:.3f}" for p in _POINTS)]]
+    )
 
 
 def _measured() -> Any:
@@ -207,7 +212,9 @@ def generated(text: str) -> str:
 
 def main() -> int:
     """Writes, or checks; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
     stale = [page for page in pages() if page.read_text() != generated(page.read_text())]

@@ -1,4 +1,4 @@
-"""Every number the callback logs: one table, for the code that logs them and for the page that explains them."""
+"""Every number the callback logs: one table, for the code that logs and for the page that explains."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "merge/diversity_change",
-        "Change of the diversity since its first value; near −100 merging has nothing left to gain.",
+        "Change of the diversity since its first value; near -100 merging has nothing left to gain.",
         _SNAPSHOT,
         "per cent",
     ),
