@@ -43,16 +43,17 @@ class SpikeOptions:
     grad_norm: bool = False
     """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
     watch: str | Sequence[str] | Mapping[str, str] = ()
-    """Further scalars to watch by the same rule: one ``fnmatch`` pattern, or several, of names that the module
-    logs while it trains, ``["train/mtp2_loss", "grad_norm/*"]``. A spike of one is only warned of. To restore
-    the run on it (with the same evidence as for the loss), give a mapping: ``{"grad_norm/*": "restore"}``."""
+    """Further scalars to watch by the same rule: one ``fnmatch`` pattern, or several, of names that the
+    module logs while it trains, ``["train/mtp2_loss", "grad_norm/*"]``. A spike of one is only warned of. To
+    restore the run on it (with the same evidence as for the loss), give a mapping:
+    ``{"grad_norm/*": "restore"}``."""
     evidence: Literal["batch", "validation", "rules"] = "batch"
     """What must speak against the weights before they are replaced: the loss of the ``"batch"`` that raised
     the alarm, computed again with both weights; the loss of the first 8 batches of the ``"validation"``,
     which also serves if the training step can't be run again; or nothing but the ``"rules"`` above."""
     pma_window: int = 3
-    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5), or as many
-    as the window holds."""
+    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5), or as
+    many as the window holds."""
     guard: int = 10
     """No snapshot is trusted from this many optimizer steps before the first outlier on: the damage is 1 to 8
     steps older than the loss shows (arXiv 2304.13013 section 3.4)."""
