@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 class CheckpointMergeCallback(_Callback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
-    At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one (RMS
-    diversity), merges the snapshots of the current learning-rate phase, and publishes the merge as
+    At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one
+    (RMS diversity), merges the snapshots of the current learning-rate phase, and publishes the merge as
     safetensors. After each validation it evaluates the merge on the same validation data.
 
     It also watches the loss of every optimizer step. If the loss spikes (is NaN, or an outlier for several
