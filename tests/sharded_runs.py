@@ -24,7 +24,7 @@ from merge_callback.sharding import Piece
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.safetensors_file import read_header
 from merge_callback.snapshots.shard_files import a_file, gather_shards
-from merge_callback.snapshots.storage import names_in
+from merge_callback.snapshots.snapshot_files import names_in
 
 WINDOW, EVERY = 4, 2
 OFF = SpikeOptions(action="off")

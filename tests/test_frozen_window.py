@@ -15,6 +15,7 @@ from window_runs import CODEC, largest_file, quiet, steps
 from merge_callback import load_merge
 from merge_callback.snapshots import frozen
 from merge_callback.snapshots.frozen import _BLOCK, fingerprint, same_bytes
+from merge_callback.snapshots.live_copy import LiveCopy
 from merge_callback.snapshots.safetensors_file import read_header
 
 PARAMETERS = 2 * 32 * 2 + 2 * 32
@@ -59,10 +60,8 @@ def test_a_window_takes_what_trains_for_each_snapshot_and_what_is_frozen_once(tm
 
 def test_the_arena_that_a_snapshot_is_copied_to_holds_what_trains(tmp_path, monkeypatch):
     sizes = []
-    from merge_callback.snapshots.storage import SnapshotStore
-
-    copy = SnapshotStore._copy
-    monkeypatch.setattr(SnapshotStore, "_copy", lambda *a: sizes.append(a[1].nbytes) or copy(*a))
+    copy = LiveCopy._copy
+    monkeypatch.setattr(LiveCopy, "_copy", lambda *a: sizes.append(a[1].nbytes) or copy(*a))
     fit(tmp_path, module=Adapted, **SHORT)
     assert sizes == [FROZEN, *[TRAINED] * (14 // EVERY)]
 

@@ -21,8 +21,9 @@ from merge_callback.checks import one_of, resolve_dtype, resolve_size
 from merge_callback.cli.config_file import checked, is_plain, read_options, read_value
 from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_method
 from merge_callback.offline import workers
+from merge_callback.offline.left_out import grouped
 from merge_callback.offline.merge_files import Job, Naming, merge_files
-from merge_callback.offline.selection import Selection, grouped, select
+from merge_callback.offline.selection import Selection, select
 from merge_callback.snapshots.files import printable
 
 _RENAMED = {"as": "kind", "import": "imports", "from": "first_step", "to": "last_step"}

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from merge_callback.checkpoints.file_names import CONFIG, PROVENANCE
+from merge_callback.checkpoints.merge_record import versions
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
-from merge_callback.checkpoints.quantised import CONFIG
+from merge_callback.checkpoints.safetensors_shards import shard_names
+from merge_callback.checks import matches_any
 from merge_callback.merging import (
     Inputs,
     LinearMethod,
@@ -25,15 +28,12 @@ from merge_callback.merging import (
     Trajectory,
     Weighted,
     check_alike,
-    matches_any,
 )
 from merge_callback.offline.alignment import aligned, published_name
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each
-from merge_callback.publish.emission import PROVENANCE, shard_names
-from merge_callback.publish.provenance import versions
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.layout import check_storable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_callback.sharding.pieces import Box, Piece
 from merge_callback.sharding.sharding import Sharding
-from merge_callback.snapshots.files import make_folder, read_small
+from merge_callback.snapshots.files import make_folder, parse_object, read_small
 from merge_callback.snapshots.layout import Layout, in_turns
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
@@ -29,6 +29,7 @@ from merge_callback.snapshots.safetensors_file import (
 )
 
 SHARDS = "shards.json"
+"""What lists the files of a snapshot that several ranks have written, in its folder."""
 
 
 def shards_name(step: int, session: str, is_delta: bool = False) -> str:
@@ -95,17 +96,30 @@ def listed_shards(folder: Path, checksum: str) -> dict[str, str]:
         CorruptFileError: where the list is not the one with this checksum.
         OSError: where it is missing: the snapshot was never completed.
     """
-    text = read_small(folder / SHARDS)
+    path = folder / SHARDS
+    text = read_small(path)
     if hashlib.sha256(text).hexdigest() != checksum:
-        raise CorruptFileError(f"{folder / SHARDS}: the checksum differs from the recorded one")
-    files: dict[str, str] = json.loads(text)["files"]
+        raise CorruptFileError(f"{path}: the checksum differs from the recorded one")
+    return parse_shards(parse_object(text, str(path)), path)
+
+
+def parse_shards(content: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The files that the list at ``path`` names, with their checksums.
+
+    Raises:
+        CorruptFileError: where it lists none, or what is no rank's file.
+    """
+    files = content.get("files")
+    if not isinstance(files, dict) or not files:
+        raise CorruptFileError(f"{path}: lists no files")
+    for name, checksum in files.items():
+        if not re.fullmatch(r"rank-\d+-of-\d+\.safetensors", name) or not isinstance(checksum, str):
+            raise CorruptFileError(f"{path}: lists {name!r}, which is no rank's file")
     return files
 
 
 def shares(path: Path, sharding: Sharding, header: Mapping[str, Any]) -> bool:
     """Whether the snapshot at ``path`` has a file that holds just what this rank keeps now."""
-    if sharding.ranks.size == 1:
-        return path.is_file()
     own = path / shard_file(sharding.ranks.rank, sharding.ranks.size)
     if not own.is_file():
         return False
