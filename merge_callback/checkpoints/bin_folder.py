@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name, trainer_record
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import BIN_INDEX, BIN_WEIGHTS, WEIGHTS
-from merge_callback.checkpoints.model_folder import extras
+from merge_callback.checkpoints.model_folder import extras, trainer_record
 from merge_callback.checkpoints.pytorch_file import open_pytorch
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader

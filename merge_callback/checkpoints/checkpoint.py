@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, TRAINER_STATE, WEIGHTS_ALONE
+from merge_callback.checkpoints.file_names import MANIFEST, WEIGHTS_ALONE
 from merge_callback.snapshots.files import read_small
 from merge_callback.snapshots.manifest import Manifest
 
@@ -88,23 +88,6 @@ def step_above(path: Path) -> int | None:
     """The step that the folder of a checkpoint, or the one above that, has in its name."""
     folders = path.absolute().parents[:2]
     return next((step for folder in folders if (step := _step_in(folder.name)) is not None), None)
-
-
-def folder_step(folder: Path) -> int | None:
-    """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
-    record = read_json(folder, PROVENANCE) or trainer_record(folder)
-    return parse_count(record.get("step"))
-
-
-def step_beside(path: Path) -> int | None:
-    """The step that the records beside a file tell, if it is what holds the weights of its folder's model."""
-    return folder_step(path.parent) if path.stem in WEIGHTS_ALONE else None
-
-
-def trainer_record(folder: Path) -> Mapping[str, Any]:
-    """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
-    state = read_json(folder, TRAINER_STATE)
-    return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
 
 
 def _step_in(name: str) -> int | None:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, _weights_only_unpickler, nn
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_beside, step_in_name
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
+from merge_callback.checkpoints.model_folder import step_beside
 from merge_callback.checkpoints.other_formats import what_archive, what_else
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader

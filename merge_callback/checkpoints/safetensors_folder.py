@@ -8,17 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import (
-    Checkpoint,
-    parse_count,
-    segment_of,
-    step_in_name,
-    trainer_record,
-)
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, segment_of, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import INDEX, PROVENANCE, WEIGHTS
 from merge_callback.checkpoints.merge_record import read_record
-from merge_callback.checkpoints.model_folder import check_whole, extras
+from merge_callback.checkpoints.model_folder import check_whole, extras, trainer_record
 from merge_callback.checkpoints.other_formats import what_folder
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
+from merge_callback.checkpoints.file_names import WEIGHTS
 from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.snapshots.files import copy_file, sync
 from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
@@ -43,7 +44,7 @@ def lay_out(
         if sum(map(len, files.values())) == len(tensors):  # else they go by other names now
             return {file: held for file, held in files.items() if held}, like.index
     shards = split_shards(tensors, _MOST_BYTES if max_bytes is None else max_bytes)
-    first = next(iter(like.shards), "model.safetensors")
+    first = next(iter(like.shards), WEIGHTS)
     stem = re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", first) if _NAMED_LIKE_A_MODEL.match(first) else "model"
     base, _, variant = stem.partition(".")
     index = f"{base}.safetensors.index.{variant}.json" if variant else f"{base}.safetensors.index.json"
