@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from merge_callback.recovery.spike_policy import TrainingDivergedError
     from merge_callback.spike_options import SpikeOptions
     from merge_callback.trainers.lightning.callback import CheckpointMergeCallback
+    from merge_callback.trainers.loop import CheckpointMerger
 
 __all__ = [
     "METHODS",
     "CheckpointMergeCallback",
+    "CheckpointMerger",
     "RMSDiversity",
     "SpikeOptions",
     "TrainingDivergedError",
@@ -27,6 +29,7 @@ __all__ = [
 
 _HOMES = {
     "CheckpointMergeCallback": "trainers.lightning.callback",
+    "CheckpointMerger": "trainers.loop",
     "METHODS": "merging",
     "RMSDiversity": "diversity",
     "SpikeOptions": "spike_options",

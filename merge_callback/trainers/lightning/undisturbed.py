@@ -6,22 +6,24 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor
 
-from merge_callback.recovery.deferred_signals import DeferredSignals
-from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
-from merge_callback.trainers.lightning.validation_state import (
+from merge_callback.engine.kept_state import (
     PythonState,
     RandomState,
     Restore,
     kept_weights,
     reset_metrics,
 )
+from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.trainers.lightning.private import checkpoint_connector, names_of, validation_loader
+from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 Replacement = tuple[object, str, Any]
 """An object, the name of an attribute, and a value for it."""
@@ -55,7 +57,7 @@ def undisturbed(
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     loop = trainer.fit_loop.epoch_loop
-    connector = _LoggerConnector(trainer)
+    connector = names_of(trainer)._LoggerConnector(trainer)
     connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
     others: list[Replacement] = [
         (trainer, "callbacks", list(callbacks)),
@@ -92,10 +94,27 @@ def undisturbed(
         for owner, name, value in (*others, *_saving(trainer, module, as_it_was)):
             own.append((owner, name, getattr(owner, name)))
             stack.enter_context(replaced(owner, name, value))
-        stack.enter_context(silenced([c for c in callbacks if c not in taking_part]))
+        stack.enter_context(
+            silenced([c for c in callbacks if c not in taking_part], names_of(trainer).Callback)
+        )
         stack.enter_context(DeferredSignals.around_handlers(partial(as_it_was, stays=True)))
         reset_metrics(module, *taking_part)
         yield tensors
+
+
+def random_state(trainer: Trainer) -> RandomState:
+    """The global random generators and those that the validation dataloaders own, as they are now."""
+    loader = validation_loader(trainer)
+    return RandomState(loader.flattened if loader is not None else ())
+
+
+def python_state(
+    trainer: Trainer, module: LightningModule, taking_part: Sequence[Callback] = ()
+) -> PythonState:
+    """All Python state of a module, its optimizers and schedulers, and of the callbacks, as it is now."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    others = [c for c in trainer.callbacks if c not in taking_part]  # type: ignore[attr-defined]
+    return PythonState(module, trainer.optimizers, schedulers, taking_part, others)
 
 
 @contextmanager
@@ -103,11 +122,12 @@ def _kept(
     trainer: Trainer, module: LightningModule, device: torch.device, taking_part: Sequence[Callback]
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
     """Hands out the live tensors, the Python state, and what sets both back, as on exit."""
-    random, state = RandomState(trainer), PythonState(trainer, module, taking_part)
+    random, state = random_state(trainer), python_state(trainer, module, taking_part)
+    model = trainer.strategy.model or module
     with ExitStack() as stack:
         stack.callback(random.restore)
         stack.callback(state.restore)
-        tensors, restore_weights = stack.enter_context(kept_weights(trainer, module, device))
+        tensors, restore_weights = stack.enter_context(kept_weights(module, model, device))
 
         def restore() -> None:
             restore_weights()
@@ -124,7 +144,7 @@ def _saving(
 
     A state dict only refers to the weights, which are others again when it is returned: it is copied.
     """
-    connector, kind = trainer._checkpoint_connector, type(module)
+    connector, kind = checkpoint_connector(trainer), type(module)
     present = kind.state_dict
 
     def save_checkpoint(*args: Any, **options: Any) -> None:
