@@ -36,7 +36,8 @@ from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import Merge, WindowMerger
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 

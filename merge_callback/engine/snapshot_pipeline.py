@@ -23,7 +23,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from itertools import repeat
 from typing import Any
 
 from merge_callback.merging import MergeMethod
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 
 
 def provenance(

@@ -17,11 +17,9 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.arena_merge import in_common, merge_arenas, merge_tensors
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors
-from merge_callback.snapshots.live_merge import HalfRestoredError, free_memory, merge_into_all
+from merge_callback.snapshots.live_merge import HalfRestoredError, merge_into_all
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError, Snapshot
 from merge_callback.snapshots.window import Window
-
-__all__ = ["HalfRestoredError", "Merge", "NonFiniteMergeError", "WindowMerger", "free_memory"]
 
 
 class NonFiniteMergeError(ValueError):
