@@ -21,10 +21,10 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
-from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
+from merge_callback.urls import file_system_of, is_remote, local_path
 
 DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
@@ -292,12 +292,14 @@ def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | str | None
     if not isinstance(dirpath, (str, os.PathLike)):
         raise ValueError(f"dirpath={dirpath!r} must be the path of a folder")
     if is_remote(dirpath):
+        url = str(dirpath).rstrip("/")
         try:
-            return RemoteFolder(str(dirpath)).url
+            file_system_of(url)
         except (ValueError, ImportError) as error:
             raise ValueError(
                 f"dirpath={str(dirpath)!r} can't be used: {error}; install what is missing, or name another"
             ) from None
+        return url
     path = local_path(dirpath)
     try:
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from merge_callback.merging.task_vectors import in_ranges
 from merge_callback.reduce import one_pass
+from merge_callback.reduce.ranges import in_ranges
 from merge_callback.sharding import Ranks, overwrite
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.arena_merge import groups, in_common, is_floating
