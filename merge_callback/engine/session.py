@@ -39,6 +39,7 @@ from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_restore import layout_difference
 from merge_callback.spike_options import DEFAULT
 
 log = logging.getLogger(__name__)
@@ -383,7 +384,7 @@ class MergeSession:
         if self.folder.is_elsewhere and state["snapshots"]:
             warn(f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here")
             return
-        if different := self.window.layout_difference(state):
+        if different := layout_difference(self.window.store, self.window.folder, state):
             what = "of another model"
             if different.startswith("snapshot_codec"):
                 what = "in another snapshot_codec"
