@@ -38,7 +38,7 @@ from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.merge import Merge, WindowMerger
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 

@@ -17,7 +17,7 @@ from merge_callback.engine.session import MergeSession
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.trainers.lightning.host import LightningHost
 from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
