@@ -66,7 +66,7 @@ class SpikeOptions:
     optimizer_scale: float = 0.1
     """The factor of ``optimizer="scale"``."""
     rewarm_steps: int = 100
-    """Optimizer steps over which the learning rate ramps up again, from 0 to the schedule's rate at that time."""
+    """Optimizer steps over which the learning rate ramps up again, from 0 to that of the schedule."""
     lr_factor: float = 1.0
     """Each restore multiplies the learning rate by this, for the rest of the run."""
     cooldown: int = 128
