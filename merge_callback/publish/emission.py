@@ -166,7 +166,7 @@ class Publisher:
         name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
         return name and self.folder / name
 
-    def settle(self, timeout: float | None = None) -> None:
+    def finish_uploads(self, timeout: float | None = None) -> None:
         """Waits until all that is published is where it belongs, so many seconds at most; here it is."""
 
     def _named_after(self, step: int, others: Iterable[str]) -> list[str]:

@@ -237,7 +237,7 @@ class CheckpointMergeCallback(_Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
-            self.session.pipeline.settle()  # a monitor finds the same on all ranks
+            self.session.pipeline.wait_until_merged()  # a monitor finds the same on all ranks
             if self.options.evaluate and self._validation:
                 self._validation.update(self.session.current_merge())
 
