@@ -1,4 +1,4 @@
-"""The callback's options, checked once: every message names the option, the value and the mend."""
+"""The callback's options, checked once: every message names the option, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
 
 AUTO = {"stable": "sma", "decay": "ties"}
-"""The method of each phase that is merged, where none is given."""
+"""The default method of each phase that is merged."""
 
 MERGED_PHASES = tuple(AUTO)
 
@@ -137,7 +137,7 @@ def resolve_window(window: int) -> int:
     """The number of snapshots.
 
     Raises:
-        ValueError: where it is not a whole number from 2 on.
+        ValueError: if it is not a whole number of at least 2.
     """
     if positive("window", window) == 1:
         raise ValueError("window=1 holds nothing to merge; choose 2 or more")
@@ -148,7 +148,7 @@ def resolve_counter(count_tokens: Callable[[Any], int] | None) -> Callable[[Any]
     """The function that counts a batch's tokens.
 
     Raises:
-        ValueError: where it is none.
+        ValueError: if it is not callable.
     """
     if count_tokens is not None and not callable(count_tokens):
         raise ValueError(
@@ -161,7 +161,7 @@ def resolve_prefix(strip_prefix: str | None) -> str | None:
     """What is taken off the published names.
 
     Raises:
-        ValueError: where it is no text.
+        ValueError: if it is not text.
     """
     if not isinstance(strip_prefix, (str, type(None))):
         raise ValueError(f"strip_prefix={strip_prefix!r} must be text, e.g. 'model.'")
@@ -171,10 +171,10 @@ def resolve_prefix(strip_prefix: str | None) -> str | None:
 def resolve_interval(
     every_n_tokens: float | None, every_n_steps: float | None
 ) -> tuple[int, Literal["tokens", "steps"]]:
-    """The interval and its unit; 4B tokens where none is given.
+    """The interval and its unit; by default 4B tokens.
 
     Raises:
-        ValueError: where both are given, or one is not a positive number.
+        ValueError: if both are given, or one is not a positive number.
     """
     if every_n_tokens is not None and every_n_steps is not None:
         raise ValueError(
@@ -251,10 +251,10 @@ def resolve_storage(storage: str, durable: bool) -> str:
 
 
 def resolve_codec(codec: str | None, snapshot_dtype: object) -> str:
-    """How snapshots are kept beside as they are; empty for as they are.
+    """The snapshot codec; empty for uncompressed snapshots.
 
     Raises:
-        ValueError: for an unknown one, or one beside a ``snapshot_dtype``.
+        ValueError: for an unknown one, or one together with a ``snapshot_dtype``.
     """
     if codec not in (None, *CODECS):
         raise ValueError(
@@ -281,11 +281,11 @@ def resolve_format(format: str) -> str:
 
 
 def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | str | None:
-    """The folder as a path; as it is, where it is the URL of a remote one.
+    """A local folder as a path, a URL as it is.
 
     Raises:
-        ValueError: where it is a file, or its nearest existing parent can't be written; where fsspec has
-            nothing for the URL.
+        ValueError: if it is a file, its nearest existing parent can't be written, or fsspec does not know the
+            URL.
     """
     if dirpath is None:
         return None
