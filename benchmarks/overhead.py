@@ -35,7 +35,7 @@ from torch import Tensor
 from merge_callback import CheckpointMergeCallback
 from merge_callback.demo.crops import DemoData
 from merge_callback.demo.module import DemoModule
-from merge_callback.signals.step_statistics import step_progress
+from merge_callback.trainers.lightning.private import step_progress
 
 FAR = 10**9  # an interval that no fit here reaches
 

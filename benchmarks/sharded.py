@@ -43,14 +43,15 @@ from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.engine.session import MergeSession
-from merge_callback.engine.snapshot_pipeline import WindowKeeper
+from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.merging import resolve_method
 from merge_callback.publish.export import Exporter
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
-from merge_callback.trainers.lightning.merged_validation import MergedValidation, _BesideLoop
+from merge_callback.trainers.lightning import merged_validation
+from merge_callback.trainers.lightning.merged_validation import MergedValidation
 
 SETTINGS = ((1, "alone"), (2, "ddp"), (2, "fsdp2"), (4, "ddp"), (4, "fsdp2"))
 WINDOW = 3
@@ -61,14 +62,14 @@ MEBI = 1 << 20
 
 HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
-STAGES: Mapping[tuple[type, str], str] = {
+STAGES: Mapping[tuple[Any, str], str] = {
     (SnapshotStore, "capture"): "capture",
     (SnapshotStore, "write"): "write",
     (SnapshotStore, "commit"): "manifest",
     (Window, "_commit"): "manifest",
     (WindowMerger, "measure"): "merge",
-    (WindowKeeper, "_emit"): "emit",
-    (_BesideLoop, "run"): "validation",
+    (SnapshotPipeline, "_emit"): "emit",
+    (merged_validation, "validate_with"): "validation",
     (Ranks, "exchange"): "exchange",
     (Ranks, "from_first"): "exchange",
     (Ranks, "total"): "exchange",
@@ -103,7 +104,7 @@ def watch(meter: Meter) -> None:
     """Has the callback's work metered from now on, in this process."""
     for (owner, name), stage in STAGES.items():
         meter.wrap(owner, name, stage, sends=stage != "exchange")
-    take, keep, publish = MergeSession.take_snapshot, WindowKeeper._keep, WindowKeeper._publish
+    take, keep, publish = MergeSession.take_snapshot, SnapshotPipeline._keep, SnapshotPipeline._publish
     update = MergedValidation.update
 
     def take_snapshot(self: MergeSession) -> None:
@@ -112,11 +113,11 @@ def watch(meter: Meter) -> None:
             take(self)
         self.background.drain()  # else it would compete with what comes next
 
-    def kept(self: WindowKeeper, *args: Any) -> None:
+    def kept(self: SnapshotPipeline, *args: Any) -> None:
         with meter.event("snapshot"):
             keep(self, *args)
 
-    def published(self: WindowKeeper, *args: Any) -> None:
+    def published(self: SnapshotPipeline, *args: Any) -> None:
         with meter.event("emission"):
             publish(self, *args)
 
@@ -125,8 +126,8 @@ def watch(meter: Meter) -> None:
         with meter.event("evaluation"):
             update(self, merge)
 
-    MergeSession.take_snapshot, WindowKeeper._keep = take_snapshot, kept  # type: ignore[method-assign]
-    WindowKeeper._publish, MergedValidation.update = published, validate  # type: ignore[method-assign]
+    MergeSession.take_snapshot, SnapshotPipeline._keep = take_snapshot, kept  # type: ignore[method-assign]
+    SnapshotPipeline._publish, MergedValidation.update = published, validate  # type: ignore[method-assign]
 
 
 def _meet(ranks: Ranks, meter: Meter) -> None:
@@ -167,7 +168,7 @@ class Finale(Callback):
 
     def _emit_distributed(self, session: MergeSession) -> None:
         """Publishes the merge as all ranks do it at once."""
-        merge, keeper = session.merger.current(session.live()), session.keeper
+        merge, keeper = session.merger.current(session.live()), session.pipeline
         assert merge is not None
         for _ in range(3):
             exporter = Exporter(keeper.publisher, session.sharding, keeper.naming, keeper.courier, True)

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from training_runs import assert_same_bits
 
 from merge_callback import CheckpointMergeCallback
-from merge_callback.engine import snapshot_pipeline as window_keeper
+from merge_callback.engine import snapshot_pipeline
 from merge_callback.merging import LinearMethod
 
 CODEC = {"snapshot_codec": "delta-fp16"}
@@ -184,7 +184,7 @@ def test_a_snapshot_that_is_due_before_the_last_is_kept_waits_for_it_and_says_so
         """The disk takes what is due now only once the next snapshot has been waiting for a while."""
         gate = gates[trainer.global_step]
         gate.close(trainer, module)
-        timers.append(threading.Timer(1.3 * window_keeper._NOTICEABLE, gate.open))
+        timers.append(threading.Timer(1.3 * snapshot_pipeline._NOTICEABLE, gate.open))
 
     def start(trainer, module):
         timers[-1].start()
@@ -203,7 +203,7 @@ def test_a_snapshot_that_is_due_before_the_last_is_kept_waits_for_it_and_says_so
 
 
 def test_a_checkpoint_does_not_wait_for_ever_and_names_what_was_kept_before_it(tmp_path, gate, monkeypatch):
-    monkeypatch.setattr(window_keeper, "_PATIENCE", 0.1)
+    monkeypatch.setattr(snapshot_pipeline, "_PATIENCE", 0.1)
     checkpoint = tmp_path / "c.ckpt"
 
     fit(

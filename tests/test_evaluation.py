@@ -22,7 +22,7 @@ from training_runs import (
 )
 
 from merge_callback import load_merge
-from merge_callback.trainers.lightning.metric_direction import sounds_lower
+from merge_callback.engine.metric_names import sounds_lower
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -12,8 +12,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torchmetrics import MeanMetric
 from training_runs import Classifier
 
-from merge_callback.trainers.lightning.merged_validation import BesideLoop
-
 # What hooks read
 
 
@@ -193,7 +191,7 @@ class FailingTwice(Classifier):
     """Fails in the merged validations of step 8 and 16."""
 
     def on_validation_start(self) -> None:
-        merged = isinstance(self.trainer.fit_loop.epoch_loop.val_loop, BesideLoop)
+        merged = type(self.trainer.fit_loop.epoch_loop.val_loop).__name__ == "BesideLoop"
         if merged and self.trainer.global_step < 24:
             raise RuntimeError("no data")
 

@@ -18,8 +18,7 @@ from torch.utils._pytree import tree_leaves
 from training_runs import Classifier, loader, train
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
-from merge_callback.signals import async_scalars as late_numbers
-from merge_callback.signals import step_statistics
+from merge_callback.signals import async_scalars, step_statistics
 
 
 class NoWayToTheHost(TorchDispatchMode):
@@ -43,7 +42,7 @@ class StepsOnADevice(Callback):
     def __init__(self, merging, monkeypatch, steps=4):
         self.merging, self.steps = merging, steps
         self.sent, self.read, self.over = 0, 0, False
-        monkeypatch.setattr(late_numbers, "_copy", self._copy)
+        monkeypatch.setattr(async_scalars, "_copy", self._copy)
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         if trainer.global_step > 1:

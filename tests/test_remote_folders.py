@@ -171,7 +171,7 @@ class Breaks(Probe):
         self.methods, self.first, self.last = methods, first, last
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        publisher = trainer.callbacks[0].session.keeper.publisher
+        publisher = trainer.callbacks[0].session.pipeline.publisher
         trainer.callbacks[0].session.background.drain()
         publisher._queue.drain()
         if trainer.global_step in (self.first, self.last):

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from merge_callback.engine.advice import advice
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
-from merge_callback.trainers.lightning.reporting import advice, lower_is_better
 
 
 def test_the_decay_is_announced_once_per_segment():
@@ -53,12 +53,15 @@ def test_there_is_no_advice_while_merging_pays(phase):
     ],
 )
 def test_only_standard_terms_tell_which_way_a_metric_improves(name, lower):
-    assert lower_is_better(name, SimpleNamespace(callbacks=[]), {}) is lower
+    assert MetricDirections().lower_is_better(name, SimpleNamespace(callbacks=[]), {}) is lower
 
 
 def test_a_monitor_with_a_mode_knows_better_than_the_name():
     monitor = SimpleNamespace(monitor="merged/weird_loss_score", mode="max")
-    assert lower_is_better("weird_loss_score", SimpleNamespace(callbacks=[monitor]), {}) is False
+    assert (
+        MetricDirections().lower_is_better("weird_loss_score", SimpleNamespace(callbacks=[monitor]), {})
+        is False
+    )
 
 
 def test_options_know_better_than_a_monitor():

@@ -15,7 +15,7 @@ from training_runs import Classifier, loader, train
 from window_runs import LAST, assert_nothing_is_half_there, quiet, steps
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions, load_merge
-from merge_callback.engine import snapshot_pipeline as window_keeper
+from merge_callback.engine import snapshot_pipeline
 
 
 def test_files_of_others_survive_beside_the_merges_and_drafts_of_a_killed_run_do_not(tmp_path):
@@ -83,7 +83,7 @@ def test_a_system_without_threads_costs_time_only(tmp_path, monkeypatch, work):
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", refused)
-    monkeypatch.setattr(window_keeper, "_PATIENCE", 1e9)  # to wait for nothing would take for ever
+    monkeypatch.setattr(snapshot_pipeline, "_PATIENCE", 1e9)  # to wait for nothing would take for ever
     fit(tmp_path, trainer=quiet())
     assert steps(tmp_path) == LAST
     assert_nothing_is_half_there(tmp_path)
@@ -232,7 +232,7 @@ def test_callbacks_are_shown_what_loggers_know_only_where_all_ranks_show_it(tmp_
             if trainer.global_step == 5:  # the snapshot of step 4 is kept only now
                 gate.set()
                 merging.session.background.drain()
-                assert merging.session.keeper.has_news
+                assert merging.session.pipeline.has_news
             seen.append((trainer.global_step, "merge/window" in trainer.callback_metrics))
 
     merging = CheckpointMergeCallback(every_n_steps=4, dirpath=tmp_path, evaluate=False)

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from merge_callback.recovery.spike_log import RECORD, announce, append, sentence
+from merge_callback.trainers.lightning.host import LightningHost
 
 SPIKE = {
     "trigger": "loss",
@@ -137,12 +138,18 @@ def test_the_reason_for_doing_nothing_is_given():
 # --- the loggers ------------------------------------------------------------------------------------------
 
 
+def shown_by(trainer):
+    host = object.__new__(LightningHost)  # one needs a fit
+    host.trainer = trainer
+    return host
+
+
 def test_an_event_is_a_warning_and_a_text_in_tensorboard(tmp_path):
     board = TensorBoardLogger(tmp_path, name="board", version="")
     loggers = [board, CSVLogger(tmp_path, name="csv")]  # which has no place for text
     trainer = Trainer(accelerator="cpu", devices=1, logger=loggers, enable_checkpointing=False)
     with pytest.warns(UserWarning, match="loss spike: 5 outliers from step 120"):
-        announce(trainer, RESTORE)
+        announce(shown_by(trainer), RESTORE)
     board.experiment.flush()
     shown = EventAccumulator(board.log_dir)
     shown.Reload()
@@ -154,4 +161,4 @@ def test_an_event_is_a_warning_and_a_text_in_tensorboard(tmp_path):
 def test_without_a_logger_an_event_is_a_warning_only(tmp_path):
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
     with pytest.warns(UserWarning, match="this is the new baseline"):
-        announce(trainer, {**SPIKE, "event": "shift"})
+        announce(shown_by(trainer), {**SPIKE, "event": "shift"})

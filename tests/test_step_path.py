@@ -6,8 +6,7 @@ from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, IterableDataset
 from training_runs import Classifier, loader, rows, train
 
-from merge_callback.signals.step_statistics import step_progress
-from merge_callback.trainers.lightning.merged_validation import _validation_is_next
+from merge_callback.trainers.lightning.private import is_validation_next, step_progress
 
 
 class Answers(Callback):
@@ -24,7 +23,7 @@ class Answers(Callback):
         loop = trainer.fit_loop
         self.batches += 1
         self.steps.append((self.progress.completed, trainer.global_step))
-        self.coming.append(_validation_is_next(trainer))
+        self.coming.append(is_validation_next(trainer))
         self.known.append(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
 
     def on_validation_start(self, trainer, pl_module):

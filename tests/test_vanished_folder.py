@@ -19,7 +19,7 @@ class At(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step in self.acts:
-            trainer.callbacks[0].session.keeper.wait()
+            trainer.callbacks[0].session.pipeline.wait()
             self.acts[trainer.global_step]()
 
 

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning.pytorch import Trainer
-
 from merge_callback.options import Options
+from merge_callback.signals.host import Host
 from merge_callback.snapshots.storage import SnapshotStore, free_bytes
 
 
@@ -48,8 +47,8 @@ class Plan:
     batches: int | None = None
 
     @classmethod
-    def of(cls, options: Options, store: SnapshotStore, trainer: Trainer) -> Plan:
-        """The plan for a trainer's run.
+    def of(cls, options: Options, store: SnapshotStore, host: Host) -> Plan:
+        """The plan for a run.
 
         Raises:
             ValueError: where a full window does not fit the room.
@@ -58,16 +57,16 @@ class Plan:
             window=options.window,
             every=options.every,
             unit=options.unit,
-            total_steps=total_steps(trainer),
+            total_steps=host.total_steps,
             snapshot_bytes=store.whole.nbytes,
             rank_bytes=store.layout.nbytes,
             window_bytes=store.nbytes(options.window, of_all_ranks=True),
             storage=options.storage,
             folder=store.folder,
-            free=check_room(options, store, trainer.num_devices),
+            free=check_room(options, store, host.processes),
             methods={phase: method.name for phase, method in options.methods.items()},
             frozen_bytes=store.whole.only(store.expected).nbytes,
-            batches=None if total_steps(trainer) else total_batches(trainer),
+            batches=None if host.total_steps else host.total_batches,
         )
 
     def lines(self) -> list[str]:
@@ -154,23 +153,6 @@ def in_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
-
-
-def total_batches(trainer: Trainer) -> int | None:
-    """Batches the whole run will step with, whatever the number of steps; ``None`` where it has no end."""
-    steps = trainer.estimated_stepping_batches
-    return None if steps == float("inf") or steps < 0 else int(steps)
-
-
-def total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps the whole run will take, of all optimizers, as ``trainer.global_step`` counts them.
-
-    ``None`` where it has no end, or nobody knows how many a batch of a manual optimization takes.
-    """
-    batches = total_batches(trainer)
-    if trainer.lightning_module.automatic_optimization or batches == trainer.max_steps:
-        return batches
-    return None
 
 
 def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> int:

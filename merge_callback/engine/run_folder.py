@@ -13,12 +13,11 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.pytorch import Trainer
-
 from merge_callback.options import Options
 from merge_callback.publish.emission import LATEST, PROVENANCE
 from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
 from merge_callback.sharding import Ranks
+from merge_callback.signals.host import Host
 from merge_callback.snapshots.files import CorruptFileError, make_folder, read_object, sync
 from merge_callback.snapshots.folder_lock import LOCK, FolderInUseError, FolderLock, holder, lock_folder
 from merge_callback.snapshots.window_folder import MANIFEST
@@ -52,16 +51,16 @@ class RunFolder:
     lock: FolderLock | None = None
 
     @classmethod
-    def take(cls, options: Options, trainer: Trainer, resume: Mapping[str, Any]) -> RunFolder:
+    def take(cls, options: Options, host: Host, resume: Mapping[str, Any]) -> RunFolder:
         """Finds the run's folder and locks it: the first rank, for all of them; to be called on all.
 
         With a ``dirpath`` it is that one. A resumed run goes on where it was, unless another run is there by
-        now. All others get a new folder: ``merges`` beside the folder that ``ModelCheckpoint`` saves in, or
-        ``merges-1``, ``merges-2``, … So runs that share a logger's folder never share this one.
+        now. All others get a new folder: the default one, or ``merges-1``, ``merges-2``, … beside it. So runs
+        that share a logger's folder never share this one.
 
         Args:
             options: the callback's.
-            trainer: whose loggers and default folder say where.
+            host: the run; its first rank tells the default folder.
             resume: a former session's ``state_dict``; empty for a new run.
 
         Raises:
@@ -76,7 +75,7 @@ class RunFolder:
         problem: Exception | None = None
         try:
             if ranks.is_first:
-                folder = _find(options, trainer, resume, run_id, token)
+                folder = _find(options, host, resume, run_id, token)
         except Exception as error:
             problem = error
         try:
@@ -110,9 +109,7 @@ class RunFolder:
                     self.path.rmdir()
 
 
-def _find(
-    options: Options, trainer: Trainer, resume: Mapping[str, Any], run_id: str, token: str
-) -> RunFolder:
+def _find(options: Options, host: Host, resume: Mapping[str, Any], run_id: str, token: str) -> RunFolder:
     given = options.dirpath
     if isinstance(given, Path):
         path = given.absolute()  # the run may change the current folder
@@ -125,24 +122,13 @@ def _find(
         path = _scratch(given)
         return _told(RunFolder(path, run_id, given, lock=lock_folder(path, token)))
     if not resume:
-        return _new(_default(trainer), run_id, token)
+        return _new(host.default_folder, run_id, token)
     try:
         return _resumed(resume, run_id, token)
     except FolderInUseError as error:
-        folder = _new(_default(trainer), run_id, token)
+        folder = _new(host.default_folder, run_id, token)
         folder.notices = (f"merge: {error.folder} is another run's; this one goes on in {folder.path}",)
         return _told(folder)
-
-
-def _default(trainer: Trainer) -> str:
-    """``merges`` beside the folder that ``ModelCheckpoint`` saves in by default, by the same rule."""
-    root = trainer.default_root_dir
-    if trainer.loggers:
-        logger = trainer.loggers[0]
-        version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-        save_dir = root if logger.save_dir is None else logger.save_dir
-        root = os.path.join(save_dir, str(logger.name), version)
-    return os.path.join(root, "merges")
 
 
 def _resumed(resume: Mapping[str, Any], run_id: str, token: str) -> RunFolder:

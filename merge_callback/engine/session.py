@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
-from merge_callback.engine.plan import Plan, total_batches
+from merge_callback.engine.plan import Plan
 from merge_callback.engine.run_folder import RunFolder
-from merge_callback.engine.snapshot_pipeline import WindowKeeper
+from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
+from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming
@@ -27,20 +26,19 @@ from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.recovery.spike_watch import SpikeWatch
 from merge_callback.sharding import Ranks, Sharding, local
 from merge_callback.signals.applied_lr import AppliedLR
+from merge_callback.signals.host import Host
 from merge_callback.signals.lr_phase import LRPhaseDetector
 from merge_callback.signals.snapshot_interval import Interval
-from merge_callback.signals.step_statistics import StepStatistics, counts_batches, step_progress
+from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.storage import Snapshot, SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
-from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
-from merge_callback.trainers.lightning.metric_direction import MetricDirections
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +46,8 @@ _UNSEEN = 256  # batches without a step, after which something is wrong
 
 _PATIENCE = 600.0  # seconds that uploads may take after an exception
 _LAST_UPLOADS = 1500.0  # and at the end of a run of several ranks: the others give up after half an hour
+
+_Kind = tuple[tuple[int, ...], torch.dtype]
 
 _MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
 _COUNTED_OVER = 8  # batches after which the steps of a manual optimization are
@@ -58,8 +58,7 @@ class MergeSession:
 
     Args:
         options: the callback's.
-        trainer: whose model is set up, moved and restored.
-        module: the live model.
+        host: the run, whose model is set up, moved and restored.
         resume: a former session's ``state_dict``; empty for a new run.
         folder: the run's, locked; the caller gives it up where this raises.
 
@@ -70,30 +69,30 @@ class MergeSession:
     def __init__(
         self,
         options: Options,
-        trainer: Trainer,
-        module: LightningModule,
+        host: Host,
         resume: Mapping[str, Any],
         folder: RunFolder,
     ) -> None:
-        self.options, self.trainer, self.module = options, trainer, module
+        self.options, self.host = options, host
         self.ranks = Ranks.of_run()
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
-        naming = Naming.of(module, options.strip_prefix)
+        naming = Naming.of(host.module, options.strip_prefix)
         model = self.live()
-        self._at_snapshots = LiveModel(module, trainer.strategy.model)
+        self._at_snapshots = LiveModel(host.module, host.root)
+        self._model: ModelTensors | Exception = model  # as it was seen before the newest snapshot
         _check_exclude(options.exclude, model)
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names, self._shapes = model.names, _shapes(model)
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
             self.ranks,
-            counts_batches(trainer),
-            trainer.strategy.root_device,
+            host.counts_batches,
+            host.device,
             self.clock,
             partial(_own_gradient, self._names, self.sharding),
         )
-        self.applied = AppliedLR(trainer.optimizers, partial(_whole_numel, self._names, self.sharding))
-        self.phases = LRPhaseDetector(total_batches(trainer))
+        self.applied = AppliedLR(host.optimizers, partial(_whole_numel, self._names, self.sharding))
+        self.phases = LRPhaseDetector(host.total_batches)
         still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
         layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
         whole = Layout.of(_whole(model), options.snapshot_dtype, still)
@@ -102,7 +101,7 @@ class MergeSession:
             layout,
             options.storage,
             self.dirpath / "window" if options.durable else None,
-            module.device,
+            host.device,
             masks,
             model.buffers,
             self.sharding,
@@ -118,22 +117,14 @@ class MergeSession:
                 log.info(
                     "merge: the snapshots do not tell how merges are published: %r", error
                 )  # needs flags
-        self.keeper = WindowKeeper(options, trainer, window, self._publisher(), naming)
-        self.step = trainer.global_step  # the last optimizer step seen
-        self._progress = step_progress(trainer)
+        self.pipeline = SnapshotPipeline(options, host, window, self._publisher(), naming)
+        self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
-        self.validation = MergedValidation(
-            trainer,
-            module,
-            self.sharding,
-            MetricDirections(options.lower_is_better, options.higher_is_better),
-            taking_part(trainer, options.evaluate_with),
-        )
         self.spikes = self._watch_for_spikes()
         try:
             self._put_folder_in_order()
-            self.plan = Plan.of(options, store, trainer)
+            self.plan = Plan.of(options, store, host)
             _tell([*self.plan.lines(), *folder.notices], self.plan.warnings())
             if resume:
                 self._load_state_dict(resume)
@@ -145,22 +136,22 @@ class MergeSession:
 
     def live(self) -> ModelTensors:
         """The live model's tensors, as they are on this rank."""
-        return ModelTensors.of(self.module, self.trainer.strategy.model)
+        return ModelTensors.of(self.host.module, self.host.root)
 
     @property
     def window(self) -> Window:
         """The window, once the last snapshot is in it."""
-        return self.keeper.window
+        return self.pipeline.window
 
     @property
     def merger(self) -> WindowMerger:
         """The window's merger, once it has done with the last snapshot."""
-        return self.keeper.merger
+        return self.pipeline.merger
 
     @property
     def background(self) -> Background:
         """What the window is kept by, in the background."""
-        return self.keeper.background
+        return self.pipeline.background
 
     @property
     def is_half_restored(self) -> bool:
@@ -172,17 +163,41 @@ class MergeSession:
         """Whether tokens can be counted; ``None`` before the first batch."""
         return self.clock.countable
 
-    def begin_batch(self, batch: Any, batch_idx: int) -> None:
-        """Notes a batch before it is trained on; of the first one finds out whether tokens can be counted.
+    @classmethod
+    def begin(cls, options: Options, host: Host, resume: Mapping[str, Any]) -> MergeSession:
+        """A session in the run's own folder, which is taken first.
+
+        Args:
+            options: of the merging.
+            host: the run, whose model is set up, moved and restored.
+            resume: a former session's ``state_dict``; empty for a new run.
 
         Raises:
-            ValueError: where they can't and the interval is in tokens.
-            RemoteError: where another rank raises.
+            ValueError: if an option does not fit this model, host or machine.
+        """
+        folder = RunFolder.take(options, host, resume)
+        try:
+            return cls(options, host, resume, folder)
+        except BaseException:
+            folder.give_up()
+            raise
+
+    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | None = None) -> None:
+        """Notes a batch before it is trained on; of the first one finds out whether tokens can be counted.
+
+        Args:
+            batch: of any kind; ``None`` if the loop does not show it.
+            batch_idx: its place in the epoch.
+            tokens: in it; ``None`` to have them counted.
+
+        Raises:
+            ValueError: if they can't be counted and the interval is in tokens.
+            RemoteError: if another rank raises.
         """
         if self.spikes:
             self.spikes.begin_batch(batch, batch_idx)
-        if self.clock.countable is None and batch is not None:
-            error = _failure(self.clock.count, batch)
+        if self.clock.countable is None and (batch is not None or tokens is not None):
+            error = _failure(self.clock.count, batch) if tokens is None else None
             bearable = isinstance(error, ValueError) and self.options.unit == "steps"
             self.ranks.agree(None if bearable else error)
             self.clock.countable = all(self.ranks.exchange(error is None))
@@ -197,22 +212,30 @@ class MergeSession:
         """What the rates of the update after ``step`` optimizer steps are scaled by, since a restore."""
         return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
-    def end_batch(self, outputs: Any, batch: Any) -> bool:
-        """Counts a batch and, where an optimizer step was taken with it, the step; restores after a spike.
+    def end_batch(
+        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | None = None
+    ) -> bool:
+        """Counts a batch and, if an optimizer step was taken with it, the step; restores after a spike.
+
+        Args:
+            outputs: the loss: a tensor, a float, or a mapping with a ``"loss"``; ``None`` if there is none.
+            divided_by: what the loop has divided the loss by, to accumulate gradients.
+            batch: to count the tokens of.
+            tokens: in it; ``None`` to have them counted.
 
         Returns:
             Whether a snapshot is due. Of weights that were just restored none is: they are a merge.
 
         Raises:
-            TrainingDivergedError: where the run is to stop after a spike.
+            TrainingDivergedError: if the run is to stop after a spike.
         """
         if self.clock.countable is not False:
-            self._count(batch)
+            self._count(batch, tokens)
         if self.spikes and self._stepless < _UNSEEN:
-            self.spikes.add_batch(outputs)
-        if self.keeper.has_news:
-            self.keeper.log_news()
-        step = self._progress.completed
+            self.statistics.add_loss(outputs, divided_by)
+        if self.pipeline.has_news:
+            self.pipeline.log_news()
+        step = self.host.step
         self._batches += 1
         if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
             self._report_steps_per_batch((step - self._first[0]) / _COUNTED_OVER)
@@ -232,27 +255,40 @@ class MergeSession:
         restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
         return due and not restored
 
-    def note_random_state(self) -> None:
-        """Remembers, before a validation, where the random generators stand."""
-        if self.options.evaluate:
-            self.validation.note_random_state()
+    def follow_model(self) -> MergeSession | None:
+        """The session to go on with, before a snapshot: this one, unless the model's tensors have changed.
 
-    def model_change(self) -> str:
-        """How the model's tensors differ from those the window was made for; empty where they do not."""
+        A merge takes the same tensors of all snapshots, so for others a new window begins. ``None`` if there
+        can't be one: nothing more is merged then.
+        """
         try:
-            change = _difference(self._shapes, _shapes(self._at_snapshots.tensors()))
-        except Exception:  # is reported with the snapshot that it keeps from being taken
-            change = ""
+            self._model = self._at_snapshots.tensors()
+            change = _change(self._shapes, self._model)
+        except Exception as error:  # is reported with the snapshot that it keeps from being taken
+            self._model, change = error, ""
         if self.ranks.size > 1:
-            self.keeper.settle()  # nobody else may talk to the other ranks before that
-        return next(filter(None, self.ranks.exchange(change)), "")
+            self.pipeline.settle()  # nobody else may talk to the other ranks before that
+        change = next(filter(None, self.ranks.exchange(change)), "")
+        if not change:
+            return self
+        warn(
+            f"merge: the model's tensors have changed since training began: at step {self.step} {change}. "
+            "A new window begins here; of a buffer that changes its shape all the time, "
+            "register_buffer(persistent=False) keeps the window free"
+        )
+        try:
+            return MergeSession(self.options, self.host, self._hand_over(), self.folder)
+        except Exception:
+            log.exception("merge: nothing more is merged: no window fits the changed model; training goes on")
+            self.folder.give_up()
+            return None
 
-    def hand_over(self) -> dict[str, Any]:
+    def _hand_over(self) -> dict[str, Any]:
         """Ends this session, except for its folder; the state is for the next, with an empty window."""
-        self.keeper.finish_what_is_begun()
+        self.pipeline.finish_what_is_begun()
         state = self.state_dict()
         self._let_go()
-        for shared in (self.keeper, self.sharding, self.ranks):
+        for shared in (self.pipeline, self.sharding, self.ranks):
             shared.close()
         return {**state, "window": {**state["window"], "snapshots": [], "moved": []}}
 
@@ -268,22 +304,23 @@ class MergeSession:
             lr_step=self.phases.steps,
         )
         calm = self.spikes is None or self.spikes.calm
-        self.keeper.take(snapshot, self.phases.phase, self._at_snapshots.tensors, calm)
+        self.pipeline.take(snapshot, self.phases.phase, self._model, calm)
 
-    def evaluate(self) -> None:
-        """Validates the merge of the window as it is, if that is new, and of the model as it is."""
+    def current_merge(self) -> Merge | None:
+        """The merge of the window as it is; ``None`` if there is none for this model. All ranks ask."""
         model = self.live()
-        is_same = all(self.ranks.exchange(_shapes(model) == self._shapes))
-        self.validation.update(self.keeper.current_merge(model) if is_same else None)
+        self.pipeline.settle()  # nobody else may talk to the other ranks before that
+        is_same = all(self.ranks.exchange(not _change(self._shapes, model)))
+        return self.pipeline.current_merge(model) if is_same else None
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         model = self.live()
-        if change := _difference(self._shapes, _shapes(model)):
-            rank_zero_warn(f"merge: the last merge is of the model before its tensors changed: {change}")
-        self.keeper.finish(model, self.step)
+        if change := _change(self._shapes, model):
+            warn(f"merge: the last merge is of the model before its tensors changed: {change}")
+        self.pipeline.finish(model, self.step)
         self._let_go()
-        for shared in (self.keeper, self.sharding, self.ranks):
+        for shared in (self.pipeline, self.sharding, self.ranks):
             shared.close()
         self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
 
@@ -293,15 +330,14 @@ class MergeSession:
         self._give_folder_back(_PATIENCE)
 
     def _let_go(self) -> None:
-        self.keeper.wait()
-        self.validation.close()
+        self.pipeline.wait()
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
 
     def _give_folder_back(self, patience: float | None) -> None:
         """Gives the folder back, once all that is published is where it belongs, or so many seconds later."""
-        self.keeper.publisher.settle(patience)
+        self.pipeline.publisher.settle(patience)
         if self.lock:
             self.lock.close()
 
@@ -311,7 +347,7 @@ class MergeSession:
         Args:
             to_keep: whether it is a checkpoint's, which needs these files from now on.
         """
-        kept = self.keeper.state_dict(to_keep)
+        kept = self.pipeline.state_dict(to_keep)
         statistics = self.statistics.state_dict()  # before the clock is read: it may advance it
         return {
             "dirpath": str(self.dirpath),
@@ -321,7 +357,6 @@ class MergeSession:
             "mark": self.interval.mark,
             "largest_step": self.clock.largest,
             "statistics": statistics,
-            "validation": self.validation.state_dict(),
             "learning_rates": self.applied.state_dict(),
             "phases": self.phases.state_dict(),
             **kept,
@@ -332,25 +367,20 @@ class MergeSession:
         self.step, self.interval.mark = state["step"], state["mark"]
         self.clock.tokens, self.clock.largest = state["tokens"], state["largest_step"]
         self.statistics.load_state_dict(state["statistics"])
-        self.validation.load_state_dict(state["validation"])
         self.applied.load_state_dict(state["learning_rates"])
         self.phases.load_state_dict(state["phases"])
-        self.keeper.load_state_dict(state)
+        self.pipeline.load_state_dict(state)
         self._restore_window(state["window"], Path(state["dirpath"]))
-        self.keeper.publish_again(self.live(), state)
+        self.pipeline.publish_again(self.live(), state)
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
-                rank_zero_warn(
-                    "merge: the checkpoint is of an older version: spikes are judged from scratch from here"
-                )
+                warn("merge: the checkpoint is of an older version: spikes are judged from scratch from here")
                 return
             self.spikes.load_state_dict(state["spikes"])
 
     def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
         if self.folder.is_elsewhere and state["snapshots"]:
-            rank_zero_warn(
-                f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here"
-            )
+            warn(f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here")
             return
         if different := self.window.layout_difference(state):
             what = "of another model"
@@ -364,14 +394,14 @@ class MergeSession:
                     f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
                     "it was kept with, or give a new dirpath to begin with an empty window"
                 )
-            rank_zero_warn(f"merge: the window begins empty, the resumed one is {what}: {different}")
+            warn(f"merge: the window begins empty, the resumed one is {what}: {different}")
             return
-        for problem in self.window.restore(state, self.trainer.global_step):
-            rank_zero_warn(f"merge: left out of the restored window: {problem}")
+        for problem in self.window.restore(state, self.host.step):
+            warn(f"merge: left out of the restored window: {problem}")
         if state["snapshots"]:
             steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
             tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
-            rank_zero_info(
+            info(
                 f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
                 f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
             )
@@ -382,12 +412,11 @@ class MergeSession:
             return None
         watch = partial(
             SpikeWatch,
-            trainer=self.trainer,
-            module=self.module,
-            merger=partial(getattr, self.keeper, "merger"),  # no lambda: it would keep the session alive
+            host=self.host,
+            merger=partial(getattr, self.pipeline, "merger"),  # no lambda: it would keep the session alive
             statistics=self.statistics,
             dirpath=self.dirpath,
-            last_good_merge=self.keeper.newest_emission_up_to,
+            last_good_merge=self.pipeline.newest_emission_up_to,
         )
         try:
             return watch(options)
@@ -395,7 +424,7 @@ class MergeSession:
             if options is not DEFAULT:
                 raise
             # Nobody has asked for restores, so that they are impossible must not keep the run from training.
-            rank_zero_warn(f"merge: loss spikes are told of, and nothing is restored: {error}")
+            warn(f"merge: loss spikes are told of, and nothing is restored: {error}")
             return watch(replace(options, action="warn"))
 
     def _publisher(self) -> Publisher:
@@ -418,8 +447,8 @@ class MergeSession:
             if self.lock is not None:
                 self.lock.claim = self.window.folder.claim
                 self.lock.claim()
-                self.keeper.publisher.sweep()
-                for writer in (self.window.store, self.window.folder, self.keeper.publisher):
+                self.pipeline.publisher.sweep()
+                for writer in (self.window.store, self.window.folder, self.pipeline.publisher):
                     writer.before_writing = self.lock.check
                 if self.spikes:
                     self.spikes.policy.before_writing = self.lock.check
@@ -429,20 +458,20 @@ class MergeSession:
 
     def _note_no_step(self) -> None:
         """Tells the user where the steps of a manual optimization are nobody's to see."""
-        self._stepless += not self.module.automatic_optimization
+        self._stepless += self.host.is_manual
         if self._stepless == _UNSEEN:
-            rank_zero_warn(
+            warn(
                 f"merge: no optimizer step was seen in {_UNSEEN} batches, so no snapshot is taken: step with "
                 "self.optimizers(), not with those of use_pl_optimizer=False, which Lightning does not count"
             )
 
-    def _count(self, batch: Any) -> None:
+    def _count(self, batch: Any, tokens: int | None) -> None:
         try:
-            self.statistics.add_tokens(int(self.clock.count(batch)))
+            self.statistics.add_tokens(int(self.clock.count(batch)) if tokens is None else tokens)
         except ValueError as error:
             self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
-            warn = rank_zero_warn if self.ranks.is_first else log.warning
-            warn(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
+            tell = warn if self.ranks.is_first else log.warning
+            tell(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
 
     def _observe_learning_rates(self) -> None:
         segment = self.phases.segment
@@ -479,14 +508,18 @@ def _whole_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor
     return parameter.numel() if name is None else math.prod(sharding.wholes[name])
 
 
-def _shapes(model: ModelTensors) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _shapes(model: ModelTensors) -> dict[str, _Kind]:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.tensors.items()}
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What has changed among names, shapes and dtypes, in one line."""
-    if before == now:
+def _change(before: Mapping[str, _Kind], model: ModelTensors) -> str:
+    """How a model's names, shapes and dtypes differ from what they were, in one line; empty if they don't."""
+    if len(before) == len(model.tensors) and all(
+        name == known and tensor.shape == kind[0] and tensor.dtype is kind[1]
+        for (known, kind), (name, tensor) in zip(before.items(), model.tensors.items(), strict=True)
+    ):
         return ""
+    now = _shapes(model)
     new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
     other = [
         f"{n} from {_told(before[n])} to {_told(now[n])}" for n in now if before.get(n, now[n]) != now[n]
@@ -500,7 +533,7 @@ def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "; ".join(lines) or "the order of its tensors changed"
 
 
-def _told(shape: tuple[tuple[int, ...], torch.dtype]) -> str:
+def _told(shape: _Kind) -> str:
     return f"{shape[0]} {str(shape[1]).removeprefix('torch.')}"
 
 
@@ -555,6 +588,6 @@ def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:
 
 def _tell(lines: list[str], warnings: list[str]) -> None:
     for line in lines:
-        rank_zero_info(line)
+        info(line)
     for line in warnings:
-        rank_zero_warn(line)
+        warn(line)

@@ -11,21 +11,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import Trainer
-
+from merge_callback.engine.advice import advice
 from merge_callback.engine.background import Background
+from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
 from merge_callback.sharding import Ranks
+from merge_callback.signals.host import Host
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
-from merge_callback.trainers.lightning.reporting import advice, logged_step, show_metrics, tell_loggers
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +46,7 @@ class _Report:
     diversity: dict[str, Any] | None = None
 
 
-class WindowKeeper:
+class SnapshotPipeline:
     """Keeps a window while a model trains: only the copy of the weights is made in training's own thread.
 
     A job in the background takes each copy into the window, measures and merges; a second one publishes the
@@ -56,17 +55,17 @@ class WindowKeeper:
 
     Args:
         options: the callback's.
-        trainer: in fit.
+        host: the run.
         window: of the run.
         publisher: of the emissions.
         naming: how the tensors are called outside.
     """
 
     def __init__(
-        self, options: Options, trainer: Trainer, window: Window, publisher: Publisher, naming: Naming
+        self, options: Options, host: Host, window: Window, publisher: Publisher, naming: Naming
     ) -> None:
-        self.options, self.trainer, self.publisher, self.naming = options, trainer, publisher, naming
-        self.background = Background(trainer.strategy.root_device)
+        self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
+        self.background = Background(host.device)
         self.courier = Ranks.of_run()  # for what is published, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
@@ -99,7 +98,7 @@ class WindowKeeper:
         """Whether there is something to log."""
         return bool(self._reports)
 
-    def take(self, snapshot: Snapshot, phase: Phase, live: Callable[[], ModelTensors], calm: bool) -> None:
+    def take(self, snapshot: Snapshot, phase: Phase, live: ModelTensors | Exception, calm: bool) -> None:
         """Copies the live weights, and has the copy kept, measured, merged and published.
 
         Where the snapshot before is not in the window yet, storage is slower than the interval: the run waits
@@ -108,12 +107,12 @@ class WindowKeeper:
         Args:
             snapshot: what is known of it.
             phase: of the learning rate.
-            live: gives the live model's tensors.
+            live: the live model's tensors, or why there are none.
             calm: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
         model, captured = self._capture(live, snapshot.step)
-        report = _Report(logged_step(self.trainer), phase, snapshot)
+        report = _Report(self.host.log_step, phase, snapshot)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
 
     def settle(self) -> None:
@@ -123,7 +122,7 @@ class WindowKeeper:
         self._pending.wait()
         self._pending = None
         self.log_news()
-        show_metrics(self.trainer, self._logged)
+        self.host.expose(self._logged)
         self._logged = {}
 
     def log_news(self) -> None:
@@ -162,7 +161,7 @@ class WindowKeeper:
         self.background.submit(partial(self._emit, model))  # what fails there is logged
         self.background.drain()
         if not self.publisher.published:
-            rank_zero_warn(f"merge: nothing was published: {self._why_nothing(step)}")
+            warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
     def _why_nothing(self, step: int) -> str:
         """Why there is no merge after so many optimizer steps, and what to do."""
@@ -219,13 +218,11 @@ class WindowKeeper:
         if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
             self.background.submit(partial(self._emit, model)).wait()
 
-    def _capture(self, live: Callable[[], ModelTensors], step: int) -> tuple[ModelTensors, Arena | Exception]:
-        """A copy of the live weights, or why there is none."""
-        try:
-            model = live()
-        except Exception as error:  # the other ranks have to be told
-            return ModelTensors(), error
-        return model, self._window.capture(model.tensors, model.frozen, step)
+    def _capture(self, live: ModelTensors | Exception, step: int) -> tuple[ModelTensors, Arena | Exception]:
+        """A copy of the live weights, or why there is none: the other ranks have to be told."""
+        if isinstance(live, Exception):
+            return ModelTensors(), live
+        return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
@@ -233,7 +230,7 @@ class WindowKeeper:
         waited += time.monotonic()
         if waited > _NOTICEABLE and not self._told_to_wait:
             self._told_to_wait = True
-            rank_zero_warn(
+            warn(
                 f"merge: the run waited {waited:.1f} s at step {step} until the snapshot before was kept: "
                 "storage is slower than the interval; choose a longer one, or a faster dirpath"
             )
@@ -256,7 +253,7 @@ class WindowKeeper:
             return
         self._taken += 1
         emit = calm and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
-        evaluate = self.options.evaluate and self.trainer.enable_validation
+        evaluate = self.options.evaluate and self.host.will_validate
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
             self._emit(model)
@@ -268,11 +265,9 @@ class WindowKeeper:
         try:
             self._window.add(snapshot, captured)
         except (ValueError, RuntimeError, MemoryError) as error:  # not finite, a changed model, no memory
-            rank_zero_warn(f"merge: no snapshot at step {snapshot.step}: {error}")
+            warn(f"merge: no snapshot at step {snapshot.step}: {error}")
         except OSError as error:
-            rank_zero_warn(
-                f"merge: the snapshot of step {snapshot.step} could not be kept in a file ({error})"
-            )
+            warn(f"merge: the snapshot of step {snapshot.step} could not be kept in a file ({error})")
         return bool(self._window.snapshots) and self._window.snapshots[-1] is snapshot
 
     def _emit(self, model: ModelTensors) -> None:
@@ -302,11 +297,11 @@ class WindowKeeper:
                 prepared()
             self._emitted = step
         except Exception as error:
-            rank_zero_warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
+            warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
 
     def _warn_of_cuts(self) -> None:
         for line in self._window.drop_cut():
-            rank_zero_warn(f"merge: left out of the window: {line}")
+            warn(f"merge: left out of the window: {line}")
 
     def _agreed_merge(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is, if every rank could make its part of it.
@@ -341,7 +336,7 @@ class WindowKeeper:
             if not lost:
                 raise
         for line in lost:
-            rank_zero_warn(f"merge: left out of the window: {line}")
+            warn(f"merge: left out of the window: {line}")
         return merge()
 
     # In training's thread again.
@@ -358,8 +353,8 @@ class WindowKeeper:
         if diversity is not None:
             metrics["merge/diversity_rms"] = diversity["rms"]
             metrics["merge/diversity_change"] = diversity["change_percent"]
-        tell_loggers(self.trainer, metrics, report.logged_step)
+        self.host.log(metrics, report.logged_step)
         self._logged |= metrics
         change = diversity["change_percent"] if diversity else None
         if line := advice(report.phase, snapshot.since, change, self._advised):
-            rank_zero_info(line)
+            info(line)

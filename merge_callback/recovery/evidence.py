@@ -10,16 +10,17 @@ import copy
 import math
 from collections import UserDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.sharding import Ranks
+from merge_callback.signals.host import HeldBatch, LossOf, Rehearsal, UnrepeatableStepError
 from merge_callback.snapshots.capture import ModelTensors
 
 T = TypeVar("T")
@@ -30,32 +31,6 @@ _MOST_BATCHES = 8  # of a step's micro-batches: the newest
 _WEIGHED = 16  # every so many batches one's size is looked at
 
 _SHARE = 0.5  # of the excess over the baseline that a candidate must take away
-
-
-class HeldBatch(NamedTuple):
-    """A micro-batch, and where in the epoch it came."""
-
-    batch: Any
-    batch_idx: int
-
-
-LossOf = Callable[[Sequence[HeldBatch]], float]
-"""The mean training loss of some batches, on this rank, with the weights that the module has now."""
-
-Rehearsal = Callable[[], AbstractContextManager[LossOf]]
-"""Makes a context within which losses can be computed with other weights in the module.
-
-On exit the module, its weights, metrics and logs, and all random generators are as they were, bit for bit.
-Each call of ``LossOf`` draws the same random numbers. Signals are deferred on entry and on exit. This is all
-that a training loop has to supply.
-
-Raises:
-    UnrepeatableStepError: where the training step can't be run again.
-"""
-
-
-class UnrepeatableStepError(RuntimeError):
-    """The training step can't be run again just to compute a loss; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +154,7 @@ class Trial:
     """
 
     def __init__(
-        self, source: str, rehearse: Rehearsal, live: Callable[[], ModelTensors], ranks: Ranks
+        self, source: str, rehearse: Callable[[], Rehearsal], live: Callable[[], ModelTensors], ranks: Ranks
     ) -> None:
         self.source, self.ranks = source, ranks
         self._rehearse, self._live = rehearse, live

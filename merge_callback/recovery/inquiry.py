@@ -7,21 +7,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from merge_callback.messages import warn
 from merge_callback.recovery import optimizer_state
 from merge_callback.recovery.evidence import (
     Alarm,
     Evidence,
-    HeldBatch,
     HeldBatches,
     Trial,
-    UnrepeatableStepError,
     is_clearly_better,
 )
 from merge_callback.sharding import local, overwrite
+from merge_callback.signals.host import HeldBatch, Host, UnrepeatableStepError
 from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.watched_numbers import LOSS, WatchedNumbers
 from merge_callback.snapshots.arena import all_finite
@@ -29,11 +27,6 @@ from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.spike_options import SpikeOptions
-from merge_callback.trainers.lightning.rehearsal import (
-    rehearsed_training,
-    rehearsed_validation,
-    validation_loss,
-)
 
 _AS_IT_WAS = 0.5
 """How much higher than last time a validation's loss may be, as a share, to count as what it was."""
@@ -44,8 +37,7 @@ class Inquiry:
 
     Args:
         options: what counts as evidence, and how snapshots are merged.
-        trainer: in fit.
-        module: its module.
+        host: the run.
         merger: gives the window's, once the last snapshot is in it.
         numbers: that are watched.
         batches: of the last steps.
@@ -54,26 +46,25 @@ class Inquiry:
     def __init__(
         self,
         options: SpikeOptions,
-        trainer: Trainer,
-        module: LightningModule,
+        host: Host,
         merger: Callable[[], WindowMerger],
         numbers: WatchedNumbers,
         batches: HeldBatches,
     ) -> None:
-        self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
+        self.options, self.host, self._merger = options, host, merger
         self.numbers, self.batches = numbers, batches
         self._told: set[str] = set()  # what can't be tried
 
     @property
     def parameters(self) -> list[Tensor]:
         """All that is trained, in the optimizers' order."""
-        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        groups = (group for optimizer in self.host.optimizers for group in optimizer.param_groups)
         return [parameter for group in groups for parameter in group["params"]]
 
     def weights_are_finite(self) -> bool:
         """Whether weights, buffers and optimizer state are, on all ranks."""
         own = all(all_finite(local(parameter.data)) for parameter in self.parameters)
-        own = own and all(map(optimizer_state.is_finite, self.trainer.optimizers))
+        own = own and all(map(optimizer_state.is_finite, self.host.optimizers))
         model, store = self._live(), self._merger().window.store
         buffers = ((name, model.tensors[name]) for name in model.buffers)
         own = own and all(all_finite(buffer) or store.may_hold(name, buffer) for name, buffer in buffers)
@@ -143,8 +134,7 @@ class Inquiry:
             live, merged = trial.compare(partial(self._put_in_all, snapshots))
         except UnrepeatableStepError:  # there is none, or not yet
             return evidence
-        name = validation_loss(self.trainer)
-        last = float(self.trainer.callback_metrics[name]) if name else math.nan
+        last = self.host.validation_loss()
         is_sound = live <= last + _AS_IT_WAS * abs(last)
         is_sound = is_sound and not is_clearly_better(merged, live, alarm.scaled_to(live))
         return replace(evidence, validation=(live, merged), guilty=not is_sound)
@@ -152,7 +142,7 @@ class Inquiry:
     def _tell_once(self, source: str, error: Exception) -> None:
         if source not in self._told:
             self._told.add(source)
-            rank_zero_warn(
+            warn(
                 f"merge: the weights before the spike could not be tried on the {source}: {error}; so "
                 f"{'the validation tells, or' if source == 'batch' else ''} the losses alone tell, whether "
                 "to restore"
@@ -160,15 +150,14 @@ class Inquiry:
 
     def _trials(self, snapshot: Snapshot) -> list[Trial]:
         device, ranks = snapshot.arena.buffer.device, self._merger().ranks
-        sources = {"batch": rehearsed_training, "validation": rehearsed_validation}
         wanted = {"batch": ("batch", "validation"), "validation": ("validation",), "rules": ()}
         return [
-            Trial(source, partial(sources[source], self.trainer, self.module, device), self._live, ranks)
+            Trial(source, partial(self.host.rehearse, source, device), self._live, ranks)
             for source in wanted[self.options.evidence]
         ]
 
     def _live(self) -> ModelTensors:
-        return ModelTensors.of(self.module, self.trainer.strategy.model)
+        return ModelTensors.of(self.host.module, self.host.root)
 
     def _put_in(self, snapshots: Sequence[Snapshot], trained: set[int], model: ModelTensors) -> None:
         """Overwrites what is trained, and nothing else, with the merge of some snapshots.

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from merge_callback.recovery import optimizer_state
 from merge_callback.recovery.lr_scale import LRScale
 from merge_callback.sharding import Ranks
+from merge_callback.signals.host import Host
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import Snapshot
@@ -23,8 +22,7 @@ class Recovery:
 
     Args:
         options: how.
-        trainer: in fit.
-        module: its module.
+        host: the run.
         merger: gives the window's, once the last snapshot is in it.
 
     Raises:
@@ -34,16 +32,15 @@ class Recovery:
     def __init__(
         self,
         options: SpikeOptions,
-        trainer: Trainer,
-        module: LightningModule,
+        host: Host,
         merger: Callable[[], WindowMerger],
     ) -> None:
-        self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
-        self.lr = LRScale(trainer.optimizers, lambda: trainer.global_step)
-        self.scaler: GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
+        self.options, self.host, self._merger = options, host, merger
+        self.lr = LRScale(host.optimizers, lambda: host.step)
+        self.scaler = host.scaler
         self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # what a run begins with
         if options.action == "restore":
-            for optimizer in trainer.optimizers:
+            for optimizer in host.optimizers:
                 _check_scalable(optimizer)
                 if not callable(options.optimizer):
                     _check_known(optimizer)
@@ -68,19 +65,19 @@ class Recovery:
             RemoteError: where that is so on another rank.
         """
         merger, problem = self._merger(), None
-        model = ModelTensors.of(self.module, self.trainer.strategy.model)
+        model = ModelTensors.of(self.host.module, self.host.root)
         spoilt = self._spoilt(merger.ranks)
         try:
             snapshots[-1].arena.check(merger.sharding.own(model.tensors))
-            for index, optimizer in enumerate(self.trainer.optimizers):
+            for index, optimizer in enumerate(self.host.optimizers):
                 self._set_back(optimizer, index in spoilt)
         except Exception as error:
             problem = error
         merger.ranks.agree(problem)
         weights = merger.merge_into(model, snapshots, self.options.merging)
         merger.forget()
-        # Where Lightning is about to drop the gradients, zeros would only be written.
-        self.module.zero_grad(set_to_none=self.module.automatic_optimization)
+        # If the loop is about to drop the gradients, zeros would only be written.
+        self.host.module.zero_grad(set_to_none=not self.host.is_manual)
         self._reset_loss_scale()
         self.lr.rewarm(step, self.options.rewarm_steps, lasting)
         return weights
@@ -98,7 +95,7 @@ class Recovery:
         """Which optimizers have state that is not finite, on any rank; where that matters."""
         if callable(self.options.optimizer) or self.options.optimizer == "reset":
             return set()
-        own = {i for i, o in enumerate(self.trainer.optimizers) if not optimizer_state.is_finite(o)}
+        own = {i for i, o in enumerate(self.host.optimizers) if not optimizer_state.is_finite(o)}
         return set().union(*ranks.exchange(own))
 
     def _set_back(self, optimizer: Optimizer, is_spoilt: bool) -> None:

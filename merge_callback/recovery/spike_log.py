@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import Trainer
-
+from merge_callback.messages import warn
+from merge_callback.signals.host import Host
 from merge_callback.snapshots.files import append_line
 
 log = logging.getLogger(__name__)
@@ -19,17 +18,11 @@ log = logging.getLogger(__name__)
 RECORD = "spikes.jsonl"
 
 
-def announce(trainer: Trainer, record: Mapping[str, Any]) -> None:
+def announce(host: Host, record: Mapping[str, Any]) -> None:
     """Warns of an event, and shows it as text in every logger that can (TensorBoard)."""
     text = sentence(record)
-    rank_zero_warn(text)
-    for logger in trainer.loggers:
-        try:
-            experiment = getattr(logger, "experiment", None)
-            if hasattr(experiment, "add_text"):
-                experiment.add_text("merge/spike", text, record["step"])  # type: ignore[union-attr]
-        except Exception:
-            log.exception("merge: %s could not show the event; training goes on", type(logger).__name__)
+    warn(text)
+    host.log_text(text, record["step"])
 
 
 def append(

@@ -11,9 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
-
+from merge_callback.messages import warn
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.evidence import Evidence, HeldBatches
 from merge_callback.recovery.inquiry import Inquiry
@@ -21,6 +19,7 @@ from merge_callback.recovery.restore import Recovery
 from merge_callback.recovery.spike_log import RECORD, announce, append, number, sentence_of
 from merge_callback.recovery.step_origins import StepOrigins
 from merge_callback.signals.drift import DRIFT_STEPS
+from merge_callback.signals.host import Host, report
 from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.watched_numbers import GRAD_NORM, LOSS, WatchedNumbers
@@ -28,7 +27,6 @@ from merge_callback.snapshots.merge import HalfRestoredError, WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import SpikeOptions
-from merge_callback.trainers.lightning.reporting import log_metrics
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +65,7 @@ class SpikePolicy:
 
     Args:
         options: what is done.
-        trainer: in fit.
-        module: its module.
+        host: the run.
         merger: gives the window's, once the last snapshot is in it.
         numbers: that are watched; they are told what came of an event.
         batches: of the last steps.
@@ -83,8 +80,7 @@ class SpikePolicy:
     def __init__(
         self,
         options: SpikeOptions,
-        trainer: Trainer,
-        module: LightningModule,
+        host: Host,
         merger: Callable[[], WindowMerger],
         numbers: WatchedNumbers,
         batches: HeldBatches,
@@ -92,12 +88,12 @@ class SpikePolicy:
         dirpath: Path,
         last_good_merge: Callable[[int], Path | str | None],
     ) -> None:
-        self.options, self.trainer, self.module, self._merger = options, trainer, module, merger
+        self.options, self.host, self._merger = options, host, merger
         self.numbers, self.statistics = numbers, statistics
-        self.inquiry = Inquiry(options, trainer, module, merger, numbers, batches)
-        self.origins = StepOrigins(trainer, statistics, merger)
+        self.inquiry = Inquiry(options, host, merger, numbers, batches)
+        self.origins = StepOrigins(host, statistics, merger)
         self.dirpath, self.last_good_merge = dirpath, last_good_merge
-        self.recovery = Recovery(options, trainer, module, merger)
+        self.recovery = Recovery(options, host, merger)
         self.restores = _Restores()
         self.is_half_restored = False  # by a restore that failed; nothing may be saved then
         self._suspicion: tuple[int, int] | None = (
@@ -154,7 +150,7 @@ class SpikePolicy:
         if not math.isnan(threshold := loss.threshold):
             metrics |= {"merge/loss_baseline": loss.baseline, "merge/loss_threshold": threshold}
         if self.restores.count:
-            metrics["merge/lr_factor"] = self.recovery.lr.factor(self.trainer.global_step)
+            metrics["merge/lr_factor"] = self.recovery.lr.factor(self.host.step)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -195,7 +191,7 @@ class SpikePolicy:
             event = replace(event, onset=min(event.onset, self._suspicion[0]))
         in_a_row = self.restores.in_a_row + 1 if self._is_recovering else 1
         for line in self.window.drop_damaged():  # reading past the end of a cut file would kill the process
-            rank_zero_warn(f"merge: left out of the window: {line}")
+            warn(f"merge: left out of the window: {line}")
         snapshots, lower = self._choose(event.onset, in_a_row)
         evidence = self.inquiry.evidence(event, snapshots) if snapshots else None
         if evidence is None and event.kind != "spike":
@@ -297,7 +293,7 @@ class SpikePolicy:
         try:
             self.window.drop_newer(last_step)
         except OSError as error:
-            rank_zero_warn(f"merge: the window's manifest could not be written ({error}); training goes on")
+            warn(f"merge: the window's manifest could not be written ({error}); training goes on")
 
     def _give_up(self, event: SpikeEvent, reason: str) -> bool:
         if self.options.no_snapshot == "stop":
@@ -307,10 +303,10 @@ class SpikePolicy:
 
     def _stop(self, event: SpikeEvent, reason: str, evidence: Evidence | None) -> None:
         merge = self.last_good_merge(event.onset - self.options.guard)
-        rate = max(float(g["lr"]) for optimizer in self.trainer.optimizers for g in optimizer.param_groups)
+        rate = max(float(g["lr"]) for optimizer in self.host.optimizers for g in optimizer.param_groups)
         seen = {
             "grad_norm": self.statistics.gradient_norm(self.inquiry.parameters),
-            "lr": rate * self.recovery.lr.factor(self.trainer.global_step - 1),
+            "lr": rate * self.recovery.lr.factor(self.host.step - 1),
             "evidence": evidence and evidence.record(),
         }
         self._report(event, "stop", reason=f"{reason}: stopped", last_good_merge=merge and str(merge), **seen)
@@ -332,14 +328,14 @@ class SpikePolicy:
         count = min(len(event.values), self.options.patience)
         record |= self.origins.of(event.step, count, event.threshold if event.watched == LOSS else math.nan)
         self._tell(record)
-        log_metrics(self.trainer, self.metrics(1.0 if outcome in ("restore", "warn", "stop") else 0.0))
+        report(self.host, self.metrics(1.0 if outcome in ("restore", "warn", "stop") else 0.0))
 
     def _tell(self, record: dict[str, Any]) -> None:
         """Writes an event down, shows it, and hands it to the user's function."""
-        if self.trainer.is_global_zero:
+        if self._merger().ranks.is_first:
             event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
             append(self.dirpath, event, self.before_writing)
-        announce(self.trainer, record)
+        announce(self.host, record)
         if self.options.on_spike is None:
             return
         wants_stop = False
@@ -348,4 +344,4 @@ class SpikePolicy:
         except Exception:
             log.exception("merge: spike.on_spike failed; training goes on")
         if any(self._merger().ranks.exchange(wants_stop)):
-            self.trainer.should_stop = True
+            self.host.stop()

@@ -6,22 +6,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from merge_callback.messages import warn
 from merge_callback.recovery.evidence import HeldBatches
 from merge_callback.recovery.spike_policy import SpikePolicy
 from merge_callback.sharding import local
+from merge_callback.signals.host import Host, report
 from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.step_statistics import Statistics, StepStatistics, dense
 from merge_callback.signals.watched_numbers import WatchedNumbers
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.spike_options import SpikeOptions
-from merge_callback.trainers.lightning.logged_scalars import LoggedScalars
-from merge_callback.trainers.lightning.reporting import log_metrics
 
 
 class SpikeWatch:
@@ -29,8 +27,7 @@ class SpikeWatch:
 
     Args:
         options: what is a spike and what is done about it.
-        trainer: in fit.
-        module: its module.
+        host: the run.
         merger: gives the window's, once the last snapshot is in it.
         statistics: of the fit's steps; this notes their losses, gradients and further scalars.
         dirpath: for the record of events.
@@ -43,26 +40,26 @@ class SpikeWatch:
     def __init__(
         self,
         options: SpikeOptions,
-        trainer: Trainer,
-        module: LightningModule,
+        host: Host,
         merger: Callable[[], WindowMerger],
         statistics: StepStatistics,
         dirpath: Path,
         last_good_merge: Callable[[int], Path | str | None],
     ) -> None:
-        self.options, self.trainer, self.module, self.statistics = options, trainer, module, statistics
+        self.options, self.host, self.statistics = options, host, statistics
         self.numbers, self.batches = WatchedNumbers(options), HeldBatches()
         self.policy = SpikePolicy(
-            options, trainer, module, merger, self.numbers, self.batches, statistics, dirpath, last_good_merge
+            options, host, merger, self.numbers, self.batches, statistics, dirpath, last_good_merge
         )
         self._merger = merger
-        self._scalars = LoggedScalars(trainer, [*options.watch]) if options.watch else None
+        self._new_scalars = host.logged_scalars([*options.watch]) if options.watch else None
+        self._scalar_names: set[str] = set()
         statistics.names = [] if options.watch else None
-        self._several = len(trainer.optimizers) > 1
+        self._several = len(host.optimizers) > 1
         self._stepped: set[int] = set()  # optimizers that have stepped since the last step ended
         self._optimizers = ["", ""]  # those of the step before the last one, and of the last one
         self._batch_idx = 0
-        self._seen = trainer.global_step  # the last step whose loss was read
+        self._seen = host.step  # the last step whose loss was read
         self._told = False  # that there is no loss to watch
 
     @property
@@ -84,21 +81,18 @@ class SpikeWatch:
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes which optimizer is about to step and, where it is watched, the norm of its gradients."""
         if self._several:
-            self._stepped.add(next(i for i, o in enumerate(self.trainer.optimizers) if o is optimizer))
+            self._stepped.add(next(i for i, o in enumerate(self.host.optimizers) if o is optimizer))
         if self.options.grad_norm:
             self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
-
-    def add_batch(self, outputs: Any) -> None:
-        """Notes the loss of a micro-batch, as Lightning hands it to ``on_train_batch_end``."""
-        automatic = self.module.automatic_optimization
-        self.statistics.add_loss(outputs, self.trainer.accumulate_grad_batches if automatic else 1)
 
     def note_end_of_step(self, step: int) -> None:
         """Notes what belongs to the step that ends, before its statistics are sent off."""
         self.batches.end_step(step)
         self.policy.origins.end_step(step, self._batch_idx)
-        if self._scalars:
-            self.statistics.add_scalars(self._scalars.new_values())
+        if self._new_scalars:
+            values = self._new_scalars()
+            self._scalar_names.update(values)
+            self.statistics.add_scalars(values)
         if self._several:
             self._optimizers = [self._optimizers[1], ",".join(map(str, sorted(self._stepped)))]
             self._stepped.clear()
@@ -120,9 +114,9 @@ class SpikeWatch:
         if restored:
             self.statistics.forget()
             self._seen = step
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        every = self.host.log_every
         if every and step % every == 0 and not restored:
-            log_metrics(self.trainer, self.policy.metrics(0.0 if self.calm else 1.0))
+            report(self.host, self.policy.metrics(0.0 if self.calm else 1.0))
         return restored
 
     def close(self) -> None:
@@ -148,10 +142,8 @@ class SpikeWatch:
         """What the detectors have to say of a step, spikes first."""
         if seen.loss is None and not self._told:
             self._told = True
-            rank_zero_warn(
-                "merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}"
-            )
-        if seen.unknown_scalars and self._scalars:
+            warn("merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}")
+        if seen.unknown_scalars and self._new_scalars:
             self._agree_on_scalars()
         events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
         if not self.calm:
@@ -166,9 +158,8 @@ class SpikeWatch:
 
     def _agree_on_scalars(self) -> None:
         """Gives the further scalars an order that is the same on all ranks."""
-        assert self._scalars is not None
         assert self.statistics.names is not None
-        told = self._merger().ranks.exchange(self._scalars.names)
+        told = self._merger().ranks.exchange(sorted(self._scalar_names))
         new = {name for names in told for name in names}.difference(self.statistics.names)
         self.statistics.names = [*self.statistics.names, *sorted(new)]
 

@@ -12,9 +12,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loops.progress import _ReadyCompletedTracker
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from merge_callback.sharding import Ranks
@@ -302,22 +299,6 @@ class _Pending:
 def loss_in(outputs: Any) -> Any:
     """The loss that a training step returned, if any."""
     return outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
-
-
-def counts_batches(trainer: Trainer) -> bool:
-    """Whether this rank counts its batches: of tensor-parallel ranks, which share theirs, the first does."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
-        return True
-    return strategy.device_mesh["tensor_parallel"].get_local_rank() == 0
-
-
-def step_progress(trainer: Trainer) -> _ReadyCompletedTracker:
-    """Whose ``completed`` is ``trainer.global_step``, which takes seven properties to get there."""
-    loop = trainer.fit_loop.epoch_loop
-    if trainer.lightning_module.automatic_optimization:
-        return loop.automatic_optimization.optim_progress.optimizer.step.total
-    return loop.manual_optimization.optim_step_progress.total
 
 
 def _reduced(numbers: list[float], ranks: int) -> _Sums:

@@ -8,36 +8,38 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
-    Strategy,
-    XLAStrategy,
-)
 from torch.optim import Optimizer
 
-from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.session import MergeSession
 from merge_callback.merging import MergeMethod
+from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.snapshots.merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
+from merge_callback.trainers.lightning.host import LightningHost
+from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
+from merge_callback.trainers.lightning.metric_direction import MetricDirections
+from merge_callback.trainers.lightning.private import callback_bases, names_of
+from merge_callback.trainers.lightning.strategies import check_strategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    class _Callback(Callback): ...
+
+else:
+
+    class _Callback(*callback_bases()):
+        """What Lightning calls a callback, in all packages of it that are in use."""
+
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointMergeCallback(Callback):
+class CheckpointMergeCallback(_Callback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
     Every interval the callback takes a snapshot of the weights, measures how far it lies from the one before
@@ -154,6 +156,8 @@ class CheckpointMergeCallback(Callback):
             folder=Path(self.options.dirpath or "").name,  # tells twins apart
         )
         self.session: MergeSession | None = None
+        self._host: LightningHost | None = None
+        self._validation: MergedValidation | None = None
         self._resume: dict[str, Any] = {}
         self._loaded = self._half_restored = False
 
@@ -162,9 +166,9 @@ class CheckpointMergeCallback(Callback):
 
         It does not count as one: the files of the trainer's last two checkpoints stay.
         """
-        state = {**self.__dict__, "session": None}
+        state = {**self.__dict__, "session": None, "_host": None, "_validation": None}
         if self.session is not None:
-            state["_resume"] = copy.deepcopy(self.session.state_dict(to_keep=False))
+            state["_resume"] = copy.deepcopy(self._state(self.session, to_keep=False))
         return state
 
     @property
@@ -175,7 +179,7 @@ class CheckpointMergeCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses what this callback can't do, before anything is set up."""
         if stage == "fit":
-            _check_strategy(trainer)
+            check_strategy(trainer)
             _check_folders(trainer)
             # First in the list: what monitors merged/… or saves a checkpoint then finds this step's state.
             others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
@@ -186,18 +190,18 @@ class CheckpointMergeCallback(Callback):
         """Builds or restores the window: here every strategy has set up, moved and restored the model."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        if all(isinstance(optimizer, _MockOptimizer) for optimizer in trainer.optimizers):
-            rank_zero_info("merge: the module has no optimizer, so no weights are trained, and none merged")
+        if all(isinstance(optimizer, names_of(trainer)._MockOptimizer) for optimizer in trainer.optimizers):
+            info("merge: the module has no optimizer, so no weights are trained, and none merged")
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
-        options = _beside_others(self.options, trainer)
-        folder = RunFolder.take(options, trainer, self._resume)
-        try:
-            self.session = MergeSession(options, trainer, pl_module, self._resume, folder)
-        except BaseException:
-            folder.give_up()
-            raise
+        options, self._host = _beside_others(self.options, trainer), LightningHost(trainer, pl_module)
+        named = taking_part(trainer, options.evaluate_with)
+        self.session = MergeSession.begin(options, self._host, self._resume)
+        directions = MetricDirections(options.lower_is_better, options.higher_is_better)
+        self._validation = MergedValidation(self._host, self.session.sharding, directions, named)
+        if "validation" in self._resume:
+            self._validation.load_state_dict(self._resume["validation"])
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -216,45 +220,31 @@ class CheckpointMergeCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advances the clock and the phase, acts on a spike, takes a snapshot where one is due."""
-        if self.session:
-            if self.session.end_batch(outputs, batch):
-                self._follow_the_model(trainer, pl_module)
-                if self.session:
-                    self.session.take_snapshot()
-            if self.session:
-                self.session.note_random_state()
-
-    def _follow_the_model(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins a new window where the model's tensors are others now: a merge takes the same of each."""
-        if not self.session or not (change := self.session.model_change()):
+        """Advances the clock and the phase, acts on a spike, takes a snapshot if one is due."""
+        if self.session is None or self._host is None or self._validation is None:
             return
-        rank_zero_warn(
-            f"merge: the model's tensors have changed since training began: at step {trainer.global_step} "
-            f"{change}. A new window begins here; of a buffer that changes its shape all the time, "
-            "register_buffer(persistent=False) keeps the window free"
-        )
-        session, self.session = self.session, None
-        try:
-            state = self._resume = session.hand_over()
-            self.session = MergeSession(session.options, trainer, pl_module, state, session.folder)
-        except Exception:
-            log.exception("merge: nothing more is merged: no window fits the changed model; training goes on")
-            session.folder.give_up()
+        if self.session.end_batch(outputs, self._host.loss_divisor, batch):
+            self.session = self.session.follow_model()
+            if self.session is None:
+                return
+            self._validation.sharding = self.session.sharding
+            self.session.take_snapshot()
+        if self.options.evaluate:
+            self._validation.note_random_state()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
-            self.session.keeper.settle()  # a monitor finds the same on all ranks
-            if self.options.evaluate:
-                self.session.evaluate()
+            self.session.pipeline.settle()  # a monitor finds the same on all ranks
+            if self.options.evaluate and self._validation:
+                self._validation.update(self.session.current_merge())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""
         if self.session:
             self.session.finish()
-            self._resume = self.session.state_dict()
-            self.session = None
+            self._resume = self._state(self.session)
+            self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Lets go of the folder: ``teardown`` does not come after an exception.
@@ -262,12 +252,13 @@ class CheckpointMergeCallback(Callback):
         Raises nothing itself: the next callback may have a checkpoint to rescue.
         """
         if self.session:
-            session, self.session = self.session, None
+            session = self.session
             self._half_restored = session.is_half_restored or isinstance(exception, HalfRestoredError)
             try:
-                self._resume = session.state_dict()
+                self._resume = self._state(session)
             except Exception:
                 log.exception("merge: the state of the run could not be taken")
+            self._let_go()
             try:
                 session.close()
             except Exception:
@@ -288,7 +279,17 @@ class CheckpointMergeCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Clock, phase, and the records of the window's snapshots, as primitives."""
-        return self.session.state_dict() if self.session else self._resume
+        return self._state(self.session) if self.session else self._resume
+
+    def _state(self, session: MergeSession, to_keep: bool = True) -> dict[str, Any]:
+        assert self._validation is not None
+        return {**session.state_dict(to_keep), "validation": self._validation.state_dict()}
+
+    def _let_go(self) -> None:
+        """Leaves the trainer's callbacks as they were."""
+        if self._validation:
+            self._validation.close()
+        self.session = self._host = self._validation = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training starts, when there is a model to restore the window for."""
@@ -312,7 +313,7 @@ class CheckpointMergeCallback(Callback):
         if found:
             self.load_state_dict(states[found[0]])
         elif saved:
-            rank_zero_warn(
+            warn(
                 f"merge: the checkpoint holds the states of {saved}, and which of them is that of "
                 f"{self.state_key} can't be told: this window begins empty"
             )
@@ -324,28 +325,6 @@ class CheckpointMergeCallback(Callback):
     @property
     def _dirpath(self) -> str:
         return f"'dirpath': {str(self.options.dirpath or '')!r}"
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    if reason := _why_not(trainer.strategy):
-        raise MisconfigurationException(
-            f"CheckpointMergeCallback can't work with {type(trainer.strategy).__name__}: {reason}; use one "
-            "device, DDP, FSDP, or ModelParallelStrategy (FSDP2, tensor parallelism)"
-        )
-
-
-def _why_not(strategy: Strategy) -> str:
-    """What keeps a strategy's model from being merged; empty where nothing does."""
-    if isinstance(strategy, DeepSpeedStrategy):
-        return "its optimizer keeps master weights of its own, which a restore would have to write, too"
-    if isinstance(strategy, FSDPStrategy):
-        if strategy.kwargs.get("use_orig_params") is False:
-            return "use_orig_params=False hides the parameters from the optimizer and from us"
-        return ""
-    known = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
-    if isinstance(strategy, known) and not isinstance(strategy, (SingleDeviceXLAStrategy, XLAStrategy)):
-        return ""
-    return "which part of the weights is where is not known"
 
 
 def _beside_others(options: Options, trainer: Trainer) -> Options:
@@ -363,7 +342,7 @@ def _check_folders(trainer: Trainer) -> None:
     folders = [folder.absolute() if isinstance(folder, Path) else folder for folder in given]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise MisconfigurationException(
+            raise names_of(trainer).MisconfigurationException(
                 f"{folders.count(folder)} CheckpointMergeCallbacks share dirpath={str(folder)!r}; "
                 "give each its own dirpath"
             )

@@ -9,29 +9,37 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from torch import Tensor
 
+from merge_callback.engine.advice import gains
+from merge_callback.messages import info
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.sharding.sharding import Sharding
+from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.merge import HalfRestoredError, Merge
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
+from merge_callback.trainers.lightning.private import (
+    callback_metrics,
+    epoch_metrics,
+    is_validation_next,
+    names_of,
+    validation_loop,
+    validation_results,
+)
 from merge_callback.trainers.lightning.quiet import nothing
-from merge_callback.trainers.lightning.reporting import gains, log_metrics
 from merge_callback.trainers.lightning.undisturbed import replaced, undisturbed
 from merge_callback.trainers.lightning.validation_state import RandomState
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from merge_callback.trainers.lightning.host import LightningHost
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +55,13 @@ class MergedValidation:
 
     def __init__(
         self,
-        trainer: Trainer,
-        module: LightningModule,
+        host: LightningHost,
         sharding: Sharding | None = None,
         directions: MetricDirections | None = None,
         taking_part: Sequence[Callback] = (),
     ) -> None:
-        self.trainer, self.module, self._taking_part = trainer, module, taking_part
-        self.sharding = sharding or Sharding({}, {})
+        self._host, self.trainer, self.module = host, host.trainer, host.lightning_module
+        self.sharding, self._taking_part = sharding or Sharding({}, {}), taking_part
         self._directions, self._told = directions or MetricDirections(), False
         self.step = -1
         self.metrics: dict[str, float] = {}
@@ -66,7 +73,7 @@ class MergedValidation:
 
         Else the gain would compare two weights on two samples wherever data is shuffled or masked at random.
         """
-        self._random = RandomState(self.trainer) if _validation_is_next(self.trainer) else None
+        self._random = RandomState(self.trainer) if is_validation_next(self.trainer) else None
 
     def update(self, merge: Merge | None) -> None:
         """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on.
@@ -77,7 +84,7 @@ class MergedValidation:
         Raises:
             HalfRestoredError: where the live weights could not be put back, on any rank.
         """
-        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        results = validation_results(self.trainer)
         live = epoch_metrics(results, self.trainer.callback_metrics)
         if merge is not None and merge.step != self.step:
             self._validate(merge, live)
@@ -119,7 +126,7 @@ class MergedValidation:
             return
         self.step, self._has_failed = merge.step, False
         self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-        log_metrics(self.trainer, {**self.metrics, **self._gains(live, merged)})
+        report(self._host, {**self.metrics, **self._gains(live, merged)})
         self._tell_of_missing(sorted(live.keys() - merged.keys()))
 
     def _monitored(self) -> set[str]:
@@ -129,7 +136,7 @@ class MergedValidation:
     def _hold_stopping(self, missing: Collection[str]) -> None:
         """Lets early stopping pass over what has no value: NaN would stop the run."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping):
+            if isinstance(callback, names_of(self.trainer).EarlyStopping):
                 if callback.monitor in missing:
                     vars(callback)["_run_early_stopping_check"] = nothing
                 elif vars(callback).get("_run_early_stopping_check") is nothing:
@@ -138,24 +145,24 @@ class MergedValidation:
     def _tell_of_missing(self, missing: list[str]) -> None:
         """Says once which callbacks take no part, if that may matter."""
         others = [c for c in self.trainer.callbacks if c not in self._taking_part]  # type: ignore[attr-defined]
-        idle = [type(c).__name__ for c in others if _may_prepare_or_log(c)]
+        idle = [type(c).__name__ for c in others if _may_prepare_or_log(c, names_of(self.trainer).Callback)]
         if (missing or idle) and not self._told_of_missing:
             self._told_of_missing = True
             without = f"; so there is no merged/… value of {', '.join(missing)}" if missing else ""
-            rank_zero_info(
+            info(
                 f"merge: the hooks of {', '.join(idle) or 'callbacks'} are not called when a merge is "
                 f"validated{without}. Name those that prepare batches or measure in evaluate_with={idle}"
             )
 
     def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
         """The gains; says once of which metrics there are none, and how to tell."""
-        results = self.trainer.fit_loop.epoch_loop.val_loop._results
+        results = validation_results(self.trainer)
         told = self._directions.lower_is_better
         lower = {name: told(name, self.trainer, results, self.module) for name in merged if name in live}
         unknown = sorted(name for name, direction in lower.items() if direction is None)
         if unknown and not self._told:
             self._told = True
-            rank_zero_info(
+            info(
                 f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
@@ -197,7 +204,7 @@ def validate_with(
     Raises:
         Exception: whatever the module's validation raises.
     """
-    loop, sharding = BesideLoop(trainer), sharding or Sharding({}, {})
+    loop, sharding = validation_loop(trainer), sharding or Sharding({}, {})
     swap = undisturbed(trainer, module, merged.buffer.device, taking_part)
     with DeferredSignals() as signals, ExitStack() as stack:
 
@@ -212,7 +219,7 @@ def validate_with(
             random.restore()
         with signals.let_through():
             loop.run()
-        return epoch_metrics(loop._results, trainer._logger_connector._callback_metrics)
+        return epoch_metrics(loop._results, callback_metrics(trainer))
 
 
 def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
@@ -232,53 +239,8 @@ def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
     return [callback for callback, names in kinds.items() if names & set(named)]
 
 
-def _may_prepare_or_log(callback: Callback) -> bool:
+def _may_prepare_or_log(callback: Callback, base: type[Callback]) -> bool:
     """Whether a callback of somebody's own has hooks that may change what a validation measures, or log."""
     if type(callback).__module__.partition(".")[0] in _WELL_KNOWN:
         return False
-    return any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in _MEASURING)
-
-
-def _validation_is_next(trainer: Trainer) -> bool:
-    """Whether the fit validates after this batch; Lightning knows, but takes ten times as long to say no."""
-    loop = trainer.fit_loop
-    progress, every = loop.epoch_loop.batch_progress, trainer.val_check_batch
-    if every is not None and not progress.is_last_batch and not trainer.should_stop:
-        if every == math.inf:  # the length of an epoch is not known
-            every = trainer.limit_train_batches
-        # Depending on the options the batches of the epoch count, or those of the run.
-        if isinstance(every, float) or (progress.current.ready % every and progress.total.ready % every):
-            return False
-    return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
-
-
-class BesideLoop(_EvaluationLoop):
-    """An evaluation loop that shares the dataloaders of the trainer's validation loop.
-
-    Args:
-        trainer: in fit.
-        at_most: batches of each dataloader.
-    """
-
-    def __init__(self, trainer: Trainer, at_most: float = math.inf) -> None:
-        self._at_most = at_most
-        self._live = trainer.fit_loop.epoch_loop.val_loop
-        super().__init__(
-            trainer,
-            TrainerFn.FITTING,
-            RunningStage.VALIDATING,
-            verbose=False,
-            inference_mode=self._live.inference_mode,
-        )
-
-    def setup_data(self) -> None:
-        """Takes the dataloaders of the trainer's loop."""
-        self._combined_loader = self._live._combined_loader
-        self._max_batches = [min(n, self._at_most) for n in self._live._max_batches]
-        self._seen_batches_per_dataloader = defaultdict(int)
-
-
-def epoch_metrics(results: _ResultCollection, known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the ``known`` metrics that a validation logged for its epoch."""
-    names = [n for r in results.values() if r.meta.on_epoch for n in results._forked_name(r, on_step=False)]
-    return {name: known[name] for name in names if name in known and name != "step"}  # an axis, no metric
+    return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _MEASURING)

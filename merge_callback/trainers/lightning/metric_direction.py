@@ -5,28 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
-from merge_callback.merging import matches_any
+from merge_callback.engine.metric_names import said_lower, sounds_lower
 
-_LOWER = re.compile(
-    r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|entropy|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"
-    r"|rmsd|mae|s?mape|mdape|w?mape|wape|mase|[wce]er|fid|kid|kld?|divergence|distance|brier|crps|pinball"
-    r"|(a|sm)?ece|mce|au(g)?rc|lpips|hausdorff|hd95|chamfer|(min)?[af]de|epe|hinge|logloss|fpr95|regret"
-)
-_HIGHER = re.compile(
-    r"acc|accuracy|au(c|roc|prc|prg)|f1|f1score|fbeta|m?iou|jaccard|jaccardindex|r2|r2score|psnr|ssim|(sacre)?bleu"
-    r"|rouge|meteor|map|recall|precision|spearman|pearson|kendall|reward|ndcg|mrr|dice|mcc|kappa|likelihood"
-    r"|sensitivity|specificity"
-)
-_TURNED = re.compile(r"neg|negative|negated|minus|inv|inverse|inverted|without|no|free|vs|ratio|gain")
-_FIXED = {"negative_log_likelihood": "nll", "neg_log_likelihood": "nll", "bits_per": "bits_"}
-"""Terms of several words, by a word that says the same."""
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class MetricDirections:
@@ -79,8 +67,8 @@ class MetricDirections:
             module: that may hold its metric object.
         """
         logged = name.split("/dataloader_idx_")[0]
-        for patterns, lower in ((self._lower, True), (self._higher, False)):
-            if matches_any(name, patterns) or matches_any(logged, patterns):
+        for known in (name, logged):
+            if (lower := said_lower(known, self._lower, self._higher)) is not None:
                 return lower
         if (monitored := _monitored(name, trainer)) is not None:
             return monitored
@@ -92,24 +80,6 @@ class MetricDirections:
             if len(directions) == 1:
                 return directions.pop()
         return sounds_lower(logged)
-
-
-def sounds_lower(name: str) -> bool | None:
-    """Whether a name that is a standard term is one of what improves downwards; ``None`` for any other.
-
-    >>> sounds_lower("val_rmse"), sounds_lower("val/MulticlassAccuracy"), sounds_lower("elbo_validation")
-    (True, False, None)
-    """
-    split, words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name), list[str]()
-    for text in (name.lower(), split.lower()):  # SmECE, and MeanSquaredError
-        for term, word in _FIXED.items():
-            text = text.replace(term, f"{word} ")
-        words += re.findall(r"[a-z0-9]+_?(?= )|[a-z0-9]+", text)
-    words += [word.rstrip("0123456789") for word in words]
-    words += [end for word in words for end in ("loss", "error", "entropy") if word.endswith(end)]
-    lower, higher, turned = (any(map(p.fullmatch, words)) for p in (_LOWER, _HIGHER, _TURNED))
-    lost = re.search(r"(loss(es)?|errors?)$", name.lower()) is not None  # a dice_loss is a loss
-    return None if turned or (lower == higher and not lost) else lower
 
 
 def _monitored(name: str, trainer: Trainer) -> bool | None:

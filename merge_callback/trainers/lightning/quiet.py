@@ -6,11 +6,13 @@ import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+    from lightning.pytorch.loggers import Logger
 
 _READS = ("get", "is_", "has_")  # how a method is called that only tells something
 _VALUES = (str, bytes, int, float, complex, bool, type(None), os.PathLike, Tensor)
@@ -91,9 +93,9 @@ def _readable(value: Any) -> Any:
 
 
 @contextmanager
-def silenced(callbacks: Sequence[Callback]) -> Iterator[None]:
-    """Within, nothing reaches the hooks of callbacks, but those that save and load."""
-    hooks = [name for name in dir(Callback) if name.startswith("on_") and name not in _SAVING]
+def silenced(callbacks: Sequence[Callback], base: type[Callback]) -> Iterator[None]:
+    """Within, nothing reaches the hooks of callbacks that ``base`` has, except those that save and load."""
+    hooks = [name for name in dir(base) if name.startswith("on_") and name not in _SAVING]
     with ExitStack() as stack:
         for callback in callbacks:
             own: dict[str, Any] = vars(callback)

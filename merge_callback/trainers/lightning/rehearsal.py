@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import math
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from merge_callback.recovery.evidence import HeldBatch, LossOf, UnrepeatableStepError, copied
+from merge_callback.recovery.evidence import copied
+from merge_callback.signals.host import HeldBatch, LossOf, UnrepeatableStepError
 from merge_callback.signals.step_statistics import loss_in
-from merge_callback.trainers.lightning.merged_validation import BesideLoop, epoch_metrics
-from merge_callback.trainers.lightning.reporting import lower_is_better
+from merge_callback.trainers.lightning.metric_direction import MetricDirections
+from merge_callback.trainers.lightning.private import (
+    callback_metrics,
+    epoch_metrics,
+    names_of,
+    run_training_step,
+    takes_from_iterator,
+    validation_loader,
+    validation_loop,
+    validation_results,
+)
 from merge_callback.trainers.lightning.undisturbed import replaced, undisturbed
 from merge_callback.trainers.lightning.validation_state import (
     PythonState,
@@ -29,6 +34,9 @@ from merge_callback.trainers.lightning.validation_state import (
     put_back,
     reset_metrics,
 )
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _VALIDATED = 8  # batches of each dataloader
 
@@ -50,14 +58,14 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
     Raises:
         UnrepeatableStepError: for a step that takes from an iterator.
     """
-    if isinstance(trainer.fit_loop._data_fetcher, _DataLoaderIterDataFetcher):
+    if takes_from_iterator(trainer):
         raise UnrepeatableStepError("it takes its batches from an iterator (dataloader_iter)")
     if (iterator := first_iterator(module)) is not None:
         raise UnrepeatableStepError(f"it may take from an iterator that the module holds ({iterator!r:.80})")
     loop = trainer.fit_loop.epoch_loop
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer, module, device))
-        stack.enter_context(replaced(loop, "_results", _ResultCollection(training=True)))
+        stack.enter_context(replaced(loop, "_results", names_of(trainer)._ResultCollection(training=True)))
         stack.enter_context(_no_training(trainer, module))
         state = PythonState(trainer, module)
         yield _TrainingLoss(trainer, module, state.restore)
@@ -129,11 +137,8 @@ class _TrainingLoss:
         return math.fsum(losses) / len(losses)
 
     def _loss(self, held: HeldBatch) -> float | None:
-        loop = self.trainer.fit_loop.epoch_loop
         batch = apply_to_collection(copied(held.batch), Tensor, Tensor.clone)  # the step may write to it
-        loop._results.batch, loop._results.batch_size = batch, None
-        arguments = loop._build_kwargs(OrderedDict(), batch, held.batch_idx)
-        loss = loss_in(call._call_strategy_hook(self.trainer, "training_step", *arguments.values()))
+        loss = loss_in(run_training_step(self.trainer, batch, held.batch_idx))
         if loss is None:
             return None
         return float(loss.detach().double().mean()) if isinstance(loss, Tensor) else float(loss)
@@ -151,14 +156,13 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
     Raises:
         UnrepeatableStepError: where there was no validation yet that logged a loss.
     """
-    live = trainer.fit_loop.epoch_loop.val_loop
     name = validation_loss(trainer)
-    if live._combined_loader is None or name is None:
+    if validation_loader(trainer) is None or name is None:
         raise UnrepeatableStepError("there was no validation with a loss yet")
     random = RandomState(trainer)
 
     def loss(_: Sequence[HeldBatch]) -> float:
-        loop = BesideLoop(trainer, at_most=_VALIDATED)
+        loop = validation_loop(trainer, at_most=_VALIDATED)
         random.restore()
         with replaced(trainer.fit_loop.epoch_loop, "val_loop", loop):
             trainer.validating = True
@@ -166,7 +170,7 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
                 loop.run()
             finally:
                 trainer.training = True
-        return float(epoch_metrics(loop._results, trainer._logger_connector._callback_metrics)[name])
+        return float(epoch_metrics(loop._results, callback_metrics(trainer))[name])
 
     with undisturbed(trainer, module, device):
         yield loss
@@ -174,11 +178,11 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
 
 def validation_loss(trainer: Trainer) -> str | None:
     """The name of the validation's loss: one that is monitored, or else called a loss; no part of one."""
-    results = trainer.fit_loop.epoch_loop.val_loop._results
+    results = validation_results(trainer)
     names = epoch_metrics(results, trainer.callback_metrics)
     monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
     for name in monitored:
-        if name in names and lower_is_better(name, trainer, results):
+        if name in names and MetricDirections().lower_is_better(name, trainer, results):
             return str(name)
     losses = [name for name in names if _CALLED_LOSS.search(name)]
     return min(losses, key=len, default=None)

@@ -6,14 +6,13 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from torch import Tensor
 
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.trainers.lightning.private import checkpoint_connector, names_of
 from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
 from merge_callback.trainers.lightning.validation_state import (
     PythonState,
@@ -22,6 +21,9 @@ from merge_callback.trainers.lightning.validation_state import (
     kept_weights,
     reset_metrics,
 )
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 Replacement = tuple[object, str, Any]
 """An object, the name of an attribute, and a value for it."""
@@ -55,7 +57,7 @@ def undisturbed(
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     loop = trainer.fit_loop.epoch_loop
-    connector = _LoggerConnector(trainer)
+    connector = names_of(trainer)._LoggerConnector(trainer)
     connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
     others: list[Replacement] = [
         (trainer, "callbacks", list(callbacks)),
@@ -92,7 +94,9 @@ def undisturbed(
         for owner, name, value in (*others, *_saving(trainer, module, as_it_was)):
             own.append((owner, name, getattr(owner, name)))
             stack.enter_context(replaced(owner, name, value))
-        stack.enter_context(silenced([c for c in callbacks if c not in taking_part]))
+        stack.enter_context(
+            silenced([c for c in callbacks if c not in taking_part], names_of(trainer).Callback)
+        )
         stack.enter_context(DeferredSignals.around_handlers(partial(as_it_was, stays=True)))
         reset_metrics(module, *taking_part)
         yield tensors
@@ -124,7 +128,7 @@ def _saving(
 
     A state dict only refers to the weights, which are others again when it is returned: it is copied.
     """
-    connector, kind = trainer._checkpoint_connector, type(module)
+    connector, kind = checkpoint_connector(trainer), type(module)
     present = kind.state_dict
 
     def save_checkpoint(*args: Any, **options: Any) -> None:

@@ -18,13 +18,10 @@ from types import (
     ModuleType,
     SimpleNamespace,
 )
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import AttributeDict
-from lightning.fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -35,13 +32,18 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import HalfRestoredError, free_memory
+from merge_callback.trainers.lightning.private import names_of, validation_loader
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
 
 log = logging.getLogger(__name__)
 
 _PLAIN_TENSOR = 1 << 24  # elements; a larger plain attribute is a cache or a data set, and not copied
 _LOOKED_INTO = 10_000  # items; of a larger container only the container itself is kept
 # Exact types: a subclass may refuse to be written to (Hugging Face's ModelOutput does).
-_CONTAINERS = (dict, list, set, deque, OrderedDict, defaultdict, Counter, AttributeDict)
+_CONTAINERS = {dict, list, set, tuple, deque, OrderedDict, defaultdict, Counter}
+_CONTAINERS_OF_LIGHTNING = {"AttributeDict"}  # hyperparameters
 
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy"}
 _LIBRARIES |= sys.stdlib_module_names
@@ -55,8 +57,9 @@ class RandomState:
     """The global random generators and those that the validation dataloaders own, as they are now."""
 
     def __init__(self, trainer: Trainer) -> None:
-        self._states = _collect_rng_states(include_cuda=torch.cuda.is_available())
-        loader = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+        self._names = names_of(trainer)
+        self._states = self._names._collect_rng_states(include_cuda=torch.cuda.is_available())
+        loader = validation_loader(trainer)
         owners = [
             o for dataloader in (loader.flattened if loader is not None else []) for o in _owners(dataloader)
         ]
@@ -64,7 +67,7 @@ class RandomState:
 
     def restore(self) -> None:
         """Sets all of them back."""
-        _set_rng_states(self._states)
+        self._names._set_rng_states(self._states)
         for restore in self._restores:
             restore()
 
@@ -244,7 +247,7 @@ class _Keeper:
 
 def _is_container(value: Any) -> bool:
     own = isinstance(value, (dict, list)) and type(value).__module__.partition(".")[0] not in _LIBRARIES
-    return type(value) in (*_CONTAINERS, tuple) or own
+    return type(value) in _CONTAINERS or type(value).__name__ in _CONTAINERS_OF_LIGHTNING or own
 
 
 def _is_of_users(value: Any) -> bool:

@@ -1,0 +1,47 @@
+"""Which way a metric improves, as far as its name tells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from merge_callback.merging import matches_any
+
+_LOWER = re.compile(
+    r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|entropy|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"
+    r"|rmsd|mae|s?mape|mdape|w?mape|wape|mase|[wce]er|fid|kid|kld?|divergence|distance|brier|crps|pinball"
+    r"|(a|sm)?ece|mce|au(g)?rc|lpips|hausdorff|hd95|chamfer|(min)?[af]de|epe|hinge|logloss|fpr95|regret"
+)
+_HIGHER = re.compile(
+    r"acc|accuracy|au(c|roc|prc|prg)|f1|f1score|fbeta|m?iou|jaccard|jaccardindex|r2|r2score|psnr|ssim|(sacre)?bleu"
+    r"|rouge|meteor|map|recall|precision|spearman|pearson|kendall|reward|ndcg|mrr|dice|mcc|kappa|likelihood"
+    r"|sensitivity|specificity"
+)
+_TURNED = re.compile(r"neg|negative|negated|minus|inv|inverse|inverted|without|no|free|vs|ratio|gain")
+_FIXED = {"negative_log_likelihood": "nll", "neg_log_likelihood": "nll", "bits_per": "bits_"}
+"""Terms of several words, by a word that says the same."""
+
+
+def said_lower(name: str, lower: Sequence[str], higher: Sequence[str]) -> bool | None:
+    """Whether ``fnmatch`` patterns say that a metric improves downwards; ``None`` if none matches."""
+    if matches_any(name, lower):
+        return True
+    return False if matches_any(name, higher) else None
+
+
+def sounds_lower(name: str) -> bool | None:
+    """Whether a name that is a standard term is one of what improves downwards; ``None`` for any other.
+
+    >>> sounds_lower("val_rmse"), sounds_lower("val/MulticlassAccuracy"), sounds_lower("elbo_validation")
+    (True, False, None)
+    """
+    split, words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name), list[str]()
+    for text in (name.lower(), split.lower()):  # SmECE, and MeanSquaredError
+        for term, word in _FIXED.items():
+            text = text.replace(term, f"{word} ")
+        words += re.findall(r"[a-z0-9]+_?(?= )|[a-z0-9]+", text)
+    words += [word.rstrip("0123456789") for word in words]
+    words += [end for word in words for end in ("loss", "error", "entropy") if word.endswith(end)]
+    lower, higher, turned = (any(map(p.fullmatch, words)) for p in (_LOWER, _HIGHER, _TURNED))
+    lost = re.search(r"(loss(es)?|errors?)$", name.lower()) is not None  # a dice_loss is a loss
+    return None if turned or (lower == higher and not lost) else lower
