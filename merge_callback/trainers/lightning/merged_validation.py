@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.engine.advice import gains
+from merge_callback.engine.kept_state import RandomState
 from merge_callback.messages import info
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.sharding.sharding import Sharding
@@ -33,8 +34,7 @@ from merge_callback.trainers.lightning.private import (
     validation_results,
 )
 from merge_callback.trainers.lightning.quiet import nothing
-from merge_callback.trainers.lightning.undisturbed import replaced, undisturbed
-from merge_callback.trainers.lightning.validation_state import RandomState
+from merge_callback.trainers.lightning.undisturbed import random_state, replaced, undisturbed
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -73,7 +73,7 @@ class MergedValidation:
 
         Else the gain would compare two weights on two samples wherever data is shuffled or masked at random.
         """
-        self._random = RandomState(self.trainer) if is_validation_next(self.trainer) else None
+        self._random = random_state(self.trainer) if is_validation_next(self.trainer) else None
 
     def update(self, merge: Merge | None) -> None:
         """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on.

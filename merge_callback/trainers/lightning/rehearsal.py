@@ -12,6 +12,11 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from merge_callback.engine.kept_state import (
+    first_iterator,
+    put_back,
+    reset_metrics,
+)
 from merge_callback.recovery.evidence import copied
 from merge_callback.signals.host import HeldBatch, LossOf, UnrepeatableStepError
 from merge_callback.signals.step_statistics import loss_in
@@ -26,14 +31,7 @@ from merge_callback.trainers.lightning.private import (
     validation_loop,
     validation_results,
 )
-from merge_callback.trainers.lightning.undisturbed import replaced, undisturbed
-from merge_callback.trainers.lightning.validation_state import (
-    PythonState,
-    RandomState,
-    first_iterator,
-    put_back,
-    reset_metrics,
-)
+from merge_callback.trainers.lightning.undisturbed import python_state, random_state, replaced, undisturbed
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -67,7 +65,7 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
         stack.enter_context(undisturbed(trainer, module, device))
         stack.enter_context(replaced(loop, "_results", names_of(trainer)._ResultCollection(training=True)))
         stack.enter_context(_no_training(trainer, module))
-        state = PythonState(trainer, module)
+        state = python_state(trainer, module)
         yield _TrainingLoss(trainer, module, state.restore)
 
 
@@ -108,7 +106,7 @@ class _TrainingLoss:
 
     def __init__(self, trainer: Trainer, module: LightningModule, restore: Callable[[], object]) -> None:
         self.trainer, self._module, self._restore = trainer, module, restore
-        self._random = RandomState(trainer)
+        self._random = random_state(trainer)
         self._buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
         self._needs_gradients = False
 
@@ -159,7 +157,7 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
     name = validation_loss(trainer)
     if validation_loader(trainer) is None or name is None:
         raise UnrepeatableStepError("there was no validation with a loss yet")
-    random = RandomState(trainer)
+    random = random_state(trainer)
 
     def loss(_: Sequence[HeldBatch]) -> float:
         loop = validation_loop(trainer, at_most=_VALIDATED)

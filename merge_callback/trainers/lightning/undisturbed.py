@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from merge_callback.recovery.deferred_signals import DeferredSignals
-from merge_callback.trainers.lightning.private import checkpoint_connector, names_of
-from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
-from merge_callback.trainers.lightning.validation_state import (
+from merge_callback.engine.kept_state import (
     PythonState,
     RandomState,
     Restore,
     kept_weights,
     reset_metrics,
 )
+from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.trainers.lightning.private import checkpoint_connector, names_of, validation_loader
+from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -102,16 +102,32 @@ def undisturbed(
         yield tensors
 
 
+def random_state(trainer: Trainer) -> RandomState:
+    """The global random generators and those that the validation dataloaders own, as they are now."""
+    loader = validation_loader(trainer)
+    return RandomState(loader.flattened if loader is not None else ())
+
+
+def python_state(
+    trainer: Trainer, module: LightningModule, taking_part: Sequence[Callback] = ()
+) -> PythonState:
+    """All Python state of a module, its optimizers and schedulers, and of the callbacks, as it is now."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    others = [c for c in trainer.callbacks if c not in taking_part]  # type: ignore[attr-defined]
+    return PythonState(module, trainer.optimizers, schedulers, taking_part, others)
+
+
 @contextmanager
 def _kept(
     trainer: Trainer, module: LightningModule, device: torch.device, taking_part: Sequence[Callback]
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
     """Hands out the live tensors, the Python state, and what sets both back, as on exit."""
-    random, state = RandomState(trainer), PythonState(trainer, module, taking_part)
+    random, state = random_state(trainer), python_state(trainer, module, taking_part)
+    model = trainer.strategy.model or module
     with ExitStack() as stack:
         stack.callback(random.restore)
         stack.callback(state.restore)
-        tensors, restore_weights = stack.enter_context(kept_weights(trainer, module, device))
+        tensors, restore_weights = stack.enter_context(kept_weights(module, model, device))
 
         def restore() -> None:
             restore_weights()

@@ -1,4 +1,4 @@
-"""Everything a validation may change, kept and put back."""
+"""Everything that running a live module may change, kept and put back."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import (
@@ -18,7 +18,7 @@ from types import (
     ModuleType,
     SimpleNamespace,
 )
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,16 +26,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
-from torchmetrics import Metric, MetricCollection
 
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import HalfRestoredError, free_memory
-from merge_callback.trainers.lightning.private import names_of, validation_loader
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -54,44 +49,53 @@ Restore = Callable[[], object]
 
 
 class RandomState:
-    """The global random generators and those that the validation dataloaders own, as they are now."""
+    """The global random generators, and those that some dataloaders own, as they are now.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._names = names_of(trainer)
-        self._states = self._names._collect_rng_states(include_cuda=torch.cuda.is_available())
-        loader = validation_loader(trainer)
-        owners = [
-            o for dataloader in (loader.flattened if loader is not None else []) for o in _owners(dataloader)
-        ]
+    Args:
+        dataloaders: of the validation.
+    """
+
+    def __init__(self, dataloaders: Iterable[Any] = ()) -> None:
+        self._python, self._numpy = random.getstate(), np.random.get_state()
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+        owners = [owner for dataloader in dataloaders for owner in _owners(dataloader)]
         self._restores = [r for o in owners if (r := _generator_restore(getattr(o, "generator", None)))]
 
     def restore(self) -> None:
         """Sets all of them back."""
-        self._names._set_rng_states(self._states)
+        random.setstate(self._python)
+        np.random.set_state(self._numpy)
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
         for restore in self._restores:
             restore()
 
 
 @contextmanager
 def kept_weights(
-    trainer: Trainer, module: nn.Module, device: torch.device
+    module: nn.Module, root: nn.Module, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Restore]]:
     """Hands out the live tensors (or shards), and what gives them and all other buffers their bits back.
 
     That is called on exit, too. It tries twice: after a failure half way there may be more memory.
 
+    Args:
+        module: the live model.
+        root: what it is wrapped in; the module itself if that is nothing.
+        device: for the copy.
+
     Raises:
         HalfRestoredError: where both fail.
     """
-    model = ModelTensors.of(module, trainer.strategy.model)
+    model = ModelTensors.of(module, root)
     live = Arena.empty(Layout.of(model.tensors), device)
     live.copy_from(model.tensors)
     transient = [(buffer, buffer.clone()) for buffer in model.transient]
 
     def put_all_back() -> None:
-        ModelTensors.of(
-            module, trainer.strategy.model
-        )  # shards are shown again, where FSDP has gathered them
+        ModelTensors.of(module, root)  # shards are shown again, if FSDP has gathered them
         live.copy_to(model.tensors)
         for buffer, kept in transient:
             put_back(buffer, kept)
@@ -118,26 +122,40 @@ class PythonState:
 
     That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
     validations, keep the best one, step a scheduler or an environment.
+
+    Args:
+        module: with all its parts.
+        optimizers: their groups and attributes; the moments only change in a step.
+        schedulers: of learning rates.
+        taking_part: objects that are called meanwhile: all of their state.
+        others: objects that are not: their attributes.
     """
 
-    def __init__(self, trainer: Trainer, module: nn.Module, taking_part: Sequence[Callback] = ()) -> None:
-        self._trainer, self._module, self._taking_part = trainer, module, taking_part
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizers: Iterable[Optimizer] = (),
+        schedulers: Iterable[Any] = (),
+        taking_part: Iterable[Any] = (),
+        others: Iterable[Any] = (),
+    ) -> None:
+        self._module, self._optimizers, self._schedulers = module, [*optimizers], [*schedulers]
+        self._taking_part, self._others = [*taking_part], [*others]
         self.renew()
 
     def renew(self) -> None:
         """From here on it is the state as it is now."""
         keeper = _Keeper(self._module)
-        for optimizer in self._trainer.optimizers:
+        for optimizer in self._optimizers:
             keeper.keep_optimizer(optimizer)
-        for config in self._trainer.lr_scheduler_configs:
-            keeper.keep(vars(config.scheduler), tensors=False)
+        for scheduler in self._schedulers:
+            keeper.keep(vars(scheduler), tensors=False)
         for part in self._module.modules():
             # A registered metric is reset before it is used, which replaces its tensors.
-            keeper.keep(vars(part), tensors=not isinstance(part, Metric))
+            keeper.keep(vars(part), tensors=not is_metric(part))
         for callback in self._taking_part:
             keeper.keep(vars(callback))
-        others = [c for c in self._trainer.callbacks if c not in self._taking_part]  # type: ignore[attr-defined]
-        keeper.restores += [_container_restore(vars(callback)) for callback in others]
+        keeper.restores += [_container_restore(vars(other)) for other in self._others]
         self._restores = keeper.restores
 
     def restore(self) -> None:
@@ -147,17 +165,23 @@ class PythonState:
                 stack.callback(restore)
 
 
-def reset_metrics(module: nn.Module, *taking_part: Callback) -> None:
-    """Empties the torchmetrics of the module, and those that callbacks hold."""
-    held = [value for callback in taking_part for value in vars(callback).values()]
+def is_metric(part: nn.Module, kind: str = "Metric") -> bool:
+    """Whether a module is a torchmetrics object, or of another of its classes; it may not be installed."""
+    torchmetrics = sys.modules.get("torchmetrics")  # imported by whoever built one
+    return torchmetrics is not None and isinstance(part, getattr(torchmetrics, kind))
+
+
+def reset_metrics(module: nn.Module, *taking_part: object) -> None:
+    """Empties the torchmetrics of the module, and those that other objects hold."""
+    held = [value for owner in taking_part for value in vars(owner).values()]
     held += [item for value in held if isinstance(value, (list, tuple)) for item in value]
     held += [item for value in held if isinstance(value, dict) for item in value.values()]
     owners = [module, *(value for value in held if isinstance(value, nn.Module))]
     for part in (part for owner in owners for part in owner.modules()):
-        if isinstance(part, Metric):
-            part.reset()
-        if isinstance(part, MetricCollection):
-            part._state_is_copy = True  # makes it link the states of its compute groups again
+        if is_metric(part):
+            part.reset()  # type: ignore[operator]
+        if is_metric(part, "MetricCollection"):
+            part._state_is_copy = True  # type: ignore[assignment]  # links its compute groups again
 
 
 def first_iterator(module: nn.Module) -> object | None:
