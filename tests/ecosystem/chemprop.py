@@ -17,7 +17,7 @@ def model() -> models.MPNN:
 
 
 def loader(count: int, shuffle: bool = False):
-    chains = ["C" * (1 + i % 9) + "NOF"[i % 3] + "C" * (i % 5) for i in range(count)]
+    chains = ["C" * (1 + i % 9) + "NO"[i % 2] + "C" * (i % 5) for i in range(count)]
     points = [data.MoleculeDatapoint.from_smi(chain, [float(len(chain))]) for chain in chains]
     return data.build_dataloader(data.MoleculeDataset(points), batch_size=8, shuffle=shuffle)
 
@@ -44,5 +44,11 @@ def load(folder):
     return models.load_model(folder.parent / "merged.pt").state_dict()
 
 
+def load_checkpoint(merged, newest):
+    module = models.MPNN.load_from_checkpoint(newest)  # its hyperparameters are classes
+    module.load_state_dict(load_merge(merged))
+    return module
+
+
 torch.set_num_threads(1)
-checked("chemprop", pl, train, validate, load, models.MPNN.load_from_checkpoint).write(result_path())
+checked("chemprop", pl, train, validate, load, load_checkpoint).write(result_path())

@@ -65,4 +65,8 @@ def load(folder):
     return model.state_dict()
 
 
-checked("lightly", pl, train, validate, load, SimCLR.load_from_checkpoint).write(result_path())
+def load_checkpoint(merged, newest):
+    return SimCLR.load_from_checkpoint(merged / "merged.ckpt")
+
+
+checked("lightly", pl, train, validate, load, load_checkpoint).write(result_path())

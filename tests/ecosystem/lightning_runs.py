@@ -32,8 +32,8 @@ def checked(
         train: from a list of callbacks and a folder to whatever the library trains, always from the same seed.
         validate: from what was trained, with the merged weights in it, to the metrics by name.
         load: from the folder of an emission to the state dict of a new object of the library's that has it.
-        load_checkpoint: from a Lightning checkpoint to the module, by the library's own function. Without one
-            no checkpoints are saved.
+        load_checkpoint: from the folder of a merge of Lightning checkpoints and the newest of them to a module
+            that the library has loaded. Without one no checkpoints are saved.
         options: of the callback.
     """
     findings = Findings(library, namespace.__name__)
@@ -57,7 +57,8 @@ def checked(
         with findings.checking("merges load back", "the library's checkpoints, merged"):
             merged = merge_files(root / "saved", root / "merged", "--as", "lightning")
             snapshots = [probe.weights[step] for step in sorted(probe.weights)[-WINDOW:]]
-            assert_mean(weights_of(load_checkpoint(merged / "merged.ckpt")), snapshots)
+            newest = root / "saved" / f"step={max(probe.weights)}.ckpt"
+            assert_mean(weights_of(load_checkpoint(merged, newest)), snapshots)
     with findings.checking("merged metrics right", "the last validation"):
         probe.module.load_state_dict(load_merge(root / "merges/latest"))
         torch.set_rng_state(probe.random)

@@ -54,7 +54,11 @@ def load(folder):
     return merged.state_dict()
 
 
+def load_checkpoint(merged, newest):
+    module = TemporalFusionTransformer.load_from_checkpoint(newest)  # its hyperparameters are objects
+    module.load_state_dict(load_merge(merged))
+    return module
+
+
 torch.set_num_threads(1)
-checked(
-    "pytorch-forecasting", pl, train, validate, load, TemporalFusionTransformer.load_from_checkpoint
-).write(result_path())
+checked("pytorch-forecasting", pl, train, validate, load, load_checkpoint).write(result_path())
