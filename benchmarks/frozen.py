@@ -19,11 +19,12 @@ from record import write
 from torch import nn
 
 from merge_callback.merging import resolve_method
-from merge_callback.snapshots import storage
+from merge_callback.snapshots import live_copy
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import WindowMerger
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 
 WINDOW, SNAPSHOTS = 10, 20
@@ -41,7 +42,7 @@ class Mostly(nn.Module):
 
 def measure(folder: Path, kept_once: bool, frozen: bool) -> dict[str, Any]:
     """Medians over the snapshots of a full window, in milliseconds, and bytes."""
-    storage._WORTH_A_FILE = 1 / 32 if kept_once else 2
+    live_copy._WORTH_A_FILE = 1 / 32 if kept_once else 2
     module = Mostly(frozen)
     store = SnapshotStore(Layout.of(ModelTensors.of(module).tensors), "disk", folder)
     window = Window(WINDOW, store, "run")

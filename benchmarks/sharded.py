@@ -48,6 +48,7 @@ from merge_callback.merging import resolve_method
 from merge_callback.publish.export import Exporter
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.snapshot_files import ShardedFiles, SnapshotFiles
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.trainers.lightning import merged_validation
@@ -64,8 +65,8 @@ HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end
 
 STAGES: Mapping[tuple[Any, str], str] = {
     (SnapshotStore, "capture"): "capture",
-    (SnapshotStore, "write"): "write",
-    (SnapshotStore, "commit"): "manifest",
+    (SnapshotFiles, "write_own"): "write",
+    (ShardedFiles, "commit"): "manifest",
     (Window, "_commit"): "manifest",
     (WindowMerger, "measure"): "merge",
     (SnapshotPipeline, "_emit"): "emit",
@@ -162,7 +163,7 @@ class Finale(Callback):
                 with meter.event(name):
                     merger.measure(session.live(), merge=True)
         if store.folder is not None and not meter.count:
-            file = store.own_file(store.folder / window.snapshots[-1].file)
+            file = store.files.path(window.snapshots[-1])
             self.found["file"] = file.stat().st_size
             self.found["floors"] = floors(store.layout.nbytes, store.folder.parent, ranks)
 

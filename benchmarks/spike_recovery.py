@@ -42,8 +42,8 @@ from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.demo.spike import SpikePlan, SpikeRun, merging, read_events, train
 from merge_callback.demo.spike_curves import SMOOTH, smoothed
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.arena_merge import merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import merge_arenas
 
 PLAN = SpikePlan(steps=1500)
 TRUNK = 780

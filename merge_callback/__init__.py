@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     __version__: str
+    from merge_callback.checkpoints.load_merge import load_merge
     from merge_callback.diversity import RMSDiversity
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
-    from merge_callback.publish import load_merge
     from merge_callback.recovery.spike_policy import TrainingDivergedError
     from merge_callback.spike_options import SpikeOptions
     from merge_callback.trainers.lightning.callback import CheckpointMergeCallback
+    from merge_callback.trainers.loop import CheckpointMerger
 
 __all__ = [
     "METHODS",
     "CheckpointMergeCallback",
+    "CheckpointMerger",
     "RMSDiversity",
     "SpikeOptions",
     "TrainingDivergedError",
@@ -27,11 +29,12 @@ __all__ = [
 
 _HOMES = {
     "CheckpointMergeCallback": "trainers.lightning.callback",
+    "CheckpointMerger": "trainers.loop",
     "METHODS": "merging",
     "RMSDiversity": "diversity",
     "SpikeOptions": "spike_options",
     "TrainingDivergedError": "recovery.spike_policy",
-    "load_merge": "publish",
+    "load_merge": "checkpoints.load_merge",
     "merge_state_dicts": "merging",
     "register_method": "merging",
 }

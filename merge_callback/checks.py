@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 
 import torch
 
@@ -75,6 +76,11 @@ def patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:
     if not isinstance(found, Sequence) or not all(isinstance(pattern, str) for pattern in found):
         raise ValueError(f"{option}={value!r} must be a list of name patterns, e.g. ['*.router.bias']")
     return tuple(found)
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether ``name`` matches one of the ``fnmatch`` patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def resolve_dtype(option: str, dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -19,10 +21,10 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
-from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
 from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.storage import Storage
 from merge_callback.spike_options import SpikeOptions, resolve_spike
+from merge_callback.urls import file_system_of, is_remote, local_path
 
 DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
@@ -31,6 +33,34 @@ AUTO = {"stable": "sma", "decay": "ties"}
 """The method of each phase that is merged, where none is given."""
 
 MERGED_PHASES = tuple(AUTO)
+
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "window": 10,
+        "every_n_tokens": None,
+        "every_n_steps": None,
+        "count_tokens": None,
+        "method": "auto",
+        "storage": "auto",
+        "durable": True,
+        "snapshot_dtype": None,
+        "snapshot_codec": None,
+        "dirpath": None,
+        "emit_every": 1,
+        "format": "safetensors",
+        "keep_last": 3,
+        "strip_prefix": None,
+        "max_shard_size": "5GB",
+        "evaluate": True,
+        "evaluate_with": (),
+        "diversity_lag": 2,
+        "exclude": (),
+        "lower_is_better": (),
+        "higher_is_better": (),
+        "spike": None,
+    }
+)
+"""What each option is if it is not given, whatever the training loop."""
 
 MethodOption = str | MergeMethod | Mapping[str, str | MergeMethod]
 
@@ -65,11 +95,16 @@ class Options:
 
     @classmethod
     def resolve(cls, **given: Any) -> Options:
-        """Checks the callback's arguments, by their names there, and resolves defaults and spellings.
+        """Checks options by the names that ``DEFAULTS`` has, and resolves defaults and spellings.
 
         Raises:
+            TypeError: for a name that is not an option's.
             ValueError: see the functions below.
         """
+        for name in given.keys() - DEFAULTS.keys():
+            near = get_close_matches(name, DEFAULTS, 1)
+            raise TypeError(f"{name!r} is not an option" + (f"; did you mean {near[0]!r}?" if near else ""))
+        given = {**DEFAULTS, **given}
         every, unit = resolve_interval(given["every_n_tokens"], given["every_n_steps"])
         keep_last = given["keep_last"]
         return cls(
@@ -256,12 +291,14 @@ def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | str | None
     if not isinstance(dirpath, (str, os.PathLike)):
         raise ValueError(f"dirpath={dirpath!r} must be the path of a folder")
     if is_remote(dirpath):
+        url = str(dirpath).rstrip("/")
         try:
-            return RemoteFolder(str(dirpath)).url
+            file_system_of(url)
         except (ValueError, ImportError) as error:
             raise ValueError(
                 f"dirpath={str(dirpath)!r} can't be used: {error}; install what is missing, or name another"
             ) from None
+        return url
     path = local_path(dirpath)
     try:
         existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())

@@ -1,4 +1,4 @@
-"""The options of spikes, checked once: every message names the option, the value and the mend."""
+"""The options of spikes, checked once: every message names the option, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -22,64 +22,63 @@ _STOP_AFTER_RESTORE = "stop_after_restore"
 class SpikeOptions:
     """What is a loss spike, and what is done about it.
 
-    A spike is ``patience`` losses in a row above the limit of the last 128 that were not (``Baseline``), or a
-    loss that is not finite while weights, gradients or optimizer state are not, either. Before the run is
-    restored, the weights that would replace the live ones are tried on the batch that raised the alarm; only
-    where they do clearly better were the live weights to blame.
+    A spike is ``patience`` losses in a row above the limit set by the last 128 clean ones, or a loss that is
+    not finite while weights, gradients or optimizer state are not finite either. Before the run is restored,
+    the weights that would replace the live ones are tried on the batch that raised the alarm. Only if they do
+    clearly better were the live weights to blame.
 
     Raises:
-        ValueError: for an option that makes no sense; the message names it, its value and the mend.
+        ValueError: for an option that makes no sense; the message names it, its value and the remedy.
     """
 
     action: Literal["restore", "warn", "off"] = "restore"
-    """``"restore"`` the run from the merge of the snapshots before the spike and go on; ``"warn"`` only; or
-    don't look at all, ``"off"`` (in quotes in YAML, where it else means false)."""
+    """``"restore"`` the run from the merge of the snapshots before the spike and go on, ``"warn"`` only, or
+    don't look at all: ``"off"`` (in quotes in YAML, which otherwise reads it as false)."""
     threshold: float = 6.0
     """How many robust standard deviations above the median an outlier lies."""
     floor: float = 0.05
-    """How far above the median an outlier lies at least, as a share of it."""
+    """The least distance of an outlier above the median, as a share of the median."""
     patience: int = 5
-    """Outliers in a row that make a spike; fewer heal by themselves."""
+    """Outliers in a row that make a spike; most shorter streaks heal by themselves."""
     grad_norm: bool = False
     """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
     watch: str | Sequence[str] | Mapping[str, str] = ()
-    """Further scalars to watch by the same rule: ``fnmatch`` patterns of names that the module logs while it
-    trains, ``["train/mtp2_loss", "grad_norm/*"]``, or one such pattern. One that spikes is warned of; to
-    restore the run (on the same evidence as for the loss), give a mapping: ``{"grad_norm/*": "restore"}``."""
+    """Further scalars to watch by the same rule: one ``fnmatch`` pattern, or several, of names that the
+    module logs while it trains, ``["train/mtp2_loss", "grad_norm/*"]``. A spike of one is only warned of. To
+    restore the run on it (with the same evidence as for the loss), give a mapping:
+    ``{"grad_norm/*": "restore"}``."""
     evidence: Literal["batch", "validation", "rules"] = "batch"
     """What must speak against the weights before they are replaced: the loss of the ``"batch"`` that raised
-    the alarm, computed again with both weights; the loss of the ``"validation"`` (its first 8 batches),
-    which also serves where the training step can't be run again; or the ``"rules"`` for the losses
-    alone."""
+    the alarm, computed again with both weights; the loss of the first 8 batches of the ``"validation"``,
+    which also serves if the training step can't be run again; or nothing but the ``"rules"`` above."""
     pma_window: int = 3
-    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5); fewer
-    where the window holds fewer."""
+    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5), or as
+    many as the window holds."""
     guard: int = 10
-    """Optimizer steps before the first outlier from which on no snapshot is trusted: the damage is older than
-    the loss shows (1 to 8 steps, arXiv 2304.13013 section 3.4)."""
+    """No snapshot is trusted from this many optimizer steps before the first outlier on: the damage is 1 to 8
+    steps older than the loss shows (arXiv 2304.13013 section 3.4)."""
     method: str | MergeMethod = "sma"
-    """How they are merged."""
+    """How these snapshots are merged: a linear method."""
     optimizer: Literal["keep", "reset", "scale"] | Callable[[Optimizer], None] = "keep"
-    """``"keep"`` the optimizers' state where it is finite (else it is reset), ``"reset"`` it in place,
-    ``"scale"`` its moments as if all gradients had been ``optimizer_scale`` times as large; or a function of
-    the optimizer. On the demo's models ``"keep"`` recovers soonest."""
+    """What becomes of the optimizers' state: ``"keep"`` it (what is not finite is reset), ``"reset"`` it in
+    place, ``"scale"`` its moments as if all gradients had been ``optimizer_scale`` times as large, or a
+    function of the optimizer that does it. On the demo's models ``"keep"`` recovers soonest."""
     optimizer_scale: float = 0.1
-    """See ``optimizer``."""
+    """The factor of ``optimizer="scale"``."""
     rewarm_steps: int = 100
     """Optimizer steps over which the learning rate ramps up again, from 0 to where the schedule then is."""
     lr_factor: float = 1.0
-    """Multiplies the learning rate for good, at each restore."""
+    """Each restore multiplies the learning rate by this, for the rest of the run."""
     cooldown: int = 128
-    """Clean losses, after a restore and the warm-up that follows it, that make it a success. A spike before
-    that means that it did not help: the next restore is from older snapshots, those after it halve the
-    learning rate."""
+    """Clean losses after a restore and its warm-up that make it a success. After an earlier spike, the next
+    restore uses older snapshots, and those after it halve the learning rate."""
     max_restores: int = 5
-    """Restores in a row, of which none was a success; a further one stops the run."""
+    """Restores in a row without a success; after these, the next spike stops the run."""
     no_snapshot: Literal["warn", "stop"] = "warn"
     """What to do about a spike before there is a snapshot old enough to restore."""
     on_spike: Callable[[Mapping[str, Any]], object] | Literal["stop_after_restore"] | None = None
-    """A function that is called on all ranks after each event, with its line of ``spikes.jsonl`` as a
-    mapping. Where it returns ``"stop"``, training ends after this step, as with ``trainer.should_stop``.
+    """A function that is called on all ranks after each event, with the event's line of ``spikes.jsonl`` as a
+    mapping. If it returns ``"stop"``, training ends after this step, as with ``trainer.should_stop``.
     ``"stop_after_restore"`` does so after a restore."""
 
     def __post_init__(self) -> None:

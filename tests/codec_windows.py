@@ -4,7 +4,8 @@ import torch
 
 from merge_callback.snapshots.deltas import flat_tensors
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 
 CODEC = "delta-fp16"
@@ -22,9 +23,9 @@ ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 """The largest relative error of a sum in that dtype."""
 
 
-def new_window(tensors, size=10, folder=None, still=(), codec=CODEC):
+def new_window(tensors, size=10, folder=None, static=(), codec=CODEC):
     """An empty window for such tensors, in memory or, given a folder, on disk."""
-    layout = Layout.of(tensors, still=still)
+    layout = Layout.of(tensors, static=static)
     store = SnapshotStore(layout, "disk" if folder else "cpu", folder, codec=codec)
     return Window(size, store, "run")
 

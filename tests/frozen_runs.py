@@ -6,7 +6,7 @@ from killed_run import Keeper, Tiny, fit, wait_for_snapshots
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from merge_callback.snapshots import storage
+from merge_callback.snapshots import live_copy
 from merge_callback.snapshots.deltas import flat_tensors
 
 BASE = {"embed.weight", "head.weight", "head.bias"}
@@ -46,7 +46,7 @@ def mostly_slow(cases, daily):
 
 def whole(monkeypatch):
     """Has all snapshots be whole, as they were in versions that kept nothing once."""
-    monkeypatch.setattr(storage, "_WORTH_A_FILE", 2)
+    monkeypatch.setattr(live_copy, "_WORTH_A_FILE", 2)
 
 
 class Exact(Keeper):

@@ -28,8 +28,9 @@ from safetensors.torch import save_file
 from merge_callback import load_merge
 from merge_callback.cli.main import main
 from merge_callback.snapshots.files import CorruptFileError
+from merge_callback.snapshots.manifest import MANIFEST
 from merge_callback.snapshots.safetensors_file import file_checksum, tensors_header, write_file
-from merge_callback.snapshots.window_folder import MANIFEST, WindowFolder
+from merge_callback.snapshots.window_folder import WindowFolder
 
 SECONDS = 2.0
 """The longest that a refusal may take."""

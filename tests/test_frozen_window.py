@@ -15,7 +15,8 @@ from window_runs import CODEC, largest_file, quiet, steps
 from merge_callback import load_merge
 from merge_callback.snapshots import frozen
 from merge_callback.snapshots.frozen import _BLOCK, fingerprint, same_bytes
-from merge_callback.snapshots.safetensors_file import read_header
+from merge_callback.snapshots.live_copy import LiveCopy
+from merge_callback.snapshots.safetensors_header import read_header
 
 PARAMETERS = 2 * 32 * 2 + 2 * 32
 """Elements of the adapter and of the norm's parameters."""
@@ -31,7 +32,7 @@ def frozen_files(merges):
 
 
 def data_bytes(path):
-    return path.stat().st_size - read_header(path)[1]
+    return path.stat().st_size - read_header(path).start
 
 
 def buffers(module):
@@ -59,10 +60,8 @@ def test_a_window_takes_what_trains_for_each_snapshot_and_what_is_frozen_once(tm
 
 def test_the_arena_that_a_snapshot_is_copied_to_holds_what_trains(tmp_path, monkeypatch):
     sizes = []
-    from merge_callback.snapshots.storage import SnapshotStore
-
-    copy = SnapshotStore._copy
-    monkeypatch.setattr(SnapshotStore, "_copy", lambda *a: sizes.append(a[1].nbytes) or copy(*a))
+    copy = LiveCopy._copy
+    monkeypatch.setattr(LiveCopy, "_copy", lambda *a: sizes.append(a[1].nbytes) or copy(*a))
     fit(tmp_path, module=Adapted, **SHORT)
     assert sizes == [FROZEN, *[TRAINED] * (14 // EVERY)]
 
@@ -174,7 +173,7 @@ def test_on_a_device_fingerprints_tell_what_changed(tmp_path, monkeypatch, chang
 
 def test_what_changed_once_is_kept_with_every_snapshot_from_then_on(tmp_path):
     fit(tmp_path, module=WithTarget, storage="disk", **SHORT)
-    held = [set(read_header(path)[0]) for path in sorted((tmp_path / "merges/window").glob("step=*"))]
+    held = [set(read_header(path).entries) for path in sorted((tmp_path / "merges/window").glob("step=*"))]
     assert all("target.weight" in names and not BASE & names for names in held)
 
 

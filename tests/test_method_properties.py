@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merge_callback import METHODS, merge_state_dicts
-from merge_callback.merging import LinearMethod, slerp, task_vectors, threshold
-from merge_callback.reduce import blocks
+from merge_callback.merging import LinearMethod, slerp, threshold
+from merge_callback.reduce import blocks, ranges
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:noise. the averaged noise is near the rounding"),
@@ -194,7 +194,7 @@ def test_the_shape_changes_no_bit(method, seed, count, shape, dtype):
     assert torch.equal(merged.reshape(-1), merge(flat, method))
 
 
-BLOCKS = [(blocks, "BLOCK"), (task_vectors, "BLOCK"), (slerp, "_BLOCK"), (threshold, "_SAMPLE")]
+BLOCKS = [(blocks, "BLOCK"), (ranges, "BLOCK"), (slerp, "_BLOCK"), (threshold, "_SAMPLE")]
 
 
 def in_blocks(size, thetas, method):

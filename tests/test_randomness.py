@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from merge_callback import merge_state_dicts
-from merge_callback.merging import Noise, randomness, task_vectors
+from merge_callback.merging import Noise, randomness
 from merge_callback.merging.randomness import CHUNK, Stream
+from merge_callback.reduce import ranges
 
 KINDS = ["uniform", "normal"]
 
@@ -121,7 +122,7 @@ def test_without_alpha_noise_is_the_mean():
 def test_noise_does_not_depend_on_the_number_of_threads(monkeypatch):
     dicts = snapshots(n=3 * CHUNK + 5)
     alone = merge_state_dicts(dicts, Noise())["w"]
-    monkeypatch.setattr(task_vectors, "_SHARE", 1000)
+    monkeypatch.setattr(ranges, "_SHARE", 1000)
     threads = torch.get_num_threads()
     torch.set_num_threads(3)
     try:

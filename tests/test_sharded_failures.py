@@ -134,9 +134,9 @@ def mapping(folder):
 
 
 def writing_without_memory(folder):
-    from merge_callback.snapshots import storage
+    from merge_callback.snapshots import snapshot_files
 
-    return failing(folder, 1, (storage, "write_shard"), RuntimeError("no memory"), "step=00000006")
+    return failing(folder, 1, (snapshot_files, "write_shard"), RuntimeError("no memory"), "step=00000006")
 
 
 def merging(folder):

@@ -30,7 +30,8 @@ from merge_callback.sharding import Piece, Ranks, Sharding
 from merge_callback.snapshots import shard_files
 from merge_callback.snapshots.folder_lock import lock_folder
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 
 pytestmark = pytest.mark.timeout(600)

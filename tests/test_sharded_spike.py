@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from training_runs import assert_same_bits, seed
 
 from merge_callback import SpikeOptions
-from merge_callback.snapshots import merge
+from merge_callback.snapshots import live_merge
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -97,7 +97,7 @@ def whole(value):
 
 def failing(times):
     """A context in which so many restores on the second rank run out of memory half way."""
-    real, left = merge.merge_into, [times]
+    real, left = live_merge.merge_into, [times]
 
     def fails(factors, arenas, tensors, *args):
         if left[0] == 0:
@@ -106,7 +106,7 @@ def failing(times):
         next(iter(tensors.values())).zero_()
         raise MemoryError("on purpose")
 
-    return patch.object(merge, "merge_into", fails if on_rank(1) else real)
+    return patch.object(live_merge, "merge_into", fails if on_rank(1) else real)
 
 
 def spiking(strategy, folder, spike=None, data=None, steps=STEPS, fails=0, **options):

@@ -18,10 +18,11 @@ from torch import nn
 from training_runs import assert_same_bits
 
 from merge_callback.merging import METHODS, Dare, LinearMethod, MergeMethod, Slerp, Ties, resolve_method
+from merge_callback.snapshots.arena_merge import merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import Decoded
-from merge_callback.snapshots.merge import WindowMerger, merge_arenas
-from merge_callback.snapshots.storage import NonFiniteSnapshotError
+from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.snapshot import NonFiniteSnapshotError
 
 both_codecs = pytest.mark.parametrize("codec", RELATIVE)
 
@@ -176,7 +177,7 @@ def test_a_step_that_no_difference_can_hold_is_refused_and_spoils_nothing(codec,
 
 def test_only_wide_floats_that_train_are_kept_as_differences():
     tensors = {**mixed_tensors(), "scalar": torch.tensor(2.5), "frozen": torch.randn(3)}
-    window = new_window(tensors, size=3, still={"frozen"})
+    window = new_window(tensors, size=3, static={"frozen"})
     later = {n: t + torch.ones_like(t) * 2**-6 if t.is_floating_point() else t for n, t in tensors.items()}
     take(window, 1, tensors)
     take(window, 2, later)

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from merge_callback import merge_state_dicts
-from merge_callback.merging import Dare, Ties, Trajectory, task_vectors
+from merge_callback.merging import Dare, Ties, Trajectory
 from merge_callback.merging.method import Inputs
 from merge_callback.merging.randomness import Stream
+from merge_callback.reduce import ranges
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -170,7 +171,7 @@ def merged_w(method, shape=None):
 @pytest.mark.parametrize("block", [37, 1000])
 def test_the_block_size_changes_no_bit(method, block, monkeypatch):
     expected = merged_w(method)
-    monkeypatch.setattr(task_vectors, "BLOCK", block)
+    monkeypatch.setattr(ranges, "BLOCK", block)
     assert all(map(torch.equal, merged_w(method), expected))
 
 
@@ -182,8 +183,8 @@ def test_the_shape_changes_no_bit(method):
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_the_number_of_threads_changes_no_bit_and_stays(method, monkeypatch):
     expected = merged_w(method)
-    monkeypatch.setattr(task_vectors, "_SHARE", 1000)
-    monkeypatch.setattr(task_vectors, "BLOCK", 512)
+    monkeypatch.setattr(ranges, "_SHARE", 1000)
+    monkeypatch.setattr(ranges, "BLOCK", 512)
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -196,11 +197,11 @@ def test_the_number_of_threads_changes_no_bit_and_stays(method, monkeypatch):
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_threads_merge_parameters_and_under_inference_mode(method, monkeypatch):
     """Grad and inference modes are a thread's own: those of the caller have to reach the others."""
-    monkeypatch.setattr(task_vectors, "_SHARE", 100)
+    monkeypatch.setattr(ranges, "_SHARE", 100)
     thetas = snapshots(3, 1000, 0)
     expected = merge_state_dicts(as_dicts(thetas), method)["w"]
     parameters = [{"w": torch.nn.Parameter(theta.clone())} for theta in thetas]
-    monkeypatch.setattr(task_vectors, "BLOCK", 128)
+    monkeypatch.setattr(ranges, "BLOCK", 128)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -30,7 +30,7 @@ from training_runs import assert_same_bits
 
 from merge_callback import SpikeOptions, load_merge
 from merge_callback import merge_state_dicts as merge
-from merge_callback.snapshots import merge as window_merge
+from merge_callback.snapshots import live_merge
 from merge_callback.snapshots.deltas import flat_tensors
 from merge_callback.snapshots.merge import HalfRestoredError
 
@@ -58,7 +58,7 @@ def short_of_memory(monkeypatch):
     """Makes so many restores run out of memory once the first tensor is overwritten."""
 
     def fail(times):
-        real, left = window_merge.merge_into, [times]
+        real, left = live_merge.merge_into, [times]
 
         def merge_into(factors, arenas, tensors, *args):
             if left[0]:
@@ -67,7 +67,7 @@ def short_of_memory(monkeypatch):
                 raise MemoryError("on purpose")
             return real(factors, arenas, tensors, *args)
 
-        monkeypatch.setattr(window_merge, "merge_into", merge_into)
+        monkeypatch.setattr(live_merge, "merge_into", merge_into)
 
     return fail
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from merge_callback.merging import task_vectors, threshold
+from merge_callback.merging import threshold
 from merge_callback.merging.threshold import Part, Threshold, alone, search_kth_largest, search_tie_ends
+from merge_callback.reduce import ranges
 
 
 def kth_largest(parts, k):
@@ -160,7 +161,7 @@ def test_no_elements_have_the_threshold_zero():
 
 
 def test_threads_do_not_change_the_counts(monkeypatch):
-    monkeypatch.setattr(task_vectors, "_SHARE", 1000)
+    monkeypatch.setattr(ranges, "_SHARE", 1000)
     vector = (random(200_000, 7) * 64).round()
     alone = kth_largest([part(vector)], 160_000)
     threads = torch.get_num_threads()

@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, TRAINER_STATE, WEIGHTS_ALONE
 from merge_callback.snapshots.files import read_small
+from merge_callback.snapshots.manifest import Manifest
 
 _TIMES = {"k": 1000, "m": 1_000_000}
 _COUNT = r"(\d+(?:\.\d+)?(?=[km](?![a-z0-9]))|\d+)([km](?![a-z0-9]))?"  # also 10k and 1.5M
@@ -21,8 +23,6 @@ _STEP = re.compile(
     rf"(?:(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?|^ep\d+-ba){_COUNT}", re.IGNORECASE
 )
 _NUMBERED = re.compile(rf"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?{_COUNT}", re.IGNORECASE)
-WEIGHTS_ALONE = {"model", "pytorch_model", "consolidated", "diffusion_pytorch_model"}
-"""Names of files that say nothing but that these are the weights of the folder's model."""
 
 
 @dataclass
@@ -38,7 +38,8 @@ class Checkpoint:
         tokens: tokens seen, where the checkpoint knows.
         files: what was read.
         extras: what lies in a model's folder beside the weights (config, tokenizer, code, licence).
-        format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``.
+        format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``;
+            of a reader that was added, its name.
         difference_to: step of the snapshot that this is stored as the difference to; ``None`` if it is whole.
         plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
@@ -53,11 +54,11 @@ class Checkpoint:
     path: Path
     tensors: dict[str, Tensor] = field(repr=False)
     tied: dict[str, str]
-    step: int | None
-    tokens: int | None
-    files: list[Path]
-    extras: list[Path]
-    format: str
+    step: int | None = None
+    tokens: int | None = None
+    files: list[Path] = field(default_factory=list)
+    extras: list[Path] = field(default_factory=list)
+    format: str = ""
     difference_to: int | None = None
     plain_config: Mapping[str, Any] | None = None
     frozen: str = ""
@@ -69,10 +70,6 @@ class Checkpoint:
     prefix: str = ""
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
-
-
-NOT_ALONE = "holds what the snapshots beside it have in common, and no whole model: give one of those"
-"""What is wrong with a file of frozen tensors that is given as a checkpoint."""
 
 
 def step_in_name(path: Path) -> int | None:
@@ -93,26 +90,47 @@ def step_above(path: Path) -> int | None:
     return next((step for folder in folders if (step := _step_in(folder.name)) is not None), None)
 
 
+def folder_step(folder: Path) -> int | None:
+    """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
+    record = read_json(folder, PROVENANCE) or trainer_record(folder)
+    return parse_count(record.get("step"))
+
+
+def step_beside(path: Path) -> int | None:
+    """The step that the records beside a file tell, if it is what holds the weights of its folder's model."""
+    return folder_step(path.parent) if path.stem in WEIGHTS_ALONE else None
+
+
+def trainer_record(folder: Path) -> Mapping[str, Any]:
+    """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
+    state = read_json(folder, TRAINER_STATE)
+    return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
+
+
 def _step_in(name: str) -> int | None:
     if not (found := _STEP.search(name) or _NUMBERED.search(name)):
         return None
     return round(float(found[1]) * _TIMES[found[2].lower()]) if found[2] else int(found[1])
 
 
-def is_frozen_part(metadata: Mapping[str, str]) -> bool:
-    """Whether a file with this metadata holds nothing but what snapshots have in common."""
-    return metadata.get("part") == "frozen" and metadata.keys() >= {"layout", "step"}
-
-
-def whole(value: object) -> int | None:
-    """A count from a file's metadata, which knows text only; ``None`` where it is none."""
+def parse_count(value: object) -> int | None:
+    """A count from a file's metadata, which holds text only; ``None`` for anything else."""
     return int(value) if isinstance(value, int | str) and re.fullmatch(r"\d{1,18}", str(value)) else None
 
 
 def segment_of(record: Mapping[str, Any]) -> tuple[str, int | None] | None:
     """The phase of the learning rate that a record names, and since when that lasts."""
     phase = record.get("phase")
-    return (phase, whole(record.get("since"))) if isinstance(phase, str) and phase else None
+    return (phase, parse_count(record.get("since"))) if isinstance(phase, str) and phase else None
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a window that may be anyone's; an empty one if there is none, or none that is sound.
+
+    Raises:
+        CorruptFileError, FileNotFoundError: see ``read_json``.
+    """
+    return Manifest(folder / MANIFEST, read_json(folder, MANIFEST))
 
 
 def read_json(folder: Path, name: str) -> Mapping[str, Any]:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
+from merge_callback.checkpoints.spool import default_spool, map_tensors
+from merge_callback.checkpoints.stored_snapshot import open_stored
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.layout import delta_unit
 from merge_callback.snapshots.safetensors_file import CorruptFileError
-from merge_callback.snapshots.window_folder import MANIFEST
 
 
-def decode_snapshot(
-    checkpoint: Checkpoint, open_stored: Callable[[Path], Checkpoint], spool: Path | None = None
-) -> Checkpoint:
+def decode_snapshot(checkpoint: Checkpoint, spool: Path | None = None) -> Checkpoint:
     """The whole snapshot, from its file and those before it, summed up in a temporary file under ``spool``.
 
     Args:
         checkpoint: as it is stored.
-        open_stored: opens another one as it is stored.
         spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
 
     Raises:
@@ -33,7 +30,7 @@ def decode_snapshot(
     """
     chain = [checkpoint]
     while (step := chain[0].difference_to) is not None:
-        chain.insert(0, _of_step(step, chain[0], open_stored))
+        chain.insert(0, _of_step(step, chain[0], spool))
     wide = {
         name: (first.dtype, first.shape)
         for name, first in chain[0].tensors.items()
@@ -52,10 +49,10 @@ def decode_snapshot(
     )
 
 
-def _of_step(step: int, after: Checkpoint, open_stored: Callable[[Path], Checkpoint]) -> Checkpoint:
+def _of_step(step: int, after: Checkpoint, spool: Path | None) -> Checkpoint:
     """The snapshot of ``step`` that another one in the same window's folder is the difference to."""
     for path in _candidates(step, after.path):
-        earlier = open_stored(path)
+        earlier = open_stored(path, spool)
         if earlier.step == step and (earlier.difference_to is None or earlier.difference_to < step):
             return earlier
     raise CorruptFileError(
@@ -67,13 +64,10 @@ def _of_step(step: int, after: Checkpoint, open_stored: Callable[[Path], Checkpo
 def _candidates(step: int, path: Path) -> Iterator[Path]:
     """What the window lists of a step; of a snapshot that it no longer holds, the only one there is."""
     folder = path.resolve().parent
-    records = read_json(folder, MANIFEST).get("snapshots")
     listed = {
         record["step"]: record["file"]
-        for record in (records if isinstance(records, list) else [])
-        if isinstance(record, dict)
-        and isinstance(record.get("step"), int)
-        and isinstance(record.get("file"), str)
+        for record in read_manifest(folder).snapshots
+        if isinstance(record.get("step"), int) and isinstance(record.get("file"), str)
     }
     if path.resolve().name in listed.values() and step in listed:
         yield contained(folder, listed[step])

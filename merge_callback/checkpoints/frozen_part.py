@@ -12,11 +12,11 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.mapped_file import map_safetensors
-from merge_callback.checkpoints.sharded_snapshot import open_sharded_snapshot
+from merge_callback.checkpoints.file_names import SHARDS
+from merge_callback.checkpoints.stored_snapshot import open_sharded
 from merge_callback.snapshots.files import printable
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
-from merge_callback.snapshots.shard_files import SHARDS
 
 _NAME = re.compile(r"frozen-step=\d+-[0-9a-f]{12}(\.safetensors)?")
 
@@ -43,7 +43,7 @@ def with_frozen_part(checkpoint: Checkpoint, spool: Path | None = None) -> Check
         )
     if place.is_dir():
         _check(contained(place, SHARDS), checkpoint.frozen_checksum)
-        part = open_sharded_snapshot(place, spool, is_part=True)
+        part = open_sharded(place, spool, is_part=True)
         tensors, files = part.tensors, part.files
     else:
         file = contained(folder, name)

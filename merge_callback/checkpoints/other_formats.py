@@ -1,9 +1,12 @@
-"""Formats that are not read, each told by its first bytes or its contents, and what to do about it."""
+"""Formats that are not read, each told by its names or first bytes, and what to do about it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
+
+from merge_callback.checkpoints.file_names import MANIFEST, WEIGHTS
 
 _OLD = (
     "not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the torch that wrote it "
@@ -44,6 +47,22 @@ def what_else(head: bytes) -> str:
     if re.match(rb"\x80[\x02-\x05]", head):
         return _OLD
     return f"not a file of torch.save since torch 1.6 (it begins with {head[:8].hex(' ')}); {_AGAIN}"
+
+
+def what_folder(folder: Path) -> str:
+    """What a folder is that no reader matches, and what to do."""
+    remedy = "give a checkpoint file, or a folder with safetensors files or a DCP .metadata"
+    if (folder / MANIFEST).exists():
+        remedy = "it is a window of snapshots: give one of them"
+    elif any(folder.glob("zero_pp_rank_*")) or any(folder.glob("*/zero_pp_rank_*")):
+        remedy = "DeepSpeed's ranks hold parts of it: run its zero_to_fp32.py and give what that writes"
+    elif others := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):
+        remedy = f"give the file itself: {folder / others[0]}"
+    elif any(folder.glob("mp_rank_*/*.pt")):
+        remedy = "each rank of Megatron has a part in it: convert it to torch_dist or Hugging Face's format"
+    elif any(folder.glob("*.distcp")):
+        remedy = "a distributed checkpoint without its .metadata was never finished: use an earlier one"
+    return f"holds neither {WEIGHTS} nor an index of shards; {remedy}"
 
 
 def what_archive(names: Sequence[str]) -> str | None:

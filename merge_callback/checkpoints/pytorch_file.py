@@ -16,15 +16,43 @@ from typing import Any
 import torch
 from torch import Tensor, _weights_only_unpickler, nn
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name, whole
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_beside, step_in_name
 from merge_callback.checkpoints.other_formats import what_archive, what_else
+from merge_callback.checkpoints.quantised import with_plain_weights
+from merge_callback.checkpoints.reader import OpenOptions, Reader
 from merge_callback.checkpoints.stand_ins import StandIn, kind_of, standing_in
 from merge_callback.checkpoints.state_key import find_state, is_extra
+from merge_callback.checkpoints.training_state import without_training_state
 from merge_callback.snapshots.files import CorruptFileError, open_regular
 
 _CALLBACK = "CheckpointMergeCallback"
 _DEEPEST = 1000  # values within values
 _MANY_MARKS = 100_000  # below that many, a pickle loads in a fraction of a second
+
+
+class PytorchReader(Reader):
+    """Reads any file that no other reader matches, if it is one of ``torch.save``."""
+
+    name = "pytorch"
+    suffixes = (".ckpt",)
+    glob_suffixes = (".pt", ".pth", ".bin")
+
+    def matches(self, path: Path) -> bool:
+        """Whether it is a file."""
+        return path.is_file()
+
+    def open(self, path: Path, options: OpenOptions) -> Checkpoint:
+        """The state dict in it, mapped; a LightningModule's is what that module says it is."""
+        stored = open_pytorch(path, options.state_key)
+        weights = stored if stored.format == "lightning" else without_training_state(stored)
+        return with_plain_weights(weights, options)
+
+    def step(self, path: Path) -> int | None:
+        """What the records of its folder's model tell, if it is that model; else what is in it."""
+        if (step := step_beside(path)) is not None:
+            return step
+        content = load_mapped(path)
+        return next((content[k] for k in ("global_step", "step") if isinstance(content.get(k), int)), None)
 
 
 def open_pytorch(path: Path, state_key: str | None = None) -> Checkpoint:
@@ -234,7 +262,7 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 def _first(content: Mapping[Any, Any], *keys: str, fallback: int | None) -> int | None:
     counts = [content[key] for key in keys if isinstance(content.get(key), int)]
-    return next((whole(count) for count in counts), fallback)
+    return next((parse_count(count) for count in counts), fallback)
 
 
 def _tokens(content: Mapping[Any, Any]) -> int | None:
@@ -243,4 +271,4 @@ def _tokens(content: Mapping[Any, Any]) -> int | None:
     if not isinstance(states, Mapping):
         return None
     ours = [s for key, s in states.items() if str(key).startswith(_CALLBACK) and isinstance(s, Mapping)]
-    return whole(ours[0].get("tokens")) or None if ours else None
+    return parse_count(ours[0].get("tokens")) or None if ours else None

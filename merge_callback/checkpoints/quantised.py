@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
-from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
+from merge_callback.checkpoints.file_names import CONFIG
+from merge_callback.checkpoints.reader import OpenOptions
+from merge_callback.checkpoints.spool import default_spool, map_tensors
 
-CONFIG = "config.json"
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _OTHER_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _KNOWN_METHODS = {"fp8", "fbgemm_fp8", "compressed-tensors", "modelopt", "quark"}
@@ -48,7 +49,7 @@ _SCALE = re.compile(r"(.+_)?_?(scale_inv|scales?|zeros?|zero_points?|absmax)(_.+
 _BLOCK = (128, 128)  # DeepSeek's, which nothing tells if there is no config
 
 
-def with_plain_weights(checkpoint: Checkpoint, spool: Path | None = None) -> Checkpoint:
+def with_plain_weights(checkpoint: Checkpoint, options: OpenOptions) -> Checkpoint:
     """A checkpoint whose eight-bit codes are multiplied with their scales, as fp32; any other as it is.
 
     Codes ``q`` of shape ``(..., n, m)`` and scales ``s`` make ``q · s``, with one scale for all, for each row
@@ -57,11 +58,14 @@ def with_plain_weights(checkpoint: Checkpoint, spool: Path | None = None) -> Che
 
     Args:
         checkpoint: as its files have it.
-        spool: a folder on a disk with room for the weights as fp32; default: ``$TMPDIR``, else ``/var/tmp``.
+        options: whether this is wanted, and the ``spool``: a folder on a disk with room for the weights as
+            fp32; default: ``$TMPDIR``, else ``/var/tmp``.
 
     Raises:
         ValueError: for codes with another meaning; one is named, and how they were made if that is told.
     """
+    if not options.dequantise:
+        return checkpoint
     config, tensors = _read(checkpoint, CONFIG), checkpoint.tensors
     told = _told(checkpoint, config)
     scaled = {name.rpartition(".")[0] for name in tensors if _is_called_scale(name)}
@@ -75,7 +79,7 @@ def with_plain_weights(checkpoint: Checkpoint, spool: Path | None = None) -> Che
             if scale is None or (told or {}).get("quant_method", "fp8") not in _KNOWN_METHODS:
                 raise _refusal(checkpoint, name, told)
             scales[name] = scale
-    return _multiplied(checkpoint, scales, told or {}, config, spool) if scales else checkpoint
+    return _multiplied(checkpoint, scales, told or {}, config, options.spool) if scales else checkpoint
 
 
 def _multiplied(

@@ -1,17 +1,55 @@
-"""What the manifest of a window says of all its snapshots: how their run publishes a merge of them."""
+"""Snapshots of a window: whole, with what the window's folder knows of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, read_json, segment_of
-from merge_callback.offline.merge_record import MergeRecord
+from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest, segment_of
+from merge_callback.checkpoints.checksums import Recorded, checksums_of_snapshot
+from merge_callback.checkpoints.delta_snapshot import decode_snapshot
+from merge_callback.checkpoints.file_names import CONFIG, GENERATION_CONFIG, SHARDS
+from merge_callback.checkpoints.frozen_part import with_frozen_part
+from merge_callback.checkpoints.merge_record import MergeRecord
+from merge_callback.checkpoints.reader import OpenOptions, Reader
+from merge_callback.checkpoints.stored_snapshot import open_sharded
 from merge_callback.snapshots.files import CorruptFileError
-from merge_callback.snapshots.window_folder import MANIFEST
 
-_CONFIGURATIONS = {"config.json", "generation_config.json"}
+_CONFIGURATIONS = {CONFIG, GENERATION_CONFIG}
+
+
+class ShardedSnapshotReader(Reader):
+    """Reads the folder of a snapshot that several ranks kept."""
+
+    name = "sharded-snapshot"
+
+    def matches(self, path: Path) -> bool:
+        """Whether it has the list of the ranks' files."""
+        return (path / SHARDS).is_file()
+
+    def open(self, path: Path, options: OpenOptions) -> Checkpoint:
+        """The tensors, put together in a temporary file under the spool; every file is verified."""
+        return complete_snapshot(open_sharded(path, options.spool), options.spool)
+
+    def checksums(self, checkpoint: Checkpoint) -> Sequence[Recorded]:
+        """What the list of all ranks' files says, and the manifest of that list."""
+        return checksums_of_snapshot(checkpoint.files)
+
+
+def complete_snapshot(stored: Checkpoint, spool: Path | None = None) -> Checkpoint:
+    """A snapshot that is no difference to another one, has all its tensors, and says how its run publishes.
+
+    Args:
+        stored: as its own files have it.
+        spool: where what does not lie in one file is put together.
+
+    Raises:
+        CorruptFileError: where a file that it needs is not what was written, or the manifest is not sound.
+        OSError: where one is missing or unreadable, or the spool is full.
+    """
+    decoded = stored if stored.difference_to is None else decode_snapshot(stored, spool)
+    return as_published(with_frozen_part(decoded, spool) if decoded.frozen else decoded)
 
 
 def as_published(snapshot: Checkpoint) -> Checkpoint:
@@ -21,12 +59,8 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
         CorruptFileError: where the manifest contradicts the snapshot, or is none that a run has written.
     """
     file = snapshot.path.resolve()
-    manifest = read_json(file.parent, MANIFEST)
-    path = file.parent / MANIFEST
-    records = manifest.get("snapshots")
-    listed = [r for r in (records if isinstance(records, list) else []) if isinstance(r, dict)]
-    own: Mapping[str, Any] = next((r for r in listed if r.get("file") == file.name), {})
-    published = manifest.get("published", {})
+    manifest = read_manifest(file.parent)
+    path, published = manifest.path, manifest.content.get("published", {})
     if not isinstance(published, dict):
         raise CorruptFileError(f"{path}: 'published' is {published!r:.100}, expected names and their values")
     prefix, texts, copied = (published.get(key) for key in ("stripped_prefix", "files", "copied"))
@@ -35,7 +69,7 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
     return replace(
         snapshot,
         tied=MergeRecord(path, published, {}).tied(snapshot.tensors),
-        segment=segment_of(own) or snapshot.segment,
+        segment=segment_of(manifest.record_of(file.name)) or snapshot.segment,
         prefix=prefix or "",
         texts=texts or {},
         copied=frozenset(copied or ()),

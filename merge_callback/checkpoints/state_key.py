@@ -57,12 +57,14 @@ def find_state(path: Path, content: Mapping[Any, Any], key: str | None = None) -
     )
 
 
-def under_key(checkpoint: Checkpoint, key: str) -> Checkpoint:
-    """What a checkpoint of flat names has below ``key.``, by the rest of its names.
+def under_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
+    """What a checkpoint of flat names has below ``key.``, by the rest of its names; all of it for ``None``.
 
     Raises:
         ValueError: where there is nothing.
     """
+    if key is None:
+        return checkpoint
     start = f"{key}."
     tensors = {n.removeprefix(start): t for n, t in checkpoint.tensors.items() if n.startswith(start)}
     if not tensors:

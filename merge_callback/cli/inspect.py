@@ -6,8 +6,9 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint, verify
-from merge_callback.offline.merge_record import PROVENANCE, read_record
 from merge_callback.snapshots.files import printable
 
 

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from merge_callback.diversity.distance import rms_per_tensor, squared_distances
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
+else:
+    try:
+        from torchmetrics import Metric
+    except ImportError:  # of it, or of one of the many libraries that it imports if they are installed
+
+        class Metric:
+            """Stands for ``torchmetrics.Metric``, which can't be imported; nothing else here needs it."""
+
+            def __init__(self, **kwargs: Any) -> None:
+                import torchmetrics  # noqa: F401  # says why
 
 
 def rms_diversity(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> float:

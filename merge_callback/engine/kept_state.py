@@ -95,6 +95,8 @@ def kept_weights(
     live.copy_from(model.tensors)
     transient = [(buffer, buffer.clone()) for buffer in model.transient]
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def put_all_back() -> None:
         ModelTensors.of(module, root)  # shards are shown again, if FSDP has gathered them
         live.copy_to(model.tensors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from merge_callback.merging import matches_any
+from merge_callback.checks import matches_any
 
 _LOWER = re.compile(
     r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|entropy|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"

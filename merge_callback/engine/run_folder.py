@@ -13,14 +13,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_callback.checkpoints.file_names import LATEST, WINDOW
+from merge_callback.checkpoints.merge_record import find_record
 from merge_callback.options import Options
-from merge_callback.publish.emission import LATEST, PROVENANCE
-from merge_callback.publish.remote_folder import RemoteFolder, is_remote, local_path
+from merge_callback.publish.remote_folder import RemoteFolder
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
-from merge_callback.snapshots.files import CorruptFileError, make_folder, read_object, sync
+from merge_callback.snapshots.files import make_folder, sync
 from merge_callback.snapshots.folder_lock import LOCK, FolderInUseError, FolderLock, holder, lock_folder
-from merge_callback.snapshots.window_folder import MANIFEST
+from merge_callback.snapshots.manifest import find_manifest
+from merge_callback.urls import is_remote, local_path
 
 _SCRATCH = "merge_scratch"
 _MOST_CLAIMS = 20  # that others are quicker with; or does the store list nothing new?
@@ -102,7 +104,7 @@ class RunFolder:
                 with suppress(Exception):
                     RemoteFolder(self.url).release(self.run_id)
             with suppress(OSError):
-                (self.path / "window").rmdir()
+                (self.path / WINDOW).rmdir()
             with suppress(OSError):
                 if os.listdir(self.path) == [LOCK]:
                     (self.path / LOCK).unlink()
@@ -237,11 +239,7 @@ def _told(folder: RunFolder) -> RunFolder:
 
 def _owner(folder: Path) -> str | None:
     """The run whose window or merges lie in a folder, where that can be told."""
-    for path in (folder / "window" / MANIFEST, folder / LATEST / PROVENANCE):
-        with suppress(OSError, CorruptFileError):
-            if isinstance(found := read_object(path).get("run_id"), str):
-                return found
-    return None
+    return find_manifest(folder / WINDOW).run_id or find_record(folder / LATEST).run_id
 
 
 def _not_shared(path: Path, url: str | None, rank: int) -> ValueError:

@@ -448,7 +448,7 @@ class MergeSession:
                 self.lock.claim = self.window.folder.claim
                 self.lock.claim()
                 self.pipeline.publisher.sweep()
-                for writer in (self.window.store, self.window.folder, self.pipeline.publisher):
+                for writer in (self.window.store.files, self.window.folder, self.pipeline.publisher):
                     writer.before_writing = self.lock.check
                 if self.spikes:
                     self.spikes.policy.before_writing = self.lock.check

@@ -20,8 +20,8 @@ from merge_callback.publish.export import Exporter, Naming
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
 from merge_callback.signals.lr_phase import Phase
-from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
 from merge_callback.snapshots.storage import Snapshot
 from merge_callback.snapshots.window import Window
@@ -200,7 +200,7 @@ class SnapshotPipeline:
             "published": list(self.publisher.published),
             "advised": list(self._advised),
             "window": self._window.state_dict(to_keep),
-            "first_diversity": self._merger.metric.first,
+            "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
         }
 
@@ -208,7 +208,7 @@ class SnapshotPipeline:
         """Goes on from a ``state_dict``, except for the window."""
         self._taken = state["taken"]
         self._advised = list(state["advised"])
-        self._merger.metric.first, self._merger.diversity = state["first_diversity"], state["diversity"]
+        self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
 
@@ -218,10 +218,10 @@ class SnapshotPipeline:
         if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
             self.background.submit(partial(self._emit, model)).wait()
 
-    def _capture(self, live: ModelTensors | Exception, step: int) -> tuple[ModelTensors, Arena | Exception]:
+    def _capture(self, live: ModelTensors | Exception, step: int) -> tuple[ModelTensors, Captured]:
         """A copy of the live weights, or why there is none: the other ranks have to be told."""
         if isinstance(live, Exception):
-            return ModelTensors(), live
+            return ModelTensors(), Captured(error=live)
         return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
@@ -237,7 +237,7 @@ class SnapshotPipeline:
 
     # In the background, one job after the other.
 
-    def _keep(self, model: ModelTensors, captured: Arena | Exception, report: _Report, calm: bool) -> None:
+    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, calm: bool) -> None:
         """Takes a captured snapshot into the window, then measures, merges and publishes.
 
         What fails here is logged; the run goes on.
@@ -247,7 +247,7 @@ class SnapshotPipeline:
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
-    def _take_in(self, model: ModelTensors, captured: Arena | Exception, report: _Report, calm: bool) -> None:
+    def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, calm: bool) -> None:
         self._warn_of_cuts()  # first: a difference is one to what the window holds
         if not self._append(report.snapshot, captured):
             return
@@ -260,7 +260,7 @@ class SnapshotPipeline:
         report.window, report.diversity = len(self._window), self._merger.diversity
         self._reports.append(report)
 
-    def _append(self, snapshot: Snapshot, captured: Arena | Exception) -> bool:
+    def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Says whether the window took a captured snapshot."""
         try:
             self._window.add(snapshot, captured)

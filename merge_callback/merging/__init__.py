@@ -1,7 +1,7 @@
 """The merging methods, their registry, and merging of whole models."""
 
 from merge_callback.merging.linear import Ema, Sma, Weighted, Wma, Wsm
-from merge_callback.merging.merge import check_alike, matches_any, merge_state_dicts
+from merge_callback.merging.merge import check_alike, merge_state_dicts
 from merge_callback.merging.method import (
     METHODS,
     Inputs,
@@ -37,7 +37,6 @@ __all__ = [
     "Wma",
     "Wsm",
     "check_alike",
-    "matches_any",
     "merge_state_dicts",
     "register_method",
     "resolve_method",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from merge_callback.checks import matches_any
 from merge_callback.merging.linear import Weighted
 from merge_callback.merging.method import Inputs, MergeMethod, Trajectory, resolve_method
 
@@ -84,11 +84,6 @@ def _check_finite(name: str, models: Sequence[tuple[str, Mapping[str, Tensor]]])
                 f"tensor {name!r} of {label} holds {count} values that are {kind}: leave that one out, or "
                 f"copy the tensor from the last one with exclude=[{name!r}]"
             )
-
-
-def matches_any(name: str, patterns: Sequence[str]) -> bool:
-    """Whether ``name`` matches one of the ``fnmatch`` patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _trajectory(

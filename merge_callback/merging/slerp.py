@@ -27,8 +27,8 @@ class Slerp(MergeMethod):
     """Iterated SLERP: ``m = θ_1``, then ``m ← SLERP(m, θ_i; t)`` for the others, oldest first.
 
     ``SLERP(a, b; t) = sin((1−t)Ω)/sinΩ · a + sin(tΩ)/sinΩ · b``, Ω the angle between the vectors; linear
-    interpolation where they are nearly parallel (|cos| > .9995) or one is zero. Snapshots that lie close
-    together, as in a decay, are nearly parallel.
+    interpolation if they are nearly parallel (a cosine beyond ±.9995) or one is zero. Snapshots that lie
+    close together, as in a decay, are nearly parallel.
 
     Every stage is a weighted sum of the snapshots, so the whole chain is: its weights follow from the inner
     products of the snapshots alone. These are summed in one pass, in fp64; a second one forms the sum.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merge_callback.merging.method import Inputs, MergeMethod, Need, Trajectory, register_method
 from merge_callback.merging.randomness import Stream
-from merge_callback.merging.task_vectors import TaskVectors, in_ranges, warn_of_plain_sum
+from merge_callback.merging.task_vectors import TaskVectors, warn_of_plain_sum
 from merge_callback.merging.threshold import (
     Part,
     Search,
@@ -26,6 +26,7 @@ from merge_callback.merging.threshold import (
 )
 from merge_callback.reduce.dispatch import election
 from merge_callback.reduce.passes import Cut
+from merge_callback.reduce.ranges import in_ranges
 
 _AT_ONCE = 128  # thresholds that processes search for together: they hold a sixtieth of the elements each
 

@@ -25,9 +25,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from merge_callback.merging.task_vectors import in_ranges
 from merge_callback.reduce import compiled
 from merge_callback.reduce.dispatch import compiled_serves, triton_serves
+from merge_callback.reduce.ranges import in_ranges
 from merge_callback.sharding import Piece
 
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from torch import Tensor
 from merge_callback.merging.linear import Ema, Sma, Wma
 from merge_callback.merging.method import Inputs, LinearMethod, MergeMethod, Need, Trajectory, register_method
 from merge_callback.merging.randomness import CHUNK, Stream
-from merge_callback.merging.task_vectors import in_ranges
 from merge_callback.reduce import accumulator_dtype
+from merge_callback.reduce.ranges import in_ranges
 
 
 @register_method("dropout", reference="Practical Guidelines (ACL 2026), section 4.2.1")

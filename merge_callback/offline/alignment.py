@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
-from merge_callback.merging import matches_any
+from merge_callback.checks import matches_any
 from merge_callback.snapshots.capture import clean_name
 
 _WRAPPED = "module."  # by DataParallel and DistributedDataParallel, which put it before every name

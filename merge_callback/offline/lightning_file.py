@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_callback.checkpoints.open import MERGED_CKPT, Checkpoint
+from merge_callback.checkpoints.checkpoint import Checkpoint
+from merge_callback.checkpoints.file_names import MERGED_CKPT
 from merge_callback.checkpoints.pytorch_file import load_mapped
 from merge_callback.checkpoints.stand_ins import holds_stand_in, without_stand_ins
 from merge_callback.snapshots.safetensors_file import file_checksum, sync

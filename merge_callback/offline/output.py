@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
-from merge_callback.publish.emission import shard_names, split_shards, write_index
+from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.snapshots.files import copy_file, sync
 from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
 

@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from merge_callback.offline.merge_record import PROVENANCE, read_record
-from merge_callback.offline.model_folder import named_below
+from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.merge_record import read_record
+from merge_callback.checkpoints.model_folder import named_below
 from merge_callback.snapshots.files import CorruptFileError, make_folder, sync
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux

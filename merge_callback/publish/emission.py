@@ -10,15 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.merge_record import MergeRecord, find_record
+from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.publish.provenance import emission_name
-from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.files import (
-    CorruptFileError,
     clear,
+    draft,
+    hidden_names,
+    hidden_path,
     make_folder,
-    read_object,
+    put_in_place,
+    replacing,
     sync,
     write_json,
 )
@@ -26,10 +31,7 @@ from merge_callback.snapshots.safetensors_file import file_checksum, tensors_ent
 
 log = logging.getLogger(__name__)
 
-PROVENANCE = "merge.json"
-LATEST = "latest"
-_DRAFT = re.compile(r"\.(step=.*|latest)\.\d{1,10}\.(tmp|old)", re.DOTALL)  # the number is a process's
-INDEX = "model.safetensors.index.json"
+_DRAFT = hidden_names(f"step=.*|{LATEST}", "tmp|old")
 
 
 class ModelFiles:
@@ -78,7 +80,7 @@ class Publisher:
         self.published = [
             name
             for name in (*published, *self._named_after(last, published))
-            if read_record(self.folder / name).get("run_id") == run_id
+            if find_record(self.folder / name).run_id == run_id
         ]
 
     def publish(
@@ -107,20 +109,15 @@ class Publisher:
         """
         self.before_writing()
         make_folder(self.folder)
-        draft = self.folder / f".{name}.{os.getpid()}.tmp"
-        clear(draft)
-        draft.mkdir()
-        try:
+        with draft(self.folder, name) as made:
+            made.mkdir()
             if add_files is not None:
-                add_files(draft)
-            files = dict(write(draft))
-            files |= {p.name: file_checksum(p) for p in draft.iterdir() if p.name not in files}
-            write_json(draft / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
-            target = self._place(draft, name, files)
-        finally:
-            with contextlib.suppress(OSError):
-                clear(draft)
-        if read_record(target).get("run_id") == record.get("run_id"):  # else another run's very same merge
+                add_files(made)
+            files = dict(write(made))
+            files |= {p.name: file_checksum(p) for p in made.iterdir() if p.name not in files}
+            write_json(made / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
+            target = self._place(made, name, files)
+        if find_record(target).run_id == record.get("run_id"):  # else another run's very same merge
             self.published = [*(p for p in self.published if p != target.name), target.name]
         self._conclude(target.name)
         return target
@@ -175,7 +172,7 @@ class Publisher:
     def _named_after(self, step: int, others: Iterable[str]) -> list[str]:
         """Emissions of a step that lie here under a name that a publisher gave them."""
         found = sorted(self.folder.glob(f"step={step:08d}-*")) if step >= 0 else []
-        return [p.name for p in found if _is_own_name(p.name, read_record(p)) and p.name not in others]
+        return [p.name for p in found if _is_own_name(p.name, find_record(p)) and p.name not in others]
 
     def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
         return next((name for name in reversed(names) if step_of(name) <= step), None)
@@ -185,30 +182,24 @@ class Publisher:
         if self._point_latest(name):
             self._retain()
 
-    def _place(self, draft: Path, name: str, files: Mapping[str, str]) -> Path:
-        for path in draft.iterdir():  # the files that add_files wrote are not durable yet
+    def _place(self, made: Path, name: str, files: Mapping[str, str]) -> Path:
+        for path in made.iterdir():  # the files that add_files wrote are not durable yet
             sync(path)
-        sync(draft)
+        sync(made)
         target, version = self.folder / name, 0
         while target.exists():
             if _holds(target, files):
                 return target
             version += 1
             target = self.folder / f"{name}-v{version}"
-        os.rename(draft, target)
-        sync(self.folder)
+        put_in_place(made, target)
         return target
 
     def _point_latest(self, name: str) -> bool:
-        pointer = self.folder / f".{LATEST}.{os.getpid()}.tmp"
         try:
-            clear(pointer)
-            pointer.symlink_to(name, target_is_directory=True)
-            os.replace(pointer, self.folder / LATEST)
-            sync(self.folder)  # before the merge that it pointed at may go
+            with replacing(self.folder / LATEST) as pointer:  # durably: the merge that it pointed at may go
+                pointer.symlink_to(name, target_is_directory=True)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                pointer.unlink()
             log.warning("merge: could not point %s at %s: %s", self.folder / LATEST, name, error)
             return not (
                 self.folder / LATEST
@@ -224,7 +215,7 @@ class Publisher:
     def _remove(self, name: str) -> None:
         # Renamed first, and durably: a folder that is visible under its name is complete, also while it
         # goes, and also after a power loss.
-        doomed = self.folder / f".{name}.{os.getpid()}.old"
+        doomed = hidden_path(self.folder, name, "old")
         with contextlib.suppress(OSError):
             clear(doomed)
             os.rename(self.folder / name, doomed)
@@ -239,92 +230,22 @@ def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield tensor
 
 
-def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, Tensor]:
-    """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
-
-    That of the LightningModule, as a rule; where a prefix was stripped from the names (``"model."``, as of a
-    wrapped Hugging Face model), that of the model under it: ``module.model.load_state_dict(…)``.
-
-    Args:
-        path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
-            (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
-        module: what they are to be loaded into, where a part of it is compiled or checkpoints activations:
-            the names are those of its ``state_dict`` then, with the ``_orig_mod`` that published names lack.
-
-    Raises:
-        FileNotFoundError: where there is no published merge.
-        ValueError: where its record or a file of it is broken, or leads out of the folder.
-    """
-    from merge_callback.publish.remote_folder import fetched, is_remote, local_path
-
-    if is_remote(path):
-        with fetched(str(path)) as folder:
-            return load_merge(folder, module)
-    path = local_path(path)
-    if not (path / PROVENANCE).exists():
-        mend = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
-        raise FileNotFoundError(f"{path}: no published merge; {mend}")
-    from merge_callback.checkpoints.open import open_checkpoint
-
-    merge = open_checkpoint(path)
-    tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}
-    tensors |= {alias: tensors[kept] for alias, kept in merge.tied.items()}
-    own = {} if module is None else {clean_name(name): name for name in module.state_dict()}
-    return {own.get(name, name): tensor for name, tensor in tensors.items()}
-
-
-def split_shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[dict[str, Tensor]]:
-    """Shards of at most ``max_bytes`` (or one tensor), wider dtypes first so that all stay aligned."""
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name in sorted(tensors, key=lambda n: -tensors[n].itemsize):
-        if shards[-1] and size + tensors[name].nbytes > max_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = tensors[name]
-        size += tensors[name].nbytes
-    return shards
-
-
-def shard_names(count: int, stem: str = "model") -> list[str]:
-    """The files of a model in ``count`` shards."""
-    numbered = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-    return numbered if count > 1 else [f"{stem}.safetensors"]
-
-
-def write_index(
-    folder: Path, names: Sequence[str], shards: Sequence[Mapping[str, Tensor]], index: str = INDEX
-) -> None:
-    """Writes which tensor is in which file (Hugging Face's scheme)."""
-    weight_map = {tensor: file for file, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """What an emission says of itself; nothing if it does not exist."""
-    try:
-        return read_object(folder / PROVENANCE)
-    except (OSError, CorruptFileError):
-        return {}
-
-
 def step_of(name: str) -> int:
     """The step in an emission's name."""
     return int(name.removeprefix("step=").partition("-")[0])
 
 
-def _is_own_name(name: str, record: Mapping[str, Any]) -> bool:
+def _is_own_name(name: str, record: MergeRecord) -> bool:
     """Whether a publisher named a folder so, and not somebody who has kept a copy."""
-    try:
-        own = emission_name(record["method"]["name"], int(record["step"]), record["tokens"])
-    except (KeyError, TypeError, ValueError):
+    method = record.content.get("method")
+    if record.step is None or not isinstance(method, dict) or not isinstance(method.get("name"), str):
         return False
+    own = emission_name(method["name"], record.step, record.tokens)
     return re.fullmatch(rf"{re.escape(own)}(-v\d+)?", name) is not None
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:
     """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
-    if read_record(folder).get("files") != files:
+    if find_record(folder).files != files:
         return False
     return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import repeat
 from typing import Any
 
+from merge_callback.checkpoints.merge_record import versions
 from merge_callback.merging import MergeMethod
 from merge_callback.snapshots.storage import Snapshot
 
@@ -54,15 +52,3 @@ def _weighted(snapshot: Snapshot, weight: float | None) -> dict[str, Any]:
     places = {"file", "frozen", "frozen_checksum"}
     record = {key: value for key, value in snapshot.record().items() if key not in places}
     return {**record, "weight": weight}
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Python's and the packages' versions."""
-    found = {"python": platform.python_version()}
-    for package in ("merge-callback", "torch", "lightning", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # e.g. run from a source tree, or lightning not there offline
-            continue
-    return found

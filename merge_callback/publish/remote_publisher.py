@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from merge_callback.publish.emission import PROVENANCE, Publisher, read_record, step_of
+from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.merge_record import find_record
+from merge_callback.publish.emission import Publisher, step_of
 from merge_callback.publish.remote_folder import RemoteFolder
 
 log = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class RemotePublisher(Publisher):
     def _waiting(self) -> list[Path]:
         """This run's emissions that are here still, oldest first."""
         folders = [path.parent for path in sorted(self.folder.glob(f"step=*/{PROVENANCE}"))]
-        return [folder for folder in folders if read_record(folder).get("run_id") == self.run_id]
+        return [folder for folder in folders if find_record(folder).run_id == self.run_id]
 
     def _upload(self) -> None:
         self._is_queued = False

@@ -214,7 +214,8 @@ def _terms(
     """The sources that have a part in either sum."""
     terms = []
     for i, source in enumerate(sources):
-        weight, factor = (0.0 if factors is None else float(factors[i]) for factors in (weights, contrast))
+        weight = 0.0 if weights is None else float(weights[i])
+        factor = 0.0 if contrast is None else float(contrast[i])
         roles = (_WEIGHTED if weight else 0) | (_CONTRASTED if factor else 0)
         if roles:
             terms.append(_Source(source.data_ptr(), _DTYPES[source.dtype], roles, weight, factor))

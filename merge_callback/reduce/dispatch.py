@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from importlib.util import find_spec
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -139,5 +138,5 @@ def _check(
 
 def _check_bounds(bounds: Sequence[int], size: int) -> None:
     ends = [0, *bounds]
-    if ends[-1] != size or any(a > b for a, b in pairwise(ends)):
+    if ends[-1] != size or ends != sorted(ends):
         raise ValueError(f"bounds={list(bounds[-8:])} must ascend from 0 to the {size} elements")

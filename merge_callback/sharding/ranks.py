@@ -102,7 +102,8 @@ class Ranks:
         if isinstance(error, RemoteError) and error.cut_short:
             error.cut_short = False
             raise error
-        if self._any_failed(error is not None) and (text := self._first_error(error)):
+        any_failed = self.group is not None and self._any_failed(error is not None)
+        if any_failed and (text := self._first_error(error)):
             raise RemoteError(text)
         if error is not None:
             raise error
@@ -132,15 +133,11 @@ class Ranks:
             raise RemoteError(text, cut_short=True)
 
     def _any_failed(self, failed: bool) -> bool:
-        if self.group is None:
-            return failed
         dist.all_reduce(count := torch.tensor([int(failed)], device="cpu"), group=self.group)
         return bool(count.item())
 
     def _first_error(self, error: BaseException | None) -> str:
         """What the first of the other ranks with an error says; empty where this rank has one itself."""
-        if self.group is None:
-            return ""
         texts = self._all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             return ""

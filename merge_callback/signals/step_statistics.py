@@ -116,6 +116,12 @@ class StepStatistics:
             self._square_norms.append(square)
             self._on_device |= isinstance(square, Tensor)
 
+    def set_gradient_norm(self, norm: Tensor | float) -> None:
+        """Notes the global norm of the step's gradients, as all ranks know it, instead of summing it up."""
+        square = _own(norm, 1) ** 2
+        self._square_norms = [square if self._ranks.is_first else 0.0]
+        self._on_device |= isinstance(square, Tensor)
+
     def add_scalars(self, values: Mapping[str, Tensor | float]) -> None:
         """Notes further scalars of the step that ends now, by name."""
         self._scalars = values

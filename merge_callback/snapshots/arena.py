@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from merge_callback.sharding.live import overwrite
 from merge_callback.snapshots.layout import Group, Layout
-
-if TYPE_CHECKING:
-    from merge_callback.snapshots.frozen import FrozenPart
 
 
 class Arena:
@@ -47,6 +46,7 @@ class Arena:
         """An arena in the same memory, to be overwritten; the views of its tensors are not made again."""
         arena = Arena(self.layout, self.buffer)
         arena._views = self._views
+        arena.flats = self.flats
         return arena
 
     def sharing(self, frozen: FrozenPart | None, names: frozenset[str]) -> Arena:
@@ -54,20 +54,34 @@ class Arena:
         self.frozen, self.shared = frozen if names else None, names
         return self
 
-    def flat(self, group: Group) -> Tensor:
-        """The group's elements, 1-D, in the stored dtype (a view)."""
-        return self.buffer[group.offset : group.offset + group.nbytes].view(group.stored)
+    @cached_property
+    def flats(self) -> dict[tuple[torch.dtype, bool], Tensor]:
+        """The elements of each group, 1-D, in the stored dtype (views), by the group's key."""
+        # Under inference mode, views could not be written to later either.
+        with torch.inference_mode(False):
+            return {
+                group.key: self.buffer[group.offset : group.offset + group.nbytes].view(group.stored)
+                for group in self.layout.groups
+            }
 
     def find(self, group: Group) -> tuple[Tensor, Group]:
         """What is stored here of another layout's group, or of a single tensor: its elements, and how."""
-        holder, stored = self, self.layout.by_key.get(group.key)
-        if len(group.segments) == 1:
-            name = group.segments[0].name
-            if name in self.shared and self.frozen is not None:
-                holder = self.frozen.arena
-            stored = holder.layout.alone(name)
+        stored = self.layout.by_key.get(group.key)
+        if len(group.segments) == 1 and (stored is None or stored.names != group.names):
+            name = group.names[0]
+            holder = self.holder(name)
+            return holder.flat(name), holder.layout.alone(name)
         assert stored is not None
-        return holder.flat(stored), stored
+        return self.flats[group.key], stored
+
+    def holder(self, name: str) -> Arena:
+        """The arena that one of its tensors lies in: itself, or that of what it has in common with others."""
+        return self.frozen.arena if self.frozen is not None and name in self.shared else self
+
+    def flat(self, name: str) -> Tensor:
+        """The elements of a tensor that lies in the buffer, 1-D, in the stored dtype (a view)."""
+        group, segment = self.layout.places[name]
+        return self.flats[group.key][segment.start : segment.stop]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, in its own shape (views)."""
@@ -79,7 +93,8 @@ class Arena:
             views = {}  # of its own until it is whole: training and the background may both ask
             with torch.inference_mode(False):
                 for group in self.layout.groups:
-                    parts = torch.split(self.flat(group), [segment.numel for segment in group.segments])
+                    flat = self.flats[group.key]
+                    parts = torch.split(flat, [segment.numel for segment in group.segments])
                     for segment, part in zip(group.segments, parts, strict=True):
                         views[segment.name] = part.view(segment.shape)
             self._views = views
@@ -93,8 +108,8 @@ class Arena:
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors (a view)."""
-        holder = self.frozen.arena if self.frozen is not None and name in self.shared else self
-        return holder.flat(holder.layout.alone(name)).view(holder.layout.shapes[name])
+        holder = self.holder(name)
+        return holder.flat(name).view(holder.layout.shapes[name])
 
     def spans(self, names: Iterable[str]) -> list[tuple[bool, int, int]]:
         """Where tensors lie, in this order; those that lie next to each other are one span.
@@ -104,8 +119,8 @@ class Arena:
         """
         spans: list[tuple[bool, int, int]] = []
         for name in names:
-            is_shared = self.frozen is not None and name in self.shared
-            holder = self.frozen.arena if self.frozen is not None and is_shared else self
+            holder = self.holder(name)
+            is_shared = holder is not self
             group, segment = holder.layout.places[name]
             start, stop = (
                 group.offset + end * group.stored.itemsize for end in (segment.start, segment.stop)
@@ -158,13 +173,46 @@ class Arena:
 
     def non_finite(self) -> list[str]:
         """Names of the floating-point tensors that hold NaN or Inf."""
-        return [
-            segment.name
-            for group in self.layout.groups
-            if group.dtype.is_floating_point and not all_finite(self.flat(group))
-            for segment in group.segments
-            if not all_finite(self.flat(group)[segment.start : segment.stop])
-        ]
+        names: list[str] = []
+        for group in self.layout.groups:
+            if group.dtype.is_floating_point and not all_finite(flat := self.flats[group.key]):
+                names += [s.name for s in group.segments if not all_finite(flat[s.start : s.stop])]
+        return names
+
+
+@dataclass(eq=False)
+class FrozenPart:
+    """Tensors that the snapshots of a window have in common; what this rank keeps of them.
+
+    That a parameter takes no gradient proves nothing: a target network is written to all the same, and layers
+    are unfrozen. So the live tensors are compared with ``arena`` whenever a snapshot is taken, and what has
+    changed once is kept with every snapshot from then on.
+
+    Args:
+        step: of the snapshot that it was first kept with.
+        arena: of what was frozen then.
+        names: of the tensors in it that have not changed since.
+        file: in the window's folder; ``checksum`` is its SHA-256. As those of a ``Snapshot``.
+        has_moved: whether some have changed since the file was last compared with what was written to it.
+        is_placed: whether it lies in the window's storage.
+        prints: fingerprints of the live tensors that are on a device.
+    """
+
+    kind: ClassVar[str] = "frozen-"
+    difference_to: ClassVar[None] = None
+
+    step: int
+    arena: Arena
+    names: frozenset[str]
+    file: str = ""
+    checksum: str = ""
+    has_moved: bool = False
+    is_placed: bool = False
+    prints: dict[str, Tensor] = field(default_factory=dict, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """What its file says of it, as primitives."""
+        return {"step": self.step, "part": "frozen"}
 
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -184,13 +232,10 @@ def all_finite(tensor: Tensor, block: int = 1 << 24) -> bool:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
-    pieces = (_wide(flat[i : i + block]) for i in range(0, flat.numel(), block))
-    return all(_finite(piece.sum()) or _finite(torch.stack(torch.aminmax(piece))) for piece in pieces)
-
-
-def _finite(few: Tensor) -> bool:
-    return bool(torch.isfinite(few).all())
-
-
-def _wide(piece: Tensor) -> Tensor:
-    return piece.float() if piece.dtype.itemsize == 1 else piece
+    for start in range(0, flat.numel(), block):
+        piece = flat[start : start + block]
+        piece = piece.float() if piece.dtype.itemsize == 1 else piece
+        few = piece.sum()
+        if not few.isfinite() and not torch.stack(torch.aminmax(piece)).isfinite().all():
+            return False
+    return True

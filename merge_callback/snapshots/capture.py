@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from merge_callback.merging import matches_any
+from merge_callback.checks import matches_any
 from merge_callback.sharding.live import local
 from merge_callback.sharding.pieces import Piece
 

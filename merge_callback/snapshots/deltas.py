@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.layout import Group, Segment
+from merge_callback.snapshots.layout import Group
 
 CODECS = {"delta-fp16": torch.float16, "delta-bf16": torch.bfloat16}
 """What differences are stored in, by the codec's name."""
@@ -45,24 +45,24 @@ _OTHERS = (
 )
 
 
-def terms(
-    arenas: Sequence[Arena], group: Group, factors: Sequence[float]
-) -> tuple[list[Tensor], list[float]]:
-    """What is stored of a group, and the factors for it that give ``Σ factors[i] · snapshot i``.
+Stored = Sequence[tuple[Tensor, Group]]
+"""The elements of a group in each snapshot of a window from its oldest on, and how they are stored."""
+
+
+def delta_weights(stored: Stored, factors: Sequence[float]) -> list[float]:
+    """The factors for what is stored that give ``Σ factors[i] · snapshot i``.
 
     Args:
-        arenas: of a window's snapshots from its oldest on, whole or differences.
-        group: of any of their layouts, all of which hold the same tensors in it; or a single tensor.
-        factors: one a snapshot.
+        stored: what the arenas, whole or differences, hold of a group.
+        factors: one per snapshot.
     """
-    found = [arena.find(group) for arena in arenas]
     sums, total = [], 0.0
-    for (_, stored), factor in zip(reversed(found), reversed(factors), strict=True):
+    for (_, group), factor in zip(reversed(stored), reversed(factors), strict=True):
         total += factor  # a difference is part of every snapshot from its own up to the next whole one
-        sums.append(total * stored.unit)
-        if not stored.is_delta:
+        sums.append(total * group.unit)
+        if not group.is_delta:
             total = 0.0
-    return [flat for flat, _ in found], sums[::-1]
+    return sums[::-1]
 
 
 def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
@@ -74,14 +74,14 @@ def encode(arena: Arena, before: Sequence[Arena], out: Arena) -> None:
         out: of one of the ``arena.layout.delta``.
     """
     for group in out.layout.groups:
-        here, _ = arena.find(group)
+        here, target = arena.flats[group.key], out.flats[group.key]
         if group.is_delta:
             scale = 1 / group.unit  # a power of two: it rounds nothing
-            stored, factors = terms(before, group, _last(before))
-            # The one before first, summed up as a reader does it: with its roundings, which this one mends.
-            one_pass([*stored, here], [*(-scale * factor for factor in factors), scale], out.flat(group))
+            flats, factors = _last(before, group)
+            # The one before first, summed up as a reader does it: this one corrects its roundings.
+            one_pass([*flats, here], [*(-scale * factor for factor in factors), scale], target)
         else:
-            out.flat(group).copy_(here)
+            target.copy_(here)
 
 
 def decode(arenas: Sequence[Arena], out: Arena) -> None:
@@ -92,11 +92,11 @@ def decode(arenas: Sequence[Arena], out: Arena) -> None:
         out: of the whole layout.
     """
     for group in out.layout.groups:
-        flat, last = arenas[-1].find(group)
-        if last.is_delta:
-            one_pass(*terms(arenas, group, _last(arenas)), out.flat(group))
+        flats, factors = _last(arenas, group)
+        if len(flats) == 1:
+            out.flats[group.key].copy_(flats[0])
         else:
-            out.flat(group).copy_(flat)
+            one_pass(flats, factors, out.flats[group.key])
 
 
 def flat_tensors(arenas: Sequence[Arena], names: Collection[str] | None = None) -> dict[str, Tensor]:
@@ -104,24 +104,42 @@ def flat_tensors(arenas: Sequence[Arena], names: Collection[str] | None = None) 
 
     Args:
         arenas: of the window's snapshots from its oldest on.
-        names: of those that are asked for, by default all. Each one costs microseconds.
+        names: of those that are asked for, by default all; others than the snapshot's are left out. Each one
+            costs microseconds.
     """
-    last = arenas[-1]
-    names = [*last.shared, *last.layout.shapes] if names is None else names
-    tensors = {name: last.tensor(name).view(-1) for name in names if name in last.shared}
-    asked: dict[int, list[Segment]] = {}
-    for name in (name for name in names if name in last.layout.places):
-        group, segment = last.layout.places[name]
-        asked.setdefault(id(group), []).append(segment)
-    for group in (group for group in last.layout.groups if id(group) in asked):
-        chain = arenas if group.is_delta else arenas[-1:]  # those before may hold other tensors themselves
-        stored, factors = terms(chain, group, _last(chain))
-        needed = [(flat, factor) for flat, factor in zip(stored, factors, strict=True) if factor]
-        for s in asked[id(group)]:
-            parts = [flat[s.start : s.stop] for flat, _ in needed]
-            units = [factor for _, factor in needed]
-            tensors[s.name] = parts[0] if len(parts) == 1 else cast(Tensor, Decoded(parts, units))
+    last, tensors = arenas[-1], dict[str, Tensor]()
+    known: dict[object, tuple[list[Tensor], list[float]]] = {}
+    for name in [*last.shared, *last.layout.shapes] if names is None else names:
+        if name in last.shared:
+            tensors[name] = last.holder(name).flat(name)
+        elif place := last.layout.places.get(name):
+            group, segment = place
+            if group.key not in known:
+                known[group.key] = _last(arenas, group)
+            flats, factors = known[group.key]
+            if len(flats) == 1:
+                tensors[name] = flats[0][segment.start : segment.stop]
+            else:
+                parts = [flat[segment.start : segment.stop] for flat in flats]
+                tensors[name] = cast(Tensor, Decoded(parts, factors))
     return tensors
+
+
+def _last(arenas: Sequence[Arena], group: Group) -> tuple[list[Tensor], list[float]]:
+    """What has to be summed up of a group, and with which factors, to give the last snapshot's.
+
+    Args:
+        arenas: of the window's snapshots from its oldest on.
+        group: of any of their layouts.
+    """
+    flats, factors = list[Tensor](), list[float]()
+    for arena in reversed(arenas):  # those before the last one that is whole may hold other tensors
+        flat, stored = arena.find(group)
+        flats.append(flat)
+        factors.append(stored.unit)
+        if not stored.is_delta:
+            break
+    return flats[::-1], factors[::-1]
 
 
 class Decoded:
@@ -180,7 +198,3 @@ for _name in (
     *(f"__{name}__" for name in _OTHERS),
 ):
     setattr(Decoded, _name, _on_the_whole(_name))
-
-
-def _last(arenas: Sequence[Arena]) -> list[float]:
-    return [0.0] * (len(arenas) - 1) + [1.0]

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -64,14 +66,21 @@ def read_object(path: Path) -> dict[str, Any]:
         CorruptFileError: where it is no regular file, too large, or holds anything else.
         OSError: where it is missing or unreadable.
     """
+    return parse_object(read_small(path), str(path))
+
+
+def parse_object(text: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in a metadata file that was read already; ``where`` names the file.
+
+    Raises:
+        CorruptFileError: where it holds anything else.
+    """
     try:
-        content = json.loads(read_small(path))
-    except CorruptFileError:
-        raise
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: not sound JSON ({error})") from None
+        raise CorruptFileError(f"{where}: not sound JSON ({error})") from None
     if not isinstance(content, dict):
-        raise CorruptFileError(f"{path}: holds a {type(content).__name__}, expected a JSON object")
+        raise CorruptFileError(f"{where}: holds a {type(content).__name__}, expected a JSON object")
     return content
 
 
@@ -136,6 +145,58 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def hidden_path(folder: Path, name: str, ending: str = "tmp") -> Path:
+    """What this process calls a file or folder that is not to be seen under its name, yet or any more."""
+    return folder / f".{name}.{os.getpid()}.{ending}"
+
+
+def hidden_names(names: str, ending: str = "tmp") -> re.Pattern[str]:
+    """Those of any process, for names and endings that match these patterns: what a killed one has left."""
+    return re.compile(rf"\.({names})\.\d{{1,10}}\.({ending})", re.DOTALL)
+
+
+@contextmanager
+def draft(folder: Path, name: str) -> Iterator[Path]:
+    """A hidden path to make a file or folder at; what is left there in the end is removed.
+
+    Args:
+        folder: that the path lies in.
+        name: of what is made.
+
+    Raises:
+        OSError: where something that is there already can't be removed.
+    """
+    path = hidden_path(folder, name)
+    clear(path)
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            clear(path)
+
+
+def put_in_place(made: Path, target: Path) -> None:
+    """Gives a draft its name, in place of a file of that name, atomically and durably.
+
+    Raises:
+        OSError: where it can't be renamed.
+    """
+    os.replace(made, target)
+    sync(target.parent)
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A draft that takes the place of ``target`` at the end; what is written into it is the caller's to sync.
+
+    Raises:
+        OSError: where it can't be renamed. The file that was there stays.
+    """
+    with draft(target.parent, target.name) as path:
+        yield path
+        put_in_place(path, target)
+
+
 def make_folder(path: Path) -> None:
     """Makes a folder, and those above it that are missing, and makes their names durable.
 
@@ -151,18 +212,10 @@ def make_folder(path: Path) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Replaces a JSON file atomically and durably."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    clear(temporary)
-    try:
-        with open(temporary, "x") as file:
-            json.dump(content, file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with replacing(path) as made, open(made, "x") as file:
+        json.dump(content, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(path: Path) -> None:
@@ -211,13 +264,6 @@ def _kind(mode: int) -> str:
 
 def _detach(path: Path) -> None:
     """Gives a file that has other names, too, bytes of its own: a backup's, or another's altogether."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    clear(draft)
-    try:
-        copy_file(path, draft)
-        sync(draft)
-        os.replace(draft, path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+    with replacing(path) as own:
+        copy_file(path, own)
+        sync(own)

@@ -1,18 +1,17 @@
-"""What does not change while a model trains: kept once for all snapshots of a window, not with each."""
+"""Whether what does not train has changed all the same: it is kept once for all snapshots of a window."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.arena import FrozenPart
 from merge_callback.snapshots.layout import Group, Segment
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -23,65 +22,34 @@ _RUN = 1 << 20  # bytes of neighbours that are compared at once
 _BLOCK = 1 << 22  # elements that are fingerprinted at once: 32 MiB each of numbers and of factors
 
 
-@dataclass(eq=False)
-class FrozenPart:
-    """Tensors that the snapshots of a window have in common; what this rank keeps of them.
+def note_fingerprints(part: FrozenPart, live: Mapping[str, Tensor]) -> None:
+    """Remembers the fingerprints of live tensors that are on a device, where the part's arena will not be."""
+    part.prints = {name: fingerprint(live[name]) for name in part.names if not _is_near(live[name])}
 
-    That a parameter takes no gradient proves nothing: a target network is written to all the same, and layers
-    are unfrozen. So the live tensors are compared with ``arena`` whenever a snapshot is taken, and what has
-    changed once is kept with every snapshot from then on.
 
-    Args:
-        step: of the snapshot that it was first kept with.
-        arena: of what was frozen then.
-        names: of the tensors in it that have not changed since.
-        file: in the window's folder; ``checksum`` is its SHA-256. As those of a ``Snapshot``.
+def drop_moved(part: FrozenPart, live: Mapping[str, Tensor]) -> frozenset[str]:
+    """The names of those that are not, bit for bit, what they were; they count as frozen no more.
+
+    In host memory the bytes are compared. Of a model on a device fingerprints are, which are made there:
+    one small read waits for the device, once per snapshot, and only if something is frozen.
     """
-
-    kind: ClassVar[str] = "frozen-"
-
-    step: int
-    arena: Arena
-    names: frozenset[str]
-    file: str = ""
-    checksum: str = ""
-    has_moved: bool = False  # since somebody asked last whether the file still is what was written
-    is_placed: bool = False  # lies where the window keeps its arenas
-    _prints: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    difference_to: ClassVar[None] = None
-
-    def record(self) -> dict[str, Any]:
-        """What its file says of it, as primitives."""
-        return {"step": self.step, "part": "frozen"}
-
-    def note(self, live: Mapping[str, Tensor]) -> None:
-        """Remembers the fingerprints of live tensors that are on a device, where ``arena`` will not be."""
-        self._prints = {name: fingerprint(live[name]) for name in self.names if not _is_near(live[name])}
-
-    def moved(self, live: Mapping[str, Tensor]) -> frozenset[str]:
-        """The names of those that are not, bit for bit, what they were; they count as frozen no more.
-
-        In host memory the bytes are compared. Of a model on a device fingerprints are, which are made there:
-        one small read waits for the device, once a snapshot, and only where something is frozen.
-        """
-        same, away = set[str](), list[str]()
-        for group in self.arena.layout.groups:
-            here = [s for s in group.segments if s.name in self.names and _fits(live.get(s.name), s, group)]
-            away += [s.name for s in here if not _is_near(live[s.name])]
-            for run in _runs([s for s in here if _is_near(live[s.name])], _RUN // group.stored.itemsize):
-                same |= _same(run, live, self.arena.flat(group))
-        if away:
-            now = torch.stack([fingerprint(live[name]) for name in away])
-            for name in away:
-                if name not in self._prints:  # the run was resumed
-                    self._prints[name] = fingerprint(self.arena.tensor(name)).to(now.device)
-            equal = (now == torch.stack([self._prints[name] for name in away])).all(1).tolist()
-            same |= {name for name, is_equal in zip(away, equal, strict=True) if is_equal}
-        moved = self.names - same
-        self.names -= moved
-        self.has_moved |= bool(moved)
-        return moved
+    same, away = set[str](), list[str]()
+    for group in part.arena.layout.groups:
+        here = [s for s in group.segments if s.name in part.names and _fits(live.get(s.name), s, group)]
+        away += [s.name for s in here if not _is_near(live[s.name])]
+        for run in _runs([s for s in here if _is_near(live[s.name])], _RUN // group.stored.itemsize):
+            same |= _same(run, live, part.arena.flats[group.key])
+    if away:
+        now = torch.stack([fingerprint(live[name]) for name in away])
+        for name in away:
+            if name not in part.prints:  # the run was resumed
+                part.prints[name] = fingerprint(part.arena.tensor(name)).to(now.device)
+        equal = (now == torch.stack([part.prints[name] for name in away])).all(1).tolist()
+        same |= {name for name, is_equal in zip(away, equal, strict=True) if is_equal}
+    moved = part.names - same
+    part.names -= moved
+    part.has_moved |= bool(moved)
+    return moved
 
 
 def same_bytes(tensor: Tensor, other: Tensor) -> bool:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -34,51 +34,51 @@ _FP16_UNIT = 2.0**-10
 
 @dataclass(frozen=True)
 class Segment:
-    """One tensor's place in its group: ``numel`` elements from element ``start`` on."""
+    """One tensor's place in its group: its elements are those from ``start`` up to, without, ``stop``."""
 
     name: str
     shape: tuple[int, ...]
     start: int
-    numel: int
+    stop: int
 
     @property
-    def stop(self) -> int:
-        """One past the last element."""
-        return self.start + self.numel
+    def numel(self) -> int:
+        """Elements."""
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Group:
     """All tensors of one dtype, back to back.
 
-    ``dtype`` is the model's; ``stored`` is the arena's (they differ under ``snapshot_dtype``). ``still`` says
-    that these tensors do not train, where the layout keeps those apart; ``is_delta`` that the group does not
-    hold the tensors, but how much they differ from the snapshot before.
+    ``dtype`` is the model's; ``stored`` is the arena's (they differ under ``snapshot_dtype``). ``static``
+    says that these tensors do not train, if the layout keeps those apart; ``is_delta`` that the group does
+    not hold the tensors, but how much they differ from the snapshot before.
     """
 
     dtype: torch.dtype
     stored: torch.dtype
     offset: int
     segments: tuple[Segment, ...]
-    still: bool = False
+    static: bool = False
     is_delta: bool = False
 
-    @property
+    @cached_property
     def key(self) -> tuple[torch.dtype, bool]:
         """What pairs it with the same tensors of another layout."""
-        return self.dtype, self.still
+        return self.dtype, self.static
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """What a stored 1 stands for."""
         return delta_unit(self.stored) if self.is_delta else 1.0
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements in the group."""
         return self.segments[-1].stop
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes of the group in the arena."""
         return self.numel * self.stored.itemsize
@@ -109,22 +109,22 @@ class Layout:
         cls,
         tensors: Mapping[str, Tensor],
         float_dtype: torch.dtype | None = None,
-        still: Collection[str] = (),
+        static: Collection[str] = (),
     ) -> Layout:
         """The layout of ``tensors``.
 
         Args:
             tensors: by name.
             float_dtype: what floating-point tensors are stored as; default: as they are.
-            still: names of tensors that are kept apart, and stored as they are.
+            static: names of tensors that are kept apart, and stored as they are.
 
         Raises:
             ValueError: for a dtype that cannot be stored, or a tensor named ``__metadata__``.
         """
-        by_key: dict[tuple[torch.dtype, bool], list[tuple[str, Tensor]]] = {}
+        by_key: dict[tuple[torch.dtype, bool], list[tuple[str, tuple[int, ...]]]] = {}
         for name, tensor in tensors.items():
             check_storable(name, tensor)
-            by_key.setdefault((tensor.dtype, name in still), []).append((name, tensor))
+            by_key.setdefault((tensor.dtype, name in static), []).append((name, tuple(tensor.shape)))
         groups = [Group(key[0], key[0], 0, _segments(named), key[1]) for key, named in by_key.items()]
         return cls._packed(groups, lambda group: float_dtype)
 
@@ -132,15 +132,15 @@ class Layout:
     def _packed(
         cls, tensors: Iterable[Group], moving: Callable[[Group], torch.dtype | None], is_delta: bool = False
     ) -> Layout:
-        """Groups back to back; those of floating point that are not still, in another dtype if given."""
+        """Groups back to back; those of floating point that are not static, in another dtype if given."""
         groups = []
         for group in tensors:
-            other = None if group.still or not group.dtype.is_floating_point else moving(group)
+            other = None if group.static or not group.dtype.is_floating_point else moving(group)
             groups.append(
                 replace(group, stored=other or group.dtype, is_delta=is_delta and other is not None)
             )
         offset, packed = 0, []
-        for group in sorted(groups, key=lambda g: (-g.stored.itemsize, str(g.dtype), g.still)):
+        for group in sorted(groups, key=lambda g: (-g.stored.itemsize, str(g.dtype), g.static)):
             packed.append(replace(group, offset=offset))
             offset += group.nbytes
         return cls(tuple(packed))
@@ -151,29 +151,45 @@ class Layout:
         return self._packed(self.groups, lambda group: None)
 
     def delta(self, stored: torch.dtype) -> Layout:
-        """The same tensors stored as differences in ``stored``, where that is narrower and they do train."""
+        """The same tensors stored as differences in ``stored``, if that is narrower and they do train."""
 
         def narrower(group: Group) -> torch.dtype | None:
             return stored if group.dtype.itemsize > stored.itemsize else None
 
-        return self._packed(self.groups, narrower, is_delta=True)
+        if stored not in self._deltas:
+            self._deltas[stored] = self._packed(self.groups, narrower, is_delta=True)
+        return self._deltas[stored]
+
+    @cached_property
+    def _deltas(self) -> dict[torch.dtype, Layout]:
+        return {}
 
     def only(self, names: Collection[str]) -> Layout:
         """The same without all other tensors."""
         offset, packed = 0, []
         for group in self.groups:
-            if kept := [segment for segment in group.segments if segment.name in names]:
-                starts = accumulate((segment.numel for segment in kept), initial=0)
-                segments = tuple(replace(s, start=start) for s, start in zip(kept, starts, strict=False))
-                packed.append(replace(group, offset=offset, segments=segments))
+            if kept := [(segment.name, segment.shape) for segment in group.segments if segment.name in names]:
+                packed.append(replace(group, offset=offset, segments=_segments(kept)))
                 offset += packed[-1].nbytes
         return Layout(tuple(packed))
+
+    def without(self, names: frozenset[str]) -> Layout:
+        """The same without these tensors; always the same object for the same names."""
+        if not names:
+            return self
+        if names not in self._without:
+            self._without[names] = self.only(self.names - names)
+        return self._without[names]
+
+    @cached_property
+    def _without(self) -> dict[frozenset[str], Layout]:
+        return {}
 
     def alone(self, name: str) -> Group:
         """One tensor as a group of its own."""
         group, segment = self.places[name]
         offset = group.offset + segment.start * group.stored.itemsize
-        return replace(group, offset=offset, segments=(replace(segment, start=0),))
+        return replace(group, offset=offset, segments=_segments([(name, segment.shape)]))
 
     @cached_property
     def places(self) -> dict[str, tuple[Group, Segment]]:
@@ -206,9 +222,9 @@ class Layout:
         return {segment.name: segment.shape for group in self.groups for segment in group.segments}
 
     @cached_property
-    def still(self) -> frozenset[str]:
-        """The names of the tensors that are kept apart."""
-        return frozenset(segment.name for group in self.groups if group.still for segment in group.segments)
+    def static(self) -> frozenset[str]:
+        """The names of the tensors that are kept apart, as they do not train."""
+        return frozenset(segment.name for group in self.groups if group.static for segment in group.segments)
 
     @cached_property
     def hash(self) -> str:
@@ -217,7 +233,7 @@ class Layout:
         Where tensors are kept apart, it tells which, as that decides what is kept as a difference.
         """
         entries = (
-            [s.name, s.shape, DTYPE_NAMES[g.dtype], DTYPE_NAMES[g.stored], s.start, *["still"] * g.still]
+            [s.name, s.shape, DTYPE_NAMES[g.dtype], DTYPE_NAMES[g.stored], s.start, *["still"] * g.static]
             for g in self.groups
             for s in g.segments
         )
@@ -249,12 +265,11 @@ def in_turns(parts: Iterable[Any], between: str = ",", after_key: str = ":") -> 
     return between.join(encode(part)[1:-1] if isinstance(part, dict) else encode(part) for part in parts)
 
 
-def _segments(named: list[tuple[str, Tensor]]) -> tuple[Segment, ...]:
-    segments: list[Segment] = []
-    start = 0
-    for name, tensor in named:
-        segments.append(Segment(name, tuple(tensor.shape), start, tensor.numel()))
-        start += tensor.numel()
+def _segments(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[Segment, ...]:
+    """Tensors back to back."""
+    segments, start = [], 0
+    for name, shape in shapes:
+        segments.append(Segment(name, shape, start, start := start + math.prod(shape)))
     return tuple(segments)
 
 

@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback.snapshots.files import (
-    CorruptFileError,
     clear,
     copy_file,
+    hidden_names,
     make_folder,
-    read_object,
+    replacing,
     sync,
     write_json,
 )
+from merge_callback.snapshots.manifest import MANIFEST, find_manifest
 from merge_callback.snapshots.shard_files import step_of
 
 log = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
+WINDOW = "window"
+"""The folder of the window in a run's folder."""
 
 _SNAPSHOT = re.compile(r"(frozen-)?step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
-_DRAFT = re.compile(
-    r"\.((?:frozen-)?step=.*|manifest\.json)\.\d{1,10}\.tmp", re.DOTALL
-)  # the number is a process's
+_DRAFT = hidden_names(rf"(?:frozen-)?step=.*|{re.escape(MANIFEST)}")
 
 
 class WindowFolder:
@@ -57,7 +57,7 @@ class WindowFolder:
         """
         if (folder := self._own) is None:
             return
-        strange = any(folder.glob("*step=*")) and self._manifest().get("run_id") != self.run_id
+        strange = any(folder.glob("*step=*")) and find_manifest(folder).run_id != self.run_id
         if strange or (folder.exists() and not folder.is_dir()):
             places = (folder.with_name(f"{folder.name}.old-{number}") for number in count(1))
             aside = next(place for place in places if not place.exists())
@@ -73,7 +73,7 @@ class WindowFolder:
     def resume(self, saved: Sequence[Sequence[str]]) -> None:
         """Goes on from what a checkpoint noted, and from what newer ones need: it may be an older one."""
         known = [list(files) for files in saved]
-        newer = _file_lists(self._manifest().get("saved")) if self.path else []
+        newer = find_manifest(self.path).saved if self.path else []
         self.saved = [*(files for files in newer if files not in known), *known]
 
     def write_manifest(self, layout: str, snapshots: Sequence[Mapping[str, Any]]) -> None:
@@ -112,9 +112,12 @@ class WindowFolder:
         for path in [
             p for p in self._own.iterdir() if _SNAPSHOT.fullmatch(p.name) or _DRAFT.fullmatch(p.name)
         ]:
-            step = step_of(path.name, self.session)  # of a folder that may not be complete yet
-            if path.name in needed or (step is not None and step >= latest):
+            if path.name in needed:
                 continue
+            if self.session in path.name:  # a folder that may not be complete yet
+                step = step_of(path.name, self.session)
+                if step is not None and step >= latest:
+                    continue
             with contextlib.suppress(OSError):
                 clear(path)
 
@@ -132,27 +135,10 @@ class WindowFolder:
         assert self.path is not None
         target = self.path / source.name
         # A hard link costs no room, and snapshot files are only ever removed, never written to.
-        draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        clear(draft)
-        try:
-            os.link(source, draft)
-        except OSError:
-            copy_file(source, draft)
-            sync(draft)
-        os.replace(draft, target)
-        sync(self.path)  # before the folder it came from may go
+        with replacing(target) as made:  # durably: the folder it came from may go
+            try:
+                os.link(source, made)
+            except OSError:
+                copy_file(source, made)
+                sync(made)
         return target
-
-    def _manifest(self) -> dict[str, Any]:
-        """What the manifest says; nothing where there is none that can be read."""
-        assert self.path is not None
-        try:
-            return read_object(self.path / MANIFEST)
-        except (OSError, CorruptFileError):
-            return {}
-
-
-def _file_lists(found: object) -> list[list[str]]:
-    """What a manifest says that checkpoints need, as far as it says so in lists of names."""
-    lists = [files for files in found if isinstance(files, list)] if isinstance(found, list) else []
-    return [files for files in lists if all(isinstance(file, str) for file in files)]

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from training_runs import assert_mean
 
+from merge_callback import load_merge
 from merge_callback.cli.main import main
-from merge_callback.publish import load_merge
 
 from .states import FOLDER, below, digest, lay_out
 

@@ -42,25 +42,26 @@ log = logging.getLogger(__name__)
 class CheckpointMergeCallback(_Callback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
-    Every interval the callback takes a snapshot of the weights, measures how far it lies from the one before
-    the last (RMS diversity), merges the snapshots of the current learning-rate phase, publishes the merge as
-    safetensors and, after each validation, evaluates it on the same validation data.
+    At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one
+    (RMS diversity), merges the snapshots of the current learning-rate phase, and publishes the merge as
+    safetensors. After each validation it evaluates the merge on the same validation data.
 
-    It watches the loss of every optimizer step, too. When that spikes (is NaN, or an outlier for several
-    steps in a row), the live weights are restored from the mean of the last snapshots before the spike
-    (PMA-init), the learning rate warms up again, and training goes on with the data that come next. But for
-    that, the live weights are never touched: training with the callback is bit for bit training without it.
+    It also watches the loss of every optimizer step. If the loss spikes (is NaN, or an outlier for several
+    steps in a row), the weights from before the spike are tried on the very batch that raised the alarm. If
+    they do clearly better, they are put into the live model (PMA-init), the learning rate warms up again, and
+    training goes on with the data that come next. Apart from that, the live weights are never touched:
+    training with the callback is bit for bit training without it.
 
-    In the stable phase of a schedule a merge scores about what the model would score after annealing
-    (arXiv 2505.12082); in the decay the gain fades. The phase is read off the learning rates that were really
-    applied; a merge never crosses phases and never holds snapshots of the warm-up.
+    In the stable phase of a schedule, a merge scores about what the model would score after annealing
+    (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that were
+    really applied. A merge never crosses phases and never holds snapshots of the warm-up.
 
     Everything lands in ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its window
     back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
     ``spikes.jsonl`` has one line for each spike and what was done about it.
 
-    With several ranks, under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each keeps
-    in its window what it holds, or its share of what several hold in common.
+    Under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each rank stores its own shards,
+    and its share of what several ranks hold in common.
 
     Note:
         The module's validation hooks run a second time for the merged weights.
@@ -72,49 +73,50 @@ class CheckpointMergeCallback(_Callback):
         weights = merge_callback.load_merge("lightning_logs/version_0/merges/latest")
 
     Args:
-        window: snapshots kept, and so the most that are merged. 10 is the paper's choice; early in training
-            fewer are better, late 15 beat 3 by about a point.
-        every_n_tokens: tokens between snapshots; 4B where no interval is given.
-        every_n_steps: optimizer steps between snapshots, instead. Needs no tokens to be countable.
-        count_tokens: tokens of one batch; default: the size of its ``input_ids`` (or first integer tensor).
-        method: a method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
+        window: Number of snapshots kept, and so the most that are merged. 10 is the paper's choice. Early in
+            training fewer are better; late in training 15 beat 3 by about a point.
+        every_n_tokens: Tokens between snapshots. The default of all intervals is 4B tokens.
+        every_n_steps: Optimizer steps between snapshots; give this or ``every_n_tokens``. Works if tokens
+            can't be counted.
+        count_tokens: Function from a batch to its number of tokens. By default the size of its ``input_ids``,
+            or of its first integer tensor.
+        method: A method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
             either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay.
-        storage: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory; ``"auto"`` is
-            ``"disk"``, or ``"cpu"`` where the window is not durable.
-        durable: keeps every snapshot in a file as well, so that the window survives the process.
-        snapshot_dtype: stores the parameters that train as ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp64"``;
-            default: as the model has them. What is copied instead of averaged is kept as it is.
-        snapshot_codec: ``"delta-fp16"`` keeps all but the oldest snapshot as fp16 differences to the one
-            before: about half the bytes for fp32 weights, with errors relative to what moved, not to weights.
-            ``"delta-bf16"`` is coarser, for weights that move by 64 or more between snapshots.
-        dirpath: where everything lands; default: ``merges`` beside Lightning's own checkpoints, or
-            ``merges-1``, ``merges-2``, … where other runs were first. A run resumed without one goes on where
-            it was. To a URL that fsspec knows (``s3://…``) the emissions are uploaded; all else stays in a
-            local folder, ``merge_scratch/…``.
-        emit_every: snapshots between emissions; 0 emits at the end of training only.
-        format: ``"safetensors"``, which the first rank writes as one model, or ``"dcp"``, for which all ranks
-            write their own part at once (``torch.distributed.checkpoint``).
-        keep_last: emissions kept; ``None`` keeps all.
-        strip_prefix: taken off the published names, e.g. ``"model."`` so that the inner model loads them.
-            By default that of a wrapped Hugging Face model, so that ``from_pretrained`` loads the emission,
-            and nothing elsewhere.
-        max_shard_size: larger models are published in several files with an index.
-        evaluate: runs the validation with the merged weights too.
-        evaluate_with: classes (or their names) of callbacks that prepare batches or compute metrics in their
-            validation hooks: those are called then, too. The hooks of all other callbacks are not.
-        diversity_lag: how many snapshots apart the two lie whose distance is the diversity; in a smaller
+        storage: Where snapshots live: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory.
+            ``"auto"`` is ``"disk"``, or ``"cpu"`` if the window is not durable.
+        durable: Writes every snapshot to a file, so that the window survives the process.
+        snapshot_dtype: Stores the parameters that train as ``"bf16"``, ``"fp16"``, ``"fp32"`` or ``"fp64"``;
+            by default in the model's own dtype. What is copied instead of averaged keeps its dtype.
+        snapshot_codec: ``"delta-fp16"`` stores every snapshot but the oldest as an fp16 difference from its
+            predecessor: about half the bytes for fp32 weights, with errors relative to what moved, not to the
+            weights. ``"delta-bf16"`` is coarser, for weights that move by 64 or more between snapshots.
+        dirpath: The folder that everything lands in. By default ``merges``, in the folder where Lightning has
+            its ``checkpoints``, or ``merges-1``, ``merges-2``, … if other runs were first; a resumed run goes
+            on where it was. To a URL that fsspec knows (``s3://…``) the emissions are uploaded, and all else
+            stays in a local folder, ``merge_scratch/…``.
+        emit_every: Snapshots between emissions; 0 emits at the end of training only.
+        format: Format of the emissions: ``"safetensors"``, which the first rank writes as one model, or
+            ``"dcp"`` (``torch.distributed.checkpoint``), which all ranks write at once.
+        keep_last: Number of emissions kept; ``None`` keeps all.
+        strip_prefix: Prefix that is taken off the published names, e.g. ``"model."``, so that the inner model
+            loads them. By default that of a wrapped Hugging Face model, which makes ``from_pretrained`` work.
+        max_shard_size: Larger models are published in several files with an index.
+        evaluate: Validates the merged weights after each validation.
+        evaluate_with: Classes, or their names, of callbacks that prepare batches or compute metrics in
+            validation hooks. These run for the merged weights, too; all other callbacks do not.
+        diversity_lag: How many snapshots apart the two are whose distance is the diversity. In a smaller
             window, the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
-            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters always are.
-        lower_is_better: ``fnmatch`` patterns of the validation's metrics that improve downwards, for the sign
-            of ``merge/gain/…``. Needed where no monitor's mode, torchmetrics object or standard name says so.
-        higher_is_better: the same for those that improve upwards.
-        spike: what is a loss spike, and whether to restore the run, to warn, or not to look: a
-            ``SpikeOptions``, its options as a mapping, or its action alone, ``spike="warn"``.
+            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied.
+        lower_is_better: ``fnmatch`` patterns of validation metrics that improve downwards, for the sign of
+            ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name tells it.
+        higher_is_better: The same for metrics that improve upwards.
+        spike: What counts as a loss spike, and what is done about it: a ``SpikeOptions``, a mapping of its
+            options, or its action alone, ``spike="warn"``.
 
     Raises:
-        ValueError: for an option that makes no sense; the message names it, its value and the mend.
-        TrainingDivergedError: while training, where restoring did not help and the options say to stop.
+        ValueError: for an option that makes no sense; the message names it, its value and the remedy.
+        TrainingDivergedError: while training, if restores did not help and the options say to stop.
         HalfRestoredError: while training, if a restore, or the return of the live weights after a merged
             validation, fails half way, twice. No checkpoint is saved then.
     """

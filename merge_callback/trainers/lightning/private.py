@@ -77,11 +77,19 @@ def names_of(trainer: object) -> Names:
 
 
 def callback_bases() -> tuple[type[Callback], ...]:
-    """``Callback`` of each package that is imported already, or else of the one that is installed."""
+    """``Callback`` of each package that is imported already, or else of the one that is installed.
+
+    Raises:
+        ModuleNotFoundError: if neither is.
+    """
     packages = ("lightning.pytorch", "pytorch_lightning")
-    known = [name for name in packages if name in sys.modules] or [
-        next(name for name in packages if find_spec(name.partition(".")[0]) is not None)
-    ]
+    known = [name for name in packages if name in sys.modules]
+    known = known or [name for name in packages if find_spec(name.partition(".")[0]) is not None][:1]
+    if not known:
+        raise ModuleNotFoundError(
+            "CheckpointMergeCallback needs Lightning: pip install 'merge-callback[lightning]'. For loops of "
+            "your own there is merge_callback.CheckpointMerger"
+        )
     return tuple(import_module(name).Callback for name in known)
 
 

@@ -9,14 +9,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from merge_callback.checkpoints.containment import contained
-from merge_callback.offline.merge_record import PROVENANCE
+from merge_callback.checkpoints.file_names import CONFIG, GENERATION_CONFIG, PROVENANCE
 from merge_callback.snapshots.files import CorruptFileError, read_small
 
 _MOST = 1 << 28  # bytes; the largest tokenizers have about 40 million
 _MOST_FILES = 2000
 _NEEDED = (
-    "config.json",
-    "generation_config.json",
+    CONFIG,
+    GENERATION_CONFIG,
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from merge_callback.checkpoints.checkpoint import parse_count
 from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import PROVENANCE
 from merge_callback.snapshots.files import CorruptFileError, read_object
-
-PROVENANCE = "merge.json"  # publish.emission's; importing that costs 1.5 s of torchmetrics
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,37 @@ class MergeRecord:
         files: what was recorded as the checksum of each file, by its name.
     """
 
-    path: Path
+    path: Path | str
     content: Mapping[str, Any]
     files: Mapping[str, object]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any], path: Path | str) -> MergeRecord:
+        """The record that a file holds; ``path`` names it.
+
+        Raises:
+            CorruptFileError: where it is none.
+        """
+        files = content.get("files", {})
+        if not content or not isinstance(files, dict):
+            raise CorruptFileError(f"{path}: not the record of a merge; publish the merge again")
+        return cls(path, content, files)
+
+    @property
+    def run_id(self) -> str | None:
+        """Of the run that made the merge, if one did."""
+        found = self.content.get("run_id")
+        return found if isinstance(found, str) else None
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps that the newest of the merged weights had taken."""
+        return parse_count(self.content.get("step"))
+
+    @property
+    def tokens(self) -> int | None:
+        """The tokens that these had seen."""
+        return parse_count(self.content.get("tokens"))
 
     def tied(self, tensors: Collection[str]) -> dict[str, str]:
         """The further names of shared tensors, each with the name it is kept under.
@@ -84,10 +115,27 @@ def read_record(folder: Path) -> MergeRecord:
         content = read_object(path)
     except CorruptFileError as error:
         raise CorruptFileError(f"{error}: not the record of a merge; publish the merge again") from None
-    files = content.get("files", {})
-    if not content or not isinstance(files, dict):
-        raise CorruptFileError(f"{path}: not the record of a merge; publish the merge again")
-    return MergeRecord(path, content, files)
+    return MergeRecord.of(content, path)
+
+
+def find_record(folder: Path) -> MergeRecord:
+    """The record of the merge in a folder; an empty one if there is none that can be read."""
+    try:
+        return read_record(folder)
+    except (OSError, CorruptFileError):
+        return MergeRecord(folder / PROVENANCE, {}, {})
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions, as records tell them."""
+    found = {"python": platform.python_version()}
+    for package in ("merge-callback", "torch", "lightning", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # e.g. run from a source tree, or lightning not there offline
+            continue
+    return found
 
 
 def _is_weight(weight: object) -> bool:

@@ -1,0 +1,229 @@
+"""Writes into the README and the pages what the code knows: options, metrics, methods, measurements.
+
+    python docs/generate.py            # rewrites all between <!-- generated: NAME --> and <!-- end -->
+    python docs/generate.py --check    # exits with 1 if one is out of date
+
+Options are read from signatures, docstrings and dataclass fields, metrics from ``METRICS``, methods from the
+registry, and what they gained from ``benchmarks/results/methods.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback.merging import LinearMethod
+from merge_callback.metrics import METRICS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_BLOCK = re.compile(r"(?s)<!-- generated: (.+?) -->\n.*?<!-- end -->")
+
+_FIRST = (
+    "merged/<name>",
+    "merge/gain/<name>",
+    "merge/diversity_rms",
+    "merge/diversity_change",
+    "merge/phase",
+    "merge/spike",
+)
+"""The metrics that the README shows."""
+
+_POINTS = {
+    "early": "step 600, stable",
+    "stable": "step 4,200, stable",
+    "decay": "step 4,800, decay",
+    "end": "step 5,400, decay",
+}
+"""The points of the measured run, as the pages call them."""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def in_markdown(docstring: str) -> str:
+    """A docstring's text on one line."""
+    return re.sub(r"``(.+?)``", r"`\1`", re.sub(r"\s+", " ", docstring)).strip()
+
+
+def arguments(docstring: str) -> dict[str, str]:
+    """The entries of a docstring's section ``Args``."""
+    section = re.search(r"(?ms)^Args:\n(.*?)(?=^\S|\Z)", inspect.cleandoc(docstring))
+    entries = re.findall(r"(?ms)^    (\w+): (.*?)(?=^    \w|\Z)", section[1] if section else "")
+    return {name: in_markdown(text) for name, text in entries}
+
+
+def field_docstrings(kind: type) -> dict[str, str]:
+    """The docstrings under the fields of a dataclass."""
+    (body,) = (
+        node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)
+    )
+    found = {}
+    for field, text in pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            found[ast.unparse(field.target)] = in_markdown(ast.literal_eval(text.value))
+    return found
+
+
+def shown(value: Any) -> str:
+    """A default, as one would write it."""
+    written = repr(value).replace("'", '"') if isinstance(value, (str, tuple)) else repr(value)
+    return f"`{written}`"
+
+
+def callback_options() -> str:
+    """Every option of the callback."""
+    told = arguments(CheckpointMergeCallback.__doc__ or "")
+    options = list(inspect.signature(CheckpointMergeCallback).parameters.values())
+    assert [option.name for option in options] == list(told), "the docstring lacks an option"
+    return table(
+        ("option", "default", "meaning"),
+        ((f"`{option.name}`", shown(option.default), told[option.name]) for option in options),
+    )
+
+
+def spike_options() -> str:
+    """Every option of ``SpikeOptions``."""
+    told = field_docstrings(SpikeOptions)
+    return table(
+        ("option", "default", "meaning"),
+        ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(SpikeOptions)),
+    )
+
+
+def metrics() -> str:
+    """Every metric."""
+    return table(
+        ("metric", "meaning", "logged", "unit"),
+        ((f"`{m.name}`", m.meaning, m.logged, m.unit) for m in METRICS),
+    )
+
+
+def first_metrics() -> str:
+    """The metrics that matter most, for the README."""
+    return table(("metric", "meaning"), ((f"`{m.name}`", m.meaning) for m in METRICS if m.name in _FIRST))
+
+
+def first_sentence(name: str) -> str:
+    """What a method is, by its docstring."""
+    line = in_markdown(inspect.cleandoc(METHODS[name].__doc__ or "").split("\n\n")[0])
+    return re.split(r"(?<=[^.…])\. ", line)[0].rstrip(".")
+
+
+def methods_table(folder: str) -> str:
+    """Every method, with a link to its page in ``folder``."""
+    return table(
+        ("method", "what it does", "source"),
+        ((f"[`{n}`]({folder}{n}.md)", first_sentence(n), METHODS[n].reference) for n in METHODS),
+    )
+
+
+def method_options(name: str) -> str:
+    """A method's options, its source and what it needs."""
+    method = METHODS[name]
+    told = arguments(method.__doc__ or "")
+    rows = [
+        (f"`{f.name}`", shown(f.default), told.get(f.name, "see above"))
+        for f in fields(method)  # type: ignore[arg-type]
+    ]
+    kind = "a weighted sum of the snapshots" if issubclass(method, LinearMethod) else "not a weighted sum"
+    facts = f"Class `merge_callback.merging.{method.__name__}`; {kind}. Source: {method.reference}."
+    return "\n\n".join([table(("option", "default", "meaning"), rows), facts] if rows else [facts])
+
+
+def gain(name: str) -> str:
+    """What a method gained at each point of the measured run."""
+    return table(("snapshots", *_POINTS.values()), ([str(n), *_gains(name, n)] for n in (3, 10)))
+
+
+def gains() -> str:
+    """What every method gained, for ten snapshots."""
+    return table(
+        ("method", *_POINTS.values()),
+        ([f"[`{n}`]({n}.md)", *_gains(n, 10)] for n in METHODS if n != "weighted"),
+    )
+
+
+def _gains(name: str, count: int) -> list[str]:
+    """The mean gain at each point, and its range over the seeds."""
+    known = _measured()
+    return [
+        "{mean:+.3f} ({least:+.3f} to {largest:+.3f})".format(**known["gains"][point][f"{name}, {count}"])
+        for point in _POINTS
+    ]
+
+
+def live() -> str:
+    """The live loss of the measured run."""
+    found = _measured()["gains"]
+    return table(
+        ("weights", *_POINTS.values()), [["live", *(f"{found[p]['live']['mean']:.3f}" for p in _POINTS)]]
+    )
+
+
+def _measured() -> Any:
+    return json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+
+
+def _blocks() -> dict[str, Callable[[], str]]:
+    blocks: dict[str, Callable[[], str]] = {
+        "options": callback_options,
+        "spike options": spike_options,
+        "metrics": metrics,
+        "first metrics": first_metrics,
+        "methods": lambda: methods_table("docs/methods/"),
+        "methods beside this page": lambda: methods_table(""),
+        "gains": gains,
+        "live loss": live,
+    }
+    for name in METHODS:
+        blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]
+        blocks[f"gain of {name}"] = lambda name=name: gain(name)  # type: ignore[misc]
+    return blocks
+
+
+def pages() -> list[Path]:
+    """The README and every page."""
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def generated(text: str) -> str:
+    """A page with its generated blocks as they should be.
+
+    Raises:
+        KeyError: for a block that nobody generates.
+    """
+    blocks = _blocks()
+    return _BLOCK.sub(lambda m: f"<!-- generated: {m[1]} -->\n{blocks[m[1]]()}\n<!-- end -->", text)
+
+
+def main() -> int:
+    """Writes, or checks; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    stale = [page for page in pages() if page.read_text() != generated(page.read_text())]
+    for page in stale:
+        print(f"{page.relative_to(ROOT)} is out of date: python docs/generate.py" if check else page)
+        if not check:
+            page.write_text(generated(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""The names that the files of checkpoints go by: each is defined once, here or in the room that writes it."""
+
+from merge_callback.snapshots.manifest import MANIFEST
+from merge_callback.snapshots.shard_files import SHARDS
+from merge_callback.snapshots.window_folder import WINDOW
+
+__all__ = [
+    "BIN_INDEX",
+    "BIN_WEIGHTS",
+    "CONFIG",
+    "GENERATION_CONFIG",
+    "INDEX",
+    "LATEST",
+    "LIGHTNING_META",
+    "MANIFEST",
+    "MERGED_CKPT",
+    "METADATA",
+    "PROVENANCE",
+    "SHARDS",
+    "TRAINER_STATE",
+    "WEIGHTS",
+    "WEIGHTS_ALONE",
+    "WINDOW",
+]
+
+PROVENANCE = "merge.json"
+"""The record of a merge; a folder that has it is an emission, or what the command has merged."""
+
+LATEST = "latest"
+"""What points at the newest emission: a symlink, or a text file in a remote folder."""
+
+MERGED_CKPT = "merged.ckpt"
+"""The file of a merge that was written for Lightning."""
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Hugging Face's names for a model's weights in one file, and for the list of which file has which."""
+
+BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+"""The same for files of ``torch.save``."""
+
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+"""What a Hugging Face model needs besides its weights."""
+
+TRAINER_STATE = "trainer_state.json"
+"""What Hugging Face's Trainer saves with a model: its step and tokens, among others."""
+
+METADATA = ".metadata"
+"""What ``torch.distributed.checkpoint`` writes last into a folder."""
+
+LIGHTNING_META = "meta.pt"
+"""What Lightning's sharded checkpoints hold besides tensors."""
+
+WEIGHTS_ALONE = frozenset({"model", "pytorch_model", "consolidated", "diffusion_pytorch_model"})
+"""Stems of files named for what they are, a model's weights: only their folder's name may tell a step."""

@@ -1,0 +1,47 @@
+"""Loading a published merge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.open import open_checkpoint
+from merge_callback.snapshots.capture import clean_name
+from merge_callback.urls import is_remote, local_path
+
+
+def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, Tensor]:
+    """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
+
+    They usually are those of the LightningModule; if a prefix was stripped from the names (``"model."``, as
+    of a wrapped Hugging Face model), those of the model under it: ``module.model.load_state_dict(…)``.
+
+    Args:
+        path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
+            (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
+        module: what they are to be loaded into, if a part of it is compiled or checkpoints activations:
+            the names are those of its ``state_dict`` then, with the ``_orig_mod`` that published names lack.
+
+    Returns:
+        New tensors in memory, in the shapes and dtypes of the files.
+
+    Raises:
+        FileNotFoundError: if there is no published merge.
+        ValueError: if its record or a file of it is broken, or leads out of the folder.
+    """
+    if is_remote(path):
+        from merge_callback.checkpoints.remote_files import fetched
+
+        with fetched(str(path)) as folder:
+            return load_merge(folder, module)
+    path = local_path(path)
+    if not (path / PROVENANCE).exists():
+        remedy = f"did you mean '{path / LATEST}'?" if (path / LATEST).exists() else f"it has no {PROVENANCE}"
+        raise FileNotFoundError(f"{path}: no published merge; {remedy}")
+    merge = open_checkpoint(path)
+    tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}
+    tensors |= {alias: tensors[kept] for alias, kept in merge.tied.items()}
+    own = {} if module is None else {clean_name(name): name for name in module.state_dict()}
+    return {own.get(name, name): tensor for name, tensor in tensors.items()}

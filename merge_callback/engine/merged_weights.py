@@ -1,0 +1,56 @@
+"""Other weights in a live model for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from merge_callback.engine.kept_state import RandomState, kept_weights
+from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.sharding import Sharding
+from merge_callback.signals.host import Host
+from merge_callback.snapshots.merge import Merge
+
+
+@contextmanager
+def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dict[str, Tensor]]:
+    """Within, the live model has the weights of a merge; all ranks enter and leave together.
+
+    On exit, also by an exception, the live weights, all buffers and the global random generators are as they
+    were, bit for bit. The handler of a signal that comes meanwhile finds the live weights, too.
+
+    Args:
+        host: the run.
+        merge: of its window.
+        sharding: what each rank keeps.
+
+    Yields:
+        The live tensors (or shards), by name.
+
+    Raises:
+        HalfRestoredError: if the live weights could not be put back.
+    """
+    device = merge.arena.buffer.device
+
+    @contextmanager
+    def as_it_was() -> Iterator[None]:
+        with DeferredSignals(), kept_weights(host.module, host.root, device):
+            restore()
+            yield
+
+    with DeferredSignals() as signals, ExitStack() as stack:
+        stack.callback(RandomState().restore)
+        tensors, restore = stack.enter_context(kept_weights(host.module, host.root, device))
+
+        def put_in() -> dict[str, Tensor]:
+            merge.arena.copy_to(sharding.own(tensors))
+            return tensors
+
+        with torch.inference_mode(False), torch.no_grad():
+            sharding.spread(sharding.ranks.agreed(put_in))
+        stack.enter_context(DeferredSignals.around_handlers(as_it_was))
+        with signals.let_through():
+            yield tensors

@@ -1,0 +1,128 @@
+"""What an argument of a command stands for: a checkpoint, those that a glob matches, those of a run."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_callback.checkpoints.checkpoint import read_manifest
+from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, WINDOW
+from merge_callback.checkpoints.model_folder import check_whole
+from merge_callback.checkpoints.open import is_checkpoint_folder
+from merge_callback.checkpoints.registry import glob_suffixes, run_suffixes
+from merge_callback.snapshots.safetensors_file import CorruptFileError
+
+_NO_CHECKPOINT = re.compile(r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|~)$", re.DOTALL)
+_OF_MERGES = (PROVENANCE, "mergekit_config.yml")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What one argument stands for; several checkpoints are yet to be ordered."""
+
+    given: str
+    found: list[Path]
+    is_single: bool = False
+
+
+def expand(given: str) -> Argument:
+    """Finds what an argument names.
+
+    Raises:
+        FileNotFoundError: if that is nothing.
+        ValueError: if it is not clear which checkpoints are meant.
+    """
+    path = Path(given).expanduser()
+    if path.exists():
+        return _of_folder(given, path) if path.is_dir() else Argument(given, [path], is_single=True)
+    if path.is_symlink():
+        raise FileNotFoundError(f"{path}: links to {path.readlink()}, which does not exist")
+    if not glob.has_magic(given):
+        raise FileNotFoundError(f"{path}: there is no such file or folder")
+    matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(given), recursive=True))]
+    candidates = [match for match in matches if _is_checkpoint(match, glob_suffixes())]
+    if not candidates:
+        raise FileNotFoundError(f"{given!r}: none of its {len(matches)} matches is a checkpoint")
+    return Argument(given, candidates)
+
+
+def _of_folder(given: str, folder: Path) -> Argument:
+    if (folder / MANIFEST).is_file():
+        return Argument(given, _of_window(folder))
+    check_whole(folder)
+    itself = is_checkpoint_folder(folder)
+    suffixes = frozenset[str]() if itself else run_suffixes()
+    inside = [path for path in sorted(folder.iterdir()) if _is_checkpoint(path, suffixes)]
+    if not itself:
+        return Argument(given, _of_run(folder, inside))
+    if others := [path for path in inside if not is_merge(path)]:
+        raise ValueError(
+            f"{folder}: is a checkpoint, and so are folders in it ({others[0].name}, …); to take those, give "
+            f"'{folder}/*/', to take it alone, its weights' file"
+        )
+    return Argument(given, [folder], is_single=True)
+
+
+def _of_run(folder: Path, inside: list[Path]) -> list[Path]:
+    others = [path for path in inside if not is_merge(path)]
+    snapshots = _of_window(folder / WINDOW) if (folder / WINDOW / MANIFEST).is_file() else []
+    if others and snapshots:
+        raise ValueError(
+            f"{folder}: holds checkpoints ({others[0].name}, …) beside a window of snapshots; "
+            f"say which: '{folder}/*{others[0].suffix}' or {folder / WINDOW}"
+        )
+    if not snapshots and not inside:
+        below = [f"'{p}'" for p in sorted(folder.iterdir()) if p.is_dir() and _holds_some(p)]
+        remedy = (
+            f"give {' or '.join(below)}" if below else f"for other files give a glob, e.g. '{folder}/*.pt'"
+        )
+        raise FileNotFoundError(
+            f"{folder}: no checkpoints in it (.ckpt or .safetensors files, or folders of one); {remedy}"
+        )
+    return snapshots or inside
+
+
+def _holds_some(folder: Path) -> bool:
+    return any(_is_checkpoint(path, run_suffixes()) for path in folder.iterdir())
+
+
+def _of_window(window: Path) -> list[Path]:
+    """The snapshots a manifest lists, oldest first: not those that only an older checkpoint needs."""
+    found = [
+        contained(window, r["file"])
+        for r in listed_snapshots(window)
+        if r.get("file") and not r.get("in_spike")
+    ]
+    if not found:
+        raise FileNotFoundError(f"{window}: its manifest lists no snapshots fit to merge")
+    return found
+
+
+def listed_snapshots(window: Path) -> list[Mapping[str, Any]]:
+    """The records of the snapshots that the manifest of a window lists.
+
+    Raises:
+        CorruptFileError: if it is not one.
+    """
+    manifest = read_manifest(window)
+    if not manifest.lists_snapshots:
+        raise CorruptFileError(f"{manifest.path}: not the manifest of a window; give the snapshots as a glob")
+    return manifest.snapshots
+
+
+def _is_checkpoint(path: Path, suffixes: Collection[str]) -> bool:
+    if _NO_CHECKPOINT.match(path.name) or not path.exists():
+        return False
+    return is_checkpoint_folder(path) or (path.is_file() and path.suffix in suffixes)
+
+
+def is_merge(path: Path) -> bool:
+    """Whether a folder, or the one that a file of weights lies in, is what a merge has made."""
+    places = [path] if path.is_dir() else [path.parent, path.resolve().parent]
+    return any((place / name).exists() for name in _OF_MERGES for place in places)

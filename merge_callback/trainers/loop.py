@@ -1,0 +1,389 @@
+"""``CheckpointMerger``: merges checkpoints in a training loop of your own."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+from merge_callback.engine.advice import gains
+from merge_callback.engine.kept_state import PythonState, RandomState, kept_weights, put_back, reset_metrics
+from merge_callback.engine.merged_weights import merged_weights
+from merge_callback.engine.metric_names import said_lower, sounds_lower
+from merge_callback.engine.session import MergeSession
+from merge_callback.messages import info
+from merge_callback.options import Options
+from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError, report
+from merge_callback.snapshots.merge import HalfRestoredError, Merge
+
+log = logging.getLogger(__name__)
+
+ComputeLoss = Callable[[Any], Tensor | float]
+
+_NOT_HERE = ("evaluate", "evaluate_with")  # options of loops that validate by themselves
+
+
+class CheckpointMerger:
+    """Keeps a rolling window of weight snapshots in a plain training loop, merges them, and rescues the run.
+
+    It does what ``CheckpointMergeCallback`` does under Lightning, and takes the same options. It works with
+    plain PyTorch on one device, DDP, FSDP and ``fully_shard``, and with what Fabric's ``setup`` and
+    Accelerate's ``prepare`` return. All ranks make one and call it at the same places.
+
+    Example::
+
+        with CheckpointMerger(model, optimizer, every_n_steps=1000, total_steps=100_000) as merger:
+            for batch in data:
+                loss = model(batch)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                merger.step(loss=loss, tokens=batch.numel())
+
+    Args:
+        model: as the loop calls it: wrapped, moved to its device, and with its weights loaded.
+        optimizer: that trains it, or several. A ``torch.optim.Optimizer``, which may be wrapped.
+        total_steps: optimizer steps of the whole run, if it has an end: the plan and the phase of the
+            learning rate are then known better.
+        log: takes ``(metrics, step)`` on the first rank: ``fabric.log_dict``, ``accelerator.log``,
+            ``wandb.log``; or a TensorBoard ``SummaryWriter``. The newest values are in ``metrics`` anyway.
+        compute_loss: gives the training loss of a batch that ``step`` was told of. With it, weights are
+            tried on the very batch that raised an alarm before a run is restored; without, the losses alone
+            decide.
+        scaler: of fp16 training.
+        log_every: optimizer steps between the logs of what is known of spikes.
+        **options: those of ``CheckpointMergeCallback``, except for ``evaluate`` and ``evaluate_with``. The
+            default ``dirpath`` is ``merges`` in the current folder.
+
+    Attributes:
+        metrics: the newest value of everything that is logged.
+        should_stop: whether ``spike.on_spike`` has asked to end the run.
+
+    Raises:
+        TypeError: for a name that is not an option's.
+        ValueError: for an option that makes no sense, here or at the first optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        total_steps: int | None = None,
+        log: Any = None,
+        compute_loss: ComputeLoss | None = None,
+        scaler: GradScaler | None = None,
+        log_every: int = 50,
+        **options: Any,
+    ) -> None:
+        for name in _NOT_HERE:
+            if name in options:
+                raise TypeError(f"{name!r} is for trainers that validate; here use merged_weights()")
+        self.options = Options.resolve(**options)
+        self._host = LoopHost(model, optimizer, total_steps, log, compute_loss, scaler, log_every)
+        self._session: MergeSession | None = None
+        self._state: dict[str, Any] = {}
+        self._is_begun = self._is_swapped = False
+        self._told: set[str] = set()
+        self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The newest value of everything that is logged."""
+        return self._host.metrics
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether ``spike.on_spike`` has asked to end the run."""
+        return self._host.should_stop
+
+    def step(
+        self,
+        loss: Tensor | float | None = None,
+        tokens: int | None = None,
+        *,
+        batch: Any = None,
+        grad_norm: Tensor | float | None = None,
+        scalars: Mapping[str, Tensor | float] | None = None,
+    ) -> None:
+        """Ends an optimizer step: to be called after each ``optimizer.step()``, on all ranks.
+
+        Nothing waits for a device here: what is a tensor is read one step later.
+
+        Args:
+            loss: mean training loss of this rank's batches of the step; not divided for accumulation.
+            tokens: in these batches; default: those of ``batch``, if they can be counted.
+            batch: that the step was taken with, for ``compute_loss``.
+            grad_norm: global 2-norm of the gradients before clipping, as ``clip_grad_norm_`` returns it. By
+                default it is computed from the gradients as the optimizer sees them.
+            scalars: further numbers, for ``spike.watch``.
+
+        Raises:
+            ValueError: at the first step, if an option does not fit the model, or tokens can't be counted.
+            TrainingDivergedError: if the run is to stop after a spike.
+        """
+        if self._is_swapped:
+            raise RuntimeError("step() within merged_weights(): training would go on from a merge")
+        if (session := self._begin()) is None:
+            return
+        if session.clock.countable is None and batch is None and tokens is None:
+            if self.options.unit == "tokens":
+                raise ValueError(
+                    f"every_n_tokens={self.options.every} needs step(tokens=…), or step(batch=…) to count "
+                    "them; or give the interval in steps with every_n_steps="
+                )
+            session.clock.countable = False
+        self._host.steps_taken += 1
+        self._host.scalars = dict(scalars or {})
+        session.begin_batch(batch, self._host.steps_taken - 1, tokens)
+        if grad_norm is not None and self.options.spike.grad_norm:
+            session.statistics.set_gradient_norm(grad_norm)
+        if session.end_batch(loss, 1, batch, tokens):
+            self._session = session = session.follow_model()
+            if session is not None:
+                session.take_snapshot()
+
+    @contextmanager
+    def merged_weights(self) -> Iterator[Merge | None]:
+        """Within, the model has the merged weights: for a validation, say. All ranks enter together.
+
+        Afterwards the live weights, the buffers and the random generators are as they were, bit for bit.
+
+        Yields:
+            The merge: its ``step``, ``phase`` and the ``weights`` of its snapshots. ``None`` while there is
+            nothing to merge: then the model keeps its weights.
+        """
+        merge = self._session.current_merge() if self._session else None
+        if merge is None or self._session is None:
+            yield None
+            return
+        self._is_swapped = True
+        try:
+            with merged_weights(self._host, merge, self._session.sharding):
+                yield merge
+        finally:
+            self._is_swapped = False
+
+    def log_validation(self, live: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+        """Logs what a validation has found: ``merged/<name>``, and ``merge/gain/<name>``.
+
+        A gain is positive if the merge is better, whichever way the metric improves: ``lower_is_better`` and
+        ``higher_is_better`` tell, or a name that is a standard term.
+
+        Args:
+            live: what the live weights score, by name.
+            merged: what the merged weights score.
+        """
+        found = {name: float(value) for name, value in merged.items()}
+        options, lower = self.options, dict[str, bool | None]()
+        for name in found:
+            said = said_lower(name, options.lower_is_better, options.higher_is_better)
+            lower[name] = sounds_lower(name) if said is None else said
+            if lower[name] is None and name not in self._told:
+                self._told.add(name)
+                info(
+                    f"merge: no merge/gain/{name} is logged: whether lower or higher is better is not known; "
+                    f"say so with lower_is_better={[name]}, or with higher_is_better="
+                )
+        values = {f"merged/{name}": value for name, value in found.items()}
+        report(self._host, values | gains(live, found, lower))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.
+
+        To be saved with each of the run's checkpoints. All ranks call it, and the first one's is saved.
+
+        Raises:
+            HalfRestoredError: if a restore failed half way, so that the weights must not be saved.
+        """
+        if self._is_swapped:
+            raise RuntimeError("state_dict() within merged_weights(): a checkpoint would save the merge")
+        if self._session is None:
+            return self._state
+        if self._session.is_half_restored:
+            raise HalfRestoredError("a restore failed half way; resume from an earlier checkpoint")
+        return self._session.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a ``state_dict``, with the model and optimizers of the same checkpoint.
+
+        Raises:
+            RuntimeError: after the first optimizer step.
+        """
+        if self._is_begun:
+            raise RuntimeError("load_state_dict() has to come before the first optimizer step")
+        self._state = dict(state)
+        self._host.steps_taken = self._state.get("step", 0)
+
+    def close(self) -> None:
+        """Publishes the last merge, and gives the run's folder back. All ranks call it, at the end."""
+        self._end(MergeSession.finish)
+
+    def __enter__(self) -> CheckpointMerger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end(MergeSession.finish if kind is None else MergeSession.close)
+
+    def _end(self, end: Callable[[MergeSession], None]) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        if self._session is not None:
+            session, self._session = self._session, None
+            end(session)
+            self._state = session.state_dict()
+
+    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if session := self._begin():
+            session.note_step(optimizer)
+
+    def _begin(self) -> MergeSession | None:
+        """The session; it begins with the first optimizer step, when the model is what it will be."""
+        if not self._is_begun:
+            self._session = MergeSession.begin(self.options, self._host, self._state)
+            self._is_begun = True
+        return self._session
+
+
+class LoopHost(Host):
+    """A training loop of the user's own, as the engine sees it; the arguments are ``CheckpointMerger``'s."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        total_steps: int | None,
+        log: Any,
+        compute_loss: ComputeLoss | None,
+        scaler: GradScaler | None,
+        log_every: int,
+    ) -> None:
+        # Fabric's wrapper holds what DDP or FSDP have made of the model.
+        self.root: nn.Module = vars(model).get("_modules", {}).get("_forward_module") or model
+        self.module: nn.Module = self.root
+        if isinstance(self.root, nn.parallel.DistributedDataParallel):
+            self.module = self.root.module
+        several = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
+        self.optimizers = [_unwrapped(one) for one in several]
+        self.device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        self.scaler, self.log_every = scaler, log_every
+        self.default_folder = "merges"
+        self.processes = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or (dist.get_world_size() if _is_distributed() else 1)
+        )
+        self.steps_taken, self.should_stop = 0, False
+        self.metrics: dict[str, float] = {}
+        self.scalars: dict[str, Tensor | float] = {}
+        self._total, self._log, self._compute_loss = total_steps, log, compute_loss
+
+    @property
+    def step(self) -> int:
+        """Calls of ``CheckpointMerger.step``, since the run began."""
+        return self.steps_taken
+
+    @property
+    def total_steps(self) -> int | None:
+        """As the user says."""
+        return self._total
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hands scalars to the user's function or ``SummaryWriter``, on the first rank."""
+        self.metrics.update(metrics)
+        if self._log is None or not _is_first():
+            return
+        if hasattr(self._log, "add_scalar"):
+            for name, value in metrics.items():
+                self._log.add_scalar(name, value, step)
+        else:
+            self._log(dict(metrics), step)
+
+    def expose(self, metrics: Mapping[str, float]) -> None:
+        """Keeps scalars in ``CheckpointMerger.metrics``."""
+        self.metrics.update(metrics)
+
+    def log_text(self, text: str, step: int) -> None:
+        """Shows an event in a ``SummaryWriter``."""
+        if hasattr(self._log, "add_text") and _is_first():
+            try:
+                self._log.add_text("merge/spike", text, step)
+            except Exception:
+                log.exception("merge: %s could not show the event; training goes on", type(self._log))
+
+    def stop(self) -> None:
+        """Sets ``CheckpointMerger.should_stop``."""
+        self.should_stop = True
+
+    def logged_scalars(self, patterns: Sequence[str]) -> Callable[[], Mapping[str, Tensor | float]]:
+        """What ``CheckpointMerger.step`` is handed."""
+
+        def matching() -> dict[str, Tensor | float]:
+            return {
+                name: value
+                for name, value in self.scalars.items()
+                if any(fnmatchcase(name, pattern) for pattern in patterns)
+            }
+
+        return matching
+
+    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+        """Calls ``compute_loss`` again."""
+        if source != "batch" or self._compute_loss is None:
+            raise UnrepeatableStepError("pass compute_loss= and step(batch=…) to have it computed")
+        return self._rehearsed(self._compute_loss, device)
+
+    @contextmanager
+    def _rehearsed(self, compute_loss: ComputeLoss, device: torch.device) -> Iterator[LossOf]:
+        random, state = RandomState(), PythonState(self.module, self.optimizers)
+        with ExitStack() as stack:
+            stack.callback(random.restore)
+            stack.callback(state.restore)
+            stack.enter_context(kept_weights(self.module, self.root, device))
+            buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
+
+            def loss(batches: Sequence[HeldBatch]) -> float:
+                if not batches:
+                    raise UnrepeatableStepError("no batch of it is left: pass step(batch=…)")
+                state.restore()
+                for buffer, kept in buffers:
+                    put_back(buffer, kept)
+                reset_metrics(self.module)
+                random.restore()
+                losses = [float(compute_loss(held.batch)) for held in batches]
+                return math.fsum(losses) / len(losses)
+
+            stack.enter_context(torch.no_grad())
+            yield loss
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_first() -> bool:
+    return not _is_distributed() or dist.get_rank() == 0
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The ``torch.optim.Optimizer`` inside what Fabric or Accelerate make of one.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    while isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer: a torch.optim.Optimizer is needed, not a {type(optimizer).__qualname__}")
+    return optimizer

@@ -1,0 +1,278 @@
+"""The README and the pages: every block of code runs, every table is the code's, no link is dead."""
+
+import glob
+import importlib.util
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from training_runs import loader, train
+
+from merge_callback import CheckpointMergeCallback
+from merge_callback.cli.main import main
+from merge_callback.demo import DemoData, DemoModule
+from merge_callback.demo.gpt import GPTConfig
+from merge_callback.demo.schedule import WSDSchedule
+from merge_callback.merging import METHODS
+from merge_callback.metrics import METRICS, described
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_generator():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+generate = load_generator()
+
+SMALLER = {
+    "max_steps=100_000": "max_steps=12",
+    "total_steps=100_000": "total_steps=12",
+    "every_n_steps=2_000": "every_n_steps=3",
+    "eval_steps=1_000": "eval_steps=6",
+    "step % 1_000": "step % 6",
+}
+"""What the blocks say, and what a test can wait for."""
+
+PENDING = ("CheckpointMerger", "CheckpointMergeTrainerCallback", "merge_callback.transformers")
+
+
+@dataclass
+class Block:
+    """A fenced block: its language, what else its first line says, and its text."""
+
+    language: str
+    info: str
+    text: str
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is run here; else its first line has to say why not."""
+        reason = re.fullmatch(r'not-run="(.+)"', self.info)
+        return not reason
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a page, in order."""
+    return [Block(*found) for found in re.findall(r"(?ms)^```(\S*) ?([^\n]*)\n(.*?)^```$", text)]
+
+
+def sections() -> list:
+    """Pages, and of the one whose sections are about different training loops each section."""
+    found = []
+    for page in generate.pages():
+        name = str(page.relative_to(ROOT))
+        parts = [page.read_text()]
+        if name == "docs/trainers.md":
+            parts = re.split(r"(?m)^(?=## )", parts[0])
+        for part in parts:
+            if any(block.language in ("python", "sh") and block.is_run for block in blocks(part)):
+                title = re.match(r"## (.+)", part)
+                found.append(pytest.param(part, id=name + (f", {title[1]}" if title else "")))
+    return found
+
+
+class Data(DemoData):
+    """Few batches of short texts."""
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=4, context=16, epoch_batches=6, validation_batches=2, max_bytes=2_000_000)
+
+
+def small_model() -> DemoModule:
+    return DemoModule(GPTConfig(width=16, layers=1, heads=1, context=16), WSDSchedule(1, 1000, 0))
+
+
+def loss_of(model, ids):
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the blocks take for given: a model, data, files, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    ids = [torch.randint(256, (4, 16)) for _ in range(12)]
+    known = set(METHODS)
+    yield {
+        "model": small_model(),
+        "data": Data(),
+        "batches": ids,
+        "loss_of": loss_of,
+        "validate": lambda model: float(loss_of(model, ids[0])),
+    }
+    for name in METHODS.keys() - known:
+        del METHODS[name]
+    sys.modules.pop("my_methods", None)
+
+
+def write_checkpoints() -> list[Path]:
+    """Checkpoints of runs, by the names that the pages use."""
+    written = []
+    for folder in ("run", "logs/version_0/checkpoints"):
+        Path(folder).mkdir(parents=True)
+        for step in (0, 10, 20, 30):
+            state = {"layer.weight": torch.randn(4, 4), "layer.router_bias": torch.randn(4)}
+            path = Path(folder) / (f"epoch=0-step={step}.ckpt" if step else "first.ckpt")
+            torch.save({"state_dict": state, "global_step": step, "pytorch-lightning_version": "2.6.6"}, path)
+            written.append(path)
+    shutil.copy("run/first.ckpt", "base.ckpt")
+    for folder in ("run-a/final", "run-b/final"):
+        Path(folder).mkdir(parents=True)
+        save_file({"layer.weight": torch.randn(4, 4)}, f"{folder}/model.safetensors")
+    return written
+
+
+MY_METHODS = """
+from merge_callback import register_method
+from merge_callback.merging import LinearMethod
+
+@register_method("last_k")
+class LastK(LinearMethod):
+    k: int = 2
+    def raw_weights(self, positions):
+        return [float(i < self.k) for i in reversed(range(len(positions)))]
+"""
+
+
+def provide(part: str, names: dict) -> None:
+    """Adds what only some pages need, and what is dear to make."""
+    if "paths" in part or "merge-callback " in part:
+        names["paths"] = write_checkpoints()[:4]
+        Path("my_methods.py").write_text(MY_METHODS)
+    if "pl_model" in part:
+        names["pl_model"], names["data"] = older_model(), loader()
+    if "hf_model" in part:
+        names |= hugging_face()
+    if 'load_merge("merges/latest")' in part:
+        train(
+            names["model"],
+            CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),
+            data=names["data"],
+            max_steps=8,
+        )
+
+
+def older_model():
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Older(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(8, 4)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return Older()
+
+
+def hugging_face():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=1, n_head=1, vocab_size=16, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    ids = torch.arange(8) % 16
+    rows = [{"input_ids": ids, "labels": ids}] * 16
+    return {"hf_model": transformers.GPT2LMHeadModel(config), "train_set": rows, "eval_set": rows[:4]}
+
+
+def run_python(block: Block, names: dict) -> None:
+    text = block.text
+    for large, small in SMALLER.items():
+        text = text.replace(large, small)
+    exec(compile(text, "a block of the pages", "exec"), names)
+
+
+def run_commands(block: Block, capsys) -> None:
+    """Runs every ``merge-callback`` command of a block."""
+    for line in block.text.splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        assert words[0] == "merge-callback", f"mark the block not-run, or test it: {line}"
+        words = [match for word in words[1:] for match in (sorted(glob.glob(word)) or [word])]
+        if "--output" in words:
+            shutil.rmtree(words[words.index("--output") + 1], ignore_errors=True)
+        assert main(words) == 0, f"{line}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("part", sections())
+def test_every_block_runs(part, names, capsys):
+    provide(part, names)
+    for block in blocks(part):
+        if block.language == "python" and block.is_run:
+            try:
+                run_python(block, names)
+            except ImportError as error:
+                if any(name in str(error) for name in PENDING):
+                    pytest.skip(str(error))
+                raise
+        elif block.language == "sh" and block.is_run:
+            run_commands(block, capsys)
+        elif block.language == "yaml":
+            assert yaml.safe_load(block.text)
+            Path("merge.yaml").write_text(block.text)
+
+
+@pytest.mark.parametrize("page", generate.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+class TestPage:
+    def test_its_generated_blocks_are_up_to_date(self, page):
+        assert page.read_text() == generate.generated(page.read_text()), "run python docs/generate.py"
+
+    def test_every_block_says_what_it_is(self, page):
+        for block in blocks(page.read_text()):
+            assert block.language in ("python", "sh", "yaml", "", "{eval-rst}", "{toctree}")
+            assert not block.info or not block.is_run or block.language.startswith("{"), block.info
+
+    def test_its_links_lead_somewhere(self, page):
+        text = page.read_text()
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?ms)^```.*?^```$|`[^`\n]*`", "", text)):
+            if not target.startswith("https://"):
+                path = target.partition("#")[0]
+                assert (page.parent / path).exists(), target
+
+
+def test_smaller_numbers_are_those_of_the_pages():
+    everything = "".join(page.read_text() for page in generate.pages())
+    assert all(large in everything for large in SMALLER)
+
+
+def test_the_messages_under_troubleshooting_are_those_of_the_code():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    code = "".join(path.read_text() for path in (ROOT / "merge_callback").rglob("*.py"))
+    symptoms = re.findall(r"(?m)^\*\*(.+?)\*\*", page)
+    quoted = [quote for symptom in symptoms for quote in re.findall(r"`([^`]+ [^`]+)`", symptom)]
+    assert len(quoted) > 4
+    for part in [part.strip() for quote in quoted for part in quote.split("…") if part.strip()]:
+        assert part in code, part
+
+
+def test_all_that_is_logged_is_in_the_table(tmp_path):
+    merging = CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, count_tokens=lambda batch: 64)
+    trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
+    logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
+    assert all(described(name) for name in logged)
+    unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
+    assert unseen == ["merge/loss_baseline", "merge/loss_threshold", "merge/lr_factor"]  # need a longer run
+    assert described("val_loss") is None
+
+
+def test_every_option_and_method_is_on_a_page():
+    with pytest.raises(KeyError):
+        generate.generated("<!-- generated: nothing known -->\n<!-- end -->")
+    assert all((ROOT / f"docs/methods/{name}.md").exists() for name in METHODS)
