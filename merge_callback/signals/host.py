@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -52,6 +53,7 @@ class Host(Protocol):
         log_every: optimizer steps between the logs of what is known of spikes; 0 for no such logs.
         counts_batches: whether this rank's batches are counted. Of tensor-parallel ranks, which share their
             batches, one counts them.
+        further_files: contents, by name, of what a user of the model needs beside its weights: a tokenizer's.
         is_manual: whether nobody knows in advance how many optimizer steps a batch takes.
         will_validate: whether merged weights are going to be asked for, to be validated.
         epoch: epochs that are over.
@@ -88,6 +90,7 @@ class Host(Protocol):
     log_every: int = 50
     counts_batches: bool = True
     is_manual: bool = False
+    further_files: Mapping[str, bytes] = MappingProxyType({})
 
     @property
     def will_validate(self) -> bool:  # noqa: D102
