@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.sharding import Piece
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.safetensors_file import read_header
+from merge_callback.snapshots.safetensors_header import read_header
 from merge_callback.snapshots.shard_files import a_file, gather_shards
 from merge_callback.snapshots.snapshot_files import names_in
 
@@ -340,5 +340,5 @@ def snapshots(folder, names):
 
 def _in_bf16(path):
     """Names of the tensors that a snapshot keeps in bf16."""
-    headers = [read_header(file)[0] for file in ([path] if path.is_file() else path.glob("rank-*"))]
+    headers = [read_header(file).entries for file in ([path] if path.is_file() else path.glob("rank-*"))]
     return {name for header in headers for name, entry in header.items() if entry.get("dtype") == "BF16"}

@@ -16,7 +16,7 @@ from merge_callback import load_merge
 from merge_callback.snapshots import frozen
 from merge_callback.snapshots.frozen import _BLOCK, fingerprint, same_bytes
 from merge_callback.snapshots.live_copy import LiveCopy
-from merge_callback.snapshots.safetensors_file import read_header
+from merge_callback.snapshots.safetensors_header import read_header
 
 PARAMETERS = 2 * 32 * 2 + 2 * 32
 """Elements of the adapter and of the norm's parameters."""
@@ -32,7 +32,7 @@ def frozen_files(merges):
 
 
 def data_bytes(path):
-    return path.stat().st_size - read_header(path)[1]
+    return path.stat().st_size - read_header(path).start
 
 
 def buffers(module):
@@ -173,7 +173,7 @@ def test_on_a_device_fingerprints_tell_what_changed(tmp_path, monkeypatch, chang
 
 def test_what_changed_once_is_kept_with_every_snapshot_from_then_on(tmp_path):
     fit(tmp_path, module=WithTarget, storage="disk", **SHORT)
-    held = [set(read_header(path)[0]) for path in sorted((tmp_path / "merges/window").glob("step=*"))]
+    held = [set(read_header(path).entries) for path in sorted((tmp_path / "merges/window").glob("step=*"))]
     assert all("target.weight" in names and not BASE & names for names in held)
 
 

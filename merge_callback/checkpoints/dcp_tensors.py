@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.dcp_metadata import read_metadata
 from merge_callback.checkpoints.file_names import METADATA
-from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
 from merge_callback.checkpoints.pytorch_file import short_reasons
+from merge_callback.checkpoints.spool import default_spool, map_tensors
 from merge_callback.checkpoints.training_state import (
     check_no_repeats,
     is_container,

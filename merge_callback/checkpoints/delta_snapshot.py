@@ -10,7 +10,7 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
+from merge_callback.checkpoints.spool import default_spool, map_tensors
 from merge_callback.checkpoints.stored_snapshot import open_stored
 from merge_callback.reduce import one_pass
 from merge_callback.snapshots.layout import delta_unit

@@ -13,9 +13,9 @@ from torch import Tensor
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import SHARDS
-from merge_callback.checkpoints.mapped_file import map_safetensors
 from merge_callback.checkpoints.stored_snapshot import open_sharded
 from merge_callback.snapshots.files import printable
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
 
 _NAME = re.compile(r"frozen-step=\d+-[0-9a-f]{12}(\.safetensors)?")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
 from merge_callback.checkpoints.file_names import CONFIG
-from merge_callback.checkpoints.mapped_file import default_spool, map_tensors
 from merge_callback.checkpoints.reader import OpenOptions
+from merge_callback.checkpoints.spool import default_spool, map_tensors
 
 _KEYS = ("quantization_config", "compression_config", "quantization")
 _OTHER_CONFIGS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")

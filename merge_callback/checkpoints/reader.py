@@ -17,7 +17,7 @@ or a call of ``registry.register_reader`` from anywhere, as in a module that ``m
 
     register_reader(NpzReader())
 
-That is enough for ``open_checkpoint`` and every command. ``mapped_file.map_tensors`` has room on disk for a
+That is enough for ``open_checkpoint`` and every command. ``spool.map_tensors`` has room on disk for a
 format whose tensors can't be mapped from its files; ``training_state`` and ``quantised`` have what is left to
 do for formats that may hold more than a model's weights.
 """

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_beside, step_in_name
 from merge_callback.checkpoints.checksums import Recorded, checksums_of_snapshot
-from merge_callback.checkpoints.mapped_file import map_safetensors
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader
 from merge_callback.checkpoints.run_snapshot import complete_snapshot
 from merge_callback.checkpoints.state_key import under_key
 from merge_callback.checkpoints.stored_snapshot import check_whole_model, is_snapshot, snapshot_in_file
 from merge_callback.checkpoints.training_state import without_training_state
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 
 
 class SafetensorsReader(Reader):

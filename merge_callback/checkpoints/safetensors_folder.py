@@ -17,7 +17,6 @@ from merge_callback.checkpoints.checkpoint import (
 )
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import INDEX, PROVENANCE, WEIGHTS
-from merge_callback.checkpoints.mapped_file import map_safetensors
 from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.model_folder import check_whole, extras
 from merge_callback.checkpoints.other_formats import what_folder
@@ -27,6 +26,7 @@ from merge_callback.checkpoints.safetensors_file import aliases
 from merge_callback.checkpoints.shard_index import check_named, read_index
 from merge_callback.checkpoints.state_key import under_key
 from merge_callback.checkpoints.training_state import without_training_state
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 
 _INDICES = "*.safetensors.index*.json"
 _OTHER = re.compile(r"(model|diffusion_pytorch_model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")

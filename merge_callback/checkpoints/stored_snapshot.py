@@ -18,8 +18,9 @@ from merge_callback.checkpoints.checkpoint import (
 )
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import SHARDS
-from merge_callback.checkpoints.mapped_file import default_spool, map_safetensors, map_tensors
+from merge_callback.checkpoints.spool import default_spool, map_tensors
 from merge_callback.sharding.pieces import Piece
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
 from merge_callback.snapshots.shard_files import gather_shards, parse_shards, read_pieces
 

@@ -21,8 +21,9 @@ from merge_callback.checks import one_of, resolve_dtype, resolve_size
 from merge_callback.cli.config_file import checked, is_plain, read_options, read_value
 from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_method
 from merge_callback.offline import workers
+from merge_callback.offline.job import Job, OutputNames
 from merge_callback.offline.left_out import grouped
-from merge_callback.offline.merge_files import Job, Naming, merge_files
+from merge_callback.offline.merge_files import merge_files
 from merge_callback.offline.selection import Selection, select
 from merge_callback.snapshots.files import printable
 
@@ -247,7 +248,7 @@ def _job(
         dtype=resolve_dtype("--dtype", given["dtype"]),
         exclude=given["exclude"],
         state_key=given["state_key"],
-        naming=Naming(given["strip_prefix"], given["prefix"]),
+        naming=OutputNames(given["strip_prefix"], given["prefix"]),
         max_shard_bytes=None if size is None else resolve_size("--shard-size", size),
         kind=given["kind"],
         force=given["force"],

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,89 +18,16 @@ from merge_callback.checkpoints.merge_record import versions
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
 from merge_callback.checkpoints.safetensors_shards import shard_names
 from merge_callback.checks import matches_any
-from merge_callback.merging import (
-    Inputs,
-    LinearMethod,
-    MergeMethod,
-    Sma,
-    Trajectory,
-    Weighted,
-    check_alike,
-)
+from merge_callback.merging import Inputs, LinearMethod, Trajectory
 from merge_callback.offline.alignment import aligned, published_name
+from merge_callback.offline.compatibility import check_mergeable, check_patterns
+from merge_callback.offline.job import Job
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each
 from merge_callback.snapshots.arena import all_finite
-from merge_callback.snapshots.capture import clean_name
-from merge_callback.snapshots.layout import check_storable
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
-
-
-@dataclass(frozen=True)
-class Naming:
-    """What the merged tensors are called: a prefix taken off, then one put before.
-
-    By default the first is what the run of a snapshot takes off, and else nothing.
-    """
-
-    strip: str | None = None
-    prefix: str = ""
-
-    def check(self, names: Sequence[str], published: Sequence[str]) -> None:
-        """Makes sure that every tensor has a name of its own.
-
-        Args:
-            names: that any of the checkpoints has.
-            published: those in the output.
-
-        Raises:
-            ValueError: where two would share one, or no name begins with the prefix to take off.
-        """
-        if self.strip and not any(name.startswith(self.strip) for name in names):
-            raise ValueError(
-                f"--strip-prefix {self.strip!r} begins no tensor's name; the first is {names[0]!r}"
-            )
-        twice = sorted(name for name, count in Counter(published).items() if count > 1)
-        if twice or "__metadata__" in published:
-            raise ValueError(f"the prefixes give several tensors one name, or a reserved one: {twice[:3]}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to merge, how, and what to write.
-
-    Args:
-        checkpoints: oldest first.
-        method: how.
-        base: θ_init of the methods on task vectors, if it is not the first checkpoint.
-        dtype: of the merged floating-point tensors; default: that of the last checkpoint.
-        exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
-        naming: of the output's tensors.
-        max_shard_bytes: a larger model is written in several files with an index; default: the files of the
-            last checkpoint, where that is a model's folder, else 5 GB.
-        state_key: where in the checkpoints the weights are, if there is more than one place.
-        kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
-        force: replace what is there.
-        progress: show a bar.
-        workers: processes that merge, one tensor each at a time; 1: this one.
-        begun: is called once the checkpoints are found to belong together.
-    """
-
-    checkpoints: Sequence[Path]
-    method: MergeMethod
-    base: Path | None = None
-    dtype: torch.dtype | None = None
-    exclude: Sequence[str] = ()
-    naming: Naming = field(default_factory=Naming)
-    max_shard_bytes: int | None = None
-    state_key: str | None = None
-    kind: Literal["safetensors", "lightning"] = "safetensors"
-    force: bool = False
-    progress: bool = False
-    workers: int = 1
-    begun: Callable[[], None] = lambda: None
 
 
 @torch.no_grad()
@@ -169,12 +94,12 @@ class _Merging:
 
     def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
         given = [*([] if base is None else [base]), *checkpoints]
-        _check_options(job, given)
+        check_patterns(job, given)
         same = aligned(given, job.naming.strip or "", job.exclude)
         self.job, self.checkpoints, self.base = job, same[-len(checkpoints) :], base and same[0]
         self.newest = checkpoints[-1]
         self.trajectory = trajectory_of(checkpoints)
-        _check(job, self.checkpoints, self.base)
+        check_mergeable(job, self.checkpoints, self.base)
         # What Lightning loads must have the names of the module as it is, with its wrappers.
         as_it_is = job.kind == "lightning" and not job.naming.strip
         self._plain_name = str if as_it_is else published_name(given, job.naming.strip or "")
@@ -297,71 +222,6 @@ def _ascending(numbers: Sequence[int | None]) -> list[int] | None:
     known = [number for number in numbers if number is not None]
     ascending = len(known) == len(numbers) and all(a < b for a, b in pairwise(known))
     return known if ascending else None
-
-
-def _check_options(job: Job, given: Sequence[Checkpoint]) -> None:
-    for pattern in job.exclude:
-        names = (name for checkpoint in given for name in checkpoint.tensors)
-        if not any(
-            matches_any(name, [pattern]) or matches_any(clean_name(name), [pattern]) for name in names
-        ):
-            raise ValueError(
-                f"--exclude {pattern!r} matches no tensor; the first is {next(iter(given[-1].tensors))!r}"
-            )
-
-
-def _check(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-    """Makes sure that the checkpoints, and the options, belong together."""
-    method, newest = job.method, checkpoints[-1]
-    if base is not None and "task vectors" not in method.needs:
-        raise ValueError(f"method {method.name!r} uses no base; leave --base out")
-    if isinstance(method, Weighted) and len(method.weights) != len(checkpoints):
-        raise ValueError(f"{len(method.weights)} weights for {len(checkpoints)} checkpoints; give one each")
-    everything = [*checkpoints, *([base] if base else [])]
-    check_alike([(str(checkpoint.path), _included(checkpoint.tensors, job)) for checkpoint in everything])
-    for checkpoint in everything:
-        if _included(checkpoint.tied, job) != _included(newest.tied, job):
-            raise ValueError(f"{checkpoint.path} and {newest.path} share other tensors among themselves")
-    steps = [checkpoint.step for checkpoint in checkpoints]
-    known = [step for step in steps if step is not None]
-    if known != sorted(known) and not isinstance(method, (Sma, Weighted)):
-        warnings.warn(
-            f"the checkpoints' steps are {steps}: merged as given, the first as the oldest",
-            stacklevel=2,
-        )
-    segments: dict[tuple[str, int | None], list[int | None]] = {}
-    for checkpoint in checkpoints:
-        if checkpoint.segment is not None:
-            segments.setdefault(checkpoint.segment, []).append(checkpoint.step)
-    if len(segments) > 1:
-        told = "; ".join(f"{phase}: {', '.join(map(str, s))}" for (phase, _), s in segments.items())
-        warnings.warn(
-            f"the snapshots are of several phases of the learning rate ({told}), and a merge across phases "
-            "is worse than one within: choose one phase with --from and --to",
-            stacklevel=2,
-        )
-    for name, tensor in newest.tensors.items():
-        check_storable(name, tensor)
-        if not tensor.is_floating_point() and not matches_any(name, job.exclude):
-            _check_equal(name, checkpoints)
-
-
-def _included(entries: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    return {name: entry for name, entry in entries.items() if not matches_any(name, job.exclude)}
-
-
-def _check_equal(name: str, checkpoints: Sequence[Checkpoint]) -> None:
-    """Integers have no mean: they must agree, but for single counters (batches tracked, say)."""
-    newest = checkpoints[-1]
-    for checkpoint in checkpoints[:-1]:
-        tensor = checkpoint.tensors[name]
-        if tensor.numel() > 1 and not torch.equal(tensor, newest.tensors[name]):
-            known = tensor.dtype in (torch.int64, torch.bool)  # of others there may be codes of weights
-            advice = "; copy the last checkpoint's with --exclude, if that is right" if known else ""
-            raise ValueError(
-                f"tensor {name!r} holds {tensor.dtype} and differs between {checkpoint.path} and "
-                f"{newest.path}: it has no mean{advice}"
-            )
 
 
 def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:

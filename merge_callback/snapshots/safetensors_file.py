@@ -21,25 +21,21 @@ from torch import Tensor
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.files import CorruptFileError, open_regular, sync, write_json
 from merge_callback.snapshots.layout import DTYPE_NAMES, Layout, in_turns
+from merge_callback.snapshots.safetensors_header import header_text, parse_header
 
 __all__ = [
-    "LONGEST_HEADER",
     "CorruptFileError",
     "arena_header",
     "difference",
     "file_checksum",
     "map_arena",
     "map_new_file",
-    "read_header",
     "sync",
     "tensors_entries",
     "tensors_header",
     "write_file",
     "write_json",
 ]
-
-LONGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors library."""
 
 _PAGE = 4096
 _CHUNK = 1 << 24
@@ -131,13 +127,13 @@ def map_arena(path: Path, layout: Layout) -> Arena:
         CorruptFileError: where the header is unreadable or of another layout, or the size is wrong.
         OSError: where the file is missing or unreadable.
     """
-    text, data_start = _header_text(path)
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        text, data_start = header_text(path, file)
     if not _has_entries(text, layout.entries):
-        header = _parsed(text, path)
-        header.pop("__metadata__", None)
-        if different := difference(header, arena_header(layout)):
+        entries = parse_header(path, text, data_start, size).entries
+        if different := difference(entries, arena_header(layout)):
             raise CorruptFileError(f"{path}: other tensors than this model's: {different}")
-    size = path.stat().st_size
     if size != data_start + layout.nbytes:
         raise CorruptFileError(f"{path}: {size} bytes, expected {data_start + layout.nbytes}")
     with torch.inference_mode(False):
@@ -156,24 +152,6 @@ def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
     return f"{name!r} is {found[name]}, expected {expected[name]}"
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the offset of its data region.
-
-    Raises:
-        CorruptFileError: where the length, the JSON or a tensor's entry is broken.
-    """
-    text, data_start = _header_text(path)
-    return _parsed(text, path), data_start
-
-
-def _header_text(path: Path) -> tuple[bytes, int]:
-    with open_regular(path) as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(os.fstat(file.fileno()).st_size - 8, LONGEST_HEADER):
-            raise CorruptFileError(f"{path}: the header length {length} does not fit the file")
-        return file.read(length), 8 + length
-
-
 def _has_entries(text: bytes, entries: bytes) -> bool:
     """Whether a header has these entries, and metadata before them: found without parsing 20,000 tensors."""
     end = text.find(b'"},') + 2  # of the metadata, which is string to string
@@ -185,19 +163,6 @@ def _has_entries(text: bytes, entries: bytes) -> bool:
         return False
 
 
-def _parsed(text: bytes, path: Path) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CorruptFileError(f"{path}: the header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise CorruptFileError(f"{path}: the header is not a JSON object")
-    for name, entry in header.items():
-        if not isinstance(entry, dict) or not (name == "__metadata__" or _is_shape(entry.get("shape"))):
-            raise CorruptFileError(f"{path}: {name!r} is {entry!r:.100}, expected its dtype, shape and place")
-    return header
-
-
 def file_checksum(path: Path) -> str:
     """The SHA-256 of a file, in hex (what ``sha256sum`` prints)."""
     digest = hashlib.sha256()
@@ -205,10 +170,6 @@ def file_checksum(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _is_shape(shape: object) -> bool:
-    return isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
 
 
 def _header_bytes(header: Mapping[str, Any] | bytes, metadata: Mapping[str, str]) -> bytes:

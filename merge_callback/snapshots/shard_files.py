@@ -11,22 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from merge_callback.sharding.pieces import Box, Piece
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.files import make_folder, parse_object, read_small
 from merge_callback.snapshots.layout import Layout, in_turns
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 from merge_callback.snapshots.safetensors_file import (
     CorruptFileError,
     difference,
     file_checksum,
-    read_header,
     sync,
     write_file,
     write_json,
 )
+from merge_callback.snapshots.safetensors_header import read_header
 
 SHARDS = "shards.json"
 """What lists the files of a snapshot that several ranks have written, in its folder."""
@@ -123,9 +123,9 @@ def shares(path: Path, sharding: Sharding, header: Mapping[str, Any]) -> bool:
     own = path / shard_file(sharding.ranks.rank, sharding.ranks.size)
     if not own.is_file():
         return False
-    found, _ = read_header(own)
-    metadata = found.pop("__metadata__", {})
-    return metadata.get("pieces") == _to_json(sharding, header) and not difference(found, header)
+    found = read_header(own)
+    pieces = _to_json(sharding, header)
+    return found.metadata.get("pieces") == pieces and not difference(found.entries, header)
 
 
 @dataclass(frozen=True)
@@ -152,13 +152,14 @@ def gather_shards(path: Path, checksum: str, wanted: Mapping[str, Piece], out: M
         CorruptFileError: where a file that is read is not what was written, or an element is in none.
         OSError: where one is missing or unreadable.
     """
-    sources, opened = list(_sources(path, checksum)), {}
+    sources = list(_sources(path, checksum))
+    opened: dict[int, dict[str, Tensor]] = {}
     for name, piece in wanted.items():
         filled = 0
         for read in _reads(name, piece, sources):
             if read.source not in opened:
                 opened[read.source] = _open(sources[read.source])
-            stored = opened[read.source].get_tensor(name)
+            stored = opened[read.source][name]
             read.to.of(_part(out[name], *read.target)).copy_(read.come.of(_part(stored, *read.origin)))
             filled += read.to.numel
         if filled != piece.numel:
@@ -167,23 +168,22 @@ def gather_shards(path: Path, checksum: str, wanted: Mapping[str, Piece], out: M
 
 def _sources(path: Path, checksum: str) -> Iterator[_Source]:
     if path.is_file():
-        header, _ = read_header(path)
-        header.pop("__metadata__", None)
-        yield _Source(path, checksum, {n: Piece.all_of(entry["shape"]) for n, entry in header.items()})
+        places = read_header(path).places
+        yield _Source(path, checksum, {place.name: Piece.all_of(place.shape) for place in places})
         return
     for file, expected in listed_shards(path, checksum).items():
-        header, _ = read_header(path / file)
+        metadata = read_header(path / file).metadata
         try:  # of a file that nothing is read from the checksum is not looked at
-            pieces = read_pieces(header["__metadata__"]["pieces"])
+            pieces = read_pieces(metadata["pieces"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptFileError(f"{path / file}: does not say what it holds ({error!r})") from None
         yield _Source(path / file, expected, pieces)
 
 
-def _open(source: _Source) -> Any:
+def _open(source: _Source) -> dict[str, Tensor]:
     if file_checksum(source.path) != source.checksum:
         raise CorruptFileError(f"{source.path}: the checksum differs from the recorded one")
-    return safe_open(source.path, "pt")
+    return map_safetensors(source.path)[0]
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from merge_callback.snapshots.safetensors_file import (
     arena_header,
     file_checksum,
     map_arena,
-    read_header,
     write_file,
 )
+from merge_callback.snapshots.safetensors_header import read_header
 from merge_callback.snapshots.shard_files import (
     SHARDS,
     gather_shards,
@@ -235,5 +235,4 @@ class ShardedFiles(SnapshotFiles):
 
 def names_in(file: Path) -> frozenset[str]:
     """The names of the tensors in a safetensors file."""
-    header, _ = read_header(file)
-    return frozenset(header) - {"__metadata__"}
+    return frozenset(read_header(file).entries)

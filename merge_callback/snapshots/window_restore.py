@@ -10,7 +10,8 @@ from typing import Any
 from merge_callback.snapshots.arena import Arena, FrozenPart
 from merge_callback.snapshots.files import CorruptFileError
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.safetensors_file import arena_header, difference, read_header
+from merge_callback.snapshots.safetensors_file import arena_header, difference
+from merge_callback.snapshots.safetensors_header import read_header
 from merge_callback.snapshots.shard_files import a_file
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.snapshot_files import names_in
@@ -193,7 +194,7 @@ def layout_difference(store: SnapshotStore, folder: WindowFolder, state: Mapping
         with suppress(OSError, CorruptFileError, StopIteration):
             found: dict[str, Any] = {}
             for file in (record["file"], *filter(None, [record.get("frozen")])):
-                found = read_header(next(folder.find(file, state["folder"])))[0] | found
+                found = read_header(next(folder.find(file, state["folder"]))).entries | found
             expected = arena_header(layout)
             found.pop("__metadata__", None)
             for entry in (*found.values(), *expected.values()):  # what is kept once lies elsewhere

@@ -1,0 +1,165 @@
+"""The header of a safetensors file, of which nothing is believed: it may be anyone's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from merge_callback.snapshots.files import CorruptFileError, open_regular
+from merge_callback.snapshots.layout import DTYPE_NAMES
+
+LONGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+
+_MORE_DTYPES = {
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "C64": "complex64",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+    "F8_E8M0": "float8_e8m0fnu",
+}
+# Beyond what a snapshot can hold; the last one came with torch 2.7.
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
+    name: getattr(torch, attribute) for name, attribute in _MORE_DTYPES.items() if hasattr(torch, attribute)
+}
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in the data region of its file, in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """What a header says.
+
+    Args:
+        entries: dtype, shape and byte range of each tensor, by name, as they stand in the file.
+        metadata: its ``__metadata__``.
+        start: where the data region begins in the file.
+        places: where each tensor lies in that region, in its order.
+    """
+
+    entries: dict[str, dict[str, Any]]
+    metadata: dict[str, str]
+    start: int
+    places: list[Place]
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file.
+
+    Raises:
+        CorruptFileError: where the file breaks any rule of the format, as far as the header tells: a length,
+            the JSON, a tensor's entry, or data that does not lie as it says.
+        OSError: where it can't be opened.
+    """
+    with open_regular(path) as file:
+        return parse_header(path, *header_text(path, file), os.fstat(file.fileno()).st_size)
+
+
+def header_text(path: Path, file: IO[bytes]) -> tuple[bytes, int]:
+    """The JSON of the header of an open file, and where the data region begins.
+
+    Raises:
+        CorruptFileError: where the file is shorter than that.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= min(size - 8, LONGEST_HEADER):
+        raise CorruptFileError(
+            f"{path}: the header length {length} does not fit a file of {size} bytes; "
+            "it is cut, or no safetensors file"
+        )
+    return file.read(length), 8 + length
+
+
+def parse_header(path: Path, text: bytes, start: int, size: int) -> Header:
+    """The header whose JSON was read.
+
+    Args:
+        path: of the file, for messages.
+        text: the JSON.
+        start: where the data region begins.
+        size: bytes of the file.
+
+    Raises:
+        CorruptFileError: see ``read_header``.
+    """
+    try:
+        entries = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: the header is not sound JSON ({error})") from None
+    if not isinstance(entries, dict):
+        raise CorruptFileError(f"{path}: the header is not a JSON object")
+    metadata = _metadata(path, entries.pop("__metadata__", {}))
+    return Header(entries, metadata, start, _places(path, entries, size - start))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{twice!r} occurs twice")
+    return found
+
+
+def _metadata(path: Path, found: object) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise CorruptFileError(f"{path}: __metadata__ does not map text to text")
+    return found
+
+
+def _places(path: Path, header: Mapping[str, Any], size: int) -> list[Place]:
+    """The tensors in the order they lie in the file, which they must fill without gap or overlap."""
+    places = sorted((_place(path, *item) for item in header.items()), key=lambda place: place.begin)
+    end = 0
+    for place in places:
+        if place.begin != end:
+            raise CorruptFileError(
+                f"{path}: tensor {place.name!r} begins at byte {place.begin} of the data, expected {end}: "
+                f"tensors must neither overlap nor leave gaps"
+            )
+        end = place.end
+    if end != size:
+        raise CorruptFileError(
+            f"{path}: the data has {size} bytes, expected {end}; the file is cut or altered: fetch it again"
+        )
+    return places
+
+
+def _place(path: Path, name: str, entry: object) -> Place:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CorruptFileError(f"{where} is {entry!r:.200}, expected its dtype, shape and data_offsets")
+    if entry["dtype"] not in list(_DTYPES):  # a list: what is not hashable is merely not in it
+        raise CorruptFileError(
+            f"{where} has dtype {entry['dtype']!r:.200}, expected one of {', '.join(_DTYPES)}"
+        )
+    shape, offsets = tuple(_sizes(where, entry["shape"])), tuple(_sizes(where, entry["data_offsets"]))
+    dtype = _DTYPES[entry["dtype"]]
+    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise CorruptFileError(
+            f"{where} lies at {list(offsets)}, expected {math.prod(shape) * dtype.itemsize} bytes "
+            f"for {list(shape)} of {entry['dtype']}"
+        )
+    return Place(name, dtype, shape, *offsets)
+
+
+def _sizes(where: str, found: object) -> Iterator[int]:
+    if not isinstance(found, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in found):
+        raise CorruptFileError(f"{where} has sizes {found!r:.200}, expected a list of whole numbers")
+    yield from found
