@@ -441,7 +441,7 @@ def test_an_optimizer_that_can_t_be_set_back_trains_all_the_same_where_nobody_as
 
     with pytest.raises(ValueError, match="how is not known"):
         spiking(tmp_path / "a", module=build, spike=EVIDENCE)
-    with pytest.warns(UserWarning, match="loss spikes are told of, and nothing is restored: .*Own"):
+    with pytest.warns(UserWarning, match="loss spikes are only reported, nothing is restored: .*Own"):
         train(
             build(),
             CheckpointMergeCallback(every_n_steps=EVERY, dirpath=tmp_path / "b", **MEMORY),
