@@ -14,7 +14,7 @@ __all__ = ["RMSDiversity", "rms_diversity", "rms_per_tensor", "squared_distances
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: torchmetrics takes as long to import as torch, and measures of files don't need it.
+    # Imported on first use: torchmetrics takes as long to import as torch, and most uses don't need it.
     if name in ("RMSDiversity", "rms_diversity"):
         return getattr(import_module("merge_callback.diversity.rms"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
