@@ -3,8 +3,9 @@
 The library is an optional part of an installation. If there was no compiler for it, or the processor has no
 fused multiply-add, ``instructions()`` is 0 and ``blocks`` does the same with PyTorch's operations.
 
-A weighted sum has the same bits as in ``blocks``; a sum of squares is more exact. The contrasts are formed in fp32, squared and summed in fp64, and their sum is the same for any number of threads. The two
-passes of TIES, ``elect`` and ``split``, also give the same bits as PyTorch's operations.
+A weighted sum has the same bits as in ``blocks``; a sum of squares is more exact. The contrasts are formed in
+fp32, squared and summed in fp64, and their sum is the same for any number of threads. The two passes of TIES,
+``elect`` and ``split``, also give the same bits as PyTorch's operations.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import torch
 
 BLOCK = 1 << 15
 """Elements processed at once on a CPU: a dozen fp32 blocks stay in the second-level cache. It is also the
-most that PyTorch processes in the calling thread (its grain size): a larger block would start a team of OpenMP
-threads, which wait for each other at every operation (on two shared cores: 1.8 times as long). If PyTorch has
-a single thread, blocks of twice the size are a tenth faster, because Python is called half as often."""
+most that PyTorch processes in the calling thread (its grain size): a larger block would start a team of
+OpenMP threads, which wait for each other at every operation (on two shared cores: 1.8 times as long). If
+PyTorch has a single thread, blocks of twice the size are a tenth faster, since Python is called half as
+often."""
 
 _THREADS = 4  # more threads would wait for Python between operations that take microseconds
 
