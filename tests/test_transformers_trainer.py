@@ -67,7 +67,7 @@ def numbers(count, hard=()):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(count, 8, generator=generator)
     return [
-        {"x": row, "labels": row.sum(0, keepdim=True), "harder": torch.tensor(9.0 * (i in hard))}
+        {"x": row, "labels": row.sum(0, keepdim=True), "harder": torch.tensor(90.0 * (i in hard))}
         for i, row in enumerate(x)
     ]
 
