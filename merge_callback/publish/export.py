@@ -45,7 +45,7 @@ class Naming:
             further_files: that are published as they are, by name.
 
         Raises:
-            ValueError: where ``strip_prefix`` begins no tensor's name.
+            ValueError: if ``strip_prefix`` begins no tensor's name.
         """
         names = tensor_names(module)
         if strip_prefix and not any(name.startswith(strip_prefix) for name in names):
@@ -61,7 +61,9 @@ class Naming:
                     f"strip_prefix={strip_prefix!r} would give two tensors of this model one name: "
                     f"{met[:3]}; publish with the full names, or rename one of each"
                 )
-            return cls(further_files=further_files or {})  # a second head beside the Hugging Face model's own, say
+            return cls(
+                further_files=further_files or {}
+            )  # a second head beside the Hugging Face model's own, say
         add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
         return cls(prefix, add_files, further_files or {})
 
@@ -130,7 +132,7 @@ class Exporter:
 
         Returns:
             What publishes it, to be called on all ranks: the first one writes what all of them send, tensor
-            by tensor, and gets the folder. There it raises OSError where it can't be written.
+            by tensor, and gets the folder. There it raises OSError if it can't be written.
         """
         content = provenance(
             merge.method,

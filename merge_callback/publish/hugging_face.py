@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     """The one outermost ``PreTrainedModel`` inside ``module`` and the prefix of its tensors' names.
 
-    ``None`` where there is none, or several (which of them to export would be a guess), and where peft has put
+    ``None`` if there is none, or several (which of them to export would be a guess), and if peft has put
     adapters into it: its own names for the layers are not those that ``from_pretrained`` knows.
     """
     transformers = sys.modules.get("transformers")  # imported by whoever built such a model

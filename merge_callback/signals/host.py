@@ -112,9 +112,11 @@ class Host(Protocol):
 
     def expose(self, metrics: Mapping[str, float]) -> None:
         """Makes scalars known to whatever monitors them: all ranks have the same ones at the same time."""
+        return
 
     def log_text(self, text: str, step: int) -> None:
         """Shows an event in every logger that takes text; none that fails may end the run."""
+        return
 
     def sample_indices(self, epoch: int, batch_idx: int) -> list[int] | None:
         """The data set's indices of a batch on this rank; ``None`` if nobody knows."""

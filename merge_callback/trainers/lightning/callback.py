@@ -16,7 +16,7 @@ from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.trainers.lightning.host import LightningHost
 from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
@@ -196,7 +196,10 @@ class CheckpointMergeCallback(_Callback):
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
-        options, self._host = beside_others(self.options, trainer.callbacks), LightningHost(trainer, pl_module)
+        options, self._host = (
+            beside_others(self.options, trainer.callbacks),
+            LightningHost(trainer, pl_module),
+        )
         named = taking_part(trainer, options.evaluate_with)
         self.session = MergeSession.begin(options, self._host, self._resume)
         directions = MetricDirections(options.lower_is_better, options.higher_is_better)
@@ -236,7 +239,7 @@ class CheckpointMergeCallback(_Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
-            self.session.pipeline.settle()  # a monitor finds the same on all ranks
+            self.session.pipeline.wait_until_merged()  # a monitor finds the same on all ranks
             if self.options.evaluate and self._validation:
                 self._validation.update(self.session.current_merge())
 

@@ -67,7 +67,9 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
 
     def __init__(self, **options: Any) -> None:
         if "evaluate_with" in options:
-            raise TypeError("'evaluate_with' is for Lightning; a Trainer's callbacks take no part in evaluations")
+            raise TypeError(
+                "'evaluate_with' is for Lightning; a Trainer's callbacks take no part in evaluations"
+            )
         self.options = Options.resolve(**options)
         self.session: MergeSession | None = None
         self._trainer: Trainer | None = None
@@ -113,7 +115,9 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
         if self.options.spike.grad_norm:
             self._replace(trainer.accelerator, "clip_grad_norm_", self._clip_gradients)
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any) -> None:
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
         """Notes where in the data the epoch begins."""
         if self.session:
             self._host.epochs_over, self._batch_idx = int(state.epoch or 0), 0
@@ -197,7 +201,9 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
             HalfRestoredError: instead of saving a mixture.
         """
         if self._half_restored or (self.session and self.session.is_half_restored):
-            raise HalfRestoredError("a restore failed half way, and its weights are not saved; resume earlier")
+            raise HalfRestoredError(
+                "a restore failed half way, and its weights are not saved; resume earlier"
+            )
         present(output_dir, *args, **kwargs)
         trainer = self._trainer
         if self.session is None or trainer is None or output_dir is None or trainer.args.save_only_model:

@@ -117,11 +117,11 @@ class MergedEvaluation:
             output = evaluated.run()
         return _measured(output.metrics)
 
-    def _gains(
-        self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str
-    ) -> dict[str, float]:
+    def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
         lower = {name: self._lower_is_better(name, prefix) for name in merged}
-        unknown = sorted(name for name, is_lower in lower.items() if is_lower is None and name not in self._told)
+        unknown = sorted(
+            name for name, is_lower in lower.items() if is_lower is None and name not in self._told
+        )
         if unknown:
             self._told.update(unknown)
             info(
