@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "merge_callback"
 TOP = [
     "cli",
     "demo",
+    "transformers",
     "trainers",
     "engine",
     "options",
