@@ -21,6 +21,7 @@ from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_folder import WINDOW
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def new_window(
     store = SnapshotStore(
         Layout.of(sharding.own(model.tensors), options.snapshot_dtype, still),
         options.storage,
-        folder.path / "window" if options.durable else None,
+        folder.path / WINDOW if options.durable else None,
         device,
         {name for name in model.buffers if not all_finite(model.tensors[name])},
         model.buffers,
