@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_callback.checkpoints.merge_record import versions
 from merge_callback.merging import MergeMethod
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 
 
 def provenance(
