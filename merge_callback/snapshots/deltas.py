@@ -192,7 +192,7 @@ def _on_the_whole(name: str) -> Callable[..., Any]:
     return operate
 
 
-# Python looks for these on the class, where no __getattr__ is asked.
+# Python looks for these on the class, and asks no __getattr__ there.
 for _name in (
     *(f"__{way}{name}__" for name in _BINARY for way in ("", "r")),
     *(f"__{name}__" for name in _OTHERS),
