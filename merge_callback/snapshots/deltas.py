@@ -23,9 +23,6 @@ from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.layout import Group
 
-CODECS = {"delta-fp16": torch.float16, "delta-bf16": torch.bfloat16}
-"""What differences are stored in, by the codec's name."""
-
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = (
     "neg",
