@@ -17,7 +17,7 @@ from merge_callback.publish.export import Naming
 from merge_callback.sharding import Sharding
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.deltas import CODECS
+from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window

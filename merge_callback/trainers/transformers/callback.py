@@ -18,7 +18,7 @@ from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.messages import warn
 from merge_callback.options import Options
 from merge_callback.snapshots.files import CorruptFileError, read_object, write_json
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.trainers.transformers.host import TransformersHost
 from merge_callback.trainers.transformers.merged_evaluation import MergedEvaluation
 
