@@ -46,9 +46,12 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("merge-callback")
+        try:
+            return version("merge-callback")
+        except PackageNotFoundError:  # a source tree on the path
+            return "0+unknown"
     # Imported on first use: Lightning costs a second and 100 MB that merging files does not need.
     if name in _HOMES:
         return getattr(import_module(f"merge_callback.{_HOMES[name]}"), name)

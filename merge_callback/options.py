@@ -22,7 +22,7 @@ from merge_callback.checks import (
 )
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.deltas import CODECS
-from merge_callback.snapshots.storage import Storage
+from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.urls import file_system_of, is_remote, local_path
 
@@ -74,7 +74,7 @@ class Options:
     unit: Literal["tokens", "steps"]
     count_tokens: Callable[[Any], int] | None
     methods: dict[str, MergeMethod]
-    storage: Storage
+    storage: str
     durable: bool
     snapshot_dtype: torch.dtype | None
     snapshot_codec: str
@@ -232,7 +232,7 @@ def resolve_classes(evaluate_with: str | type | Sequence[str | type]) -> tuple[s
     return tuple(kind if isinstance(kind, str) else kind.__name__ for kind in several)
 
 
-def resolve_storage(storage: str, durable: bool) -> Storage:
+def resolve_storage(storage: str, durable: bool) -> str:
     """``"auto"`` is ``"disk"`` (the page cache keeps it in memory), or ``"cpu"`` if not durable.
 
     Raises:
@@ -240,13 +240,14 @@ def resolve_storage(storage: str, durable: bool) -> Storage:
     """
     if storage == "auto":
         return "disk" if durable else "cpu"
-    if storage not in ("disk", "cpu", "device"):
-        raise ValueError(f"storage={storage!r} must be 'auto', 'disk', 'cpu' or 'device'")
-    if storage == "disk" and not durable:
+    if storage not in tuple(STORAGES):
+        *others, last = map(repr, ("auto", *STORAGES))
+        raise ValueError(f"storage={storage!r} must be {', '.join(others)} or {last}")
+    if STORAGES[storage].needs_files and not durable:
         raise ValueError(
-            "storage='disk' keeps the window in files, durable=False forbids them; drop one of the two"
+            f"storage={storage!r} keeps the window in files, durable=False forbids them; drop one of the two"
         )
-    return storage  # type: ignore[return-value]
+    return storage
 
 
 def resolve_codec(codec: str | None, snapshot_dtype: object) -> str:

@@ -336,3 +336,28 @@ def test_objects_with_slots_are_put_back_after_a_merged_validation(tmp_path):
     assert merged.module.best == plain.module.best
     assert len(plain.module.best.history) == 3
     assert merged.module.nested["rounds"][0]._count == 3
+
+
+class OwnTrainer(Trainer):
+    """A trainer of somebody's own class, which its module knows like any other."""
+
+
+class Telling(Classifier):
+    """Tells its trainer of every validation; has a tensor without values, as lazily built models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.shape = torch.empty(2, device="meta")
+
+    def on_validation_epoch_end(self):
+        self.trainer.told.append(self.trainer.callback_metrics["val_loss"])
+
+
+@pytest.mark.parametrize("kind", [Trainer, OwnTrainer])
+def test_nothing_of_a_trainer_is_put_back_after_a_merged_validation(kind, tmp_path):
+    """With a trainer's own state would go that of all callbacks, this one's thread among them."""
+    trainer = kind(**QUIET, max_epochs=3, callbacks=[merging(tmp_path)])
+    trainer.told = []
+    trainer.fit(Telling(), loader(), loader())
+    assert len(trainer.told) == 3 + 3
+    assert trainer.callback_metrics["merged/val_loss"] in trainer.told

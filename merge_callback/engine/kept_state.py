@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.merge import HalfRestoredError, free_memory
+from merge_callback.snapshots.live_merge import HalfRestoredError, free_memory
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ _CONTAINERS_OF_LIGHTNING = {"AttributeDict"}  # hyperparameters
 
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy"}
 _LIBRARIES |= sys.stdlib_module_names
+_TRAINERS = {"lightning", "lightning_fabric", "pytorch_lightning", "transformers"}
 
 _NO_STATE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
@@ -214,11 +215,11 @@ class _Keeper:
             value: of any type; what nobody can restore is passed over.
             tensors: whether tensors are copied, too.
         """
-        if id(value) in self._seen or isinstance(value, nn.Parameter):
+        if id(value) in self._seen or isinstance(value, nn.Parameter) or _is_the_run(value):
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
-            if tensors and value.numel() <= _PLAIN_TENSOR:
+            if tensors and value.numel() <= _PLAIN_TENSOR and not value.is_meta:
                 self.restores.append(_tensor_restore(value.data))
         elif isinstance(value, nn.Module):
             self._keep_hidden(value)
@@ -266,7 +267,7 @@ class _Keeper:
             self._seen.add(id(part))
             self.keep(vars(part))
         for tensor in (*hidden.parameters(), *hidden.buffers()):
-            if id(tensor) not in self._seen and tensor.numel() <= _PLAIN_TENSOR:
+            if id(tensor) not in self._seen and tensor.numel() <= _PLAIN_TENSOR and not tensor.is_meta:
                 self._seen.add(id(tensor))
                 self.restores.append(_tensor_restore(tensor.data))
 
@@ -274,6 +275,16 @@ class _Keeper:
 def _is_container(value: Any) -> bool:
     own = isinstance(value, (dict, list)) and type(value).__module__.partition(".")[0] not in _LIBRARIES
     return type(value) in _CONTAINERS or type(value).__name__ in _CONTAINERS_OF_LIGHTNING or own
+
+
+def _is_the_run(value: Any) -> bool:
+    """Whether all of the run hangs on a value: a trainer, also of somebody's own class, or a part of this.
+
+    To put that back would undo what other threads have done meanwhile.
+    """
+    kinds = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__]
+    is_ours = kinds[0][0] == "merge_callback" and not isinstance(value, nn.Module)
+    return is_ours or any(owner in _TRAINERS and name in ("Trainer", "Fabric") for owner, name in kinds)
 
 
 def _is_of_users(value: Any) -> bool:

@@ -21,6 +21,7 @@ from merge_callback.snapshots.deltas import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_restore import layout_difference
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def restore_window(window: Window, folder: RunFolder, state: Mapping[str, Any], 
     if folder.is_elsewhere and kept["snapshots"]:
         warn(f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here")
         return False
-    if different := window.layout_difference(kept):
+    if different := layout_difference(window.store, window.folder, kept):
         what = "of another model"
         if different.startswith("snapshot_codec"):
             what = "in another snapshot_codec"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.merge import Merge, WindowMerger
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 
@@ -76,7 +76,7 @@ class MergeSession:
         self.options, self.host = options, host
         self.ranks = Ranks.of_run()
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
-        naming = Naming.of(host.module, options.strip_prefix)
+        naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as it was seen before the newest snapshot
@@ -449,6 +449,15 @@ class MergeSession:
         self.plan = self.plan.with_steps(per_batch)
         if self.options.unit == "steps":
             _tell(self.plan.counted(per_batch), self.plan.warnings())
+
+
+def beside_others(options: Options, callbacks: Iterable[object]) -> Options:
+    """Of several callbacks the first one restores the run; the others only note and report its spikes."""
+    sessions = [getattr(callback, "session", None) for callback in callbacks]
+    actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
+    if options.spike.action != "restore" or "restore" not in actions:
+        return options
+    return replace(options, spike=replace(options.spike, action="warn"))
 
 
 def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:

@@ -23,7 +23,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class SnapshotPipeline:
         self.publish_group = Ranks.of_run()  # for what is published, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
-        self._merger = WindowMerger(window, options.methods, lag, options.exclude, self.background.drain)
+        self._merger = WindowMerger(window, options.methods, lag, options.exclude)
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
@@ -275,7 +275,8 @@ class SnapshotPipeline:
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
-            self.background.submit(partial(self._publish, merge.step, self._prepared(merge, model.tied)))
+            prepared = self._prepared(merge, model.tied)
+            merge.published = self.background.submit(partial(self._publish, merge.step, prepared))
 
     def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
         """What publishes a merge, or why this rank can't."""

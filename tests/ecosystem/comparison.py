@@ -1,0 +1,80 @@
+"""What every library is asked: does training stay the same, do merges load, are the merged metrics right."""
+
+import contextlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+
+from tests.training_runs import assert_mean, emissions
+
+EVERY, WINDOW = 6, 3
+MERGING = {"every_n_steps": EVERY, "window": WINDOW, "keep_last": None, "method": "sma"}
+
+CHECKS = ("trains bitwise as without", "merges load back", "merged metrics right")
+
+
+class Findings:
+    """The outcome of each check, for one library; what fails is noted, and the other checks go on."""
+
+    def __init__(self, library: str, trainer: str) -> None:
+        self.library, self.trainer = library, trainer
+        self.outcomes: dict[str, list[str]] = {check: [] for check in CHECKS}
+
+    @contextlib.contextmanager
+    def checking(self, check: str, what: str) -> Iterator[None]:
+        """Runs one part of a check and notes its error."""
+        print(f"-- {check}: {what}", flush=True)
+        try:
+            yield
+        except Exception as error:
+            traceback.print_exc()
+            line = next(iter(str(error).strip().splitlines()), "")
+            self.outcomes[check].append(f"{what}: {type(error).__name__}: {line[:300]}")
+
+    def write(self, path: str) -> None:
+        """Writes the outcomes as JSON: of each check, what failed."""
+        found = {
+            "library": self.library,
+            "version": version(self.library),
+            "trainer": self.trainer,
+            "checks": self.outcomes,
+        }
+        Path(path).write_text(json.dumps(found, indent=2) + "\n")
+        print(json.dumps(found, indent=2))
+
+
+def assert_emissions(folder: Path, snapshots: dict[int, dict[str, Tensor]], load: Callable) -> int:
+    """Every merge below ``folder`` is the mean of the ``snapshots`` that its record names.
+
+    Returns:
+        How many snapshots the last merge is the mean of.
+    """
+    found = emissions(folder)
+    assert found, f"no merge was published below {folder}"
+    steps: list[int] = []
+    for emission in found:
+        record = json.loads((emission / "merge.json").read_text())
+        steps = [snapshot["step"] for snapshot in record["snapshots"]]
+        assert_mean(load(emission), [snapshots[step] for step in steps])
+    assert len(steps) == WINDOW, f"the last merge is of the steps {steps}"
+    return len(steps)
+
+
+def assert_metrics(found: dict[str, float], expected: dict[str, float]) -> None:
+    """The callback's ``merged/…`` values are those of a validation run by hand."""
+    assert found, "no merged metric was logged"
+    for name, value in found.items():
+        assert name in expected, f"a validation by hand has {sorted(expected)}, but no {name}"
+        assert abs(value - expected[name]) <= 1e-6 * max(1.0, abs(expected[name])), (
+            f"merged {name} is {value}, by hand {expected[name]}"
+        )
+
+
+def result_path() -> str:
+    """Where the runner wants the outcomes."""
+    return sys.argv[1] if len(sys.argv) > 1 else "/dev/null"

@@ -1,0 +1,108 @@
+"""The three checks for libraries that train with a Lightning Trainer, of either name."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merge_callback import CheckpointMergeCallback, load_merge
+from tests.ecosystem.comparison import EVERY, MERGING, WINDOW, Findings, assert_emissions, assert_metrics
+from tests.training_runs import assert_mean, assert_same_bits, weights_of
+
+
+def checked(
+    library: str,
+    namespace: Any,
+    train: Callable,
+    validate: Callable,
+    load: Callable,
+    load_checkpoint: Callable | None = None,
+    **options: Any,
+) -> Findings:
+    """Trains with and without the callback and compares.
+
+    Args:
+        library: its name on PyPI.
+        namespace: ``lightning.pytorch`` or ``pytorch_lightning``, whichever the library trains with.
+        train: from a list of callbacks and a folder to whatever the library trains, always from the same seed.
+        validate: from what was trained, with the merged weights in it, to the metrics by name.
+        load: from the folder of an emission to the state dict of a new object of the library's that has it.
+        load_checkpoint: from the folder of a merge of Lightning checkpoints and the newest of them to a module
+            that the library has loaded. Without one no checkpoints are saved.
+        options: of the callback.
+    """
+    findings = Findings(library, namespace.__name__)
+    root = Path(tempfile.mkdtemp(prefix="ecosystem-"))
+    alone, probe = _probe(namespace), _probe(namespace)
+
+    def saving(name: str) -> list[Any]:
+        return [_saving(namespace, root / name)] if load_checkpoint else []
+
+    train([alone, *saving("alone")], root / "run-alone")
+    merging = CheckpointMergeCallback(dirpath=root / "merges", **MERGING, **options)
+    with findings.checking("trains bitwise as without", "final weights"):
+        trained = train([merging, probe, *saving("saved")], root / "run")
+        assert len(probe.weights) >= WINDOW, f"snapshots at {list(probe.weights)} only"
+        assert_same_bits(weights_of(probe.module), weights_of(alone.module))
+    with findings.checking("merges load back", "merges are the mean of their snapshots"):
+        assert_emissions(root / "merges", probe.weights, load_merge)
+    with findings.checking("merges load back", "the library loads the latest"):
+        assert_same_bits(load(root / "merges/latest"), load_merge(root / "merges/latest"))
+    if load_checkpoint:
+        with findings.checking("merges load back", "the library's checkpoints, merged"):
+            merged = merge_files(root / "saved", root / "merged", "--as", "lightning")
+            snapshots = [probe.weights[step] for step in sorted(probe.weights)[-WINDOW:]]
+            newest = root / "saved" / f"step={max(probe.weights)}.ckpt"
+            assert_mean(weights_of(load_checkpoint(merged, newest)), snapshots)
+    with findings.checking("merged metrics right", "the last validation"):
+        probe.module.load_state_dict(load_merge(root / "merges/latest"))
+        torch.set_rng_state(probe.random)
+        expected = validate(trained)
+        print(f"by hand {expected}\nlogged {probe.merged}")
+        assert_metrics(probe.merged, expected)
+    return findings
+
+
+def _probe(namespace: Any) -> Any:
+    class Probe(namespace.Callback):
+        """Records the weights at each snapshot's step, and the merged metrics of each validation."""
+
+        def __init__(self) -> None:
+            self.weights: dict[int, dict[str, Tensor]] = {}
+            self.merged: dict[str, float] = {}
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.module = pl_module
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step % EVERY == 0 and trainer.global_step not in self.weights:
+                self.weights[trainer.global_step] = weights_of(pl_module)
+            self.random = torch.get_rng_state()  # a validation may draw
+
+        def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+            known = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            self.merged = {k.removeprefix("merged/"): v for k, v in known.items() if k.startswith("merged/")}
+
+    return Probe()
+
+
+def _saving(namespace: Any, folder: Path) -> Any:
+    return namespace.callbacks.ModelCheckpoint(
+        folder, filename="{step}", every_n_train_steps=EVERY, save_top_k=-1
+    )
+
+
+def merge_files(folder: Path, output: Path, *options: str) -> Path:
+    """What a user does with checkpoints that are there already."""
+    command = [sys.executable, "-m", "merge_callback", "merge", folder, "--last", str(WINDOW), *options]
+    done = subprocess.run(
+        [*command, "--output", output], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout.strip().splitlines()[-1]
+    return output
