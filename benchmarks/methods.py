@@ -1,6 +1,6 @@
 """What each method's merge is worth: validation losses along the demo's run, by method and window.
 
-    python benchmarks/methods.py                  # 15 minutes on one core
+    python benchmarks/methods.py                  # 15 minutes on one idle core
     python benchmarks/methods.py --seeds 1
 
 The demo's model trains without a callback of ours, and its weights are copied every 40 steps. Afterwards the

@@ -172,7 +172,7 @@ class Finale(Callback):
         merge, keeper = session.merger.current(session.live()), session.pipeline
         assert merge is not None
         for _ in range(3):
-            exporter = Exporter(keeper.publisher, session.sharding, keeper.naming, keeper.courier, True)
+            exporter = Exporter(keeper.publisher, session.sharding, keeper.naming, keeper.publish_group, True)
             publish = exporter.prepare(merge, {})
             _meet(session.ranks, self.merging.meter)
             with self.merging.meter.event("emission as dcp"):

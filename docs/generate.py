@@ -185,7 +185,7 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "metrics": metrics,
         "first metrics": first_metrics,
         "methods": lambda: methods_table("docs/methods/"),
-        "methods beside this page": lambda: methods_table(""),
+        "methods, from their folder": lambda: methods_table(""),
         "gains": gains,
         "live loss": live,
     }

@@ -1,4 +1,4 @@
-"""The callback's options, checked once: every message names the option, the value and the mend."""
+"""The callback's options, checked once: every message names the option, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from merge_callback.checks import (
 )
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
 from merge_callback.snapshots.deltas import CODECS
-from merge_callback.snapshots.storage import Storage
+from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.urls import file_system_of, is_remote, local_path
 
@@ -30,7 +30,7 @@ DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
 
 AUTO = {"stable": "sma", "decay": "ties"}
-"""The method of each phase that is merged, where none is given."""
+"""The default method of each phase that is merged."""
 
 MERGED_PHASES = tuple(AUTO)
 
@@ -74,7 +74,7 @@ class Options:
     unit: Literal["tokens", "steps"]
     count_tokens: Callable[[Any], int] | None
     methods: dict[str, MergeMethod]
-    storage: Storage
+    storage: str
     durable: bool
     snapshot_dtype: torch.dtype | None
     snapshot_codec: str
@@ -137,7 +137,7 @@ def resolve_window(window: int) -> int:
     """The number of snapshots.
 
     Raises:
-        ValueError: where it is not a whole number from 2 on.
+        ValueError: if it is not a whole number of at least 2.
     """
     if positive("window", window) == 1:
         raise ValueError("window=1 holds nothing to merge; choose 2 or more")
@@ -148,7 +148,7 @@ def resolve_counter(count_tokens: Callable[[Any], int] | None) -> Callable[[Any]
     """The function that counts a batch's tokens.
 
     Raises:
-        ValueError: where it is none.
+        ValueError: if it is not callable.
     """
     if count_tokens is not None and not callable(count_tokens):
         raise ValueError(
@@ -161,7 +161,7 @@ def resolve_prefix(strip_prefix: str | None) -> str | None:
     """What is taken off the published names.
 
     Raises:
-        ValueError: where it is no text.
+        ValueError: if it is not text.
     """
     if not isinstance(strip_prefix, (str, type(None))):
         raise ValueError(f"strip_prefix={strip_prefix!r} must be text, e.g. 'model.'")
@@ -171,10 +171,10 @@ def resolve_prefix(strip_prefix: str | None) -> str | None:
 def resolve_interval(
     every_n_tokens: float | None, every_n_steps: float | None
 ) -> tuple[int, Literal["tokens", "steps"]]:
-    """The interval and its unit; 4B tokens where none is given.
+    """The interval and its unit; by default 4B tokens.
 
     Raises:
-        ValueError: where both are given, or one is not a positive number.
+        ValueError: if both are given, or one is not a positive number.
     """
     if every_n_tokens is not None and every_n_steps is not None:
         raise ValueError(
@@ -232,7 +232,7 @@ def resolve_classes(evaluate_with: str | type | Sequence[str | type]) -> tuple[s
     return tuple(kind if isinstance(kind, str) else kind.__name__ for kind in several)
 
 
-def resolve_storage(storage: str, durable: bool) -> Storage:
+def resolve_storage(storage: str, durable: bool) -> str:
     """``"auto"`` is ``"disk"`` (the page cache keeps it in memory), or ``"cpu"`` if not durable.
 
     Raises:
@@ -240,20 +240,21 @@ def resolve_storage(storage: str, durable: bool) -> Storage:
     """
     if storage == "auto":
         return "disk" if durable else "cpu"
-    if storage not in ("disk", "cpu", "device"):
-        raise ValueError(f"storage={storage!r} must be 'auto', 'disk', 'cpu' or 'device'")
-    if storage == "disk" and not durable:
+    if storage not in tuple(STORAGES):
+        *others, last = map(repr, ("auto", *STORAGES))
+        raise ValueError(f"storage={storage!r} must be {', '.join(others)} or {last}")
+    if STORAGES[storage].needs_files and not durable:
         raise ValueError(
-            "storage='disk' keeps the window in files, durable=False forbids them; drop one of the two"
+            f"storage={storage!r} keeps the window in files, durable=False forbids them; drop one of the two"
         )
-    return storage  # type: ignore[return-value]
+    return storage
 
 
 def resolve_codec(codec: str | None, snapshot_dtype: object) -> str:
-    """How snapshots are kept beside as they are; empty for as they are.
+    """The snapshot codec; empty for uncompressed snapshots.
 
     Raises:
-        ValueError: for an unknown one, or one beside a ``snapshot_dtype``.
+        ValueError: for an unknown one, or one together with a ``snapshot_dtype``.
     """
     if codec not in (None, *CODECS):
         raise ValueError(
@@ -280,11 +281,11 @@ def resolve_format(format: str) -> str:
 
 
 def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | str | None:
-    """The folder as a path; as it is, where it is the URL of a remote one.
+    """A local folder as a path, a URL as it is.
 
     Raises:
-        ValueError: where it is a file, or its nearest existing parent can't be written; where fsspec has
-            nothing for the URL.
+        ValueError: if it is a file, its nearest existing parent can't be written, or fsspec does not know the
+            URL.
     """
     if dirpath is None:
         return None

@@ -66,7 +66,7 @@ class SpikeOptions:
     optimizer_scale: float = 0.1
     """The factor of ``optimizer="scale"``."""
     rewarm_steps: int = 100
-    """Optimizer steps over which the learning rate ramps up again, from 0 to where the schedule then is."""
+    """Optimizer steps over which the learning rate ramps up again, from 0 to that of the schedule."""
     lr_factor: float = 1.0
     """Each restore multiplies the learning rate by this, for the rest of the run."""
     cooldown: int = 128
@@ -159,11 +159,11 @@ def _resolve_watch(watch: object) -> dict[str, str]:
 
 
 DEFAULT = SpikeOptions()
-"""Where nothing is given. What it asks for and a run can't have is done without: see ``MergeSession``."""
+"""What a run gets by default; a run that can't have some of it does without: see ``MergeSession``."""
 
 
 def resolve_spike(spike: SpikeOptions | str | bool | Mapping[str, Any] | None, window: int) -> SpikeOptions:
-    """The options of an object, of an action alone or of a mapping; the defaults where nothing is given.
+    """The options from an object, a mapping or an action alone; ``DEFAULT`` for None.
 
     Args:
         spike: as given to the callback. ``False`` is YAML's ``off``.

@@ -28,7 +28,7 @@ def file_system_of(url: str) -> tuple[Any, str]:
 
     Raises:
         ValueError: for an unknown protocol.
-        ImportError: where the package that a protocol needs is missing.
+        ImportError: if the package that a protocol needs is missing.
     """
     from fsspec.core import url_to_fs
 

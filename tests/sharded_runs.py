@@ -143,13 +143,13 @@ def copies(strategy):
 
 @contextmanager
 def noting(told):
-    """Notes what the callback tells this rank."""
+    """Notes what the callback warns this rank of."""
 
     class Told(logging.Handler):
         def emit(self, record):
             told.append(record.getMessage())
 
-    handler, logger = Told(), logging.getLogger("merge_callback")
+    handler, logger = Told(logging.WARNING), logging.getLogger("merge_callback")
     logger.addHandler(handler)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -83,7 +83,7 @@ def shared(ranks, every=1000, unit="steps", sizes=(8,), spoil=None, share=True, 
         seen.append(as_list(statistics.end_step(step, None)))
         if interval.is_over(step):
             due.append([step, clock.tokens if clock.countable is not False else None])
-    statistics.settle()
+    statistics.flush_to_clock()
     return {"seen": seen[1:], "due": due, "tokens": clock.tokens, "countable": clock.countable}
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from training_runs import loader, train
 
 from merge_callback import CheckpointMergeCallback
+from merge_callback.checkpoints.registry import READERS
 from merge_callback.cli.main import main
 from merge_callback.demo import DemoData, DemoModule
 from merge_callback.demo.gpt import GPTConfig
@@ -104,7 +105,7 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     ids = [torch.randint(256, (4, 16)) for _ in range(12)]
-    known = set(METHODS)
+    known, readers = set(METHODS), list(READERS)
     yield {
         "model": small_model(),
         "data": Data(),
@@ -114,6 +115,7 @@ def names(tmp_path, monkeypatch):
     }
     for name in METHODS.keys() - known:
         del METHODS[name]
+    READERS[:] = readers
     sys.modules.pop("my_methods", None)
 
 

@@ -22,7 +22,7 @@ from training_runs import Classifier, assert_same_bits, is_beside, loader, seed,
 from merge_callback import CheckpointMergeCallback
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.snapshots import arena
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 
 SCRIPT = Path(__file__).with_name("interrupted_run.py")
 

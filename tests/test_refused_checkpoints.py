@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merge_callback.checkpoints.open import open_checkpoint, verify
-from merge_callback.snapshots.safetensors_file import CorruptFileError
+from merge_callback.sharding import Piece
+from merge_callback.snapshots.safetensors_file import CorruptFileError, file_checksum
+from merge_callback.snapshots.shard_files import gather_shards
 
 # Refusals: torch.save
 
@@ -130,6 +132,14 @@ def test_broken_safetensors_header_is_refused(tmp_path, header, message):
     write_safetensors(tmp_path / "a.safetensors", header, bytes(8))
     with pytest.raises(CorruptFileError, match=message):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_snapshot_with_a_broken_header_is_refused_on_a_resume_as_anywhere(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write_safetensors(path, {"a": entry(0, 4), "b": entry(2, 8)}, bytes(8))
+    out = {"a": torch.empty(4, dtype=torch.uint8)}
+    with pytest.raises(CorruptFileError, match="'b' begins at byte 2 of the data, expected 4"):
+        gather_shards(path, file_checksum(path), {"a": Piece.all_of([4])}, out)
 
 
 @pytest.mark.parametrize("length", [0, 1, 93, 2**63])

@@ -268,11 +268,11 @@ def test_attempts_do_not_pile_up_while_a_store_is_out_of_reach(tmp_path, monkeyp
     queue = SimpleNamespace(submit=jobs.append, drain=lambda timeout: True)
     publisher = RemotePublisher(tmp_path, 3, 1 << 30, "shelf://bucket", "mine", queue)
     for _ in range(3):
-        publisher.settle()
+        publisher.finish_uploads()
     assert len(jobs) == 1
 
     jobs.pop()()
-    publisher.settle()
+    publisher.finish_uploads()
     assert len(jobs) == 1
     assert "step=00000002-sma could not be uploaded to shelf://bucket" in caplog.text
 

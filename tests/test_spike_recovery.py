@@ -32,7 +32,7 @@ from merge_callback import SpikeOptions, load_merge
 from merge_callback import merge_state_dicts as merge
 from merge_callback.snapshots import live_merge
 from merge_callback.snapshots.deltas import flat_tensors
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 
 pytestmark = pytest.mark.filterwarnings("ignore:merge:")
 

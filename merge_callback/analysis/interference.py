@@ -1,7 +1,7 @@
 """How much task vectors get in each other's way: sign conflict, overlap, magnitude ratio and variance.
 
 "Less Is More: Undertraining Experts Improves Model Upcycling", App. I. A task vector is
-``τ_i = θ_i − θ_init``, and ``τ̃_i`` is τ_i with only its top k % by magnitude kept. An entry is active where
+``τ_i = θ_i − θ_init``, and ``τ̃_i`` is τ_i with only its top k % by magnitude kept. An entry is active if
 ``τ̃_i`` is not 0, so that tensors that were not trained have none.
 """
 
@@ -66,7 +66,7 @@ def interference(
     """Counts what N task vectors have in common; usually every checkpoint is read twice.
 
     Args:
-        checkpoints: θ_1 … θ_N, N ≥ 2, tensors by name, on the CPU (views of mapped files, as a rule).
+        checkpoints: θ_1 … θ_N, N ≥ 2, tensors by name, on the CPU (usually views of mapped files).
         base: θ_init.
         top: k, the percentage of entries that are kept: ``max(1, ⌊k·n/100⌋)`` of n. Of equal magnitudes those
             of lower index.
@@ -122,14 +122,14 @@ def sign_conflict(counts: Counts) -> Tensor:
 def overlap(counts: Counts) -> Tensor:
     """Per pair ``(N, N)``, in %: entries active in both among those active in the first (the row).
 
-    As a rule both have the same number, and the matrix is symmetric. It is not where fewer than k % of a
-    tensor moved at all. Two independent vectors reach k %.
+    Usually both have the same number, and the matrix is symmetric. It is not if fewer than k % of a tensor
+    moved at all. Two independent vectors reach k %.
     """
     return 100 * counts.overlap.double() / counts.overlap.diagonal()[:, None]
 
 
 def magnitude_ratio(counts: Counts) -> Tensor:
-    """Per pair ``(N, N)``: the mean of max(|τ̃_1|, |τ̃_2|) / min(|τ̃_1|, |τ̃_2|) where both are active.
+    """Per pair ``(N, N)``: the mean of max(|τ̃_1|, |τ̃_2|) / min(|τ̃_1|, |τ̃_2|) over what is active in both.
 
     NaN for a pair that has no such entry.
     """

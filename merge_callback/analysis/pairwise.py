@@ -46,7 +46,7 @@ def pairwise_distances(
     """The RMS distance of each two checkpoints; every checkpoint is read once.
 
     Args:
-        checkpoints: N of one model, tensors by name, on the CPU (views of mapped files, as a rule). Tensors
+        checkpoints: N of one model, tensors by name, on the CPU (usually views of mapped files). Tensors
             that are not floating-point do not count.
         labels: what errors call each checkpoint, e.g. its path; default: ``checkpoint 1`` ….
         block: elements of each checkpoint read at once. The result depends on it to fp64 rounding only.
@@ -74,7 +74,7 @@ def consecutive(distances: Tensor, lag: int = 1) -> list[float]:
         lag: 1 … N − 1. The callback records a lag of 2.
 
     Raises:
-        ValueError: where no two checkpoints are that far apart.
+        ValueError: if no two checkpoints are that far apart.
     """
     count = len(distances)
     if not 1 <= lag < count:
@@ -84,7 +84,7 @@ def consecutive(distances: Tensor, lag: int = 1) -> list[float]:
 
 
 def changes(curve: Sequence[float]) -> list[float]:
-    """The percentage change of each value from the first, e.g. −80.0; NaN where the first is 0."""
+    """The percentage change of each value from the first, e.g. −80.0; NaN if the first is 0."""
     return [100 * (value / curve[0] - 1) if curve[0] else math.nan for value in curve]
 
 

@@ -23,8 +23,8 @@ class Source:
 
     Args:
         path: of the checkpoint.
-        step: optimizer steps, where known.
-        tokens: tokens seen, where known.
+        step: optimizer steps, if known.
+        tokens: tokens seen, if known.
     """
 
     path: Path
@@ -78,7 +78,7 @@ def write_csv(path: Path, sources: Sequence[Source], groups: Mapping[str, Tensor
     pair of the same lag. Checkpoints are named by their paths, and what is unknown is left empty.
 
     Args:
-        path: of the file; replaced where it exists.
+        path: of the file; replaced if it exists.
         sources: of the rows and columns.
         groups: the distances, ``(N, N)``, of the whole model and of any layers.
     """
@@ -99,7 +99,7 @@ def _csv_rows(group: str, sources: Sequence[Source], distances: Tensor) -> Itera
 
 
 def power_of_ten(distances: Tensor) -> int:
-    """The exponent of the largest distance, 0 where all are 0."""
+    """The exponent of the largest distance, 0 if all are 0."""
     largest = float(distances.nan_to_num(posinf=0.0).max())
     return math.floor(math.log10(largest)) if largest else 0
 

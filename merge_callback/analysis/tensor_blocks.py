@@ -16,7 +16,7 @@ BLOCK = 1 << 16
 def one_thread() -> Iterator[None]:
     """Keeps torch to one thread meanwhile; also a decorator.
 
-    Blocks this small gain nothing from a second one, and where another process has its core the one waits for
+    Blocks this small gain nothing from a second one, and if another process has its core the one waits for
     the other at every block: on a busy two-core machine ten checkpoints took 16 s instead of 1.5.
     """
     before = torch.get_num_threads()
@@ -35,7 +35,7 @@ def shared_names(checkpoints: Sequence[Mapping[str, Tensor]], labels: Sequence[o
         labels: what errors call each checkpoint.
 
     Raises:
-        ValueError: for a tensor that a checkpoint lacks or has in another shape or kind of dtype, or where
+        ValueError: for a tensor that a checkpoint lacks or has in another shape or kind of dtype, or if
             there is no floating-point tensor at all. The tensor and the checkpoint are named.
     """
     first = checkpoints[0]

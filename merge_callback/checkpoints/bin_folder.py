@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name, trainer_record
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import BIN_INDEX, BIN_WEIGHTS, WEIGHTS
-from merge_callback.checkpoints.model_folder import extras
+from merge_callback.checkpoints.model_folder import extras, trainer_record
 from merge_callback.checkpoints.pytorch_file import open_pytorch
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader
@@ -37,9 +37,9 @@ def open_bin_folder(folder: Path) -> Checkpoint:
     """The tensors of all files.
 
     Raises:
-        CorruptFileError: where a file is broken, or index and files disagree, or one leads out of the folder.
-        FileNotFoundError: where a file is missing.
-        ValueError: where loading a file would run code.
+        CorruptFileError: if a file is broken, or index and files disagree, or one leads out of the folder.
+        FileNotFoundError: if a file is missing.
+        ValueError: if loading a file would run code.
     """
     has_index = (folder / BIN_INDEX).exists()
     files: dict[str, set[str] | None] = read_index(folder, BIN_INDEX) if has_index else {BIN_WEIGHTS: None}

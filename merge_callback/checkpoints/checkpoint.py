@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, TRAINER_STATE, WEIGHTS_ALONE
+from merge_callback.checkpoints.file_names import MANIFEST, WEIGHTS_ALONE
 from merge_callback.snapshots.files import read_small
 from merge_callback.snapshots.manifest import Manifest
 
@@ -34,8 +34,8 @@ class Checkpoint:
         tensors: by name, in the order of the file. They are views of memory maps: the page cache holds what
             is in use, so a checkpoint may be larger than the memory. Not to be written to.
         tied: further names of shared tensors, each with the name it is kept under.
-        step: optimizer steps taken, where the checkpoint or its name knows.
-        tokens: tokens seen, where the checkpoint knows.
+        step: optimizer steps taken, if the checkpoint or its name knows.
+        tokens: tokens seen, if the checkpoint knows.
         files: what was read.
         extras: what lies in a model's folder beside the weights (config, tokenizer, code, licence).
         format: ``"lightning"``, ``"pytorch"``, ``"safetensors"``, ``"dcp"``, ``"snapshot"``, ``"emission"``;
@@ -44,7 +44,7 @@ class Checkpoint:
         plain_config: ``config.json`` without its quantisation, if the tensors are no longer quantised.
         frozen: the file (or folder) beside it that holds what it has in common with other snapshots, if that
             is yet to be read, and ``frozen_checksum`` that one's SHA-256.
-        segment: the phase of the learning rate it was taken in, and since when that lasts, where it knows.
+        segment: the phase of the learning rate it was taken in, and since when that lasts, if it knows.
         shards: of a model's folder, the names in each file, and the name of the ``index`` of them.
         left_out: the names of what else lies there, each with the reason why no merge takes it along.
         prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
@@ -90,23 +90,6 @@ def step_above(path: Path) -> int | None:
     return next((step for folder in folders if (step := _step_in(folder.name)) is not None), None)
 
 
-def folder_step(folder: Path) -> int | None:
-    """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
-    record = read_json(folder, PROVENANCE) or trainer_record(folder)
-    return parse_count(record.get("step"))
-
-
-def step_beside(path: Path) -> int | None:
-    """The step that the records beside a file tell, if it is what holds the weights of its folder's model."""
-    return folder_step(path.parent) if path.stem in WEIGHTS_ALONE else None
-
-
-def trainer_record(folder: Path) -> Mapping[str, Any]:
-    """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
-    state = read_json(folder, TRAINER_STATE)
-    return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}
-
-
 def _step_in(name: str) -> int | None:
     if not (found := _STEP.search(name) or _NUMBERED.search(name)):
         return None
@@ -134,11 +117,11 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_json(folder: Path, name: str) -> Mapping[str, Any]:
-    """A JSON object beside the weights; empty where there is none, or none that is sound.
+    """A JSON object beside the weights; empty if there is none, or none that is sound.
 
     Raises:
-        CorruptFileError: where the file leads out of the folder, or is larger than metadata ever is.
-        FileNotFoundError: where it is no regular file.
+        CorruptFileError: if the file leads out of the folder, or is larger than metadata ever is.
+        FileNotFoundError: if it is no regular file.
     """
     if not os.path.lexists(folder / name):
         return {}

@@ -23,7 +23,7 @@ def problems(files: Sequence[Path], recorded: Sequence[Recorded]) -> list[str] |
 
     Returns:
         One line for each that is not, byte for byte, what was recorded, or that nothing was recorded for;
-        ``None`` where nothing was recorded at all.
+        ``None`` if nothing was recorded at all.
     """
     if not recorded:
         return None
@@ -53,7 +53,7 @@ class Recorded(NamedTuple):
     digits: int = 64
 
     def problem(self) -> str:
-        """What is wrong with the file, in one line; empty where nothing is."""
+        """What is wrong with the file, in one line; empty if nothing is."""
         try:
             found = file_checksum(contained_below(self.folder, self.name))
         except (OSError, CorruptFileError) as error:
@@ -78,7 +78,7 @@ def _of_snapshot(file: Path) -> Iterator[Recorded]:
 
 
 def _in_manifest(snapshot: Path) -> object:
-    """What the manifest of a window says of a snapshot in it; ``None`` where it does not list it."""
+    """What the manifest of a window says of a snapshot in it; ``None`` if it does not list it."""
     for record in read_manifest(snapshot.parent).snapshots:
         for file, checksum in (("file", "checksum"), ("frozen", "frozen_checksum")):
             if record.get(file) == snapshot.name:

@@ -16,8 +16,8 @@ def contained(folder: Path, name: object) -> Path:
     lead through, any symlink.
 
     Raises:
-        CorruptFileError: where the name or the link leaves the folder.
-        FileNotFoundError: where there is no such regular file.
+        CorruptFileError: if the name or the link leaves the folder.
+        FileNotFoundError: if there is no such regular file.
     """
     if not isinstance(name, str) or name in {"", ".", ".."} or set(name) & {"/", "\\", "\0"}:
         raise CorruptFileError(

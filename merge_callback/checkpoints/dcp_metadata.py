@@ -43,7 +43,7 @@ class _DataUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
-        """The class, function or dtype that a pickle asks for, where it can only hold data."""
+        """The class, function or dtype that a pickle asks for, if it can only hold data."""
         if (module, name) in (("builtins", "getattr"), ("__builtin__", "getattr")):
             return _enum_member  # how Python 3.11 first pickled an Enum
         if module.partition(".")[0] == "pathlib" and name in _PATHS:
@@ -83,9 +83,9 @@ def read_metadata(path: Path) -> Metadata:
     """The content of a ``.metadata`` file.
 
     Raises:
-        ValueError: where it asks for anything but records of data.
-        CorruptFileError: where it is broken, or something else.
-        OSError: where it can't be opened.
+        ValueError: if it asks for anything but records of data.
+        CorruptFileError: if it is broken, or something else.
+        OSError: if it can't be opened.
     """
     try:
         # All of it first: what a length in the pickle promises is then never more than there is.

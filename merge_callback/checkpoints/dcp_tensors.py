@@ -56,9 +56,9 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
         The tensors by name, and the files that were read.
 
     Raises:
-        ValueError: where ``.metadata`` would run code, or holds no weights.
-        CorruptFileError: where the parts do not make up the tensors.
-        OSError: where a file is missing, or the spool is full.
+        ValueError: if ``.metadata`` would run code, or holds no weights.
+        CorruptFileError: if the parts do not make up the tensors.
+        OSError: if a file is missing, or the spool is full.
     """
     metadata = read_metadata(contained(folder, METADATA))
     entries = _weights(folder, metadata)

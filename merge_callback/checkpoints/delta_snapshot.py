@@ -25,8 +25,8 @@ def decode_snapshot(checkpoint: Checkpoint, spool: Path | None = None) -> Checkp
         spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
 
     Raises:
-        CorruptFileError: where one it builds on is missing or of another model.
-        OSError: where a file can't be read, or the spool is full.
+        CorruptFileError: if one it builds on is missing or of another model.
+        OSError: if a file can't be read, or the spool is full.
     """
     chain = [checkpoint]
     while (step := chain[0].difference_to) is not None:

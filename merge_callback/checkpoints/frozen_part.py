@@ -29,8 +29,8 @@ def with_frozen_part(checkpoint: Checkpoint, spool: Path | None = None) -> Check
         spool: where the tensors of several ranks are put together.
 
     Raises:
-        CorruptFileError: where that file is missing, or not, byte for byte, what the snapshot was taken with.
-        OSError: where it can't be read, or the spool is full.
+        CorruptFileError: if that file is missing, or not, byte for byte, what the snapshot was taken with.
+        OSError: if it can't be read, or the spool is full.
     """
     name, folder = checkpoint.frozen, checkpoint.path.resolve().parent
     if not _NAME.fullmatch(name):

@@ -35,7 +35,7 @@ class MergeRecord:
         """The record that a file holds; ``path`` names it.
 
         Raises:
-            CorruptFileError: where it is none.
+            CorruptFileError: if it is none.
         """
         files = content.get("files", {})
         if not content or not isinstance(files, dict):
@@ -62,7 +62,7 @@ class MergeRecord:
         """The further names of shared tensors, each with the name it is kept under.
 
         Raises:
-            CorruptFileError: where they do not go together with the names of the files' ``tensors``.
+            CorruptFileError: if they do not go together with the names of the files' ``tensors``.
         """
         tied = self.content.get("tied", {})
         if not isinstance(tied, dict):
@@ -76,7 +76,7 @@ class MergeRecord:
         """The method and what was merged, for people.
 
         Raises:
-            CorruptFileError: where it does not say so.
+            CorruptFileError: if it does not say so.
         """
         method = self.content.get("method")
         if not isinstance(method, dict) or not {"name", "options", "reference"} <= method.keys():
@@ -107,8 +107,8 @@ def read_record(folder: Path) -> MergeRecord:
     """The record of the merge in a folder.
 
     Raises:
-        CorruptFileError: where it is none, or leads out of the folder.
-        FileNotFoundError: where there is none.
+        CorruptFileError: if it is none, or leads out of the folder.
+        FileNotFoundError: if there is none.
     """
     path = contained(folder, PROVENANCE)
     try:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+from merge_callback.checkpoints.checkpoint import parse_count, read_json
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import CONFIG, GENERATION_CONFIG, PROVENANCE
+from merge_callback.checkpoints.file_names import (
+    CONFIG,
+    GENERATION_CONFIG,
+    PROVENANCE,
+    TRAINER_STATE,
+    WEIGHTS_ALONE,
+)
+from merge_callback.checkpoints.merge_record import find_record
 from merge_callback.snapshots.files import CorruptFileError, read_small
 
 _MOST = 1 << 28  # bytes; the largest tokenizers have about 40 million
@@ -52,8 +61,8 @@ def extras(folder: Path, read: set[str]) -> tuple[list[Path], dict[str, str]]:
         read: names of the files that its weights were read from.
 
     Raises:
-        CorruptFileError: where a file that the model needs leads out of the folder, or is no such file.
-        FileNotFoundError: where one is no regular file.
+        CorruptFileError: if a file that the model needs leads out of the folder, or is no such file.
+        FileNotFoundError: if one is no regular file.
     """
     taken: list[Path] = []
     left_out: dict[str, str] = {}
@@ -78,7 +87,7 @@ def check_whole(folder: Path) -> None:
     """Makes sure that a folder is one model, and none that is put together from those in its sub-folders.
 
     Raises:
-        ValueError: where it is, with what to do.
+        ValueError: if it is, with what to do.
     """
     for listing in _PARTS:
         if not os.path.lexists(folder / listing):
@@ -107,7 +116,7 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _reason(path: Path) -> str:
-    """Why a file, or a whole sub-folder, is not taken along; empty where it is.
+    """Why a file, or a whole sub-folder, is not taken along; empty if it is.
 
     Raises:
         CorruptFileError, FileNotFoundError: see above.
@@ -142,3 +151,20 @@ def named_below(folder: Path) -> Iterator[tuple[str, bool]]:
         yield from (((base / name).as_posix(), False) for name in (*files, *links))
         folders += [(base / name).as_posix() for name in inside if name not in links]
     yield from ((name, True) for name in reversed(folders))
+
+
+def folder_step(folder: Path) -> int | None:
+    """The step that a folder's ``merge.json`` or ``trainer_state.json`` tells."""
+    merge = find_record(folder)
+    return merge.step if merge.content else parse_count(trainer_record(folder).get("step"))
+
+
+def step_beside(path: Path) -> int | None:
+    """The step that the records beside a file tell, if it is what holds the weights of its folder's model."""
+    return folder_step(path.parent) if path.stem in WEIGHTS_ALONE else None
+
+
+def trainer_record(folder: Path) -> Mapping[str, Any]:
+    """Step and tokens, as Hugging Face's Trainer notes them beside the weights."""
+    state = read_json(folder, TRAINER_STATE)
+    return {"step": state.get("global_step"), "tokens": state.get("num_input_tokens_seen") or None}

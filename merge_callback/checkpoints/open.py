@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, folder_step, step_in_name
+from merge_callback.checkpoints.checkpoint import Checkpoint, step_in_name
 from merge_callback.checkpoints.checksums import problems
-from merge_callback.checkpoints.model_folder import check_whole
+from merge_callback.checkpoints.model_folder import check_whole, folder_step
 from merge_callback.checkpoints.other_formats import what_folder
 from merge_callback.checkpoints.reader import OpenOptions
 from merge_callback.checkpoints.registry import reader_of

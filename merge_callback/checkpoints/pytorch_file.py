@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, _weights_only_unpickler, nn
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_beside, step_in_name
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
+from merge_callback.checkpoints.model_folder import step_beside
 from merge_callback.checkpoints.other_formats import what_archive, what_else
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader
@@ -62,10 +63,10 @@ def open_pytorch(path: Path, state_key: str | None = None) -> Checkpoint:
     Entries that ``get_extra_state`` made and that are no tensors are left out.
 
     Raises:
-        ValueError: where loading would run code, where there is no state dict or no telling which, or where a
+        ValueError: if loading would run code, if there is no state dict or no telling which, or if a
             tensor is none that can be read as a plain array of its own.
-        CorruptFileError: where the file is cut or altered.
-        OSError: where it can't be opened.
+        CorruptFileError: if the file is cut or altered.
+        OSError: if it can't be opened.
     """
     content = load_mapped(path)
     state = find_state(path, content, state_key)
@@ -96,9 +97,9 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
     Objects of other classes than torch's own are ``StandIn``s.
 
     Raises:
-        ValueError: where the pickle wants code, or the file is not the kind that can be mapped.
-        CorruptFileError: where the file is cut or altered.
-        OSError: where it can't be opened.
+        ValueError: if the pickle wants code, or the file is not the kind that can be mapped.
+        CorruptFileError: if the file is cut or altered.
+        OSError: if it can't be opened.
     """
     check_archive(path)
     try:
@@ -118,8 +119,8 @@ def load_mapped(path: Path) -> Mapping[Any, Any]:
     except Exception as error:  # a broken pickle raises anything
         raise CorruptFileError(f"{path}: its content cannot be read ({error!r:.200})") from None
     if not isinstance(content, Mapping):
-        mend = "; save its state_dict()" if isinstance(content, StandIn) else ""
-        raise ValueError(f"{path}: holds a {kind_of(content)}, expected a state dict{mend}")
+        remedy = "; save its state_dict()" if isinstance(content, StandIn) else ""
+        raise ValueError(f"{path}: holds a {kind_of(content)}, expected a state dict{remedy}")
     return content
 
 
@@ -152,9 +153,9 @@ def check_archive(path: Path) -> None:
     """Makes sure that the tensors lie in the file as they are: not pickled inline, not compressed.
 
     Raises:
-        ValueError: where it is not the kind of file that can be mapped.
-        CorruptFileError: where it is cut or altered, or its pickle would take minutes to be refused.
-        OSError: where it can't be opened.
+        ValueError: if it is not the kind of file that can be mapped.
+        CorruptFileError: if it is cut or altered, or its pickle would take minutes to be refused.
+        OSError: if it can't be opened.
     """
     with open_regular(path) as file:
         if not (head := file.read(512)).startswith(b"PK\x03\x04"):
@@ -206,7 +207,7 @@ def _reason(error: Exception) -> str:
 def _unreadable(path: Path, error: RuntimeError) -> Exception:
     if "Cannot allocate memory" in str(error):
         message = (
-            "the system refuses to map it, as a rule because it is larger than the memory; allow that with "
+            "the system refuses to map it, usually because it is larger than the memory; allow that with "
             "`sysctl vm.overcommit_memory=1`, or save the weights alone, as safetensors"
         )
         return OSError(errno.ENOMEM, message, str(path))
@@ -235,7 +236,7 @@ def _find_tied(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The further names of tensors that are one and the same view.
 
     Raises:
-        ValueError: where two others share memory: what is merged in one would change the other.
+        ValueError: if two others share memory: what is merged in one would change the other.
     """
     kept: dict[tuple[object, ...], str] = {}
     tied: dict[str, str] = {}
@@ -266,7 +267,7 @@ def _first(content: Mapping[Any, Any], *keys: str, fallback: int | None) -> int 
 
 
 def _tokens(content: Mapping[Any, Any]) -> int | None:
-    """The token count of our callback, where its state is in the checkpoint."""
+    """The token count of our callback, if its state is in the checkpoint."""
     states = content.get("callbacks")
     if not isinstance(states, Mapping):
         return None

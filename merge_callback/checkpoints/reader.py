@@ -30,8 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, folder_step
+from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.checksums import Recorded, checksums_of_merge
+from merge_callback.checkpoints.model_folder import folder_step
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class RemoteFiles:
 
     Raises:
         ValueError: for an unknown protocol.
-        ImportError: where the package that a protocol needs is missing.
+        ImportError: if the package that a protocol needs is missing.
     """
 
     def __init__(self, url: str) -> None:
@@ -88,7 +88,7 @@ def fetched(url: str) -> Iterator[Path]:
     """A local copy of a remote emission, for as long as it is needed.
 
     Raises:
-        FileNotFoundError: where there is no published merge.
+        FileNotFoundError: if there is no published merge.
     """
     with TemporaryDirectory(prefix="merge-") as folder:
         yield RemoteFiles(url).download(Path(folder))

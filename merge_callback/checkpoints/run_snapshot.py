@@ -45,18 +45,18 @@ def complete_snapshot(stored: Checkpoint, spool: Path | None = None) -> Checkpoi
         spool: where what does not lie in one file is put together.
 
     Raises:
-        CorruptFileError: where a file that it needs is not what was written, or the manifest is not sound.
-        OSError: where one is missing or unreadable, or the spool is full.
+        CorruptFileError: if a file that it needs is not what was written, or the manifest is not sound.
+        OSError: if one is missing or unreadable, or the spool is full.
     """
     decoded = stored if stored.difference_to is None else decode_snapshot(stored, spool)
     return as_published(with_frozen_part(decoded, spool) if decoded.frozen else decoded)
 
 
 def as_published(snapshot: Checkpoint) -> Checkpoint:
-    """A snapshot with what its run's emissions have beside the weights, where it lies in its window's folder.
+    """A snapshot with what its run's emissions have beside the weights, if it lies in its window's folder.
 
     Raises:
-        CorruptFileError: where the manifest contradicts the snapshot, or is none that a run has written.
+        CorruptFileError: if the manifest contradicts the snapshot, or is none that a run has written.
     """
     file = snapshot.path.resolve()
     manifest = read_manifest(file.parent)

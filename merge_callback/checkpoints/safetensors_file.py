@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_beside, step_in_name
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, step_in_name
 from merge_callback.checkpoints.checksums import Recorded, checksums_of_snapshot
+from merge_callback.checkpoints.model_folder import step_beside
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader
 from merge_callback.checkpoints.run_snapshot import complete_snapshot

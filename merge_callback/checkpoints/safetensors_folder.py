@@ -8,17 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from merge_callback.checkpoints.checkpoint import (
-    Checkpoint,
-    parse_count,
-    segment_of,
-    step_in_name,
-    trainer_record,
-)
+from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, segment_of, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import INDEX, PROVENANCE, WEIGHTS
 from merge_callback.checkpoints.merge_record import read_record
-from merge_callback.checkpoints.model_folder import check_whole, extras
+from merge_callback.checkpoints.model_folder import check_whole, extras, trainer_record
 from merge_callback.checkpoints.other_formats import what_folder
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader
@@ -58,9 +52,9 @@ def open_folder(folder: Path) -> Checkpoint:
     """A folder with ``model.safetensors``, or with shards and an index; an emission if it has ``merge.json``.
 
     Raises:
-        CorruptFileError: where a file is broken, or index and files disagree, or one leads out of the folder.
-        FileNotFoundError: where a file is missing.
-        ValueError: where the folder has both, or neither.
+        CorruptFileError: if a file is broken, or index and files disagree, or one leads out of the folder.
+        FileNotFoundError: if a file is missing.
+        ValueError: if the folder has both, or neither.
     """
     check_whole(folder)
     files, index = weight_files(folder)
@@ -88,12 +82,12 @@ def open_folder(folder: Path) -> Checkpoint:
 def weight_files(folder: Path) -> tuple[dict[str, set[str] | None], str]:
     """The files a folder's weights are in, each with the names an index gives it (``None``: no index).
 
-    And the name of that index, which is empty where there is none. ``model.safetensors`` and its index go
+    And the name of that index, which is empty if there is none. ``model.safetensors`` and its index go
     before what other libraries call a model's weights, and those before a variant of the same.
 
     Raises:
-        CorruptFileError: where the index is broken.
-        ValueError: where it is not clear which files, or there are none.
+        CorruptFileError: if the index is broken.
+        ValueError: if it is not clear which files, or there are none.
     """
     indices = sorted(path.name for path in folder.glob(_INDICES))
     single = (folder / WEIGHTS).exists()
@@ -123,7 +117,7 @@ def weight_files(folder: Path) -> tuple[dict[str, set[str] | None], str]:
 def other_weights(folder: Path) -> list[str]:
     """The weights, or the index of them, that another library than transformers names so; variants last.
 
-    One, or several that are all variants; none where there are no such names.
+    One, or several that are all variants; none if there are no such names.
     """
     found = [match for path in sorted(folder.iterdir()) if (match := _OTHER.fullmatch(path.name))]
     return [m[0] for m in found if not m[2] and not m[4]] or [m[0] for m in found]

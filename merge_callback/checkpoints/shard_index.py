@@ -24,7 +24,7 @@ def read_index(folder: Path, name: str) -> dict[str, set[str] | None]:
     """The files that an index names, each with the names of its tensors.
 
     Raises:
-        CorruptFileError: where it is broken, or names a file elsewhere.
+        CorruptFileError: if it is broken, or names a file elsewhere.
     """
     path = contained(folder, name)
     weight_map = read_object(path).get("weight_map")
@@ -44,15 +44,15 @@ def check_named(folder: Path, path: Path, expected: set[str] | None, found: Mapp
     the embedding alone.
 
     Raises:
-        CorruptFileError: where it has others.
+        CorruptFileError: if it has others.
     """
     if expected is None:
         return
     missing, extra = sorted(expected - found.keys()), sorted(found.keys() - expected)
     if extra or not all(_SHARED.fullmatch(name) and _ties_embeddings(folder) for name in missing):
         raise CorruptFileError(
-            f"{path}: other tensors than the index names: missing {missing[:3]} ({len(missing)} in all), "
-            f"unexpected {extra[:3]} ({len(extra)} in all); index and shards must be of one save"
+            f"{path}: other tensors than the index names: missing {missing[:3]} ({len(missing)} names), "
+            f"unexpected {extra[:3]} ({len(extra)} names); index and shards must be of one save"
         )
 
 

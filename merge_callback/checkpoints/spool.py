@@ -24,7 +24,7 @@ def map_tensors(spool: Path, tensors: Mapping[str, tuple[torch.dtype, torch.Size
     The file is gone with the last tensor, or with the process, however that ends.
 
     Raises:
-        OSError: where the room is not there. It is reserved first: a map whose disk fills up would kill the
+        OSError: if the room is not there. It is reserved first: a map whose disk fills up would kill the
             process when written to.
     """
     places, end = [], 0

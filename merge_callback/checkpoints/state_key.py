@@ -32,7 +32,7 @@ def find_state(path: Path, content: Mapping[Any, Any], key: str | None = None) -
         key: of an entry; of one within another, with dots between.
 
     Raises:
-        ValueError: where there is none, or no telling which.
+        ValueError: if there is none, or no telling which.
     """
     if key is not None or "state_dict" in content:
         return _named(path, content, key or "state_dict")
@@ -61,7 +61,7 @@ def under_key(checkpoint: Checkpoint, key: str | None) -> Checkpoint:
     """What a checkpoint of flat names has below ``key.``, by the rest of its names; all of it for ``None``.
 
     Raises:
-        ValueError: where there is nothing.
+        ValueError: if there is nothing.
     """
     if key is None:
         return checkpoint

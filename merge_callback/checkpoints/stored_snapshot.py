@@ -40,9 +40,9 @@ def open_stored(path: Path, spool: Path | None = None) -> Checkpoint:
         spool: where the tensors of several ranks are put together.
 
     Raises:
-        CorruptFileError: where a file is not what was written.
-        ValueError: where it is what snapshots have in common, and no whole model.
-        OSError: where a file is missing, or the spool is full.
+        CorruptFileError: if a file is not what was written.
+        ValueError: if it is what snapshots have in common, and no whole model.
+        OSError: if a file is missing, or the spool is full.
     """
     if path.is_dir():
         return open_sharded(path, spool)
@@ -54,7 +54,7 @@ def snapshot_in_file(path: Path, tensors: dict[str, Tensor], metadata: Mapping[s
     """The snapshot in a file that was mapped already.
 
     Raises:
-        ValueError: where it is what snapshots have in common, and no whole model.
+        ValueError: if it is what snapshots have in common, and no whole model.
     """
     check_whole_model(path, metadata)
     return _snapshot(path, tensors, [path], metadata, parse_count(metadata.get("step")))
@@ -64,7 +64,7 @@ def check_whole_model(path: Path, metadata: Mapping[str, str]) -> None:
     """Makes sure that a file holds more than what snapshots have in common.
 
     Raises:
-        ValueError: where it does not.
+        ValueError: if it does not.
     """
     if metadata.get("part") == "frozen" and metadata.keys() >= {"layout", "step"}:
         raise ValueError(
@@ -104,9 +104,9 @@ def open_sharded(folder: Path, spool: Path | None = None, is_part: bool = False)
         is_part: whether it may be what snapshots have in common, and no whole model.
 
     Raises:
-        CorruptFileError: where a file is not what its rank wrote, or the parts do not make up the tensors.
-        ValueError: where it is such a part.
-        OSError: where a file is missing, or the spool is full.
+        CorruptFileError: if a file is not what its rank wrote, or the parts do not make up the tensors.
+        ValueError: if it is such a part.
+        OSError: if a file is missing, or the spool is full.
     """
     files = [contained(folder, name) for name in parse_shards(read_json(folder, SHARDS), folder / SHARDS)]
     shapes: dict[str, tuple[torch.dtype, torch.Size]] = {}

@@ -61,7 +61,7 @@ def without_training_state(checkpoint: Checkpoint) -> Checkpoint:
     """A checkpoint of weights alone, if its names are flat.
 
     Raises:
-        ValueError: where nothing is left, or ``check_no_repeats`` finds a copy.
+        ValueError: if nothing is left, or ``check_no_repeats`` finds a copy.
     """
     state = training_state({name: tensor.dtype for name, tensor in checkpoint.tensors.items()})
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in state}
@@ -84,7 +84,7 @@ def check_no_repeats(path: Path, shapes: Mapping[str, torch.Size]) -> None:
     A copy that a model keeps of itself, which is called so (``ema``, ``teacher``, …), is a part of it.
 
     Raises:
-        ValueError: where one does.
+        ValueError: if one does.
     """
     sized = {name: shape for name, shape in shapes.items() if shape.numel() > 1}
     repeats: Counter[str] = Counter()

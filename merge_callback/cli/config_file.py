@@ -18,7 +18,7 @@ def read_value(text: str) -> Any:
     """One value, as YAML has it.
 
     Raises:
-        ValueError: where it is none, or more than plain values; in one line.
+        ValueError: if it is none, or more than plain values; in one line.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
@@ -34,8 +34,8 @@ def read_options(path: Path) -> dict[Any, Any]:
     """The mapping in a file.
 
     Raises:
-        ValueError: where it holds anything else, or is no regular file of a size that options have.
-        OSError: where it can't be read.
+        ValueError: if it holds anything else, or is no regular file of a size that options have.
+        OSError: if it can't be read.
     """
     try:
         content = read_value(read_small(path, _MOST).decode())

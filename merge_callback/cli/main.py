@@ -152,7 +152,7 @@ def _fit(arguments: list[str]) -> int:
 
 
 def _has_demo_extra(*modules: str) -> bool:
-    """Says in one line what to install where one of the optional packages is missing."""
+    """Says in one line what to install if one of the optional packages is missing."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         print(f"{', '.join(missing)} is missing: pip install 'merge-callback[demo]'", file=sys.stderr)

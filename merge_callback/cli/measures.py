@@ -163,7 +163,7 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
         (i, j): value
         for i, row in enumerate(measure.tolist())
         for j, value in enumerate(row)
-        if i != j and value == value  # NaN where a pair has nothing in common
+        if i != j and value == value  # NaN if a pair has nothing in common
     }
     if not values:
         return f"{name:20}{'-':>10}"

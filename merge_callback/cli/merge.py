@@ -126,8 +126,8 @@ def import_methods(arguments: Sequence[str]) -> None:
     """Imports the modules that a command line, or its ``--config``, names: their methods have options, too.
 
     Raises:
-        ValueError: where one can't be imported, or the file is no file of options.
-        OSError: where that can't be read.
+        ValueError: if one can't be imported, or the file is no file of options.
+        OSError: if that can't be read.
     """
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False, argument_default=argparse.SUPPRESS)
     early.add_argument("--import", dest="imports", nargs="+")
@@ -193,7 +193,7 @@ def _own_line(error: Exception, method: MergeMethod) -> str:
 
 
 class _InCurrentFolder(MetaPathFinder):
-    """Finds one module in the current folder, where Python finds it nowhere else.
+    """Finds one module in the current folder, if Python finds it nowhere else.
 
     One alone: the folder may be a downloaded one, and whatever is imported later, by torch say, must not be
     found there.
@@ -262,7 +262,7 @@ def _chosen(given: Mapping[str, Any], method: MergeMethod) -> Selection:
     """The checkpoints to merge.
 
     Raises:
-        ValueError: where there is only one, or weights were given in another order than theirs.
+        ValueError: if there is only one, or weights were given in another order than theirs.
     """
     choice = {name: given[name] for name in _CHOICE}
     found = select([str(path) for path in given["checkpoints"]], **choice)
@@ -301,7 +301,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _flag(option: str) -> str:
-    """What a method's option is called; ``--method-last`` where ``--last`` is the command's own."""
+    """What a method's option is called; ``--method-last`` if ``--last`` is the command's own."""
     taken = option in _DEFAULTS or option in _RENAMED or option in ("config", "help")
     return f"--{'method-' if taken else ''}{option.replace('_', '-')}"
 

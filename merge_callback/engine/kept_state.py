@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.merge import HalfRestoredError, free_memory
+from merge_callback.snapshots.live_merge import HalfRestoredError, free_memory
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from merge_callback.options import Options
 from merge_callback.signals.host import Host
-from merge_callback.snapshots.storage import SnapshotStore, free_bytes
+from merge_callback.snapshots.storage import STORAGES, SnapshotStore
 
 
 @dataclass(frozen=True)
@@ -169,16 +169,18 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
         ValueError: says how much is needed and free, and what to choose instead.
         RemoteError: where it does not fit on another rank.
     """
-    free = free_bytes(options.storage, store.folder, store.device)
+    place = store.place
+    free = place.free_bytes(store.folder, store.device)
     problem = None
     try:
         if store.folder is not None:
             files = [*store.folder.glob("*step=*.safetensors"), *store.folder.glob("*step=*/*.safetensors")]
-            disk = free_bytes("disk", store.folder, store.device) + sum(p.lstat().st_size for p in files)
+            disk = STORAGES["disk"].free_bytes(store.folder, store.device)
+            disk += sum(p.lstat().st_size for p in files)
             _check_fits("disk", store.peak_nbytes(options.window, of_all_ranks=True), disk, store.codec)
-            free = disk if options.storage == "disk" else free
-        if options.storage != "disk":
-            sharing = processes if options.storage == "cpu" else 1
+            free = disk if place.needs_files else free
+        if not place.needs_files:
+            sharing = processes if place.is_of_machine else 1
             _check_fits(options.storage, store.peak_nbytes(options.window) * sharing, free, store.codec)
     except ValueError as error:
         problem = error
@@ -189,12 +191,8 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
 def _check_fits(storage: str, needed: int, free: int, codec: str) -> None:
     if needed <= free:
         return
-    other = {
-        "disk": "a dirpath on a larger disk, or durable=False with storage='cpu'",
-        "cpu": "storage='disk'",
-        "device": "storage='disk' or 'cpu'",
-    }[storage]
     raise ValueError(
         f"the window needs {in_bytes(needed)} of {storage} room and {in_bytes(free)} are free: "
-        f"choose {other}, or a smaller window=" + ("" if codec else ", or snapshot_codec='delta-fp16'")
+        f"choose {STORAGES[storage].remedy}, or a smaller window="
+        + ("" if codec else ", or snapshot_codec='delta-fp16'")
     )

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
+from merge_callback.engine.model_parts import (
+    check_exclude,
+    global_numel,
+    own_gradient,
+    shapes_of,
+    tensor_changes,
+)
 from merge_callback.engine.plan import Plan
 from merge_callback.engine.run_folder import RunFolder
+from merge_callback.engine.run_window import new_window, note_publishing, restore_window
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
@@ -24,19 +29,16 @@ from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming
 from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.recovery.spike_watch import SpikeWatch
-from merge_callback.sharding import Ranks, Sharding, local
+from merge_callback.sharding import Ranks, Sharding
 from merge_callback.signals.applied_lr import AppliedLR
 from merge_callback.signals.host import Host
 from merge_callback.signals.lr_phase import LRPhaseDetector
 from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
-from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.deltas import CODECS
-from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.merge import Merge, WindowMerger
-from merge_callback.snapshots.storage import Snapshot, SnapshotStore
+from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 
@@ -47,17 +49,15 @@ _UNSEEN = 256  # batches without a step, after which something is wrong
 _PATIENCE = 600.0  # seconds that uploads may take after an exception
 _LAST_UPLOADS = 1500.0  # and at the end of a run of several ranks: the others give up after half an hour
 
-_Kind = tuple[tuple[int, ...], torch.dtype]
-
 _MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
 _COUNTED_OVER = 8  # batches after which the steps of a manual optimization are
 
 
 class MergeSession:
-    """The merging of one fit.
+    """The merging of one run, for any training loop.
 
     Args:
-        options: the callback's.
+        options: of the merging.
         host: the run, whose model is set up, moved and restored.
         resume: a former session's ``state_dict``; empty for a new run.
         folder: the run's, locked; the caller gives it up where this raises.
@@ -76,47 +76,25 @@ class MergeSession:
         self.options, self.host = options, host
         self.ranks = Ranks.of_run()
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
-        naming = Naming.of(host.module, options.strip_prefix)
+        naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as it was seen before the newest snapshot
-        _check_exclude(options.exclude, model)
+        check_exclude(options.exclude, model)
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
-        self._names, self._shapes = model.names, _shapes(model)
+        self._names, self._shapes = model.names, shapes_of(model)
         self.clock = TokenClock(options.count_tokens)
         self.statistics = StepStatistics(
             self.ranks,
             host.counts_batches,
             host.device,
             self.clock,
-            partial(_own_gradient, self._names, self.sharding),
+            partial(own_gradient, self._names, self.sharding),
         )
-        self.applied = AppliedLR(host.optimizers, partial(_whole_numel, self._names, self.sharding))
+        self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(host.total_batches)
-        still, codec = _kept_as_they_are(options, model, resume.get("window", {}))
-        layout = Layout.of(self.sharding.own(model.tensors), options.snapshot_dtype, still)
-        whole = Layout.of(_whole(model), options.snapshot_dtype, still)
-        masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
-        store = SnapshotStore(
-            layout,
-            options.storage,
-            self.dirpath / "window" if options.durable else None,
-            host.device,
-            masks,
-            model.buffers,
-            self.sharding,
-            whole,
-            codec=codec,
-            frozen=model.frozen,
-        )
-        window = Window(options.window, store, folder.run_id)
-        if store.folder is not None and self.ranks.is_first:
-            try:
-                window.folder.published = naming.record(model.tied, model.matching(options.exclude))
-            except Exception as error:  # a configuration of someone else's, or no room: a merge of the files
-                log.info(
-                    "merge: the snapshots do not tell how merges are published: %r", error
-                )  # needs flags
+        window = new_window(options, model, self.sharding, host.device, folder, resume)
+        note_publishing(window, naming, model, options.exclude)
         self.pipeline = SnapshotPipeline(options, host, window, self._publisher(), naming)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
@@ -124,7 +102,7 @@ class MergeSession:
         self.spikes = self._watch_for_spikes()
         try:
             self._put_folder_in_order()
-            self.plan = Plan.of(options, store, host)
+            self.plan = Plan.of(options, window.store, host)
             _tell([*self.plan.lines(), *folder.notices], self.plan.warnings())
             if resume:
                 self._load_state_dict(resume)
@@ -263,11 +241,11 @@ class MergeSession:
         """
         try:
             self._model = self._at_snapshots.tensors()
-            change = _change(self._shapes, self._model)
+            change = tensor_changes(self._shapes, self._model)
         except Exception as error:  # is reported with the snapshot that it keeps from being taken
             self._model, change = error, ""
         if self.ranks.size > 1:
-            self.pipeline.settle()  # nobody else may talk to the other ranks before that
+            self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
         change = next(filter(None, self.ranks.exchange(change)), "")
         if not change:
             return self
@@ -309,14 +287,14 @@ class MergeSession:
     def current_merge(self) -> Merge | None:
         """The merge of the window as it is; ``None`` if there is none for this model. All ranks ask."""
         model = self.live()
-        self.pipeline.settle()  # nobody else may talk to the other ranks before that
-        is_same = all(self.ranks.exchange(not _change(self._shapes, model)))
+        self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+        is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model) if is_same else None
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         model = self.live()
-        if change := _change(self._shapes, model):
+        if change := tensor_changes(self._shapes, model):
             warn(f"merge: the last merge is of the model before its tensors changed: {change}")
         self.pipeline.finish(model, self.step)
         self._let_go()
@@ -337,7 +315,7 @@ class MergeSession:
 
     def _give_folder_back(self, patience: float | None) -> None:
         """Gives the folder back, once all that is published is where it belongs, or so many seconds later."""
-        self.pipeline.publisher.settle(patience)
+        self.pipeline.publisher.finish_uploads(patience)
         if self.lock:
             self.lock.close()
 
@@ -370,7 +348,8 @@ class MergeSession:
         self.applied.load_state_dict(state["learning_rates"])
         self.phases.load_state_dict(state["phases"])
         self.pipeline.load_state_dict(state)
-        self._restore_window(state["window"], Path(state["dirpath"]))
+        if restore_window(self.window, self.folder, state, self.host.step):
+            self._tell_of_resume()
         self.pipeline.publish_again(self.live(), state)
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
@@ -378,33 +357,13 @@ class MergeSession:
                 return
             self.spikes.load_state_dict(state["spikes"])
 
-    def _restore_window(self, state: Mapping[str, Any], dirpath: Path) -> None:
-        if self.folder.is_elsewhere and state["snapshots"]:
-            warn(f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here")
-            return
-        if different := self.window.layout_difference(state):
-            what = "of another model"
-            if different.startswith("snapshot_codec"):
-                what = "in another snapshot_codec"
-            elif " and here " in different:
-                what = "in another dtype"
-            if dirpath == self.dirpath:
-                raise ValueError(
-                    f"the run that is resumed kept a window {what} in dirpath={str(dirpath)!r}: "
-                    f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
-                    "it was kept with, or give a new dirpath to begin with an empty window"
-                )
-            warn(f"merge: the window begins empty, the resumed one is {what}: {different}")
-            return
-        for problem in self.window.restore(state, self.host.step):
-            warn(f"merge: left out of the restored window: {problem}")
-        if state["snapshots"]:
-            steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
-            tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
-            info(
-                f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
-                f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
-            )
+    def _tell_of_resume(self) -> None:
+        steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
+        tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
+        info(
+            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
+            f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
+        )
 
     def _watch_for_spikes(self) -> SpikeWatch | None:
         options = self.options.spike
@@ -482,7 +441,7 @@ class MergeSession:
 
     def _report_tokens_per_step(self) -> None:
         if self.options.unit == "tokens":
-            self.statistics.settle()
+            self.statistics.flush_to_clock()
             per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
             _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
 
@@ -492,90 +451,13 @@ class MergeSession:
             _tell(self.plan.counted(per_batch), self.plan.warnings())
 
 
-def _own_gradient(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> Tensor | None:
-    """The part of a gradient that no other rank answers for."""
-    gradient, name = parameter.grad, names.get(id(parameter))
-    if gradient is None or name is None:
-        return gradient
-    if gradient.is_sparse:  # DDP's, so it is everybody's
-        return gradient if sharding.ranks.is_first else None
-    return sharding.own_part(name, local(gradient))
-
-
-def _whole_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> int:
-    """A parameter's elements, on all ranks together."""
-    name = names.get(id(parameter))
-    return parameter.numel() if name is None else math.prod(sharding.wholes[name])
-
-
-def _shapes(model: ModelTensors) -> dict[str, _Kind]:
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.tensors.items()}
-
-
-def _change(before: Mapping[str, _Kind], model: ModelTensors) -> str:
-    """How a model's names, shapes and dtypes differ from what they were, in one line; empty if they don't."""
-    if len(before) == len(model.tensors) and all(
-        name == known and tensor.shape == kind[0] and tensor.dtype is kind[1]
-        for (known, kind), (name, tensor) in zip(before.items(), model.tensors.items(), strict=True)
-    ):
-        return ""
-    now = _shapes(model)
-    new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
-    other = [
-        f"{n} from {_told(before[n])} to {_told(now[n])}" for n in now if before.get(n, now[n]) != now[n]
-    ]
-    parts = (("there is now", new), ("there is no more", gone), ("changed", other))
-    lines = [
-        f"{said} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        for said, names in parts
-        if names
-    ]
-    return "; ".join(lines) or "the order of its tensors changed"
-
-
-def _told(shape: _Kind) -> str:
-    return f"{shape[0]} {str(shape[1]).removeprefix('torch.')}"
-
-
-def _whole(model: ModelTensors) -> dict[str, Tensor]:
-    """The model's tensors in their whole shapes, without values."""
-    return {
-        name: torch.empty(model.pieces[name].whole, dtype=tensor.dtype, device="meta")
-        for name, tensor in model.tensors.items()
-    }
-
-
-def _kept_as_they_are(
-    options: Options, model: ModelTensors, recorded: Mapping[str, Any]
-) -> tuple[set[str], str]:
-    """Names of what is stored natively where the rest is not, and the codec, where it has anything to do.
-
-    These are the tensors that are never averaged, which rounding would change. What they were at the start of
-    a run they stay when it is resumed, though something may have been frozen or unfrozen in between.
-
-    Args:
-        options: the callback's.
-        model: the live one.
-        recorded: the resumed window's ``state_dict``; empty for a new run.
-    """
-    tensors, dtype = _whole(model), options.snapshot_dtype
-    still = model.frozen | model.buffers | model.matching(options.exclude)
-    before = recorded.get("still", ())
-    if (dtype or recorded.get("codec")) and Layout.of(tensors, dtype, before).hash == recorded.get("layout"):
-        still = set(before)
-    codec = options.snapshot_codec
-    if codec and not Layout.of(tensors, dtype, still).delta(CODECS[codec]).is_delta:
-        codec = ""
-    return (still if dtype or codec else set()), codec
-
-
-def _check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
-    for pattern in patterns:
-        if not model.matching([pattern]):
-            raise ValueError(
-                f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
-                f"names look like {next(iter(model.tensors), None)!r}"
-            )
+def beside_others(options: Options, callbacks: Iterable[object]) -> Options:
+    """Of several callbacks the first one restores the run; the others only note and report its spikes."""
+    sessions = [getattr(callback, "session", None) for callback in callbacks]
+    actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
+    if options.spike.action != "restore" or "restore" not in actions:
+        return options
+    return replace(options, spike=replace(options.spike, action="warn"))
 
 
 def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:

@@ -23,7 +23,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 
 log = logging.getLogger(__name__)
@@ -66,12 +66,12 @@ class SnapshotPipeline:
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(host.device)
-        self.courier = Ranks.of_run()  # for what is published, while others use the window's group
+        self.publish_group = Ranks.of_run()  # for what is published, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
-        self._merger = WindowMerger(window, options.methods, lag, options.exclude, self.background.drain)
+        self._merger = WindowMerger(window, options.methods, lag, options.exclude)
         self._exporter = Exporter(
-            publisher, window.store.sharding, naming, self.courier, options.format == "dcp"
+            publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
         self._taken = 0
         self._emitted = self._handed_in = -1  # what is published; what was to be, which all ranks know
@@ -84,13 +84,13 @@ class SnapshotPipeline:
     @property
     def window(self) -> Window:
         """The window, once the last snapshot is in it."""
-        self.settle()
+        self.wait_until_merged()
         return self._window
 
     @property
     def merger(self) -> WindowMerger:
         """The window's merger, once it has done with the last snapshot."""
-        self.settle()
+        self.wait_until_merged()
         return self._merger
 
     @property
@@ -115,7 +115,7 @@ class SnapshotPipeline:
         report = _Report(self.host.log_step, phase, snapshot)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
 
-    def settle(self) -> None:
+    def wait_until_merged(self) -> None:
         """Waits until the last snapshot is in the window, measured and merged; all ranks do so together."""
         if self._pending is None or self.background.is_current:
             return
@@ -137,11 +137,11 @@ class SnapshotPipeline:
     def finish_what_is_begun(self) -> None:
         """Waits until the last snapshot is in the window and all that was handed in is published."""
         self.background.drain()
-        self.settle()
+        self.wait_until_merged()
 
     def current_merge(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` where there is none, or it can't be made."""
-        self.settle()
+        self.wait_until_merged()
         try:
             self._warn_of_cuts()
             return self._without_altered(partial(self._agreed_merge, model))
@@ -180,7 +180,7 @@ class SnapshotPipeline:
 
     def close(self) -> None:
         """Gives the emissions' process group back. All ranks have to."""
-        self.courier.close()
+        self.publish_group.close()
 
     def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
         """What a resumed run needs, as primitives; ``to_keep`` is a window's.
@@ -226,7 +226,7 @@ class SnapshotPipeline:
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
-        self.settle()
+        self.wait_until_merged()
         waited += time.monotonic()
         if waited > _NOTICEABLE and not self._told_to_wait:
             self._told_to_wait = True
@@ -275,7 +275,8 @@ class SnapshotPipeline:
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
-            self.background.submit(partial(self._publish, merge.step, self._prepared(merge, model.tied)))
+            prepared = self._prepared(merge, model.tied)
+            merge.published = self.background.submit(partial(self._publish, merge.step, prepared))
 
     def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
         """What publishes a merge, or why this rank can't."""
@@ -292,7 +293,7 @@ class SnapshotPipeline:
 
     def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
         try:
-            self.courier.agree(prepared if isinstance(prepared, Exception) else None)
+            self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
             if not isinstance(prepared, Exception):
                 prepared()
             self._emitted = step

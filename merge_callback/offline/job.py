@@ -31,7 +31,7 @@ class OutputNames:
             published: those in the output.
 
         Raises:
-            ValueError: where two would share one, or no name begins with the prefix to take off.
+            ValueError: if two would share one, or no name begins with the prefix to take off.
         """
         if self.strip and not any(name.startswith(self.strip) for name in names):
             raise ValueError(
@@ -54,7 +54,7 @@ class Job:
         exclude: ``fnmatch`` patterns of names that are copied from the last checkpoint.
         naming: of the output's tensors.
         max_shard_bytes: a larger model is written in several files with an index; default: the files of the
-            last checkpoint, where that is a model's folder, else 5 GB.
+            last checkpoint, if that is a model's folder, else 5 GB.
         state_key: where in the checkpoints the weights are, if there is more than one place.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
         force: replace what is there.

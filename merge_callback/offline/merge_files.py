@@ -43,10 +43,10 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: for checkpoints that don't belong together, values that are not finite, or options that
-            don't fit; the tensor is named. Or where ``force`` would destroy more than an earlier merge.
+            don't fit; the tensor is named. Or if ``force`` would destroy more than an earlier merge.
             Nothing is written.
-        FileExistsError: where the folder is there already.
-        OSError: where a file can't be read or written.
+        FileExistsError: if the folder is there already.
+        OSError: if a file can't be read or written.
     """
     sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
     folder = OutputFolder(output, job.force, sources)

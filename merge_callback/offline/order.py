@@ -16,7 +16,7 @@ def steps_of(found: Sequence[Path]) -> dict[Path, int | None]:
     """The optimizer step of each checkpoint, as far as it is known."""
     steps = {path: recorded_step(path) for path in found}
     unknown = [path.parent for path, step in steps.items() if step is None]
-    return {  # the folder's name tells it where only one checkpoint is in it: else it is the run's
+    return {  # the folder's name tells it if only one checkpoint is in it: else it is the run's
         path: step_above(path) if step is None and unknown.count(path.parent) == 1 else step
         for path, step in steps.items()
     }
@@ -74,7 +74,7 @@ def _by_number(found: Sequence[Path]) -> list[Path] | None:
 
 
 def distinct_names(found: Sequence[Path]) -> list[str]:
-    """The names, with their folders' where those are what they differ in."""
+    """The names, with their folders' if those are what they differ in."""
     names = [path.name for path in found]
     return names if len(set(names)) == len(names) else [f"{p.parent.name}/{p.name}" for p in found]
 

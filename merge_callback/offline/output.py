@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
+from merge_callback.checkpoints.file_names import WEIGHTS
 from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.snapshots.files import copy_file, sync
 from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
@@ -32,10 +33,10 @@ def lay_out(
         tensors: by their names in the output.
         like: the last of the merged checkpoints.
         published: from a tensor's name there to that in the output.
-        max_bytes: of a file, where that is asked for.
+        max_bytes: of a file, if that is asked for.
 
     Returns:
-        The tensors of each file, and the name of their index; empty where there is none.
+        The tensors of each file, and the name of their index; empty if there is none.
     """
     if like.shards and max_bytes is None:
         named = {file: map(published, names) for file, names in like.shards.items()}
@@ -43,7 +44,7 @@ def lay_out(
         if sum(map(len, files.values())) == len(tensors):  # else they go by other names now
             return {file: held for file, held in files.items() if held}, like.index
     shards = split_shards(tensors, _MOST_BYTES if max_bytes is None else max_bytes)
-    first = next(iter(like.shards), "model.safetensors")
+    first = next(iter(like.shards), WEIGHTS)
     stem = re.sub(r"(-\d+-of-\d+)?\.safetensors$", "", first) if _NAMED_LIKE_A_MODEL.match(first) else "model"
     base, _, variant = stem.partition(".")
     index = f"{base}.safetensors.index.{variant}.json" if variant else f"{base}.safetensors.index.json"
@@ -64,7 +65,7 @@ class ModelFiles:
         tied: further names of shared tensors, each with the name it is kept under.
 
     Raises:
-        OSError: where there is no room.
+        OSError: if there is no room.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class ModelFiles:
         """Makes the files durable; returns the SHA-256 of each, by its name.
 
         Raises:
-            OSError: where the disk fails.
+            OSError: if the disk fails.
         """
         for file in self._files.values():
             sync(file.path)

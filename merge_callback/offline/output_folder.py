@@ -32,8 +32,8 @@ class OutputFolder:
         sources: what is merged: no folder that holds any of it is replaced.
 
     Raises:
-        FileExistsError: where something is there, and ``force`` is not set.
-        ValueError: where what is there is no merge and nothing else, or holds something that is merged.
+        FileExistsError: if something is there, and ``force`` is not set.
+        ValueError: if what is there is no merge and nothing else, or holds something that is merged.
     """
 
     def __init__(self, target: Path, force: bool, sources: Iterable[Path]) -> None:
@@ -51,7 +51,7 @@ class OutputFolder:
         self.check()
 
     def check(self) -> None:
-        """Makes sure that nothing is lost where the folder takes its place.
+        """Makes sure that nothing is lost when the folder takes its place.
 
         Raises:
             FileExistsError, ValueError: see above.
@@ -70,7 +70,7 @@ class OutputFolder:
         """The folder under a temporary name; it takes its place at the end, and leaves nothing otherwise.
 
         Raises:
-            OSError: where it can't be written.
+            OSError: if it can't be written.
         """
         make_folder(self.target.parent)
         draft, lock = _new_draft(self.target)
@@ -102,7 +102,7 @@ def exchange(one: Path, other: Path) -> bool:
     """Has two folders change names in one step, so that there is never neither; says whether it can be done.
 
     Raises:
-        OSError: where it can be done here, but not with these.
+        OSError: if it can be done here, but not with these.
     """
     try:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -123,7 +123,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _rename_twice(draft: Path, target: Path) -> None:
-    """Replaces a folder where the two can't change names: a kill in between leaves it under ``….old``."""
+    """Replaces a folder by two renames, if one can't do it: a kill in between leaves it under ``….old``."""
     lock = _locked(target)
     old = draft.with_suffix(".old")
     try:
@@ -141,7 +141,7 @@ def _rename_twice(draft: Path, target: Path) -> None:
 
 
 def _whats_lost(target: Path, sources: Iterable[Path]) -> str:
-    """Why a folder may not be replaced; empty where it is a merge, or empty itself."""
+    """Why a folder may not be replaced; empty if it is a merge, or empty itself."""
     if target.is_symlink():
         return f"is a link to {target.readlink()}"
     if not target.is_dir():
@@ -197,7 +197,7 @@ def _new_draft(target: Path) -> tuple[Path, int | None]:
 
 
 def _locked(folder: Path) -> int | None:
-    """A lock on a folder; ``None`` where another process has it, or where there are no such locks."""
+    """A lock on a folder; ``None`` if another process has it, or if there are no such locks."""
     try:
         import fcntl
 

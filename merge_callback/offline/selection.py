@@ -19,7 +19,7 @@ class Selection:
 
     Args:
         chosen: the checkpoints.
-        steps: of each, where it is known.
+        steps: of each, if it is known.
         notes: how they were ordered, and what was left out and why.
         is_reordered: whether single checkpoints were given in another order.
     """
@@ -62,11 +62,11 @@ def select(
     All of them together are ordered by the step in the names, else by the recorded one, else by that of the
     folder around; what a glob or a run gives also by the epoch, or the one number in which the names differ.
     A shell passes the files that a glob matches in the order of the alphabet, so single checkpoints are
-    ordered like the others; the order given stays where no step tells another.
+    ordered like the others; the order given stays if no step tells another.
 
     Left out are hidden and unfinished ones, what is frozen in a window, snapshots of a loss spike, merges
     beside other checkpoints, further names of the same file, a ``last.ckpt`` that repeats another one, and
-    ``a.ckpt`` where ``a-v1.ckpt`` is of the same step: two callbacks, or two attempts, that saved the same.
+    ``a.ckpt`` if ``a-v1.ckpt`` is of the same step: two callbacks, or two attempts, that saved the same.
 
     Args:
         paths: the arguments.
@@ -78,8 +78,8 @@ def select(
         keep_all: leaves out nothing of what is there.
 
     Raises:
-        FileNotFoundError: where an argument finds nothing.
-        ValueError: where no order can be told, or it is not clear which checkpoints are meant.
+        FileNotFoundError: if an argument finds nothing.
+        ValueError: if no order can be told, or it is not clear which checkpoints are meant.
     """
     if every < 1 or (last is not None and last < 1):
         raise ValueError(f"every={every} and last={last} must be at least 1")

@@ -14,7 +14,7 @@ _job: Callable[[str], None] | None = None  # handed over by the fork
 
 
 def available() -> int:
-    """How many processes this one may keep busy: 1 where it can't fork."""
+    """How many processes this one may keep busy: 1 if it can't fork."""
     if "fork" not in get_all_start_methods() or not hasattr(os, "sched_getaffinity"):
         return 1
     return min(_MOST, len(os.sched_getaffinity(0)))
@@ -31,7 +31,7 @@ def each(job: Callable[[str], None], sizes: Mapping[str, int], workers: int) -> 
         workers: processes; with 1 it is run in this one. More are forked: this one should not have threads.
 
     Raises:
-        OSError: where one of the processes was killed.
+        OSError: if one of the processes was killed.
         Exception: the first one that ``job`` raised.
     """
     global _job

@@ -34,7 +34,7 @@ def write_distributed(
         The SHA-256 of every rank's file.
 
     Raises:
-        CheckpointException: on all ranks, where one could not write its own.
+        CheckpointException: on all ranks, if one could not write its own.
     """
     save(
         dict(parts),

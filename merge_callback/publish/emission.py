@@ -61,7 +61,7 @@ class Publisher:
     def __init__(self, folder: Path, keep_last: int | None, max_shard_bytes: int) -> None:
         self.folder, self.keep_last, self.max_shard_bytes = folder, keep_last, max_shard_bytes
         self.published: list[str] = []
-        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError if it may not be done
 
     def sweep(self) -> None:
         """Removes what a killed process left half written. Only for the one run that uses the folder."""
@@ -94,7 +94,7 @@ class Publisher:
         """Writes the merge under a temporary name, makes it durable, then renames it into place.
 
         Args:
-            name: of the folder. Where another merge has it already, ``-v1``, ``-v2``, … is added; where the
+            name: of the folder. If another merge has it already, ``-v1``, ``-v2``, … is added; if the
                 very same merge has it, that one stays.
             write: writes the weights into the folder it is given, durably; returns the files' SHA-256.
             record: what ``merge.json`` says, besides the files and their checksums.
@@ -105,7 +105,7 @@ class Publisher:
             The published folder.
 
         Raises:
-            OSError: where it can't be written. Nothing is left behind.
+            OSError: if it can't be written. Nothing is left behind.
         """
         self.before_writing()
         make_folder(self.folder)
@@ -129,7 +129,7 @@ class Publisher:
         values: Iterable[Tensor],
         tied: Mapping[str, str] | None = None,
     ) -> dict[str, str]:
-        """Writes all shards, and the index where there are several.
+        """Writes all shards, and the index if there are several.
 
         Args:
             folder: where to.
@@ -166,7 +166,7 @@ class Publisher:
         name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
         return name and self.folder / name
 
-    def settle(self, timeout: float | None = None) -> None:
+    def finish_uploads(self, timeout: float | None = None) -> None:
         """Waits until all that is published is where it belongs, so many seconds at most; here it is."""
 
     def _named_after(self, step: int, others: Iterable[str]) -> list[str]:

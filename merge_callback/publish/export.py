@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,13 +31,21 @@ class Naming:
 
     prefix: str = ""
     add_files: Callable[[Path], None] | None = None
+    further_files: Mapping[str, bytes] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, module: nn.Module, strip_prefix: str | None) -> Naming:
+    def of(
+        cls, module: nn.Module, strip_prefix: str | None, further_files: Mapping[str, bytes] | None = None
+    ) -> Naming:
         """The naming for ``module``: its Hugging Face model's own, where it wraps one, else as asked.
 
+        Args:
+            module: the model.
+            strip_prefix: what the user asks to take off.
+            further_files: that are published as they are, by name.
+
         Raises:
-            ValueError: where ``strip_prefix`` begins no tensor's name.
+            ValueError: if ``strip_prefix`` begins no tensor's name.
         """
         names = tensor_names(module)
         if strip_prefix and not any(name.startswith(strip_prefix) for name in names):
@@ -53,13 +61,22 @@ class Naming:
                     f"strip_prefix={strip_prefix!r} would give two tensors of this model one name: "
                     f"{met[:3]}; publish with the full names, or rename one of each"
                 )
-            return cls()  # a second head beside the Hugging Face model's own, say
+            return cls(
+                further_files=further_files or {}
+            )  # a second head beside the Hugging Face model's own, say
         add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
-        return cls(prefix, add_files)
+        return cls(prefix, add_files, further_files or {})
 
     def published(self, name: str) -> str:
         """A tensor's name in the emission."""
         return name.removeprefix(self.prefix)
+
+    def write_files(self, folder: Path) -> None:
+        """Writes all that is published beside the weights."""
+        for name, content in self.further_files.items():
+            (folder / name).write_bytes(content)
+        if self.add_files is not None:
+            self.add_files(folder)
 
     def record(self, tied: Mapping[str, str], copied: Collection[str]) -> dict[str, Any]:
         """What makes an emission of a merge, beside the weights, for a merge of the snapshots' files.
@@ -115,7 +132,7 @@ class Exporter:
 
         Returns:
             What publishes it, to be called on all ranks: the first one writes what all of them send, tensor
-            by tensor, and gets the folder. There it raises OSError where it can't be written.
+            by tensor, and gets the folder. There it raises OSError if it can't be written.
         """
         content = provenance(
             merge.method,
@@ -133,7 +150,7 @@ class Exporter:
             emission_name(merge.method.name, merge.step, merge.snapshots[-1].tokens),
             record=content,
             tied=aliases,
-            add_files=self._naming.add_files,
+            add_files=self._naming.write_files,
         )
         if self._distributed:
             return partial(self._write_distributed, merge.arena, publish)

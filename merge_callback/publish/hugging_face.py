@@ -18,16 +18,19 @@ log = logging.getLogger(__name__)
 def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     """The one outermost ``PreTrainedModel`` inside ``module`` and the prefix of its tensors' names.
 
-    ``None`` where there is none, or several (which of them to export would be a guess).
+    ``None`` if there is none, or several (which of them to export would be a guess), and if peft has put
+    adapters into it: its own names for the layers are not those that ``from_pretrained`` knows.
     """
     transformers = sys.modules.get("transformers")  # imported by whoever built such a model
     if transformers is None:
         return None
-    found: dict[str, Any] = {}
+    peft, found = sys.modules.get("peft"), dict[str, Any]()
     for name, part in module.named_modules():
         name = clean_name(name)
+        if peft is not None and isinstance(part, peft.PeftModel):
+            return None
         if isinstance(part, transformers.PreTrainedModel) and not any(
-            name.startswith(f"{n}.") for n in found
+            not outer or name.startswith(f"{outer}.") for outer in found
         ):
             found[name] = part
     if len(found) != 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_callback.checkpoints.merge_record import versions
 from merge_callback.merging import MergeMethod
-from merge_callback.snapshots.storage import Snapshot
+from merge_callback.snapshots.snapshot import Snapshot
 
 
 def provenance(
@@ -24,8 +24,8 @@ def provenance(
     Args:
         method: how the snapshots were merged.
         snapshots: oldest first.
-        weights: the normalised weight of each; ``None`` where the method is not linear.
-        diversity: the record of the RMS diversity at the newest snapshot, where one was measured.
+        weights: the normalised weight of each; ``None`` if the method is not linear.
+        diversity: the record of the RMS diversity at the newest snapshot, if one was measured.
         **more: further entries (names copied, layout hash, run id, …).
     """
     newest, shares = snapshots[-1], repeat(None, len(snapshots)) if weights is None else weights

@@ -68,7 +68,7 @@ class RemotePublisher(Publisher):
             return name and self.folder / name
         return f"{self.url}/{self._places.get(name, name)}"
 
-    def settle(self, timeout: float | None = None) -> None:
+    def finish_uploads(self, timeout: float | None = None) -> None:
         """Tries once more to upload what is not uploaded yet, for so many seconds at most."""
         self._submit()
         patience = _NOTICEABLE if timeout is None else min(timeout, _NOTICEABLE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -52,6 +53,7 @@ class Host(Protocol):
         log_every: optimizer steps between the logs of what is known of spikes; 0 for no such logs.
         counts_batches: whether this rank's batches are counted. Of tensor-parallel ranks, which share their
             batches, one counts them.
+        further_files: contents, by name, of what a user of the model needs beside its weights: a tokenizer's.
         is_manual: whether nobody knows in advance how many optimizer steps a batch takes.
         will_validate: whether merged weights are going to be asked for, to be validated.
         epoch: epochs that are over.
@@ -88,6 +90,7 @@ class Host(Protocol):
     log_every: int = 50
     counts_batches: bool = True
     is_manual: bool = False
+    further_files: Mapping[str, bytes] = MappingProxyType({})
 
     @property
     def will_validate(self) -> bool:  # noqa: D102
@@ -109,9 +112,11 @@ class Host(Protocol):
 
     def expose(self, metrics: Mapping[str, float]) -> None:
         """Makes scalars known to whatever monitors them: all ranks have the same ones at the same time."""
+        return
 
     def log_text(self, text: str, step: int) -> None:
         """Shows an event in every logger that takes text; none that fails may end the run."""
+        return
 
     def sample_indices(self, epoch: int, batch_idx: int) -> list[int] | None:
         """The data set's indices of a batch on this rank; ``None`` if nobody knows."""

@@ -180,7 +180,7 @@ class LRPhaseDetector:
             self._rise(now, level)
         elif level < trace.level - _EQUAL:
             self._fall(now, level)
-        elif self._settled(now, level):
+        elif self._is_plateau(now, level):
             spent = self.lr_ratio < _SPENT
             self._begin(Phase.DECAY if spent else Phase.STABLE, trace.level_since, level)
         if trace.phase is Phase.WARMUP and self._warmed_up(now):
@@ -256,7 +256,7 @@ class LRPhaseDetector:
         trace.mark, trace.mark_at = level, now
         return False
 
-    def _settled(self, now: int, level: float) -> bool:
+    def _is_plateau(self, now: int, level: float) -> bool:
         """Whether the current hold is a plateau that ends a fall."""
         trace = self._trace
         held = now - trace.level_since + 1

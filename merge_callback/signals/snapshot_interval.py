@@ -37,9 +37,9 @@ class Interval:
         """
         in_tokens = self.unit == "tokens"
         if in_tokens and self.clock.is_near(self.every):
-            self.statistics.settle()
+            self.statistics.flush_to_clock()
         before, self.mark = self.mark, self.clock.tokens if in_tokens else step
         if not crossed(before, self.mark, self.every):
             return False
-        self.statistics.settle()
+        self.statistics.flush_to_clock()
         return True

@@ -157,7 +157,7 @@ class StepStatistics:
             self._clock.add(tokens)
         return None if last is None else self._read(last)
 
-    def settle(self) -> None:
+    def flush_to_clock(self) -> None:
         """Has the clock count the step that has just ended: waits for its sum, where there is one."""
         if self._last is not None:
             self._count(self._last)
@@ -167,7 +167,7 @@ class StepStatistics:
 
         Tokens are not: those of the step that has just ended are counted first.
         """
-        self.settle()
+        self.flush_to_clock()
         self._losses, self._square_norms, self._scalars = [], [], {}
         self._scale, self._last = None, None
 

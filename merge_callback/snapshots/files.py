@@ -29,11 +29,11 @@ class CorruptFileError(ValueError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file to be read, through a link where it is one.
+    """Opens a regular file to be read, through a link if it is one.
 
     Raises:
         CorruptFileError: for a pipe, a device or a folder; nothing is waited for.
-        OSError: where it is missing or unreadable.
+        OSError: if it is missing or unreadable.
     """
     _check_regular(path, os.stat(path))  # first: merely to open a device may do something
     file = open(os.open(path, os.O_RDONLY | _NO_WAIT), "rb")  # noqa: SIM115 - the caller's to close
@@ -49,8 +49,8 @@ def read_small(path: Path, most: int = MOST_METADATA) -> bytes:
     """All of a metadata file.
 
     Raises:
-        CorruptFileError: where it is no regular file, or has more than ``most`` bytes.
-        OSError: where it is missing or unreadable.
+        CorruptFileError: if it is no regular file, or has more than ``most`` bytes.
+        OSError: if it is missing or unreadable.
     """
     with open_regular(path) as file:
         content = file.read(most + 1)
@@ -63,8 +63,8 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a metadata file.
 
     Raises:
-        CorruptFileError: where it is no regular file, too large, or holds anything else.
-        OSError: where it is missing or unreadable.
+        CorruptFileError: if it is no regular file, too large, or holds anything else.
+        OSError: if it is missing or unreadable.
     """
     return parse_object(read_small(path), str(path))
 
@@ -73,7 +73,7 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
     """The JSON object in a metadata file that was read already; ``where`` names the file.
 
     Raises:
-        CorruptFileError: where it holds anything else.
+        CorruptFileError: if it holds anything else.
     """
     try:
         content = json.loads(text)
@@ -85,10 +85,10 @@ def parse_object(text: bytes, where: str) -> dict[str, Any]:
 
 
 def open_own(path: Path) -> IO[str]:
-    """Opens a text file of ours to read and append to, and creates it where it is not there.
+    """Opens a text file of ours to read and append to, and creates it if it is not there.
 
     Raises:
-        OSError: for a link, which is not followed, a pipe, a device or a folder; or where it can't be opened.
+        OSError: for a link, which is not followed, a pipe, a device or a folder; or if it can't be opened.
     """
     with suppress(FileNotFoundError):
         _check_own(path, os.lstat(path))
@@ -106,7 +106,7 @@ def append_line(path: Path, line: str) -> None:
     """Adds a line to a text file of ours, durably; a line before it that a kill cut off is ended first.
 
     Raises:
-        OSError: where the file is a link, or nothing that can be appended to, or the disk is full.
+        OSError: if the file is a link, or nothing that can be appended to, or the disk is full.
     """
     with suppress(FileNotFoundError):
         found = os.lstat(path)
@@ -126,8 +126,8 @@ def copy_file(source: Path, target: Path) -> None:
     """Copies a regular file to a name that nothing has yet.
 
     Raises:
-        CorruptFileError: where the source is no regular file.
-        OSError: where it can't be read, or the target is there or can't be written.
+        CorruptFileError: if the source is no regular file.
+        OSError: if it can't be read, or the target is there or can't be written.
     """
     with open_regular(source) as read, open(target, "xb") as written:
         shutil.copyfileobj(read, written, 1 << 20)
@@ -137,7 +137,7 @@ def clear(path: Path) -> None:
     """Removes what a draft of ours is to replace: a link itself, not what it leads to.
 
     Raises:
-        OSError: where it can't be removed.
+        OSError: if it can't be removed.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -164,7 +164,7 @@ def draft(folder: Path, name: str) -> Iterator[Path]:
         name: of what is made.
 
     Raises:
-        OSError: where something that is there already can't be removed.
+        OSError: if something that is there already can't be removed.
     """
     path = hidden_path(folder, name)
     clear(path)
@@ -179,7 +179,7 @@ def put_in_place(made: Path, target: Path) -> None:
     """Gives a draft its name, in place of a file of that name, atomically and durably.
 
     Raises:
-        OSError: where it can't be renamed.
+        OSError: if it can't be renamed.
     """
     os.replace(made, target)
     sync(target.parent)
@@ -190,7 +190,7 @@ def replacing(target: Path) -> Iterator[Path]:
     """A draft that takes the place of ``target`` at the end; what is written into it is the caller's to sync.
 
     Raises:
-        OSError: where it can't be renamed. The file that was there stays.
+        OSError: if it can't be renamed. The file that was there stays.
     """
     with draft(target.parent, target.name) as path:
         yield path
@@ -201,7 +201,7 @@ def make_folder(path: Path) -> None:
     """Makes a folder, and those above it that are missing, and makes their names durable.
 
     Raises:
-        OSError: where it can't be made.
+        OSError: if it can't be made.
     """
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)

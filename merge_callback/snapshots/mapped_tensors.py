@@ -26,8 +26,8 @@ def map_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     kernels take aligned memory for granted.
 
     Raises:
-        CorruptFileError: where the file breaks any rule of the format; nothing of it is read then.
-        OSError: where it can't be opened.
+        CorruptFileError: if the file breaks any rule of the format; nothing of it is read then.
+        OSError: if it can't be opened.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -55,10 +55,10 @@ def as_tensor(mapped: mmap.mmap) -> Tensor:
 
 
 def view_of(path: Path, data: Tensor, place: Place) -> Tensor:
-    """A tensor in a data region, which is 1-D ``uint8``; a copy of it where it is not aligned.
+    """A tensor in a data region, which is 1-D ``uint8``; a copy of it if it is not aligned.
 
     Raises:
-        CorruptFileError: where it has a shape that no tensor can have.
+        CorruptFileError: if it has a shape that no tensor can have.
     """
     piece = data[place.begin : place.end]
     if piece.data_ptr() % place.dtype.itemsize:

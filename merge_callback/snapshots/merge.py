@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,11 +18,9 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.arena_merge import in_common, merge_arenas, merge_tensors
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors
-from merge_callback.snapshots.live_merge import HalfRestoredError, free_memory, merge_into_all
+from merge_callback.snapshots.live_merge import HalfRestoredError, merge_into_all
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError, Snapshot
 from merge_callback.snapshots.window import Window
-
-__all__ = ["HalfRestoredError", "Merge", "NonFiniteMergeError", "WindowMerger", "free_memory"]
 
 
 class NonFiniteMergeError(ValueError):
@@ -32,7 +31,9 @@ class NonFiniteMergeError(ValueError):
 class Merge:
     """A merge of part of the window: its tensors in the model's dtypes, and how they came about.
 
-    ``weights`` are the snapshots' where the method is linear, else ``None``.
+    It owns its arena until it is ``published``, if it is to be: whoever hands it in for that says so by an
+    event. The next merge is written to the same memory. ``weights`` are the snapshots' if the method is
+    linear, else ``None``.
     """
 
     arena: Arena
@@ -40,6 +41,12 @@ class Merge:
     snapshots: list[Snapshot]
     weights: list[float] | None
     copied: list[str]
+    published: threading.Event | None = field(default=None, repr=False, compare=False)
+
+    def wait(self) -> None:
+        """Waits until nobody reads the arena any more."""
+        if self.published is not None:
+            self.published.wait()
 
     @property
     def step(self) -> int:
@@ -55,7 +62,6 @@ class WindowMerger:
         methods: the method of each phase, by the phase's name.
         diversity_lag: how many snapshots apart the pair lies whose distance is measured.
         exclude: patterns of names that are copied, not averaged.
-        settle: waits for whoever still reads the last merge; called before its memory is used again.
     """
 
     def __init__(
@@ -64,15 +70,14 @@ class WindowMerger:
         methods: Mapping[str, MergeMethod],
         diversity_lag: int,
         exclude: Sequence[str] = (),
-        settle: Callable[[], object] = lambda: None,
     ) -> None:
         self.window, self.methods, self.lag, self.exclude = window, methods, diversity_lag, exclude
-        self._settle = settle
         self.sharding, self.ranks = window.store.sharding, window.ranks
         self.first_rms: float | None = None  # what the diversity is compared with
         self.diversity: dict[str, Any] | None = None
         self._numel = {name: s.numel for name, (_, s) in window.store.whole.places.items()}
         self._merge: Merge | None = None
+        self._made: Merge | None = None  # the last one, which may still be published, though forgotten
         self._out: Arena | None = None
 
     def measure(self, model: ModelTensors, merge: bool) -> None:
@@ -162,7 +167,8 @@ class WindowMerger:
             return None
         copied = self._copied(model, snapshots[0], snapshots[-1])  # first: all ranks have a say in it
         method = self.methods[snapshots[-1].phase]
-        self._settle()
+        if self._made is not None:
+            self._made.wait()
         self._out = self._room(snapshots[-1].arena, copied)
         trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
         weights = None
@@ -181,7 +187,7 @@ class WindowMerger:
             merge_tensors(method, chains, self._out, copied, trajectory, self.sharding)
             squares = self._distance(pair) if pair else {}
         self._check_finite(self._out, snapshots)
-        self._merge = Merge(self._out, method, snapshots, weights, sorted(copied))
+        self._merge = self._made = Merge(self._out, method, snapshots, weights, sorted(copied))
         return squares
 
     def _room(self, newest: Arena, copied: Collection[str]) -> Arena:

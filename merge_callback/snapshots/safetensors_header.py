@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -63,9 +63,9 @@ def read_header(path: Path) -> Header:
     """The header of a file.
 
     Raises:
-        CorruptFileError: where the file breaks any rule of the format, as far as the header tells: a length,
+        CorruptFileError: if the file breaks any rule of the format, as far as the header tells: a length,
             the JSON, a tensor's entry, or data that does not lie as it says.
-        OSError: where it can't be opened.
+        OSError: if it can't be opened.
     """
     with open_regular(path) as file:
         return parse_header(path, *header_text(path, file), os.fstat(file.fileno()).st_size)
@@ -75,7 +75,7 @@ def header_text(path: Path, file: IO[bytes]) -> tuple[bytes, int]:
     """The JSON of the header of an open file, and where the data region begins.
 
     Raises:
-        CorruptFileError: where the file is shorter than that.
+        CorruptFileError: if the file is shorter than that.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -142,24 +142,24 @@ def _places(path: Path, header: Mapping[str, Any], size: int) -> list[Place]:
 
 
 def _place(path: Path, name: str, entry: object) -> Place:
-    where = f"{path}: tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CorruptFileError(f"{where} is {entry!r:.200}, expected its dtype, shape and data_offsets")
-    if entry["dtype"] not in list(_DTYPES):  # a list: what is not hashable is merely not in it
-        raise CorruptFileError(
-            f"{where} has dtype {entry['dtype']!r:.200}, expected one of {', '.join(_DTYPES)}"
-        )
-    shape, offsets = tuple(_sizes(where, entry["shape"])), tuple(_sizes(where, entry["data_offsets"]))
-    dtype = _DTYPES[entry["dtype"]]
-    if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise CorruptFileError(
-            f"{where} lies at {list(offsets)}, expected {math.prod(shape) * dtype.itemsize} bytes "
-            f"for {list(shape)} of {entry['dtype']}"
-        )
-    return Place(name, dtype, shape, *offsets)
+        raise _error(path, name, f"is {entry!r:.200}, expected its dtype, shape and data_offsets")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        raise _error(path, name, f"has dtype {kind!r:.200}, expected one of {', '.join(_DTYPES)}")
+    for sizes in (shape, offsets):
+        if not _are_sizes(sizes):
+            raise _error(path, name, f"has sizes {sizes!r:.200}, expected a list of whole numbers")
+    nbytes = math.prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        raise _error(path, name, f"lies at {offsets}, expected {nbytes} bytes for {shape} of {kind}")
+    return Place(name, dtype, tuple(shape), *offsets)
 
 
-def _sizes(where: str, found: object) -> Iterator[int]:
-    if not isinstance(found, list) or not all(type(n) is int and 0 <= n < 1 << 63 for n in found):
-        raise CorruptFileError(f"{where} has sizes {found!r:.200}, expected a list of whole numbers")
-    yield from found
+def _are_sizes(found: object) -> bool:
+    return isinstance(found, list) and all(type(size) is int and 0 <= size < 1 << 63 for size in found)
+
+
+def _error(path: Path, name: str, problem: str) -> CorruptFileError:
+    return CorruptFileError(f"{path}: tensor {name!r} {problem}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.files import CorruptFileError, clear, make_folder, sync
+from merge_callback.snapshots.files import CorruptFileError, draft, make_folder, put_in_place
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.safetensors_file import (
     arena_header,
@@ -105,12 +104,10 @@ class SnapshotFiles:
         assert self.folder is not None
         make_folder(self.folder)
         name = f"{stored.kind}step={stored.step:08d}"
-        temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        clear(temporary)
-        checksum = write_file(temporary, arena.layout.entries, self._to_host.chunks(arena.buffer), metadata)
-        file = f"{name}-{checksum[:12]}.safetensors"
-        os.replace(temporary, self.folder / file)
-        sync(self.folder)
+        with draft(self.folder, name) as made:
+            checksum = write_file(made, arena.layout.entries, self._to_host.chunks(arena.buffer), metadata)
+            file = f"{name}-{checksum[:12]}.safetensors"
+            put_in_place(made, self.folder / file)
         stored.file, stored.checksum = file, checksum
         return checksum
 

@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,6 @@ from merge_callback.snapshots.snapshot import Snapshot, Stored
 from merge_callback.snapshots.snapshot_files import SnapshotFiles
 from merge_callback.snapshots.staging import ToHost
 
-Storage = Literal["disk", "cpu", "device"]
-
 
 class Memory:
     """Keeps snapshots in host memory.
@@ -37,6 +35,11 @@ class Memory:
     """
 
     needs_files: ClassVar[bool] = False
+    """Whether snapshots lie in their files."""
+    is_of_machine: ClassVar[bool] = True
+    """Whether the room is shared by the processes of a machine, each of which has a window of its own."""
+    remedy: ClassVar[str] = "storage='disk'"
+    """What a user may choose if there is not enough room."""
 
     def __init__(
         self, live_device: torch.device, pool: ArenaPool, files: SnapshotFiles, to_host: ToHost
@@ -51,7 +54,7 @@ class Memory:
 
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
-        """Free room where snapshots would lie."""
+        """Free room where snapshots would lie, in bytes."""
         return _available_memory()
 
     def moved_in(self, arena: Arena) -> Arena:
@@ -89,6 +92,9 @@ class Memory:
 class DeviceMemory(Memory):
     """Keeps snapshots in the memory of the live model's device."""
 
+    is_of_machine = False
+    remedy = "storage='disk' or 'cpu'"
+
     @staticmethod
     def device_for(live_device: torch.device) -> torch.device:
         """The device of the arenas."""
@@ -96,7 +102,7 @@ class DeviceMemory(Memory):
 
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
-        """Free room where snapshots would lie."""
+        """Free room where snapshots would lie, in bytes."""
         return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
 
 
@@ -104,10 +110,12 @@ class Mapped(Memory):
     """Keeps snapshots in memory maps of their files: the page cache holds what is in use."""
 
     needs_files = True
+    is_of_machine = False
+    remedy = "a dirpath on a larger disk, or durable=False with storage='cpu'"
 
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
-        """Free room where snapshots would lie."""
+        """Free room where snapshots would lie, in bytes."""
         return shutil.disk_usage(folder).free if folder is not None else _available_memory()
 
     def admitted(self, stored: Stored, arena: Arena) -> Arena:
@@ -163,7 +171,7 @@ class SnapshotStore:
     def __init__(
         self,
         layout: Layout,
-        storage: Storage,
+        storage: str,
         folder: Path | None,
         device: torch.device | str = "cpu",
         masks: Collection[str] = (),
@@ -239,11 +247,6 @@ class SnapshotStore:
         return self.check_finite.may_hold(name, tensor)
 
 
-def free_bytes(storage: Storage, folder: Path | None, device: torch.device) -> int:
-    """Free room where snapshots of this storage would lie, in bytes."""
-    return STORAGES[storage].free_bytes(folder, device)
-
-
 def _available_memory() -> int:
     # MemAvailable counts the page cache as free, which SC_AVPHYS_PAGES does not.
     try:
@@ -251,6 +254,3 @@ def _available_memory() -> int:
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-__all__ = ["Snapshot", "SnapshotStore", "Storage", "free_bytes"]

@@ -19,7 +19,7 @@ from merge_callback.snapshots.segments import Segments
 from merge_callback.snapshots.snapshot import DeltaOverflowError, Snapshot, Stored
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window_folder import WindowFolder
-from merge_callback.snapshots.window_restore import WindowRestore, layout_difference
+from merge_callback.snapshots.window_restore import WindowRestore
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,13 @@ class Window(Segments):
         """
         self._latest = max(self._latest, snapshot.step)
         self._make_room(captured)
-        arena = self._encoded(snapshot, self._checked(captured))
+        arena = self._checked(captured)
+        arena = self._encoded(snapshot, arena)
         try:
             self._write(snapshot, arena)
         finally:
             self._admit(snapshot, arena)
+            self._evict()
         self._commit()
 
     def drop_newer(self, step: int) -> None:
@@ -112,10 +114,6 @@ class Window(Segments):
             "saved": [list(files) for files in saved],
             "moved": sorted(self.store.live.moved),
         }
-
-    def layout_difference(self, state: Mapping[str, Any]) -> str:
-        """How the model of a ``state_dict`` differs from this one, in one line; empty if it does not."""
-        return layout_difference(self.store, self.folder, state)
 
     def restore(self, state: Mapping[str, Any], last_step: int) -> list[str]:
         """Takes the snapshots of a ``state_dict`` back, up to optimizer step ``last_step``.
@@ -232,24 +230,18 @@ class Window(Segments):
         store = self.store
         if (base := store.coding.base(self.snapshots)) is None:
             return arena
-        try:
+
+        def encode() -> Arena:
+            nonlocal arena
             arena = store.place.moved_in(arena)
-            encoded, problem = None, None
-            try:
-                encoded = store.coding.encoded(arena, self.snapshots, store.pool)
-            except (ValueError, RuntimeError) as error:
-                problem = error
-            try:
-                self.ranks.agree(problem)
-                assert encoded is not None
-            except Exception:
-                if encoded is not None:
-                    store.pool.recycle(encoded)
-                told = self.ranks.exchange(isinstance(problem, DeltaOverflowError))
-                if not (any(told) and self._warn_of(self.drop_damaged())):
-                    raise
-                return arena  # the one before turned out to be no longer what was written to its file
-        except BaseException:
+            return store.coding.encoded(arena, self.snapshots, store.pool)
+
+        try:
+            encoded = self.ranks.agreed(encode)
+        except Exception as error:
+            has_overflown = any(self.ranks.exchange(isinstance(error, DeltaOverflowError)))
+            if has_overflown and self._warn_of(self.drop_damaged()):
+                return arena  # the one before is no longer what was written to its file
             store.pool.recycle(arena)
             raise
         store.pool.recycle(arena)
@@ -257,7 +249,7 @@ class Window(Segments):
         return encoded
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
-        """Takes a snapshot in as the newest one, and lets the oldest beyond ``size`` go.
+        """Takes a snapshot in as the newest one, if it has a place.
 
         Raises:
             RuntimeError: if this rank, or another, can't keep it; the window is unchanged.
@@ -265,7 +257,6 @@ class Window(Segments):
         if self._placed(snapshot, arena):
             self.snapshots.append(snapshot)
             self.store.frozen = snapshot.arena.frozen
-            self._evict()
 
     def _placed(self, snapshot: Snapshot, arena: Arena) -> bool:
         """Gives a snapshot its place in every rank's storage; says whether it has one.

@@ -196,7 +196,6 @@ def layout_difference(store: SnapshotStore, folder: WindowFolder, state: Mapping
             for file in (record["file"], *filter(None, [record.get("frozen")])):
                 found = read_header(next(folder.find(file, state["folder"]))).entries | found
             expected = arena_header(layout)
-            found.pop("__metadata__", None)
             for entry in (*found.values(), *expected.values()):  # what is kept once lies elsewhere
                 entry.pop("data_offsets", None)
             return _other_dtype(found, expected) or difference(found, expected) or "the order of the tensors"

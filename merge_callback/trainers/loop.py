@@ -25,7 +25,8 @@ from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
 from merge_callback.options import Options
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError, report
-from merge_callback.snapshots.merge import HalfRestoredError, Merge
+from merge_callback.snapshots.live_merge import HalfRestoredError
+from merge_callback.snapshots.merge import Merge
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,14 @@ from tests.training_runs import seed
 
 def model() -> models.MPNN:
     seed()
-    network = (nn.BondMessagePassing(d_h=16), nn.MeanAggregation(), nn.RegressionFFN(input_dim=16, hidden_dim=16))
-    return models.MPNN(*network, batch_norm=True, metrics=[nn.metrics.RMSE(), nn.metrics.MAE()], warmup_epochs=1)
+    network = (
+        nn.BondMessagePassing(d_h=16),
+        nn.MeanAggregation(),
+        nn.RegressionFFN(input_dim=16, hidden_dim=16),
+    )
+    return models.MPNN(
+        *network, batch_norm=True, metrics=[nn.metrics.RMSE(), nn.metrics.MAE()], warmup_epochs=1
+    )
 
 
 def loader(count: int, shuffle: bool = False):

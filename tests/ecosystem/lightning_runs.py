@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_callback import CheckpointMergeCallback, load_merge
 from tests.ecosystem.comparison import EVERY, MERGING, WINDOW, Findings, assert_emissions, assert_metrics
-from tests.training_runs import assert_mean, assert_same_bits, seed, weights_of
+from tests.training_runs import assert_mean, assert_same_bits, weights_of
 
 
 def checked(
@@ -102,7 +102,9 @@ def _saving(namespace: Any, folder: Path) -> Any:
 def merge_files(folder: Path, output: Path, *options: str) -> Path:
     """What a user does with checkpoints that are there already."""
     command = [sys.executable, "-m", "merge_callback", "merge", folder, "--last", str(WINDOW), *options]
-    done = subprocess.run([*command, "--output", output], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [*command, "--output", output], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout.strip().splitlines()[-1]
     return output

@@ -28,7 +28,12 @@ def series() -> TimeSeriesDataSet:
 def model(data: TimeSeriesDataSet) -> TemporalFusionTransformer:
     seed()
     return TemporalFusionTransformer.from_dataset(
-        data, hidden_size=8, attention_head_size=2, hidden_continuous_size=4, loss=QuantileLoss(), learning_rate=0.01
+        data,
+        hidden_size=8,
+        attention_head_size=2,
+        hidden_continuous_size=4,
+        loss=QuantileLoss(),
+        learning_rate=0.01,
     )
 
 
@@ -39,13 +44,24 @@ def trainer(**options) -> pl.Trainer:
 def train(callbacks, folder):
     data = series()
     trained = model(data)
-    fit = trainer(max_epochs=6, limit_train_batches=10, callbacks=callbacks, default_root_dir=folder, gradient_clip_val=0.1, log_every_n_steps=4)
-    fit.fit(trained, data.to_dataloader(train=True, batch_size=16), data.to_dataloader(train=False, batch_size=64))
+    fit = trainer(
+        max_epochs=6,
+        limit_train_batches=10,
+        callbacks=callbacks,
+        default_root_dir=folder,
+        gradient_clip_val=0.1,
+        log_every_n_steps=4,
+    )
+    fit.fit(
+        trained, data.to_dataloader(train=True, batch_size=16), data.to_dataloader(train=False, batch_size=64)
+    )
     return trained
 
 
 def validate(trained):
-    return trainer(logger=False).validate(trained, series().to_dataloader(train=False, batch_size=64), verbose=False)[0]
+    return trainer(logger=False).validate(
+        trained, series().to_dataloader(train=False, batch_size=64), verbose=False
+    )[0]
 
 
 def load(folder):

@@ -1,8 +1,8 @@
 """scvi-tools: an SCVI on random counts, which the library trains in a Trainer and a training plan of its own."""
 
 import anndata
-import numpy as np
 import lightning.pytorch as pl
+import numpy as np
 import scvi
 import torch
 
@@ -30,7 +30,9 @@ def train(callbacks, folder):
 
 
 def validate(trained):
-    return trained.trainer.validate(trained.trainer.lightning_module, trained.trainer.val_dataloaders, verbose=False)[0]
+    return trained.trainer.validate(
+        trained.trainer.lightning_module, trained.trainer.val_dataloaders, verbose=False
+    )[0]
 
 
 def load(folder):

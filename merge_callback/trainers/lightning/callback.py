@@ -6,18 +6,17 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim import Optimizer
 
-from merge_callback.engine.session import MergeSession
+from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
 from merge_callback.trainers.lightning.host import LightningHost
 from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
@@ -197,7 +196,10 @@ class CheckpointMergeCallback(_Callback):
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
-        options, self._host = _beside_others(self.options, trainer), LightningHost(trainer, pl_module)
+        options, self._host = (
+            beside_others(self.options, trainer.callbacks),
+            LightningHost(trainer, pl_module),
+        )
         named = taking_part(trainer, options.evaluate_with)
         self.session = MergeSession.begin(options, self._host, self._resume)
         directions = MetricDirections(options.lower_is_better, options.higher_is_better)
@@ -237,7 +239,7 @@ class CheckpointMergeCallback(_Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
-            self.session.pipeline.settle()  # a monitor finds the same on all ranks
+            self.session.pipeline.wait_until_merged()  # a monitor finds the same on all ranks
             if self.options.evaluate and self._validation:
                 self._validation.update(self.session.current_merge())
 
@@ -327,15 +329,6 @@ class CheckpointMergeCallback(_Callback):
     @property
     def _dirpath(self) -> str:
         return f"'dirpath': {str(self.options.dirpath or '')!r}"
-
-
-def _beside_others(options: Options, trainer: Trainer) -> Options:
-    """Of several callbacks the first one restores the run; the others only note and report its spikes."""
-    sessions = [getattr(c, "session", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
-    actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
-    if options.spike.action != "restore" or "restore" not in actions:
-        return options
-    return replace(options, spike=replace(options.spike, action="warn"))
 
 
 def _check_folders(trainer: Trainer) -> None:

@@ -23,7 +23,8 @@ from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.merge import HalfRestoredError, Merge
+from merge_callback.snapshots.live_merge import HalfRestoredError
+from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
 from merge_callback.trainers.lightning.private import (
     callback_metrics,

@@ -1,0 +1,83 @@
+"""A model's tensors over all ranks, and whether they are still those they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from merge_callback.sharding import Sharding, local
+from merge_callback.snapshots.capture import ModelTensors
+
+Kind = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a tensor."""
+
+
+def own_gradient(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> Tensor | None:
+    """The part of a gradient that no other rank answers for."""
+    gradient, name = parameter.grad, names.get(id(parameter))
+    if gradient is None or name is None:
+        return gradient
+    if gradient.is_sparse:  # DDP's, so it is everybody's
+        return gradient if sharding.ranks.is_first else None
+    return sharding.own_part(name, local(gradient))
+
+
+def global_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> int:
+    """A parameter's elements, on all ranks together."""
+    name = names.get(id(parameter))
+    return parameter.numel() if name is None else math.prod(sharding.wholes[name])
+
+
+def shapes_of(model: ModelTensors) -> dict[str, Kind]:
+    """Shape (of this rank's shard) and dtype of each tensor, by name."""
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in model.tensors.items()}
+
+
+def tensor_changes(before: Mapping[str, Kind], model: ModelTensors) -> str:
+    """How a model's names, shapes and dtypes differ from what they were, in one line; empty if they don't."""
+    if len(before) == len(model.tensors) and all(
+        name == known and tensor.shape == kind[0] and tensor.dtype is kind[1]
+        for (known, kind), (name, tensor) in zip(before.items(), model.tensors.items(), strict=True)
+    ):
+        return ""
+    now = shapes_of(model)
+    new, gone = [n for n in now if n not in before], [n for n in before if n not in now]
+    other = [
+        f"{n} from {_told(before[n])} to {_told(now[n])}" for n in now if before.get(n, now[n]) != now[n]
+    ]
+    parts = (("there is now", new), ("there is no more", gone), ("changed", other))
+    lines = [
+        f"{said} {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        for said, names in parts
+        if names
+    ]
+    return "; ".join(lines) or "the order of its tensors changed"
+
+
+def _told(shape: Kind) -> str:
+    return f"{shape[0]} {str(shape[1]).removeprefix('torch.')}"
+
+
+def global_tensors(model: ModelTensors) -> dict[str, Tensor]:
+    """The model's tensors in their whole shapes, without values."""
+    return {
+        name: torch.empty(model.pieces[name].whole, dtype=tensor.dtype, device="meta")
+        for name, tensor in model.tensors.items()
+    }
+
+
+def check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
+    """Makes sure that every pattern means something.
+
+    Raises:
+        ValueError: for a pattern that matches no tensor.
+    """
+    for pattern in patterns:
+        if not model.matching([pattern]):
+            raise ValueError(
+                f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
+                f"names look like {next(iter(model.tensors), None)!r}"
+            )

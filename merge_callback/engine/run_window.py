@@ -1,0 +1,129 @@
+"""The window of a run: made for its model, and restored when the run is resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from merge_callback.engine.model_parts import global_tensors
+from merge_callback.engine.run_folder import RunFolder
+from merge_callback.messages import warn
+from merge_callback.options import Options
+from merge_callback.publish.export import Naming
+from merge_callback.sharding import Sharding
+from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.deltas import CODECS
+from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.storage import SnapshotStore
+from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_restore import layout_difference
+
+log = logging.getLogger(__name__)
+
+
+def new_window(
+    options: Options,
+    model: ModelTensors,
+    sharding: Sharding,
+    device: torch.device,
+    folder: RunFolder,
+    resume: Mapping[str, Any],
+) -> Window:
+    """An empty window for a model.
+
+    Args:
+        options: of the merging.
+        model: the live one.
+        sharding: what each rank keeps of it.
+        device: that training uses.
+        folder: the run's.
+        resume: a former session's ``state_dict``; empty for a new run.
+    """
+    still, codec = stored_natively(options, model, resume.get("window", {}))
+    store = SnapshotStore(
+        Layout.of(sharding.own(model.tensors), options.snapshot_dtype, still),
+        options.storage,
+        folder.path / "window" if options.durable else None,
+        device,
+        {name for name in model.buffers if not all_finite(model.tensors[name])},
+        model.buffers,
+        sharding,
+        Layout.of(global_tensors(model), options.snapshot_dtype, still),
+        codec=codec,
+        frozen=model.frozen,
+    )
+    return Window(options.window, store, folder.run_id)
+
+
+def note_publishing(window: Window, naming: Naming, model: ModelTensors, exclude: Sequence[str]) -> None:
+    """Writes into the window how its merges are published, for a merge of the snapshots' files."""
+    if window.store.folder is None or not window.ranks.is_first:
+        return
+    try:
+        window.folder.published = naming.record(model.tied, model.matching(exclude))
+    except Exception as error:  # a configuration of someone else's, or no room: such a merge needs flags
+        log.info("merge: the snapshots do not tell how merges are published: %r", error)
+
+
+def stored_natively(
+    options: Options, model: ModelTensors, recorded: Mapping[str, Any]
+) -> tuple[set[str], str]:
+    """Names of what is stored natively where the rest is not, and the codec, where it has anything to do.
+
+    These are the tensors that are never averaged, which rounding would change. What they were at the start of
+    a run they stay when it is resumed, though something may have been frozen or unfrozen in between.
+
+    Args:
+        options: the callback's.
+        model: the live one.
+        recorded: the resumed window's ``state_dict``; empty for a new run.
+    """
+    tensors, dtype = global_tensors(model), options.snapshot_dtype
+    still = model.frozen | model.buffers | model.matching(options.exclude)
+    before = recorded.get("still", ())
+    if (dtype or recorded.get("codec")) and Layout.of(tensors, dtype, before).hash == recorded.get("layout"):
+        still = set(before)
+    codec = options.snapshot_codec
+    if codec and not Layout.of(tensors, dtype, still).delta(CODECS[codec]).is_delta:
+        codec = ""
+    return (still if dtype or codec else set()), codec
+
+
+def restore_window(window: Window, folder: RunFolder, state: Mapping[str, Any], last_step: int) -> bool:
+    """Takes back the snapshots of a run that is resumed; says whether it had any that fit.
+
+    Args:
+        window: empty, for the model as it is now.
+        folder: of the run now.
+        state: the session's ``state_dict``.
+        last_step: optimizer steps of the checkpoint.
+
+    Raises:
+        ValueError: if what is in the run's own folder does not fit the model or the options.
+    """
+    kept, dirpath = state["window"], Path(state["dirpath"])
+    if folder.is_elsewhere and kept["snapshots"]:
+        warn(f"merge: the window begins empty: the resumed one was in {dirpath}, which is not here")
+        return False
+    if different := layout_difference(window.store, window.folder, kept):
+        what = "of another model"
+        if different.startswith("snapshot_codec"):
+            what = "in another snapshot_codec"
+        elif " and here " in different:
+            what = "in another dtype"
+        if dirpath == folder.path:
+            raise ValueError(
+                f"the run that is resumed kept a window {what} in dirpath={str(dirpath)!r}: "
+                f"{different}; resume with the model, precision, snapshot_dtype and snapshot_codec "
+                "it was kept with, or give a new dirpath to begin with an empty window"
+            )
+        warn(f"merge: the window begins empty, the resumed one is {what}: {different}")
+        return False
+    for problem in window.restore(kept, last_step):
+        warn(f"merge: left out of the restored window: {problem}")
+    return bool(kept["snapshots"])

@@ -1,0 +1,1 @@
+"""Merging within a Hugging Face ``Trainer``."""
