@@ -15,7 +15,9 @@ from tests.training_runs import seed
 
 
 def waves(count: int) -> ListDataset:
-    rows = [{"start": pd.Period("2020-01-01", "D"), "target": np.sin(np.arange(count) / 5 + i)} for i in range(6)]
+    rows = [
+        {"start": pd.Period("2020-01-01", "D"), "target": np.sin(np.arange(count) / 5 + i)} for i in range(6)
+    ]
     return ListDataset(rows, freq="D")
 
 
@@ -33,11 +35,6 @@ def train(callbacks, folder):
     return trained.train_model(waves(60), validation_data=waves(64))
 
 
-def validate(trained):
-    fresh = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
-    return fresh.validate(trained.trained_net, trained.trainer.val_dataloaders, verbose=False)[0]
-
-
 def load(folder):
     merged = estimator().create_lightning_module()
     merged.load_state_dict(load_merge(folder))
@@ -50,4 +47,4 @@ def load(folder):
 
 
 torch.set_num_threads(1)
-checked("gluonts", pl, train, validate, load).write(result_path())
+checked("gluonts", pl, train, load).write(result_path())

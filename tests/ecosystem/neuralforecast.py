@@ -30,12 +30,6 @@ def train(callbacks, folder):
     return forecast
 
 
-def validate(trained):
-    model = trained.models[0]
-    model.trainer.validate(model, datamodule=model.trainer.datamodule, verbose=False)
-    return {name: float(value) for name, value in model.trainer.callback_metrics.items()}
-
-
 def load(folder):
     merged = train([], folder.parent / "again")
     merged.models[0].load_state_dict(load_merge(folder))
@@ -44,4 +38,4 @@ def load(folder):
 
 
 torch.set_num_threads(1)
-checked("neuralforecast", pl, train, validate, load).write(result_path())
+checked("neuralforecast", pl, train, load).write(result_path())

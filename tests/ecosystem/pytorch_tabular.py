@@ -34,10 +34,6 @@ def train(callbacks, folder):
     return trained
 
 
-def validate(trained):
-    return trained.trainer.validate(trained.model, trained.trainer.val_dataloaders, verbose=False)[0]
-
-
 def load(folder):
     merged = train([], folder.parent / "again")
     merged.model.load_state_dict(load_merge(folder))
@@ -46,4 +42,4 @@ def load(folder):
 
 
 torch.set_num_threads(1)
-checked("pytorch-tabular", pl, train, validate, load).write(result_path())
+checked("pytorch-tabular", pl, train, load).write(result_path())

@@ -29,12 +29,6 @@ def train(callbacks, folder):
     return trained
 
 
-def validate(trained):
-    return trained.trainer.validate(
-        trained.trainer.lightning_module, trained.trainer.val_dataloaders, verbose=False
-    )[0]
-
-
 def load(folder):
     names = load_merge(folder)
     merged = model()
@@ -46,4 +40,4 @@ def load(folder):
 
 
 torch.set_num_threads(1)
-checked("scvi-tools", pl, train, validate, load).write(result_path())
+checked("scvi-tools", pl, train, load).write(result_path())
