@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "merge_callback"
 TOP = [
+    "transformers",
     "cli",
     "demo",
     "transformers",

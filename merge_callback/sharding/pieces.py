@@ -99,7 +99,7 @@ class Piece:
 
         Returns:
             The first one's index there, one past the last one's, and the index of each from the first on
-            (int64); ``None`` where they follow one another.
+            (int64); ``None`` if they follow one another.
         """
         if stop <= start:
             return 0, 0, None

@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def of_run(cls, timeout: timedelta | None = None) -> Ranks:
-        """All ranks of the default process group; this process alone where there is none, or one rank."""
+        """All ranks of the default process group; this process alone if there is none, or one rank."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
         return cls(dist.new_group(backend="gloo", timeout=timeout))
@@ -97,7 +97,7 @@ class Ranks:
 
         Raises:
             BaseException: this rank's own error.
-            RemoteError: where another rank has one; the message names the rank and the error.
+            RemoteError: if another rank has one; the message names the rank and the error.
         """
         if isinstance(error, RemoteError) and error.cut_short:
             error.cut_short = False
@@ -113,7 +113,7 @@ class Ranks:
 
         Raises:
             Exception: what it raises here.
-            RemoteError: where it raises on another rank.
+            RemoteError: if it raises on another rank.
         """
         problem: Exception | None = None
         try:
@@ -137,7 +137,7 @@ class Ranks:
         return bool(count.item())
 
     def _first_error(self, error: BaseException | None) -> str:
-        """What the first of the other ranks with an error says; empty where this rank has one itself."""
+        """What the first of the other ranks with an error says; empty if this rank has one itself."""
         texts = self._all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             return ""

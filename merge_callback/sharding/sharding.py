@@ -31,11 +31,11 @@ class _Replicas:
 class Sharding:
     """How a model's tensors are shared out over the windows of all ranks.
 
-    A tensor that is sharded stays where it is: a rank keeps its own shard. What several ranks hold alike (all
-    of a model under DDP, the replicas of a hybrid sharding, what tensor parallelism does not split) is kept
-    by rows, each row by one of them, so that all keep about as many bytes, of what is frozen and of what
-    trains. Buffers under DDP differ between
-    the ranks until the next forward pass, which spreads the first rank's: that one keeps them.
+    A tensor that is sharded stays where it is: a rank keeps its own shard. What several ranks hold the same
+    (all of a model under DDP, the replicas of a hybrid sharding, what tensor parallelism does not split) is
+    kept by rows, each row by one of them, so that all keep about as many bytes, of what is frozen and of what
+    trains. Buffers under DDP differ between the ranks until the next forward pass, which spreads the first
+    rank's: that one keeps them.
 
     Args:
         tensors: live ones of this rank, by name.
@@ -45,7 +45,7 @@ class Sharding:
         frozen: names of the parameters that take no gradient.
 
     Raises:
-        ValueError: where the ranks' models have different tensors, or hold a part alike that is not equal.
+        ValueError: if the ranks' models have different tensors, or hold the same part with other values.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Sharding:
     def spread(self, tensors: Mapping[str, Tensor]) -> None:
         """Hands what each rank keeps of the live tensors to those that hold the same, in place.
 
-        Tensor by tensor, in training's own process groups. Nothing is sent where every tensor is sharded.
+        Tensor by tensor, in training's own process groups. Nothing is sent if every tensor is sharded.
         """
         for name, replicas in self._replicas.items():
             for rank in replicas.ranks:
@@ -131,7 +131,7 @@ class Sharding:
         held = self.ranks.exchange((dict(pieces), prints))
         kept = [theirs for theirs, _ in held]
         _check_alike([{name: piece.whole for name, piece in theirs.items()} for theirs in kept])
-        shared: dict[tuple[int, ...], list[str]] = {}  # by the ranks that hold them alike
+        shared: dict[tuple[int, ...], list[str]] = {}  # by the ranks that hold the same
         for name in pieces:
             for alike in _alike([theirs[name] for theirs in kept]):
                 _check_equal(name, {rank: held[rank][1].get(name, 0) for rank in alike})
@@ -163,7 +163,7 @@ def _rows(tensor: Tensor, start: int, stop: int) -> Tensor:
 
 
 def _alike(pieces: Sequence[Piece]) -> list[tuple[int, ...]]:
-    """The ranks that hold the same piece, where they are several."""
+    """The ranks that hold the same piece, if they are several."""
     holders: dict[Piece, list[int]] = {}
     for rank, piece in enumerate(pieces):
         if piece.numel:
