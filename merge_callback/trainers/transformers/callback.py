@@ -73,7 +73,7 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
         self.options = Options.resolve(**options)
         self.session: MergeSession | None = None
         self._trainer: Trainer | None = None
-        self._replaced: list[tuple[object, str, Any]] = []
+        self._replaced: list[tuple[object, str, partial[Any]]] = []
         self._half_restored = False
 
     def set_trainer(self, trainer: Trainer) -> None:

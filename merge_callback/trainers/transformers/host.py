@@ -292,7 +292,7 @@ def _files_of(processing_class: Any) -> dict[str, bytes]:
 
 
 def _containers(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
-    """The containers among some values, and those in them; a long one, like a data set, is not looked into."""
+    """The containers among some values, and those in them, but not those in a long one, like a data set."""
     for value in values:
         if type(value) in _CONTAINERS:
             yield value
