@@ -17,10 +17,11 @@ from merge_callback.publish.export import Naming
 from merge_callback.sharding import Sharding
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.deltas import CODECS
+from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_folder import WINDOW
 from merge_callback.snapshots.window_restore import layout_difference
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def new_window(
     store = SnapshotStore(
         Layout.of(sharding.own(model.tensors), options.snapshot_dtype, still),
         options.storage,
-        folder.path / "window" if options.durable else None,
+        folder.path / WINDOW if options.durable else None,
         device,
         {name for name in model.buffers if not all_finite(model.tensors[name])},
         model.buffers,

@@ -150,11 +150,12 @@ class MergedValidation:
         idle = [type(c).__name__ for c in others if _may_prepare_or_log(c, names_of(self.trainer).Callback)]
         if (missing or idle) and not self._reported_missing:
             self._reported_missing = True
+            named = [type(c).__name__ for c in self._taking_part] + idle
             without = f", so there is no merged/… value of {', '.join(missing)}" if missing else ""
             info(
                 f"merge: the hooks of {', '.join(idle) or 'callbacks'} are not called when a merge is "
                 f"validated{without}. Name those that prepare batches or compute metrics in "
-                f"evaluate_with={idle}"
+                f"evaluate_with={named}"
             )
 
     def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
@@ -226,7 +227,7 @@ def validate_with(
 
 
 def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
-    """The trainer's callbacks of the named classes.
+    """The trainer's callbacks of the named classes, and those that are parts of the module.
 
     Raises:
         ValueError: if no callback is of a named class.
@@ -239,7 +240,8 @@ def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
                 f"evaluate_with={list(named)!r}: the trainer has no callback of the class {name!r}; it has "
                 f"{', '.join(type(callback).__name__ for callback in callbacks)}"
             )
-    return [callback for callback, names in kinds.items() if names & set(named)]
+    parts = {id(part) for part in trainer.lightning_module.modules()}  # anomalib's models bring theirs along
+    return [callback for callback, names in kinds.items() if names & set(named) or id(callback) in parts]
 
 
 def _may_prepare_or_log(callback: Callback, base: type[Callback]) -> bool:
