@@ -22,7 +22,7 @@ WIDTH, HEIGHT, LAYERS_HEIGHT, DPI = 11.0, 4.8, 4.4, 150
 """Inches, and pixels per inch: 1650 by 720 pixels, 1650 by 1380 with the layers."""
 
 _COLORS = ("#0072B2", "#D55E00", "#007A5E", "#8A4F7D", "#444444")
-"""After Okabe and Ito, whose palette the colour-blind can tell apart; darkened if it is thin on white."""
+"""After Okabe and Ito, whose palette the colour-blind can tell apart; darkened if it is faint on white."""
 
 _NAMED = 12  # layers that are named in the legend
 

@@ -31,7 +31,7 @@ def one_pass(
     bounds: Sequence[int] = (),
     block: int = BLOCK,
 ) -> Tensor | None:
-    """What ``blocks.one_pass`` does, for tensors that ``triton_serves``.
+    """Does the same as ``blocks.one_pass``, for tensors that ``triton_serves``.
 
     Products are summed with fused multiply–add, which rounds once, as PyTorch's own CUDA kernels do.
 
