@@ -207,7 +207,8 @@ class SpikePolicy:
             self._stop(event, f"{in_a_row - 1} restores in a row did not help", evidence)
         if not snapshots:
             newest = event.onset - self.options.guard
-            return self._give_up(event, f"no clean snapshot is older than step {newest}, so none is restored")
+            reason = f"no clean snapshot is older than step {newest}, so there is nothing to restore"
+            return self._give_up(event, reason)
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
         seconds = -time.perf_counter()
         weights: list[float] | Exception
