@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,7 +274,8 @@ class Break(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step == 70:
             with torch.no_grad():
-                model.net.weight.mul_(50)
+                for parameter in model.parameters():
+                    parameter.mul_(20)
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
@@ -364,3 +367,77 @@ def test_what_is_not_for_a_trainer_is_refused():
         CheckpointMergeTrainerCallback(windw=3)
     with pytest.raises(ValueError, match="window=1"):
         CheckpointMergeTrainerCallback(window=1)
+
+
+def run_on_ranks(folder, sharded=False):
+    """What two ranks find, one after the other without and with the callback, and resumed."""
+    # accelerate asks where the ranks are to meet, though they have met.
+    local = {"RANK": os.environ["LOCAL_RANK"], "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+    os.environ.update(local, MASTER_ADDR="localhost", MASTER_PORT="0")
+    if sharded:
+        shard_on_cpus()
+    blocks = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": ["GPT2Block"],
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    options = {**SAVED, "ddp_backend": "gloo"} | ({"fsdp": True, "fsdp_config": blocks} if sharded else {})
+    callback = partial(CheckpointMergeTrainerCallback, **OPTIONS)
+    runs = {
+        "alone": train(f"{folder}/alone", **options),
+        "with": train(f"{folder}/with", callback(), **options),
+        "resumed": train(f"{folder}/with", callback(), resume=f"{folder}/with/checkpoint-6", **options),
+    }
+    weights = {
+        name: {k: own_part(v).clone() for k, v in run.model.state_dict().items()}
+        for name, run in runs.items()
+    }
+    merged = [entry for entry in history(runs["with"]) if "eval_merged_loss" in entry]
+    spiking = {
+        **options,
+        **LONG,
+        "model": language_model(),
+        "max_steps": 90,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+    }
+    spike = CheckpointMergeTrainerCallback(every_n_steps=5, window=4, spike={**SPIKE, "grad_norm": True})
+    train(f"{folder}/spike", spike, Break(), **spiking)
+    return weights, merged, type(runs["with"].model_wrapped).__name__
+
+
+def own_part(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_on_cpus():
+    """Has accelerate shard a model on CPUs, too, where it would not."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    present = AcceleratorState.__init__
+
+    def begin(self, *args, **kwargs):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        present(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_merge_and_are_restored_like_one(sharded, tmp_path):
+    from distributed_runs import run_ranks
+
+    first, second = run_ranks(2, run_on_ranks, folder=str(tmp_path), sharded=sharded)
+    for weights, merged, kind in (first, second):
+        assert ("FSDP" if sharded else "DistributedDataParallel") in kind
+        assert_same_bits(weights["with"], weights["alone"])
+        assert_same_bits(weights["resumed"], weights["alone"])
+        assert [entry["step"] for entry in merged] == [4, 8, 12]
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "with" / "merges" / "latest")
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    live = trainer_of(tmp_path / "evaluated", model=model).evaluate()["eval_loss"]
+    assert first[1][-1]["eval_merged_loss"] == pytest.approx(live, rel=1e-5)
+    (event,) = map(json.loads, (tmp_path / "spike" / "merges" / "spikes.jsonl").read_text().splitlines())
+    assert event["event"] == "restore"
+    assert event["evidence"]["source"] == "batch"
