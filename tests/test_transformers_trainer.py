@@ -28,6 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 from merge_callback import load_merge  # noqa: E402
+from merge_callback.snapshots.live_merge import HalfRestoredError  # noqa: E402
 from merge_callback.transformers import CheckpointMergeTrainerCallback  # noqa: E402
 
 OPTIONS = {"every_n_steps": 2, "window": 3, "keep_last": None}
@@ -113,12 +114,12 @@ class Probe(TrainerCallback):
 
 
 class Fail(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, error=RuntimeError):
+        self.step, self.error = step, error
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
-            raise RuntimeError("a fault of the machine")
+            raise self.error("a fault of the machine")
 
 
 def timeless(entry):
@@ -317,32 +318,31 @@ def test_hard_data_leaves_the_run_as_it_is(tmp_path):
 
 def test_an_exception_gives_the_folder_and_the_trainer_back(tmp_path):
     callback = CheckpointMergeTrainerCallback(**OPTIONS, dirpath=tmp_path / "merges")
-    trainers = []
-
-    class Kept(Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
-
+    run = trainer_of(tmp_path, callback, Fail(5))
     with pytest.raises(RuntimeError, match="machine"):
-        train(tmp_path, callback, Fail(5), trainer=Kept)
-    (run,) = trainers
+        run.train()
     assert callback.session is None
     assert not {"training_step", "evaluation_loop", "save_model"} & vars(run).keys()
-    trainer_of(
-        tmp_path, CheckpointMergeTrainerCallback(**OPTIONS, dirpath=tmp_path / "merges"), max_steps=1
-    ).train()
+    run.save_model(tmp_path / "rescued")
+    second = CheckpointMergeTrainerCallback(**OPTIONS, dirpath=tmp_path / "merges")
+    trainer_of(tmp_path, second, max_steps=1).train()
+
+
+def test_a_mixture_is_never_saved(tmp_path):
+    run = trainer_of(tmp_path, CheckpointMergeTrainerCallback(**OPTIONS), Fail(3, HalfRestoredError))
+    with pytest.raises(HalfRestoredError, match="machine"):
+        run.train()
+    with pytest.raises(HalfRestoredError, match="not saved"):
+        run.save_model(tmp_path / "rescued")
+    run.remove_callback(Fail)
+    run.train()
+    run.save_model(tmp_path / "sound")
 
 
 def test_a_callback_that_is_added_later_finds_its_trainer(tmp_path):
-    callback = CheckpointMergeTrainerCallback(**OPTIONS)
-
-    class Adding(Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.add_callback(callback)
-
-    train(tmp_path, trainer=Adding, max_steps=4)
+    run = trainer_of(tmp_path, max_steps=4)
+    run.add_callback(CheckpointMergeTrainerCallback(**OPTIONS))
+    run.train()
     assert len(emissions(tmp_path / "merges")) == 1
 
 
