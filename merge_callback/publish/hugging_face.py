@@ -45,7 +45,7 @@ def write_config(model: Any, folder: Path) -> None:
     A configuration that its library refuses to save is reported; the weights are published without it.
     """
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # which fully_shard puts before it
     config.dtype = model.dtype
     configs = [config, model.generation_config if model.can_generate() else None]
     for part in configs:
