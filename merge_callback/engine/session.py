@@ -245,7 +245,7 @@ class MergeSession:
         except Exception as error:  # reported when the snapshot fails because of it
             self._model, change = error, ""
         if self.ranks.size > 1:
-            self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+            self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         change = next(filter(None, self.ranks.exchange(change)), "")
         if not change:
             return self
@@ -287,7 +287,7 @@ class MergeSession:
     def current_merge(self) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this."""
         model = self.live()
-        self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+        self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model) if is_same else None
 

@@ -66,7 +66,7 @@ class SnapshotPipeline:
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(host.device)
-        self.publish_group = Ranks.of_run()  # for what is published, while others use the window's group
+        self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude)

@@ -33,7 +33,7 @@ from merge_callback.sharding import Piece
 T = TypeVar("T")
 
 Search: TypeAlias = Generator[Any, list[Any], T]
-"""Yields what the other processes have to know, and receives what each process has yielded."""
+"""Yields values to send to the other processes, and receives the values of all processes."""
 
 Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 

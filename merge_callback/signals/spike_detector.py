@@ -69,7 +69,7 @@ class _AfterRestore:
 
 @dataclass
 class _BeforeShift:
-    """What was normal before the last shift."""
+    """The clean values before the last shift."""
 
     onset: int  # the shift's first step
     clean: list[float]
