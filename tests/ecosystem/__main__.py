@@ -1,7 +1,7 @@
-"""``python -m tests.ecosystem [NAME…] --page docs/ecosystem.md``: runs the libraries' scripts, each in a virtual environment of its own.
+"""Runs the libraries' scripts: ``python -m tests.ecosystem [NAME…] --page docs/ecosystem.md``.
 
-The environments are made on first use, from ``lock/NAME.txt`` if there is one. What comes out is kept in
-``benchmarks/results/ecosystem.json``, and the page's table is written from that.
+Each has a virtual environment of its own, made on first use from ``lock/NAME.txt`` if that is there. What
+comes out is kept in ``benchmarks/results/ecosystem.json``, and the page's table is written from that.
 """
 
 import argparse
@@ -9,9 +9,10 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 import venv
 from pathlib import Path
+
+import tomllib
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -28,7 +29,7 @@ LIBRARIES = {
     "gluonts": ["gluonts[torch]"],
     "darts": ["darts"],
     "neuralforecast": ["neuralforecast"],
-    "pytorch-tabular": ["pytorch-tabular"],
+    "pytorch-tabular": ["pytorch-tabular", "requests"],
     "trl": ["trl", "transformers", "accelerate"],
     "peft": ["peft", "transformers"],
     "diffusers": ["diffusers", "transformers"],
@@ -41,7 +42,9 @@ def main() -> int:
     """Runs what is named; returns how many scripts did not come to their end."""
     parser = argparse.ArgumentParser(prog="python -m tests.ecosystem", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(LIBRARIES)}")
-    parser.add_argument("--environments", type=Path, default=ROOT / ".venv-ecosystem", help="one folder for each")
+    parser.add_argument(
+        "--environments", type=Path, default=ROOT / ".venv-ecosystem", help="one folder for each"
+    )
     parser.add_argument("--page", type=Path, help="whose table is written, e.g. docs/ecosystem.md")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - LIBRARIES.keys():
@@ -55,7 +58,9 @@ def main() -> int:
             failed.append(name)
         else:
             results[name] = found
-    RESULTS.write_text(json.dumps({name: results[name] for name in LIBRARIES if name in results}, indent=2) + "\n")
+    RESULTS.write_text(
+        json.dumps({name: results[name] for name in LIBRARIES if name in results}, indent=2) + "\n"
+    )
     if arguments.page:
         write_table(arguments.page, results)
     print(f"no outcome: {', '.join(failed)}" if failed else "all scripts came to their end")
@@ -92,7 +97,10 @@ def outcome(name: str, python: Path) -> dict | None:
 def write_table(page: Path, results: dict[str, dict]) -> None:
     """Writes the table between its marks on the page."""
     checks = list(next(iter(results.values()))["checks"])
-    lines = [f"| library | version | trains with | {' | '.join(checks)} |", "|---|---|---|" + "---|" * len(checks)]
+    lines = [
+        f"| library | version | trains with | {' | '.join(checks)} |",
+        "|---|---|---|" + "---|" * len(checks),
+    ]
     for name in LIBRARIES:
         if name in results:
             found = results[name]

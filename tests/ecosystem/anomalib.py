@@ -81,6 +81,4 @@ def load_checkpoint(merged, newest):
 
 
 torch.set_num_threads(1)
-checked("anomalib", pl, train, load, validate, load_checkpoint).write(
-    result_path()
-)
+checked("anomalib", pl, train, load, validate, load_checkpoint).write(result_path())

@@ -22,7 +22,9 @@ class Denoiser(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         noise, steps = torch.randn_like(batch), torch.randint(0, 50, (len(batch),))
-        return torch.nn.functional.mse_loss(self.unet(self.noise.add_noise(batch, noise, steps), steps).sample, noise)
+        return torch.nn.functional.mse_loss(
+            self.unet(self.noise.add_noise(batch, noise, steps), steps).sample, noise
+        )
 
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self.training_step(batch, batch_idx))

@@ -38,12 +38,12 @@ def checked(
     Args:
         library: its name on PyPI.
         namespace: ``lightning.pytorch`` or ``pytorch_lightning``, whichever the library trains with.
-        train: from a list of callbacks and a folder to whatever the library trains, always from the same seed.
-        load: from the folder of an emission to the state dict of a new object of the library's that has it.
-        validate: from what was trained, with the merged weights in it, to the metrics by name; default: by the
-            trainer of the fit, once it is over.
-        load_checkpoint: from the folder of a merge of Lightning checkpoints and the newest of them to a module
-            that the library has loaded. Without one no checkpoints are saved.
+        train: from a list of callbacks and a folder to whatever the library trains, always from one seed.
+        load: from the folder of an emission to the state dict of a new object that the library loads.
+        validate: from what was trained, with the merged weights in it, to the metrics by name; default:
+            by the trainer of the fit, once it is over.
+        load_checkpoint: from the folder of a merge of Lightning checkpoints and the newest of them to a
+            module that the library has loaded. Without one no checkpoints are saved.
         options: of the callback.
     """
     findings = Findings(library, namespace.__name__)

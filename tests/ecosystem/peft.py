@@ -1,11 +1,10 @@
-"""peft: LoRA adapters of a small Llama, trained in a LightningModule; and the adapters that peft saves, merged."""
+"""peft: LoRA adapters of a small Llama in a LightningModule; and the adapters that peft saves, merged."""
 
 import lightning.pytorch as pl
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 
-from merge_callback import load_merge
 from tests.ecosystem.comparison import merge_files, result_path
 from tests.ecosystem.lightning_runs import checked
 from tests.ecosystem.small_language import llama, sentences, tokenizer
@@ -40,7 +39,9 @@ class SavingAdapters(pl.Callback):
 
 
 def loader(count: int, **options) -> DataLoader:
-    return DataLoader(tokenizer()(sentences(count), return_tensors="pt")["input_ids"], batch_size=4, **options)
+    return DataLoader(
+        tokenizer()(sentences(count), return_tensors="pt")["input_ids"], batch_size=4, **options
+    )
 
 
 def trainer(**options) -> pl.Trainer:

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from merge_callback import load_merge
-from merge_callback.trainers.transformers.callback import CheckpointMergeTrainerCallback
+from merge_callback.transformers import CheckpointMergeTrainerCallback
 from tests.ecosystem.comparison import (
     EVERY,
     MERGING,
