@@ -21,7 +21,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
-from merge_callback.snapshots.deltas import CODECS
+from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.urls import file_system_of, is_remote, local_path

@@ -196,10 +196,8 @@ class CheckpointMergeCallback(_Callback):
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
             self._resume = {}  # another run's, left from this callback's last fit
-        options, self._host = (
-            beside_others(self.options, trainer.callbacks),
-            LightningHost(trainer, pl_module),
-        )
+        options = beside_others(self.options, trainer.callbacks)  # type: ignore[attr-defined]
+        self._host = LightningHost(trainer, pl_module)
         named = taking_part(trainer, options.evaluate_with)
         self.session = MergeSession.begin(options, self._host, self._resume)
         directions = MetricDirections(options.lower_is_better, options.higher_is_better)

@@ -20,7 +20,8 @@ from merge_callback.messages import info
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.signals.host import report
-from merge_callback.snapshots.merge import HalfRestoredError, Merge
+from merge_callback.snapshots.live_merge import HalfRestoredError
+from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
