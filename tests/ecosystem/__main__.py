@@ -58,9 +58,8 @@ def main() -> int:
             failed.append(name)
         else:
             results[name] = found
-    RESULTS.write_text(
-        json.dumps({name: results[name] for name in LIBRARIES if name in results}, indent=2) + "\n"
-    )
+            ordered = {name: results[name] for name in LIBRARIES if name in results}
+            RESULTS.write_text(json.dumps(ordered, indent=2) + "\n")
     if arguments.page:
         write_table(arguments.page, results)
     print(f"no outcome: {', '.join(failed)}" if failed else "all scripts came to their end")
