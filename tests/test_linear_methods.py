@@ -171,7 +171,7 @@ def test_what_can_be_no_method_is_not_registered(what, said):
 
 
 def test_a_method_is_registered_under_a_name():
-    with pytest.raises(ValueError, match="needs a name, e.g. @register_method"):
+    with pytest.raises(ValueError, match=r"needs a name, e\.g\. @register_method"):
         register_method(Unfinished)
 
 
