@@ -25,7 +25,10 @@ def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     if transformers is None:
         return None
     peft, found = sys.modules.get("peft"), dict[str, Any]()
+    embedding = getattr(sys.modules.get("sentence_transformers"), "SentenceTransformer", ())
     for name, part in module.named_modules():
+        if isinstance(part, embedding):  # it has more than that: a pooling, layers of its own
+            return None
         name = clean_name(name)
         if peft is not None and isinstance(part, peft.PeftModel):
             return None
