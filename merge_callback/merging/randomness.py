@@ -1,4 +1,4 @@
-"""Random numbers that belong to the elements of a tensor, in whatever order they are drawn.
+"""Random numbers that belong to the elements of a tensor, independently of the order of drawing.
 
 The i-th number of a tensor depends on the seed, the snapshot's step, the tensor's name and i alone: not on
 the block, the thread or the shard it is drawn in. Every chunk of elements has a generator of its own: Philox

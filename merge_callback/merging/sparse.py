@@ -153,7 +153,7 @@ class Kept:
     end: int
 
     def trim(self, block: Tensor, begin: int) -> Tensor:
-        """Sets to 0, in place, what is not kept of the block that begins at element ``begin``."""
+        """Sets entries that are not kept to 0, in place, in the block that begins at element ``begin``."""
         below, at_most = _largest(self.magnitude, block.dtype)
         cut = min(max(0, self.end - begin), block.numel())
         if cut:
@@ -203,7 +203,7 @@ def _number_kept(size: int, density: float) -> int:
 
 
 def _search_kept(vectors: Sequence[TaskVectors], which: int, k: int) -> Search[list[Kept]]:
-    """What one task vector of each tensor keeps; with a ``k`` of 0 all of it."""
+    """What one task vector of each tensor keeps; a ``k`` of 0 keeps all of it."""
     parts = _parts(vectors, which)
     # A threshold of 0 keeps everything, too, since zeros add nothing.
     threshold = (yield from search_kth_largest(parts, k)) if k else Threshold(0.0, 0, 0)

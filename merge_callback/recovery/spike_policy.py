@@ -52,7 +52,7 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclass
 class _Restores:
-    """What was restored so far."""
+    """The restores so far."""
 
     count: int = 0
     in_a_row: int = 0  # without a success in between
@@ -288,7 +288,7 @@ class SpikePolicy:
         self.numbers.drift.restart()
 
     def _forget_the_spike(self, last_step: int) -> None:
-        """Drops what was seen of the replaced weights."""
+        """Drops all records of the replaced weights."""
         self._suspicion = None
         self.numbers.restored(max(1, self.options.rewarm_steps // _UNMOVED))
         try:
@@ -299,7 +299,7 @@ class SpikePolicy:
     def _give_up(self, event: SpikeEvent, reason: str) -> bool:
         if self.options.no_snapshot == "stop":
             self._stop(event, reason, None)
-        self._report(event, "warn", reason=f"{reason}; training goes on as it is")
+        self._report(event, "warn", reason=f"{reason}; training goes on unchanged")
         return False
 
     def _stop(self, event: SpikeEvent, reason: str, evidence: Evidence | None) -> None:

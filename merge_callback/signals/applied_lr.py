@@ -48,7 +48,7 @@ class AppliedLR:
 
     @property
     def total(self) -> float:
-        """Those rates summed over all parameters."""
+        """The last noted rates, summed over all parameters."""
         rates = chain.from_iterable(self._rates.values())
         sizes = chain.from_iterable(self._sizes.values())
         return float(sum(map(mul, rates, sizes)))

@@ -1,4 +1,4 @@
-"""The interface of a training loop: what the engine needs to merge and rescue its run."""
+"""The interface of a training loop, which the engine needs to merge and rescue its run."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def load(folder):
 
 
 def load_checkpoint(merged, newest):
-    """The pre-processor is an object, which a checkpoint does not hold, as with any checkpoint of anomalib."""
+    """The pre-processor is given, as with any checkpoint of anomalib: it is an object, which none holds."""
     return Fastflow.load_from_checkpoint(
         merged / "merged.ckpt", pre_processor=pre_processor(), visualizer=False
     )
