@@ -15,7 +15,10 @@ from typing import Any
 
 import torch
 
-IMPORTED = ["killed_ranks", "shared_statistics", "sharded_save", "forked"]
+IMPORTED = [
+    *("killed_ranks", "shared_statistics", "sharded_save", "forked"),
+    *("safetensors.torch", "transformers.modeling_utils"),  # which a fit imports as it goes on
+]
 """What has been imported before a process is forked; these name all that is slow to import."""
 
 
