@@ -12,20 +12,17 @@ A test file starts each number of ranks once, with all it wants to know, and loo
 ``fit("alone", …)`` is the same training in the process of the test itself.
 """
 
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import distributed_worker
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from forked import Forked
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -34,8 +31,6 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import DataLoader
 from training_runs import QUIET, one_thread, seed
-
-TESTS = Path(__file__).parent
 
 Job = tuple[Callable[..., Any], Mapping[str, Any]]
 """A function that every rank calls, and its keyword arguments; both are pickled."""
@@ -73,19 +68,11 @@ def _failure(folder: Path, what: str) -> str:
 
 def _run_worker(nprocs: int, folder: str, timeout: float) -> int | None:
     """Returns the exit status; None where the ranks took too long. None of them is left behind."""
-    command = [sys.executable, str(TESTS / "distributed_worker.py"), str(nprocs), folder]
-    # Where pytest finds the package and the tests, the ranks have to find them, too.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    with Path(folder, "worker.log").open("wb") as log:
-        worker = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    worker = Forked(distributed_worker.main, nprocs, Path(folder), log=Path(folder, "worker.log"))
     try:
         return worker.wait(timeout)
-    except subprocess.TimeoutExpired:
-        return None
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-        worker.wait()
+        worker.kill()
 
 
 class CPUFSDPStrategy(FSDPStrategy):

@@ -1,4 +1,4 @@
-"""Forks ranks that run the jobs of ``distributed_runs.run_jobs``: ``distributed_worker.py NPROCS FOLDER``."""
+"""Forks ranks that run the jobs of ``distributed_runs.run_jobs``."""
 
 import faulthandler
 import multiprocessing
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 def main(nprocs: int, folder: Path) -> int:
-    # This imports the jobs' modules, and Lightning: it takes seconds, and the ranks inherit it.
+    # This imports the jobs' modules, which the ranks inherit.
     jobs = torch.load(folder / "jobs", weights_only=False)
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=run, args=(rank, nprocs, jobs, folder)) for rank in range(nprocs)]
@@ -54,8 +54,3 @@ def run(rank: int, nprocs: int, jobs: dict[str, Any], folder: Path) -> None:
             os._exit(1)  # no exit handler may wait for the other ranks
     torch.save(results, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2])))

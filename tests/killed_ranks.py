@@ -1,25 +1,20 @@
 """Runs of two ranks, one of which is killed at a chosen call; then the run is resumed, and not killed again.
 
-As a script it forks every attempt's ranks (the imports are paid for once)::
-
-    killed_ranks.py CASES RESULTS
+A process of its own forks every attempt's ranks; see `live`.
 """
 
 import json
 import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from distributed_runs import TESTS
 from distributed_worker import run
+from forked import Forked
 from killed_run import damage
 from lightning.pytorch import Callback
 from sharded_runs import Steady, merged_fit, window_folder
@@ -109,24 +104,19 @@ def live(cases, timeout=500):
     """
     with TemporaryDirectory() as folder:
         torch.save(cases, Path(folder, "cases"))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, str(TESTS / "killed_ranks.py"), f"{folder}/cases", f"{folder}/results"]
-        worker = subprocess.Popen(command, env=environment, start_new_session=True)
+        worker = Forked(live_through, Path(folder))
         try:
             assert worker.wait(timeout) == 0
         finally:
-            if worker.poll() is None:
-                os.killpg(worker.pid, signal.SIGKILL)
-                worker.wait()
+            worker.kill()
         return torch.load(Path(folder, "results"), weights_only=False)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    cases = torch.load(sys.argv[1], weights_only=False)
+def live_through(place):
+    """What the forked process does with the cases that lie in ``place``."""
     # One after another: the file system and two cores are shared.
     outcomes = {}
-    for name, case in cases.items():
+    for name, case in torch.load(place / "cases", weights_only=False).items():
         shutil.rmtree(case["folder"], ignore_errors=True)
         outcomes[name] = lived(case)
-    torch.save(outcomes, sys.argv[2])
+    torch.save(outcomes, place / "results")

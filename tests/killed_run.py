@@ -1,21 +1,22 @@
 """A tiny run that resumes exactly, and copies of it that are killed at chosen file operations or calls.
 
-As a script it forks one process for every attempt (the imports are paid for once), which dies by SIGKILL
-where it is told to; the next goes on from the last checkpoint of Lightning's that can be read. See `live`.
+Every attempt is a process of its own, which dies by SIGKILL where it is told to; the next goes on from the
+last checkpoint of Lightning's that can be read. See `live`.
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from forked import Forked
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
@@ -367,31 +368,6 @@ def checksum_of(tensor):
 # --- killed processes ---------------------------------------------------------------------------------------
 
 
-@contextmanager
-def killable_runs():
-    """Starts this script; yields `live`, but each attempt is a process of its own."""
-    server = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-
-    def ask(folder, kills=(), **case):
-        print(
-            json.dumps({"folder": str(folder), "kills": list(kills), **case}), file=server.stdin, flush=True
-        )
-        return json.loads(server.stdout.readline())
-
-    try:
-        yield ask
-    finally:
-        server.stdin.close()
-        server.stdout.close()
-        server.wait()
-
-
 _CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
 
 
@@ -471,7 +447,7 @@ def attempt(case, kill):
     (folder / "outcome.json").write_text(json.dumps({**outcome(folder, module), "counts": counts}))
 
 
-def forked(case, kill):
+def forked(case, kill, attempt):
     """Starts one attempt in a process of its own; returns its id."""
     pid = os.fork()
     if pid == 0:
@@ -499,7 +475,7 @@ def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def live(case):
+def live(case, attempt=attempt):
     """Lives through a case: a folder, the callback's options and where its attempts are killed.
 
     A kill is ``{"file": k}`` (before the k-th file operation), ``{"call": k}`` (at the k-th call in
@@ -512,12 +488,12 @@ def live(case):
     folder = Path(case["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     if "start" in case:  # and not wait for the end
-        return {"pid": forked(case, case["start"])}
+        return {"pid": forked(case, case["start"], attempt)}
     if "wait" in case:
         return {"ends": [ended(case["wait"])]}
     ends, damaged = [], []
     for kill in [*case["kills"], case.get("last", {})]:
-        ends.append(ended(forked(case, kill)))
+        ends.append(ended(forked(case, kill, attempt)))
         damaged += damage(folder / "merges")
     done = folder / "outcome.json"
     log = (folder / "log.txt").read_text()[-3000:]
@@ -525,7 +501,25 @@ def live(case):
     return {"case": case, "ends": ends, "damage": damaged, "outcome": found}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # before any thread pool starts, which a fork would not take along
-    for line in sys.stdin:
-        print(json.dumps(live(json.loads(line))), flush=True)
+@contextmanager
+def killable_runs(attempt=attempt):
+    """Yields `live` in a process that forks the attempts."""
+    cases, theirs = multiprocessing.Pipe()
+    server = Forked(_serve, theirs, attempt)
+    theirs.close()
+
+    def ask(folder, kills=(), **case):
+        cases.send({"folder": str(folder), "kills": list(kills), **case})
+        return cases.recv()
+
+    try:
+        yield ask
+    finally:
+        cases.close()
+        server.wait()
+
+
+def _serve(cases, attempt):
+    with suppress(EOFError):
+        while True:
+            cases.send(live(cases.recv(), attempt))

@@ -1,6 +1,4 @@
-"""One process of two that save a sharded model and its optimizer: ``sharded_save.py RANK MEETING FOLDER``."""
-
-import sys
+"""One process of two that save a sharded model and its optimizer; see `main`."""
 
 import torch
 import torch.distributed as dist
@@ -33,7 +31,3 @@ def main(rank: int, meeting: str, folder: str) -> None:
     state = {"model": weights, "optim": moments, "columns": distribute_tensor(columns(), mesh, [Shard(1)])}
     dcp.save(state, checkpoint_id=folder)
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

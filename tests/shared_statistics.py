@@ -6,7 +6,6 @@ same functions tell what one process finds that sees both ranks' batches.
 
 import json
 import math
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -430,7 +429,3 @@ def main(rank, meeting, folder):
     found["fits"] = fits(ranks, folder)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

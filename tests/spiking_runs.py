@@ -312,10 +312,3 @@ def attempt(case, kill):
     sys.setprofile(None)
     found = {**killed_run.outcome(folder, module), "story": story(folder / "merges")}
     (folder / "outcome.json").write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    killed_run.attempt = attempt
-    for line in sys.stdin:
-        print(json.dumps(killed_run.live(json.loads(line))), flush=True)

@@ -4,11 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint_files import ROOT, save_distributed
+from forked import Forked
 from safetensors.torch import save_file
+
+from merge_callback.cli.main import main
 
 COMMAND = "import sys; from merge_callback.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
@@ -60,6 +65,22 @@ def run(folder, *arguments):
     return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def run_forked(folder, *arguments):
+    """Runs the command in a process that has imported PyTorch already."""
+    process = Forked(print_to_files, folder, arguments)
+    status = process.wait(120)
+    process.kill()
+    return SimpleNamespace(
+        returncode=status, stdout=(folder / "stdout").read_text(), stderr=(folder / "stderr").read_text()
+    )
+
+
+def print_to_files(folder, arguments):
+    os.chdir(folder)
+    with open("stdout", "w") as out, open("stderr", "w") as err, redirect_stdout(out), redirect_stderr(err):
+        return main(arguments)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -100,7 +121,7 @@ def test_a_module_of_a_package_is_imported(downloaded):
     (downloaded / "lab/methods/own.py").write_text("from .names import NAME\n" + METHOD.format(name="newest"))
     (downloaded / "lab/methods/names.py").write_text("NAME = 'newest'\n")
     arguments = ["--import", "lab.methods.own", "--method", "newest", "--output", "out", "--quiet"]
-    assert run(downloaded, "merge", "step=1", "step=2", *arguments).returncode == 0
+    assert run_forked(downloaded, "merge", "step=1", "step=2", *arguments).returncode == 0
 
 
 @pytest.mark.slow
@@ -108,12 +129,12 @@ def test_a_module_that_one_needs_is_named_too(downloaded):
     (downloaded / "own.py").write_text("import own_names\n" + METHOD.format(name="newest"))
     (downloaded / "own_names.py").write_text("")
     arguments = ["--method", "newest", "--output", "out", "--quiet", "--import"]
-    done = run(downloaded, "merge", "step=1", "step=2", *arguments, "own")
+    done = run_forked(downloaded, "merge", "step=1", "step=2", *arguments, "own")
     assert (
         "--import own: No module named 'own_names'; if own_names lies in the same folder, name it first"
         in done.stderr
     )
-    assert run(downloaded, "merge", "step=1", "step=2", *arguments, "own_names", "own").returncode == 0
+    assert run_forked(downloaded, "merge", "step=1", "step=2", *arguments, "own_names", "own").returncode == 0
 
 
 @pytest.mark.slow
@@ -121,7 +142,7 @@ def test_an_installed_module_comes_before_one_of_that_name_in_the_folder(downloa
     (downloaded / "tqdm.py").write_text(RAN)
     (downloaded / "wave.py").write_text(RAN)  # Python's own, which nothing has imported yet
     for name in ("tqdm", "wave"):
-        done = run(
+        done = run_forked(
             downloaded, "merge", "step=1", "step=2", "--import", name, "--output", f"out-{name}", "--quiet"
         )
         assert done.returncode == 0, done.stderr
@@ -131,17 +152,20 @@ def test_an_installed_module_comes_before_one_of_that_name_in_the_folder(downloa
 def test_a_file_of_options_names_installed_modules_only(downloaded):
     (downloaded / "own.py").write_text(RAN)
     (downloaded / "merge.yaml").write_text("import: [own]\ncheckpoints: [step=1, step=2]\n")
-    done = run(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet")
+    done = run_forked(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet")
     assert (done.returncode, (downloaded / "RAN").exists()) == (1, False)
     assert done.stderr.count("\n") == 1
     assert "a module of the current folder has to be named on the command line" in done.stderr
     (downloaded / "merge.yaml").write_text("import: [wave]\ncheckpoints: [step=1, step=2]\n")
-    assert run(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet").returncode == 0
+    assert (
+        run_forked(downloaded, "merge", "--config", "merge.yaml", "--output", "out", "--quiet").returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("name", [".own", pytest.param("a/b", marks=pytest.mark.slow)])
 def test_what_is_no_name_of_a_module_is_refused_in_a_line(downloaded, name):
-    done = run(downloaded, "merge", "step=1", "--import", name, "--output", "out", "--quiet")
+    done = run_forked(downloaded, "merge", "step=1", "--import", name, "--output", "out", "--quiet")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
 
 
@@ -169,21 +193,21 @@ def test_options_of_an_own_method_are_flags_and_entries_of_a_file(downloaded):
         (["--config", "merge.yaml"], {"k": 1, "last": False}),
         (["--config", "merge.yaml", "--k=2"], {"k": 2, "last": False}),
     ):
-        done = run(downloaded, "merge", *arguments, *imported, *output)
+        done = run_forked(downloaded, "merge", *arguments, *imported, *output)
         assert done.returncode == 0, done.stderr
         record = json.loads((downloaded / "out/merge.json").read_text())
         assert record["method"]["options"] == options
-    done = run(downloaded, "merge", *files, *imported, *output, "--method", "sma", "--k", "2")
+    done = run_forked(downloaded, "merge", *files, *imported, *output, "--method", "sma", "--k", "2")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "has no option k" in done.stderr
 
 
 def test_own_methods_are_listed(downloaded):
     (downloaded / "own.py").write_text(LAST_K)
-    listed = run(downloaded, "methods", "--import", "own")
+    listed = run_forked(downloaded, "methods", "--import", "own")
     assert "last_k" in listed.stdout
     assert "options: k=1, last=False" in listed.stdout
-    assert "last_k" not in run(downloaded, "methods").stdout
+    assert "last_k" not in run_forked(downloaded, "methods").stdout
 
 
 @pytest.mark.parametrize(
@@ -199,7 +223,7 @@ def test_own_methods_are_listed(downloaded):
 def test_a_module_that_fails_is_refused_in_a_line(downloaded, code, reason):
     (downloaded / "own.py").write_text(code)
     files = ["step=1.safetensors", "step=2.safetensors"]
-    done = run(
+    done = run_forked(
         downloaded, "merge", *files, "--import", "own", "--method", "last_k", "--output", "out", "--quiet"
     )
     assert done.returncode == 1

@@ -16,7 +16,9 @@ BEST = compiled.instructions()
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 MIXTURE = [FP32, BF16, FP16]
 CHUNK = 1 << 16
-SIZES = [1, 63, 64, 65, 1000, CHUNK - 1, CHUNK, 2 * CHUNK + 77]
+_OTHERS = [pytest.param(size, marks=pytest.mark.slow) for size in (63, 1000, CHUNK - 1, CHUNK)]
+SIZES = [1, 64, 65, 2 * CHUNK + 77, *_OTHERS]
+"""Below, at and above a vector's length, and more than a chunk; slow ones on the other side of each bound."""
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=lambda i: f"library {i}")
@@ -55,7 +57,7 @@ def merged(inputs, method, eager, dtype=FP32):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", [eighths, randn], ids=["many ties", "no ties"])
 @pytest.mark.parametrize("dtypes", [[FP32], [BF16], MIXTURE], ids=["fp32", "bf16", "mixed"])
-@pytest.mark.parametrize("density", [0.2, 0.8, 1.0])
+@pytest.mark.parametrize("density", [0.2, pytest.param(0.8, marks=pytest.mark.slow), 1.0])
 def test_a_merge_has_the_bits_of_pytorchs_operations(size, make, dtypes, density):
     inputs, method = Inputs("w", several(5, size, dtypes, make)), Ties(density=density, scale=0.7)
     assert torch.equal(merged(inputs, method, eager=False), merged(inputs, method, eager=True))

@@ -278,7 +278,7 @@ def train(folder: Path, experts: int, log: BatchLog, resume: Path | None = None)
     return module.state_dict()
 
 
-@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "moe"])
+@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["dense", "moe"])
 def test_killed_and_resumed_training_is_bitwise_the_unbroken_one(tmp_path, experts):
     unbroken = BatchLog()
     expected = train(tmp_path / "unbroken", experts, unbroken)

@@ -4,14 +4,13 @@ import gc
 import os
 import pickle
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import sharded_save
 import torch
-from checkpoint_files import ROOT, Evil, few_tensors, save_distributed
+from checkpoint_files import Evil, few_tensors, save_distributed
+from forked import Forked
 from torch.distributed.checkpoint.metadata import Metadata
 from training_runs import assert_same_bits
 
@@ -23,8 +22,7 @@ from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 def test_distributed_checkpoint_of_two_processes_is_put_together(tmp_path):
     folder = tmp_path / "step-9"
-    script = [sys.executable, str(ROOT / "tests" / "sharded_save.py")]
-    both = [subprocess.Popen([*script, str(r), str(tmp_path / "meet"), str(folder)]) for r in range(2)]
+    both = [Forked(sharded_save.main, rank, tmp_path / "meet", folder) for rank in range(2)]
     try:
         assert [process.wait(200) for process in both] == [0, 0]
     finally:

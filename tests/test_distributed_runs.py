@@ -13,7 +13,7 @@ def train(strategy, share):
     return fit(strategy, UnevenModule(share), val_check_interval=4)
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def runs(request):
     jobs = {
         (strategy, share): (train, {"strategy": strategy, "share": share})

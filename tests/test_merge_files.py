@@ -484,7 +484,7 @@ def test_memory_does_not_depend_on_the_model(tmp_path):
     paths = []
     for i in range(3):
         paths.append(tmp_path / f"{i}.safetensors")
-        numbers = torch.arange(30_000_000, dtype=torch.int32).mul_(i + 1).remainder_(1009)
+        numbers = torch.arange(10_000_000, dtype=torch.int32).mul_(i + 1).remainder_(1009)
         save_file({"large": numbers.bfloat16()}, paths[-1])
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *map(str, paths)], capture_output=True, text=True, cwd=tmp_path
@@ -492,8 +492,8 @@ def test_memory_does_not_depend_on_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     peak = json.loads(done.stdout)
     assert not peak.pop("lightning")
-    # MB above `import torch`. In fp32 the one tensor has 120, and three of them 360.
-    assert {method for method, grown in peak.items() if grown > 110} == set(), peak
+    # MB above `import torch`; 10 at most were measured. In fp32 the one tensor has 40, and three of them 120.
+    assert {method for method, grown in peak.items() if grown > 30} == set(), peak
 
 
 def test_the_trajectory_is_told_from_tokens_then_steps_then_nothing():

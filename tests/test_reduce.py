@@ -14,7 +14,8 @@ import torch
 from merge_callback.reduce import blocks, compiled, dispatch, one_pass
 from merge_callback.reduce.blocks import BLOCK
 
-SIZES = [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 12345]
+_OTHERS = [pytest.param(size, marks=pytest.mark.slow) for size in (3, BLOCK - 1, BLOCK + 1)]
+SIZES = [1, BLOCK, 2 * BLOCK + 12345, *_OTHERS]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BEST = compiled.instructions()
 
@@ -206,7 +207,13 @@ def assert_bits_of_eager(sources, weights, out_dtype=torch.float32):
 
 
 @on_library
-@pytest.mark.parametrize("size", [0, 1, 15, 16, 63, 64, 65, 4095, 4097, 65535, 3 * 65536 + 100])
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(0, 1, 16, 63, 65, 3 * 65536 + 100),
+        *(pytest.param(size, marks=pytest.mark.slow) for size in (15, 64, 4095, 4097, 65535)),
+    ],
+)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 def test_the_sum_has_the_bits_of_pytorch(size, out_dtype):
     for dtype in DTYPES:

@@ -45,7 +45,21 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+DEFAULT = [
+    "while a snapshot is written",
+    "between a snapshot and its name",
+    "between a snapshot and the manifest",
+    "between the manifest and its name",
+    "before an eviction",
+    "between a merge and its name",
+    "between the pointer and its name",
+    "between a checkpoint of Lightning's and its name",
+]
+
+
+@pytest.mark.parametrize(
+    "kind", [*DEFAULT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in DEFAULT)]
+)
 def test_a_run_killed_at_a_file_operation_resumes_with_the_same_window_and_merges(
     tmp_path, live, survivor, kind
 ):
@@ -68,7 +82,7 @@ def making_whole(names):
     return range(first[0] - 1, following[0] + 1)
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", [0, 2, 3, 5, *(pytest.param(k, marks=pytest.mark.slow) for k in (1, 4))])
 def test_a_run_killed_while_a_snapshot_is_made_whole_resumes_with_the_same_window_and_merges(
     tmp_path, live, codec_survivor, part
 ):
@@ -89,7 +103,7 @@ def test_a_run_killed_at_any_moment_resumes_with_the_same_window_and_merges(
     assert_survived(live(tmp_path, [{"call": at}]), survivor)
 
 
-@pytest.mark.parametrize("again", [3, 11, 19, 33])
+@pytest.mark.parametrize("again", [3, 19, *(pytest.param(k, marks=pytest.mark.slow) for k in (11, 33))])
 def test_a_run_killed_again_while_it_resumes_resumes_with_the_same_window_and_merges(
     tmp_path, live, survivor, again
 ):

@@ -40,7 +40,6 @@ OF_DIFFERENCES = {
 CODEC = {"snapshot_codec": "delta-fp16", "window": 2}
 
 DEFAULT = [
-    ("ddp", 1, "after its file is written"),
     ("fsdp2", 0, "before the list"),
     ("ddp", 1, "in the midst of sending"),
     ("ddp", 1, "after its whole file is written"),

@@ -164,15 +164,26 @@ TRIED = {
 }
 HARD_ON_ONE = {"hard data on one rank": {**EVIDENCE, "data": {"bad": BURST, "bad_rank": 1}}}
 ALL = {**CASES, **ON_ONE_RANK, **FAILS, **TRIED, **HARD_ON_ONE}
-RESTORED = [("ddp", "outliers"), ("fsdp2", "outliers"), ("ddp", "reset"), ("fsdp2", "scale")]
+
+
+def under(case, default, slow):
+    """A case under a strategy of the default run, and under one of the slow tests."""
+    return [(default, case), pytest.param(slow, case, marks=pytest.mark.slow)]
+
+
+RESTORED = [
+    *under("outliers", "fsdp2", "ddp"),
+    *under("reset", "ddp", "fsdp2"),
+    *under("scale", "fsdp2", "ddp"),
+]
 NAN_ON_ONE = [("ddp", "NaN on the first rank"), ("fsdp2", "NaN on one rank")]
-SPOILT = [("ddp", "spoilt moments on one rank"), ("fsdp2", "spoilt moments on one rank")]
-STOPPED = [("ddp", "nothing to restore, on one rank"), ("fsdp2", "nothing to restore, on one rank")]
-NORMS = [("ddp", "gradient norm"), ("fsdp2", "gradient norm")]
-RETRIED = [("ddp", "the restore fails once"), ("fsdp2", "the restore fails once")]
-HALF = [("ddp", "the restore fails twice"), ("fsdp2", "the restore fails twice")]
-TRIALS = [(strategy, name) for strategy in ("ddp", "fsdp2") for name in TRIED]
-ON_ONE = [("ddp", "hard data on one rank"), ("fsdp2", "hard data on one rank")]
+SPOILT = under("spoilt moments on one rank", "fsdp2", "ddp")
+STOPPED = under("nothing to restore, on one rank", "ddp", "fsdp2")
+NORMS = under("gradient norm", "fsdp2", "ddp")
+RETRIED = under("the restore fails once", "fsdp2", "ddp")
+HALF = under("the restore fails twice", "ddp", "fsdp2")
+TRIALS = [*under("hard data", "fsdp2", "ddp"), *under("wrecked weights", "ddp", "fsdp2")]
+ON_ONE = under("hard data on one rank", "ddp", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -181,21 +192,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder):
+def runs(folder, request):
+    tests = [item.callspec.params for item in request.session.items if item.path == request.path]
     jobs = {
         (strategy, name): (
             spiking,
             {"strategy": strategy, "folder": str(folder / f"{strategy} {name}"), **ALL[name]},
         )
-        for strategy, name in RESTORED
-        + NAN_ON_ONE
-        + SPOILT
-        + STOPPED
-        + NORMS
-        + TRIALS
-        + ON_ONE
-        + RETRIED
-        + HALF
+        for strategy, name in {(test["strategy"], test["case"]): None for test in tests if "case" in test}
     }
     return run_jobs(2, jobs, timeout=400)
 

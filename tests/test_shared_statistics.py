@@ -2,13 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import shared_statistics
+from forked import Forked
 from shared_statistics import BAD, SCENARIOS, STEPS
 
 from merge_callback.sharding import Ranks
@@ -21,12 +18,11 @@ def both(tmp_path_factory):
     """What each of the two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "alone.json").write_text(json.dumps(shared_statistics.state_at(ALONE)))
-    script, started = Path(shared_statistics.__file__), []
-    for rank in map(str, range(2)):
-        where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        environment = {**os.environ, **where, "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(script), rank, str(folder / "meeting"), str(folder)]
-        started.append(subprocess.Popen(command, env=environment))
+    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    started = []
+    for rank in range(2):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **where}
+        started.append(Forked(shared_statistics.main, rank, folder / "meeting", folder, **own))
     try:
         assert [process.wait(200) for process in started] == [0, 0]
     finally:

@@ -61,7 +61,13 @@ CURVES = {
 }
 
 
-@pytest.mark.parametrize("curve", CURVES)
+DEFAULT = ["heavy tails", "drop at each decay"]
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [*DEFAULT, *(pytest.param(name, marks=pytest.mark.slow) for name in CURVES if name not in DEFAULT)],
+)
 def test_healthy_curves_are_never_reported(curve):
     n = 20_000 if "tails" in curve else 3000
     for seed in range(2):
@@ -101,8 +107,9 @@ def act(detector, step, value, active, skipped, restore):
     return repr((event, detector.onset, detector.baseline, detector.threshold))
 
 
-def test_a_resume_at_any_step_goes_on_exactly():
-    steps = rough_curve(1500, np.random.default_rng(7))
+@pytest.mark.parametrize("length", [400, pytest.param(1500, marks=pytest.mark.slow)])
+def test_a_resume_at_any_step_goes_on_exactly(length):
+    steps = rough_curve(length, np.random.default_rng(7))
     unbroken, resumed, reported = SpikeDetector(), SpikeDetector(), 0
     for step, given in enumerate(steps):
         expected = act(unbroken, step, *given)
@@ -112,7 +119,7 @@ def test_a_resume_at_any_step_goes_on_exactly():
         resumed = SpikeDetector()
         resumed.load_state_dict(state)
         assert repr(resumed.state_dict()) == repr(unbroken.state_dict())
-    assert reported > 20  # the curve was rough indeed
+    assert reported > length / 75  # the curve was rough indeed
 
 
 def test_a_state_is_a_copy():

@@ -1,10 +1,8 @@
 """Runs that are stopped or killed around a spike, and resumed from Lightning's checkpoints."""
 
-import json
 import signal
-import subprocess
-import sys
 
+import killed_run
 import pytest
 import spiking_runs
 from killed_run import SaveAt, StopError, outcome
@@ -165,19 +163,8 @@ def test_two_fits_in_a_row_tell_the_story_of_one(tmp_path):
 @pytest.fixture(scope="module")
 def live():
     """Lives through a run whose processes are killed; see `killed_run.live`."""
-    server = subprocess.Popen(
-        [sys.executable, spiking_runs.__file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-
-    def ask(folder, *kills, last=None):
-        print(json.dumps({"folder": str(folder), "kills": kills, "last": last or {}}), file=server.stdin)
-        server.stdin.flush()
-        return json.loads(server.stdout.readline())
-
-    yield ask
-    server.stdin.close()
-    server.stdout.close()
-    server.wait()
+    with killed_run.killable_runs(spiking_runs.attempt) as ask:
+        yield ask
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +185,7 @@ def survivor(tmp_path_factory, live):
     ],
 )
 def test_a_run_killed_during_a_restore_restores_again(tmp_path, live, survivor, moment):
-    result = live(tmp_path, {"dies": moment})
+    result = live(tmp_path, [{"dies": moment}])
 
     assert result["ends"] == [-signal.SIGKILL, 0], result["outcome"].get("log")
     assert not result["damage"]
