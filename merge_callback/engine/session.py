@@ -211,8 +211,8 @@ class MergeSession:
             self._count(batch, tokens)
         if self.spikes and self._stepless < _UNSEEN:
             self.statistics.add_loss(outputs, divided_by)
-        if self.pipeline.has_news:
-            self.pipeline.log_news()
+        if self.pipeline.has_pending_logs:
+            self.pipeline.log_pending()
         step = self.host.step
         self._batches += 1
         if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
@@ -281,8 +281,8 @@ class MergeSession:
             since=self.phases.since,
             lr_step=self.phases.steps,
         )
-        calm = self.spikes is None or self.spikes.calm
-        self.pipeline.take(snapshot, self.phases.phase, self._model, calm)
+        is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
+        self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
 
     def current_merge(self) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this."""

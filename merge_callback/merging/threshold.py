@@ -1,11 +1,11 @@
 """Finds the k-th largest magnitude of a vector exactly, without sorting it or holding it as a whole.
 
-The bits of a non-negative float, read as an integer, are in the order of the floats. A random sample brackets
-the k-th magnitude. One pass counts the elements above and on the two brackets, and collects those between
-them: about a sixtieth of a large vector, usually few enough (2^20) to be held. If there are more, a subsample
-brackets the next pass; so does a bracket that missed. Elements above are always counted, never estimated, so
-the result depends neither on blocks nor on threads. Each block is counted separately, which shows in which
-block the elements equal to the threshold are.
+The bits of a non-negative float, read as an integer, are in the order of the floats. A sample brackets the
+k-th magnitude. One pass counts the elements above and on the two brackets, and collects those between them:
+about a sixtieth of a large vector, usually few enough (2^20) to be held. If there are more, a subsample
+brackets the next pass. Brackets that missed cost one more pass, too. Elements above are always counted, never
+estimated, so the result depends neither on blocks nor on threads. Each block is counted separately, which
+shows in which block the elements equal to the threshold are.
 
 Several processes that each have a part of the vector search together: they exchange their samples and counts,
 and the elements between the brackets only once these are few (2^17).

@@ -74,7 +74,7 @@ class Gathering:
         return None if self._problem or self._silent else whole
 
     def _received(self, rank: int, numel: int, dtype: torch.dtype) -> Tensor | None:
-        """A rank's part; ``None`` if that rank failed, or there is no room for it here."""
+        """A rank's part (uninitialised if that rank failed); ``None`` if there is no room for it here."""
         part = self._tried(torch.empty, numel, dtype=dtype, device="cpu")
         is_there = torch.tensor([False], device="cpu")
         if numel and rank not in self._silent:

@@ -135,7 +135,7 @@ class SpikeDetector:
         return self._streak.onset if self._streak else None
 
     @property
-    def calm(self) -> bool:
+    def is_within_baseline(self) -> bool:
         """Whether nothing speaks against the weights: there is no streak, or only hard data in it."""
         return self._streak is None or (self._streak.beyond == 0 and self._after is None)
 

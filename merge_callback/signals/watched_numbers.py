@@ -47,11 +47,11 @@ class WatchedNumbers:
         return self._loss
 
     @property
-    def calm(self) -> bool:
+    def is_within_baseline(self) -> bool:
         """Whether nothing speaks against the weights."""
         # A loop, since this is called every step, and a generator takes three times as long.
         for key, detector in self._detectors.items():
-            if not detector.calm and self._step - self._read.get(key, 0) < _STALE:
+            if not detector.is_within_baseline and self._step - self._read.get(key, 0) < _STALE:
                 return False
         return True
 
