@@ -24,12 +24,8 @@ def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     transformers = sys.modules.get("transformers")  # imported by whoever built such a model
     if transformers is None:
         return None
-<<<<<<< HEAD
-    peft, found = sys.modules.get("peft"), dict[str, Any]()
     embedding = getattr(sys.modules.get("sentence_transformers"), "SentenceTransformer", ())
-=======
     found: dict[str, Any] = {}
->>>>>>> kinds
     for name, part in module.named_modules():
         if isinstance(part, embedding):  # it has more than that: a pooling, layers of its own
             return None
