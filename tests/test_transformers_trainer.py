@@ -369,6 +369,44 @@ def test_what_is_not_for_a_trainer_is_refused():
         CheckpointMergeTrainerCallback(window=1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_supervised_fine_tuning_is_what_it_is_without(adapters, tmp_path):
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in texts(64, 0)])
+    options = {**QUIET, **SHORT, **SAVED, "max_length": 16, "bf16": False}
+
+    def tuned(folder, *callbacks):
+        lora = {}
+        if adapters:
+            peft = pytest.importorskip("peft")
+            lora["peft_config"] = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+        seed(1)
+        run = trl.SFTTrainer(
+            language_model(),
+            trl.SFTConfig(str(folder), **options),
+            train_dataset=data,
+            eval_dataset=data.select(range(16)),
+            processing_class=tokenizer(),
+            callbacks=list(callbacks),
+            **lora,
+        )
+        run.train()
+        return run
+
+    run = tuned(tmp_path / "with", CheckpointMergeTrainerCallback(**OPTIONS))
+    alone = tuned(tmp_path / "alone")
+    assert_same_bits(weights_of(run.model), weights_of(alone.model))
+    assert own_log(run) == own_log(alone)  # with the accuracies that the trainer collects by itself
+    assert "eval_mean_token_accuracy" in str(own_log(run))
+    latest = tmp_path / "with" / "merges" / "latest"
+    if adapters:
+        loaded = pytest.importorskip("peft").PeftModel.from_pretrained(language_model(), latest)
+    else:
+        loaded = GPT2LMHeadModel.from_pretrained(latest)
+    assert_same_bits(weights_of(loaded), load_merge(latest))
+
+
 def run_on_ranks(folder, sharded=False):
     """What two ranks find, one after the other without and with the callback, and resumed."""
     # accelerate asks where the ranks are to meet, though they have met.
