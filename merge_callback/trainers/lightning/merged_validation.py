@@ -31,10 +31,11 @@ from merge_callback.trainers.lightning.private import (
     epoch_metrics,
     is_validation_next,
     names_of,
+    pause_stopping,
+    results_of,
     validation_loop,
     validation_results,
 )
-from merge_callback.trainers.lightning.quiet import nothing
 from merge_callback.trainers.lightning.undisturbed import random_state, replaced, undisturbed
 
 if TYPE_CHECKING:
@@ -139,10 +140,7 @@ class MergedValidation:
         """Disables early stopping on missing values, since NaN would stop the run."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, names_of(self.trainer).EarlyStopping):
-                if callback.monitor in missing:
-                    vars(callback)["_run_early_stopping_check"] = nothing
-                elif vars(callback).get("_run_early_stopping_check") is nothing:
-                    del vars(callback)["_run_early_stopping_check"]
+                pause_stopping(callback, callback.monitor in missing)
 
     def _report_missing(self, missing: list[str]) -> None:
         """Reports once which callbacks take no part, if that may matter."""
@@ -223,7 +221,7 @@ def validate_with(
             random.restore()
         with signals.let_through():
             loop.run()
-        return epoch_metrics(loop._results, callback_metrics(trainer))
+        return epoch_metrics(results_of(loop), callback_metrics(trainer))
 
 
 def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:

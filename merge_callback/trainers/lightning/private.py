@@ -93,6 +93,35 @@ def callback_bases() -> tuple[type[Callback], ...]:
     return tuple(import_module(name).Callback for name in known)
 
 
+RESULTS, LOGGER_CONNECTOR = "_results", "_logger_connector"
+"""Attributes of a loop and of a trainer that are replaced for a while."""
+
+
+def results_of(loop: Any) -> Mapping[str, Any]:
+    """What has been logged in a loop."""
+    found: Mapping[str, Any] = loop._results
+    return found
+
+
+def own_logger_connector(trainer: Trainer) -> Any:
+    """A connector for the trainer with a copy of its ``callback_metrics``, for modules that read them."""
+    connector = names_of(trainer)._LoggerConnector(trainer)
+    connector._callback_metrics = dict(trainer.callback_metrics)
+    return connector
+
+
+def pause_stopping(callback: Callback, is_paused: bool) -> None:
+    """Has an ``EarlyStopping`` pass over a validation, or judge again."""
+    own: dict[str, Any] = vars(callback)
+    if is_paused:
+        own["_run_early_stopping_check"] = _passed_over
+    elif own.get("_run_early_stopping_check") is _passed_over:
+        del own["_run_early_stopping_check"]
+
+
+def _passed_over(trainer: Trainer) -> None: ...
+
+
 def callback_metrics(trainer: Trainer) -> dict[str, Tensor]:
     """The dictionary behind ``trainer.callback_metrics``, to read from and add to; nothing is computed."""
     found: dict[str, Tensor] = trainer._logger_connector._callback_metrics

@@ -22,9 +22,11 @@ from merge_callback.signals.host import HeldBatch, LossOf, UnrepeatableStepError
 from merge_callback.signals.step_statistics import loss_in
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
 from merge_callback.trainers.lightning.private import (
+    RESULTS,
     callback_metrics,
     epoch_metrics,
     names_of,
+    results_of,
     run_training_step,
     takes_from_iterator,
     validation_loader,
@@ -63,7 +65,7 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
     loop = trainer.fit_loop.epoch_loop
     with ExitStack() as stack:
         stack.enter_context(undisturbed(trainer, module, device))
-        stack.enter_context(replaced(loop, "_results", names_of(trainer)._ResultCollection(training=True)))
+        stack.enter_context(replaced(loop, RESULTS, names_of(trainer)._ResultCollection(training=True)))
         stack.enter_context(_no_training(trainer, module))
         state = python_state(trainer, module)
         yield _TrainingLoss(trainer, module, state.restore)
@@ -168,7 +170,7 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
                 loop.run()
             finally:
                 trainer.training = True
-        return float(epoch_metrics(loop._results, callback_metrics(trainer))[name])
+        return float(epoch_metrics(results_of(loop), callback_metrics(trainer))[name])
 
     with undisturbed(trainer, module, device):
         yield loss

@@ -19,7 +19,13 @@ from merge_callback.engine.kept_state import (
     reset_metrics,
 )
 from merge_callback.recovery.deferred_signals import DeferredSignals
-from merge_callback.trainers.lightning.private import checkpoint_connector, names_of, validation_loader
+from merge_callback.trainers.lightning.private import (
+    LOGGER_CONNECTOR,
+    checkpoint_connector,
+    names_of,
+    own_logger_connector,
+    validation_loader,
+)
 from merge_callback.trainers.lightning.quiet import quiet_logger, silenced
 
 if TYPE_CHECKING:
@@ -58,13 +64,11 @@ def undisturbed(
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     loop = trainer.fit_loop.epoch_loop
-    connector = names_of(trainer)._LoggerConnector(trainer)
-    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that read them
     others: list[Replacement] = [
         (trainer, "callbacks", list(callbacks)),
         (trainer, "loggers", [quiet_logger(logger) for logger in trainer.loggers]),
         (trainer, "should_stop", trainer.should_stop),
-        (trainer, "_logger_connector", connector),
+        (trainer, LOGGER_CONNECTOR, own_logger_connector(trainer)),
         (loop, "val_loop", loop.val_loop),
     ]
     with ExitStack() as stack:
