@@ -448,7 +448,7 @@ def show(settings: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table(settings: Sequence[Mapping[str, Any]]) -> None:
-    """The README's."""
+    """The table of ``docs/distributed.md``."""
     lines: dict[str, list[str]] = {
         "kept by a rank, of the model": [
             f"{max(s['file_bytes']) / s['bytes_of_model']:.3f}" for s in settings

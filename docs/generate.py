@@ -160,10 +160,9 @@ def gains() -> str:
 def _gains(name: str, count: int) -> list[str]:
     """The mean gain at each point, and its range over the seeds."""
     known = _measured()
-    return [
-        "{mean:+.3f} ({least:+.3f} to {largest:+.3f})".format(**known["gains"][point][f"{name}, {count}"])
-        for point in _POINTS
-    ]
+    found = [known["gains"][point][f"{name}, {count}"] for point in _POINTS]
+    lines = ["{mean:+.3f} ({least:+.3f} to {largest:+.3f})".format(**gain) for gain in found]
+    return [re.sub(r"[+-]0\.000", "0.000", line) for line in lines]
 
 
 def live() -> str:

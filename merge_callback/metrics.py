@@ -37,6 +37,12 @@ METRICS: tuple[Metric, ...] = (
         "that of the metric",
     ),
     Metric(
+        "eval_merged_<name>",
+        "The same, as the Hugging Face Trainer names it.",
+        _VALIDATION,
+        "that of the metric",
+    ),
+    Metric(
         "merge/gain/<name>",
         "How much better the merge scores than the live weights; positive is always better.",
         _VALIDATION,

@@ -60,7 +60,7 @@ def test_the_plan_counts_the_steps_of_all_optimizers_as_the_clock_does(times, tm
     assert trainer.global_step == 16 * (1 + times)
     lines, steps = told(caplog.records, "merge: "), trainer.global_step
     said = (
-        f"merge: {1 + times} optimizer steps a batch, all optimizers' together, so a snapshot about every "
+        f"merge: {1 + times} optimizer steps per batch (of all optimizers), so a snapshot about every "
         f"{6 / (1 + times):,.3g} batches; {steps // 6} in this run of {steps} steps"
     )
     assert said in lines

@@ -13,8 +13,9 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor
 from training_runs import Classifier, assert_same_bits, loader, train
 
-from merge_callback import CheckpointMergeCallback
+from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.checkpoints.open import open_checkpoint, verify
+from merge_callback.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,18 @@ def test_separate_parts_of_one_storage_are_tensors_of_their_own(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "a.pt")
     assert checkpoint.tied == {}
     assert_same_bits(checkpoint.tensors, {"a": flat[:4], "b": flat[4:].view(2, 3), "none": flat[:0]})
+
+
+def test_a_transposed_view_is_a_tensor_of_its_own_and_merged_like_one(tmp_path):
+    """A permutation and its inverse, say, of a normalizing flow: parameters that share one array."""
+    for step in (1, 2):
+        weight = torch.arange(6.0).view(2, 3) * step
+        torch.save({"w": weight, "inverse": weight.t()}, tmp_path / f"step={step}.ckpt")
+    newest = open_checkpoint(tmp_path / "step=2.ckpt")
+    assert not newest.tied
+    assert_same_bits(newest.tensors, {"w": weight, "inverse": weight.t()})
+    assert main(["merge", str(tmp_path), "--output", str(tmp_path / "merged"), "--quiet"]) == 0
+    assert_same_bits(load_merge(tmp_path / "merged"), {"w": weight * 0.75, "inverse": weight.t() * 0.75})
 
 
 def test_extra_state_that_is_no_tensor_is_left_out(tmp_path):

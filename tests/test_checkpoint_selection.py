@@ -72,7 +72,7 @@ def test_epochs_order_names_without_steps(tmp_path):
 @pytest.mark.parametrize("pair", [("a", "b"), ("a1", "b2"), ("1-loss2", "2-loss1"), ("a", "a1")])
 def test_folder_without_any_order_is_refused(tmp_path, pair):
     checkpoints(tmp_path, *(f"{name}.safetensors" for name in pair))
-    with pytest.raises(ValueError, match=r"no order can be told: .* give the checkpoints one by one"):
+    with pytest.raises(ValueError, match=r"their order is not known: .* give the checkpoints one by one"):
         select([str(tmp_path)])
 
 
@@ -178,7 +178,7 @@ def test_emissions_are_taken_where_there_is_no_window(merges, tmp_path):
 def test_checkpoints_beside_a_window_are_a_question(merges):
     checkpoints(merges, "step=4.ckpt")
     with pytest.raises(
-        ValueError, match=r"beside a window of snapshots; say which: '.*/\*\.ckpt' or .*/window$"
+        ValueError, match=r"and a window of snapshots; say which: '.*/\*\.ckpt' or .*/window$"
     ):
         select([str(merges)])
 

@@ -110,7 +110,8 @@ def test_a_module_that_one_needs_is_named_too(downloaded):
     arguments = ["--method", "newest", "--output", "out", "--quiet", "--import"]
     done = run(downloaded, "merge", "step=1", "step=2", *arguments, "own")
     assert (
-        "--import own: No module named 'own_names'; if own_names lies beside it, name it first" in done.stderr
+        "--import own: No module named 'own_names'; if own_names lies in the same folder, name it first"
+        in done.stderr
     )
     assert run(downloaded, "merge", "step=1", "step=2", *arguments, "own_names", "own").returncode == 0
 

@@ -9,8 +9,11 @@ from evaluation_runs import Case, Watching, fit, merging
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from torch import nn
 from torchmetrics import MeanMetric
-from training_runs import Classifier
+from training_runs import Classifier, loader
+
+from merge_callback import load_merge
 
 # What hooks read
 
@@ -168,6 +171,32 @@ def test_a_callback_that_takes_part_measures_the_merged_weights(kind, tmp_path):
     assert evaluator.rounds == 2  # of the live weights
 
 
+class PartOfModule(nn.Module, Callback):
+    """Prepares batches for the module that it is a part of, as anomalib's pre-processors do."""
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        batch[0].fill_(2.0)
+
+
+class BringingItsOwn(Prepared):
+    def __init__(self):
+        super().__init__()
+        self.prepare = PartOfModule()
+
+    def configure_callbacks(self):
+        return [self.prepare]
+
+
+def test_callbacks_that_are_parts_of_the_module_take_part(tmp_path):
+    run = fit(Case(BringingItsOwn), Evaluator(), merging(tmp_path, evaluate_with=["Evaluator"]))
+    seen = run.metrics.seen[16]
+    assert seen["merged/in_callback"] == pytest.approx(seen["merged/in_module"], rel=1e-5)
+    with torch.no_grad():
+        run.module.load_state_dict(load_merge(tmp_path / "merges/latest"))
+        twos = run.module.eval()(torch.full_like(next(iter(loader()))[0], 2.0)).sum()
+    assert seen["merged/in_module"] == pytest.approx(float(twos), rel=1e-5)
+
+
 def test_a_callback_that_takes_no_part_leaves_no_merged_value_and_is_named(tmp_path, caplog):
     with caplog.at_level("INFO"):
         seen = fit(Case(Prepared), Evaluator(), merging(tmp_path)).metrics.seen[16]
@@ -191,7 +220,7 @@ class FailingTwice(Classifier):
     """Fails in the merged validations of step 8 and 16."""
 
     def on_validation_start(self) -> None:
-        merged = type(self.trainer.fit_loop.epoch_loop.val_loop).__name__ == "BesideLoop"
+        merged = type(self.trainer.fit_loop.epoch_loop.val_loop).__name__ == "MergedEvaluationLoop"
         if merged and self.trainer.global_step < 24:
             raise RuntimeError("no data")
 

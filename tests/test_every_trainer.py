@@ -80,6 +80,41 @@ def through_a_loop(folder):
     return net.state_dict(), merger.metrics
 
 
+def through_transformers(folder):
+    from transformers import Trainer, TrainingArguments
+
+    from merge_callback.transformers import CheckpointMergeTrainerCallback
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = model()
+
+        def forward(self, x, y):
+            return {"loss": nn.functional.mse_loss(self.net(x), y)}
+
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+    whole = {"train_sampling_strategy": "sequential", "remove_unused_columns": False, "max_grad_norm": 0.0}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
+    one = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    often = {"eval_strategy": "steps", "eval_steps": 8, "max_steps": STEPS, "label_names": ["y"]}
+    trainer = Trainer(
+        net,
+        TrainingArguments(folder.parent / "trainer", **whole, **quiet, **one, **often),
+        data_collator=lambda rows: {"x": rows[0][0], "y": rows[0][1]},
+        train_dataset=list(batches()),
+        eval_dataset=list(batches())[:2],
+        optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
+        callbacks=[CheckpointMergeTrainerCallback(dirpath=folder, strip_prefix="net.", **OPTIONS)],
+    )
+    seed(1)
+    trainer.train()
+    metrics = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
+    names = {"eval_merged_loss": "merged/val_loss", "merge/gain/eval_loss": "merge/gain/val_loss"}
+    return net.net.state_dict(), {names.get(name, name): value for name, value in metrics.items()}
+
+
 @torch.no_grad()
 def validated(net):
     return sum(float(nn.functional.mse_loss(net(x), y)) for x, y in list(batches())[:2]) / 2
@@ -89,6 +124,9 @@ def through(loop, folder):
     with one_thread():
         if loop == "plain loop":
             return through_a_loop(folder)
+        if loop == "transformers":
+            pytest.importorskip("accelerate")
+            return through_transformers(folder)
         namespace = pytest.importorskip(loop)
         return through_lightning(namespace, folder)
 
@@ -103,7 +141,7 @@ def merges(folder):
     return {path.name: load_merge(path) for path in sorted(folder.glob("step=*"))}
 
 
-@pytest.mark.parametrize("loop", ["plain loop", "pytorch_lightning"])
+@pytest.mark.parametrize("loop", ["plain loop", "pytorch_lightning", "transformers"])
 def test_every_training_loop_gives_the_same_merges(loop, lightning, tmp_path):
     expected_folder, expected, expected_metrics = lightning
     found, metrics = through(loop, tmp_path / "merges")

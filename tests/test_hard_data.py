@@ -439,9 +439,9 @@ def test_an_optimizer_that_can_t_be_set_back_trains_all_the_same_where_nobody_as
     def build():
         return Line(optimizer=Own)
 
-    with pytest.raises(ValueError, match="how is not known"):
+    with pytest.raises(ValueError, match="cannot reset the state of"):
         spiking(tmp_path / "a", module=build, spike=EVIDENCE)
-    with pytest.warns(UserWarning, match="loss spikes are told of, and nothing is restored: .*Own"):
+    with pytest.warns(UserWarning, match="loss spikes are only reported, nothing is restored: .*Own"):
         train(
             build(),
             CheckpointMergeCallback(every_n_steps=EVERY, dirpath=tmp_path / "b", **MEMORY),

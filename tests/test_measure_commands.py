@@ -237,7 +237,7 @@ def copy_of(path):
 @pytest.mark.parametrize(
     ("choose", "told"),
     [
-        (lambda paths: paths[:2], "at least two checkpoints beside the base"),
+        (lambda paths: paths[:2], "at least two checkpoints besides the base"),
         (lambda paths: [*paths, "--base", copy_of(paths[2])], "step=300.safetensors equals the base"),
         (lambda paths: [*paths, "--top", "0"], "top=0 must be a percentage"),
     ],

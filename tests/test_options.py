@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 
 from merge_callback import CheckpointMergeCallback
 from merge_callback.merging import Ema, Sma, Weighted
+from merge_callback.snapshots.storage import STORAGES, Memory
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ from merge_callback.merging import Ema, Sma, Weighted
         ({"exclude": None}, "exclude=None"),
         ({"method": ["sma"]}, r"method=\['sma'\].*give a name, or an object"),
         ({"method": {"name": "ema", "alpha": 0.1}}, r"alpha.*give an object, e.g. Ema\(alpha=0.1\)"),
-        ({"method": Weighted([0.4, 0.6])}, "does not serve window=10: .* or choose window=2"),
+        ({"method": Weighted([0.4, 0.6])}, "does not fit window=10: .* or choose window=2"),
         ({"every_n_steps": -1}, "every_n_steps=-1"),
         ({"every_n_tokens": 0}, "every_n_tokens=0"),
         ({"diversity_lag": 0}, "diversity_lag=0"),
@@ -154,6 +155,20 @@ def test_a_window_that_cannot_fit_says_how_much_and_what_to_choose(tmp_path, mon
         ValueError, match=r"needs 2.9 kB of cpu room and 1.0 kB are free: choose storage='disk'"
     ):
         fit(CheckpointMergeCallback(every_n_steps=1, storage="cpu", durable=False), tmp_path)
+
+
+def test_a_storage_is_one_class_that_is_known_by_its_name(tmp_path, monkeypatch):
+    class Counted(Memory):
+        admitted_arenas = 0
+
+        def admitted(self, stored, arena):
+            Counted.admitted_arenas += 1
+            return super().admitted(stored, arena)
+
+    monkeypatch.setitem(STORAGES, "counted", Counted)
+    fit(CheckpointMergeCallback(every_n_steps=1, storage="counted", dirpath=tmp_path / "merges"), tmp_path)
+    assert Counted.admitted_arenas == 3
+    assert (tmp_path / "merges" / "latest").resolve().name == "step=00000003-sma"
 
 
 def test_an_interval_in_steps_never_needs_tokens(tmp_path):

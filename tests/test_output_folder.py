@@ -141,7 +141,7 @@ def test_a_record_that_says_nothing_makes_no_merge(run, tmp_path, capsys, record
     (tmp_path / "out").mkdir()
     (tmp_path / "out/merge.json").write_text(record)
     error = refused(capsys, tmp_path, run / "step=1.ckpt", "--output", tmp_path / "out")
-    assert "cannot be told to be a merge" in error
+    assert "its record can't be read" in error
 
 
 def test_a_record_that_names_files_elsewhere_costs_none_of_them(run, tmp_path):

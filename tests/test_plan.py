@@ -27,10 +27,10 @@ def plan(**changes):
 
 def test_it_says_interval_count_bytes_place_and_room():
     text = "\n".join(plan().lines())
-    for part in ("every 40 steps", "last 10 kept", "135 in this run of 5,400 steps", "492.0 kB a snapshot"):
+    for part in ("every 40 steps", "last 10 kept", "135 in this run of 5,400 steps", "492.0 kB per snapshot"):
         assert part in text
     for part in (
-        "4.9 MB in all",
+        "4.9 MB in total",
         "runs/merges/window",
         "80.0 GB free",
         "sma in the stable",
@@ -45,7 +45,7 @@ def test_an_interval_in_tokens_is_translated_once_it_is_measured():
     assert "measured over the first steps" in tokens.lines()[0]
     assert tokens.warnings() == []
     [line] = tokens.measured(2_097_152)
-    assert "2,097,152 tokens a step" in line
+    assert "2,097,152 tokens per step" in line
     assert "every 1,907 steps; 52 in this run of 100,000 steps" in line
 
 
@@ -85,7 +85,7 @@ def test_a_manual_optimization_is_planned_once_its_steps_are_measured():
     assert unknown.warnings() == []
     measured = unknown.with_steps(6.0)
     [line] = measured.counted(6.0)
-    assert "6 optimizer steps a batch" in line
+    assert "6 optimizer steps per batch" in line
     assert "every 5 batches; 20 in this run of 600 steps" in line
     assert measured.warnings() == []
     [warning] = unknown.with_steps(0.5).warnings()

@@ -225,7 +225,7 @@ def test_a_store_that_can_t_be_written_at_the_start_is_refused_by_name(monkeypat
 def test_a_store_whose_listings_are_out_of_date_is_refused(store, tmp_path, monkeypatch):
     monkeypatch.setattr(Shelf, "ls", lambda *args, **options: [])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="lists what was just written"):
+    with pytest.raises(ValueError, match="was just written there"):
         fit(default_root_dir="shelf://bucket/run")
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "merge_callback"
 TOP = [
+    "transformers",
     "cli",
     "demo",
+    "transformers",
     "trainers",
     "engine",
     "options",

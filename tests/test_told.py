@@ -95,7 +95,7 @@ def test_of_older_states_that_only_a_dirpath_tells_apart_it_is_that_ones(checkpo
 
 def test_states_that_nobody_can_tell_apart_are_told_of(checkpoint):
     renamed(checkpoint, OLD.format("a", 2), OLD.format("b", 2))
-    with pytest.warns(UserWarning, match="can't be told: this window begins empty"):
+    with pytest.warns(UserWarning, match="the window begins empty: .* unclear which of them"):
         resumed(checkpoint, merging(checkpoint.parent / "new"))
 
 
@@ -117,13 +117,13 @@ class Warming(Classifier):
 @pytest.mark.parametrize(
     ("make", "every", "said"),
     [
-        (Classifier, 50, "12 steps gave no snapshot .* shorter interval than every_n_steps=50"),
+        (Classifier, 50, "no snapshot was kept in 12 steps.* shorter interval than every_n_steps=50"),
         (
             Classifier,
             8,
             "1 snapshot in 12 steps .* two of one phase .* interval than every_n_steps=8",
         ),
-        (Warming, 2, "3 snapshots in 12 steps, of the warm-up only, which is never merged; train on"),
+        (Warming, 2, "3 snapshots in 12 steps, all of the warm-up, which is never merged; train longer"),
     ],
 )
 def test_nothing_published_says_why_and_what_to_do(make, every, said, tmp_path):

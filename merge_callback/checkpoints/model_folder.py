@@ -104,7 +104,7 @@ def check_whole(folder: Path) -> None:
             raise ValueError(
                 f"{folder}: is put together from the models in {', '.join(parts)} (see {listing}); merge "
                 f"each of these, e.g. every checkpoint's {parts[0]} with --output merged/{parts[0]}, and "
-                "copy the other files of one checkpoint beside them"
+                "copy the other files of one checkpoint there, too"
             )
 
 

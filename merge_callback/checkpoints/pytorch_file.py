@@ -235,6 +235,8 @@ def _check_plain(path: Path, name: object, tensor: object) -> None:
 def _find_tied(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """The further names of tensors that are one and the same view.
 
+    A transposed view is a tensor of its own: what is merged element by element is the same in both.
+
     Raises:
         ValueError: if two others share memory: what is merged in one would change the other.
     """
@@ -246,7 +248,8 @@ def _find_tied(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         first = kept.setdefault((tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()), name)
         if first != name:
             tied[name] = first
-    spans = sorted((*_span(tensors[name]), name) for name in kept.values())
+    own = {_elements(tensors[name]): name for name in kept.values()}
+    spans = sorted((*_span(tensors[name]), name) for name in own.values())
     for (_, end, name), (begin, _, other) in pairwise(spans):
         if begin < end:
             raise ValueError(
@@ -254,6 +257,14 @@ def _find_tied(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
                 "save them as tensors of their own (.clone())"
             )
     return tied
+
+
+def _elements(tensor: Tensor) -> tuple[object, ...]:
+    """What two tensors have in common that hold the same elements, in whatever order of dimensions."""
+    steps = sorted(
+        (stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    )
+    return tensor.data_ptr(), tensor.dtype, *sorted(steps)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -68,7 +68,7 @@ def check_whole_model(path: Path, metadata: Mapping[str, str]) -> None:
     """
     if metadata.get("part") == "frozen" and metadata.keys() >= {"layout", "step"}:
         raise ValueError(
-            f"{path}: holds what the snapshots beside it have in common, and no whole model: "
+            f"{path}: holds what the snapshots in its folder have in common, and no whole model: "
             "give one of those"
         )
 

@@ -42,7 +42,7 @@ def add_diversity(parser: argparse.ArgumentParser) -> None:
     parser.description = "RMS distance of each two checkpoints, and how it changes along the run."
     _add_checkpoints(parser)
     add = parser.add_argument
-    add("--lag", type=int, metavar="L", help="beside neighbours, compare checkpoints L apart (2)")
+    add("--lag", type=int, metavar="L", help="besides neighbours, compare checkpoints L apart (2)")
     add("--by-layer", action="store_true", help="the distances of every layer, too")
     add("--csv", type=Path, metavar="FILE", help="write every pair's distance")
     add("--plot", type=Path, metavar="FILE.png", help="draw the distances")
@@ -131,7 +131,8 @@ def _interference(parsed: argparse.Namespace) -> int:
     base, *checkpoints = aligned([*([base] if base else []), *checkpoints])
     if len(checkpoints) < 2:
         raise ValueError(
-            f"interference needs at least two checkpoints beside the base {base.path}, got {len(checkpoints)}"
+            f"interference needs at least two checkpoints besides the base {base.path}, "
+            f"got {len(checkpoints)}"
         )
     counts = interference(
         [c.tensors for c in checkpoints],

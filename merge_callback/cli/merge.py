@@ -234,7 +234,7 @@ def _mend(module: str, error: Exception, here: bool) -> str:
     missing = error.name
     if not here:
         return "; a module of the current folder has to be named on the command line, with --import"
-    return f"; if {missing} lies beside it, name it first" if missing and missing != module else ""
+    return f"; if {missing} lies in the same folder, name it first" if missing and missing != module else ""
 
 
 def _job(

@@ -1,4 +1,4 @@
-"""What the user is told of a merge: how much it gains, and when merging stops paying."""
+"""Advice for the user: how much a merge gains, and when merging stops paying."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def gains(
 
     Args:
         live: what the live weights score.
-        merged: what the merged ones do.
-        lower: whether lower is better, by metric; those with ``None`` have no gain.
+        merged: what the merged weights score.
+        lower: whether lower is better, by metric; a metric with ``None`` has no gain.
     """
     return {
         f"merge/gain/{name}": (float(live[name]) - float(merged[name])) * (1 if lower[name] else -1)
@@ -26,7 +26,7 @@ def gains(
 
 
 def advice(phase: Phase, since: int, change_percent: float | None, given: list[str]) -> str | None:
-    """One line for the user when merging stops paying; each is given once a segment (``given`` is updated).
+    """One line for the user when merging stops paying; each is given once per segment (``given`` is updated).
 
     Source: the gain of a merge follows its diversity, and both die with the learning rate ("Practical
     Guidelines for Model Merging in LLMs Pre-Training", Tab. 2 and Fig. 3).

@@ -1,4 +1,4 @@
-"""What is done in the background, one job after the other."""
+"""A background thread that runs jobs one after the other."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 
 class _Job(NamedTuple):
     work: Callable[[], object]
-    ready: torch.cuda.Event | None  # what the device has to do first
+    ready: torch.cuda.Event | None  # the device work that has to finish first
     done: threading.Event
 
 
 class Background:
-    """Does jobs in a thread of its own, in the order they are handed in, while training goes on.
+    """Runs jobs in a thread of its own, in the order they are submitted, while training goes on.
 
-    On CUDA a job runs on a stream of its own, after what the device had been told to do when the job was
-    handed in, and is done when the device has done it, too. A job may hand in others; one that raises is
-    logged.
+    On CUDA a job runs on a stream of its own, after the work that was queued on the device when the job was
+    submitted, and it is done once the device has finished it, too. A job may submit others. If one raises,
+    the exception is logged.
 
     Args:
-        device: that training uses.
+        device: the device that training uses.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -43,9 +43,9 @@ class Background:
         self._last: threading.Event | None = None
 
     def submit(self, work: Callable[[], object]) -> threading.Event:
-        """Hands a job in, without waiting; what is returned is set when it is done.
+        """Submits a job without waiting; the returned event is set when the job is done.
 
-        Where the system has no thread left, the job is done at once, by the caller.
+        If the system can't start another thread, the caller runs the job at once.
         """
         ready = (
             None if self._stream is None else torch.cuda.current_stream(self._stream.device).record_event()
@@ -62,7 +62,7 @@ class Background:
         return job.done
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Waits until nothing is left to do, for ``timeout`` seconds at most; says whether that is so.
+        """Waits until no job is left, for ``timeout`` seconds at most; returns whether none is left.
 
         A job that calls this does not wait for itself.
         """
@@ -83,7 +83,7 @@ class Background:
         try:
             thread.start()
         except RuntimeError as error:
-            log.warning("merge: training waits for what is done beside it as a rule: %s", error)
+            log.warning("merge: could not start a background thread, snapshots block training: %s", error)
             return None
         return thread
 

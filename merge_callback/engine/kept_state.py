@@ -1,4 +1,4 @@
-"""Everything that running a live module may change, kept and put back."""
+"""Saves and restores everything that running a live module may change."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ Restore = Callable[[], object]
 
 
 class RandomState:
-    """The global random generators, and those that some dataloaders own, as they are now.
+    """The present state of the global random generators, and of those that some dataloaders own.
 
     Args:
-        dataloaders: of the validation.
+        dataloaders: those of the validation.
     """
 
     def __init__(self, dataloaders: Iterable[Any] = ()) -> None:
@@ -64,7 +64,7 @@ class RandomState:
         self._restores = [r for o in owners if (r := _generator_restore(getattr(o, "generator", None)))]
 
     def restore(self) -> None:
-        """Sets all of them back."""
+        """Restores all of them."""
         random.setstate(self._python)
         np.random.set_state(self._numpy)
         torch.set_rng_state(self._torch)
@@ -78,17 +78,17 @@ class RandomState:
 def kept_weights(
     module: nn.Module, root: nn.Module, device: torch.device
 ) -> Iterator[tuple[dict[str, Tensor], Restore]]:
-    """Hands out the live tensors (or shards), and what gives them and all other buffers their bits back.
+    """Yields the live tensors (or shards), and a function that restores them and all other buffers exactly.
 
-    That is called on exit, too. It tries twice: after a failure half way there may be more memory.
+    The function is called on exit, too. It tries twice: after a failure half way there may be more memory.
 
     Args:
         module: the live model.
-        root: what it is wrapped in; the module itself if that is nothing.
-        device: for the copy.
+        root: the module that wraps it; the model itself if nothing does.
+        device: the device of the copy.
 
     Raises:
-        HalfRestoredError: where both fail.
+        HalfRestoredError: if both attempts fail.
     """
     model = ModelTensors.of(module, root)
     live = Arena.empty(Layout.of(model.tensors), device)
@@ -107,12 +107,12 @@ def kept_weights(
         try:
             put_all_back()
         except Exception as error:
-            log.warning("merge: the live weights were put back half way, which is tried again: %r", error)
+            log.warning("merge: restoring the live weights failed half way and is tried again: %r", error)
             free_memory()
             try:
                 put_all_back()
             except Exception as again:
-                raise HalfRestoredError(f"the live weights are back in part only: {again!r}") from again
+                raise HalfRestoredError(f"the live weights are only partly restored: {again!r}") from again
 
     try:
         yield model.tensors, restore
@@ -121,17 +121,17 @@ def kept_weights(
 
 
 class PythonState:
-    """All Python state of a module, its optimizers and schedulers, and of some callbacks, as it is now.
+    """The present Python state of a module, its optimizers and schedulers, and of some callbacks.
 
-    That is attributes, the containers and objects of own classes in them, metrics and generators: hooks count
-    validations, keep the best one, step a scheduler or an environment.
+    It consists of attributes, the containers and objects of the user's classes in them, metrics and
+    generators: hooks count validations, keep the best one, step a scheduler or an environment.
 
     Args:
-        module: with all its parts.
-        optimizers: their groups and attributes; the moments only change in a step.
-        schedulers: of learning rates.
-        taking_part: objects that are called meanwhile: all of their state.
-        others: objects that are not: their attributes.
+        module: the module, with all its submodules.
+        optimizers: their groups and attributes are saved; the moments only change in a step.
+        schedulers: the learning-rate schedulers.
+        taking_part: objects that are called meanwhile; all of their state is saved.
+        others: objects that are not called; only their attributes are saved.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class PythonState:
         self.renew()
 
     def renew(self) -> None:
-        """From here on it is the state as it is now."""
+        """Saves the state as it is now, instead of the former one."""
         keeper = _Keeper(self._module)
         for optimizer in self._optimizers:
             keeper.keep_optimizer(optimizer)
@@ -162,20 +162,20 @@ class PythonState:
         self._restores = keeper.restores
 
     def restore(self) -> None:
-        """Puts all of it back."""
-        with ExitStack() as stack:  # restores the rest where one fails
+        """Restores all of it."""
+        with ExitStack() as stack:  # if one fails, the rest is still restored
             for restore in self._restores:
                 stack.callback(restore)
 
 
 def is_metric(part: nn.Module, kind: str = "Metric") -> bool:
-    """Whether a module is a torchmetrics object, or of another of its classes; it may not be installed."""
-    torchmetrics = sys.modules.get("torchmetrics")  # imported by whoever built one
+    """Whether a module is an instance of a torchmetrics class; torchmetrics may not be installed."""
+    torchmetrics = sys.modules.get("torchmetrics")  # imported by the code that built a metric
     return torchmetrics is not None and isinstance(part, getattr(torchmetrics, kind))
 
 
 def reset_metrics(module: nn.Module, *taking_part: object) -> None:
-    """Empties the torchmetrics of the module, and those that other objects hold."""
+    """Resets the torchmetrics of the module, and those that other objects hold."""
     held = [value for owner in taking_part for value in vars(owner).values()]
     held += [item for value in held if isinstance(value, (list, tuple)) for item in value]
     held += [item for value in held if isinstance(value, dict) for item in value.values()]
@@ -188,7 +188,7 @@ def reset_metrics(module: nn.Module, *taking_part: object) -> None:
 
 
 def first_iterator(module: nn.Module) -> object | None:
-    """An iterator that the module holds, if any: what is taken from it can't be put back."""
+    """An iterator that the module holds, if any: items taken from it can't be put back."""
     keeper = _Keeper(module)
     for part in module.modules():
         keeper.keep(vars(part), tensors=False)
@@ -196,10 +196,10 @@ def first_iterator(module: nn.Module) -> object | None:
 
 
 class _Keeper:
-    """Walks through all that a module holds, and notes how to restore it.
+    """Walks through everything that a module holds, and notes how to restore it.
 
     Args:
-        module: whose registered parts, parameters and buffers are somebody else's to keep.
+        module: its registered submodules, parameters and buffers are left out; others save those.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -209,10 +209,10 @@ class _Keeper:
         self._seen = {id(owned) for owned in registered}
 
     def keep(self, value: Any, tensors: bool = True) -> None:
-        """Notes how to restore a value and all that it holds.
+        """Notes how to restore a value and everything that it holds.
 
         Args:
-            value: of any type; what nobody can restore is passed over.
+            value: of any type; values that can't be restored are skipped.
             tensors: whether tensors are copied, too.
         """
         if id(value) in self._seen or isinstance(value, nn.Parameter) or _is_the_run(value):
@@ -262,7 +262,7 @@ class _Keeper:
                 self.keep(item, tensors)
 
     def _keep_hidden(self, hidden: nn.Module) -> None:
-        """A module that nobody has registered: a teacher, or a metric, in a list."""
+        """Notes how to restore an unregistered module: a teacher, or a metric, in a list."""
         for part in hidden.modules():
             self._seen.add(id(part))
             self.keep(vars(part))
@@ -278,9 +278,9 @@ def _is_container(value: Any) -> bool:
 
 
 def _is_the_run(value: Any) -> bool:
-    """Whether all of the run hangs on a value: a trainer, also of somebody's own class, or a part of this.
+    """Whether a value leads to the whole run: a trainer (of any subclass), or a part of this package.
 
-    To put that back would undo what other threads have done meanwhile.
+    Restoring that would undo what other threads have done meanwhile.
     """
     kinds = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__]
     is_ours = kinds[0][0] == "merge_callback" and not isinstance(value, nn.Module)
@@ -288,7 +288,7 @@ def _is_the_run(value: Any) -> bool:
 
 
 def _is_of_users(value: Any) -> bool:
-    """Whether a value is an object of somebody's own class: an environment, a buffer of past steps."""
+    """Whether a value is an object of the user's own class: an environment, a buffer of past steps."""
     if isinstance(value, SimpleNamespace):
         return True
     if not (hasattr(value, "__dict__") or _slots(value)) or isinstance(value, (*_NO_STATE, Dataset)):
@@ -297,7 +297,7 @@ def _is_of_users(value: Any) -> bool:
 
 
 def _slots(value: Any) -> list[str]:
-    """The attributes of an object that lie in ``__slots__``."""
+    """The names of an object's attributes that are stored in ``__slots__``."""
     return [
         name
         for kind in type(value).__mro__
@@ -315,7 +315,7 @@ def _set_slots(value: Any, slots: list[str], kept: dict[str, Any]) -> None:
 
 
 def _container_restore(container: Any) -> Restore:
-    # By the methods of the basic type: a subclass of somebody's own may do more, or refuse.
+    # Uses the methods of the basic type: a subclass may do more in its own, or refuse.
     kind = next(kind for kind in (dict, list, set, deque) if isinstance(container, kind))
     kept = dict(container) if kind is dict else kind(container)
 
@@ -363,8 +363,8 @@ def _tensor_restore(tensor: Tensor) -> Restore:
 
 def put_back(tensor: Tensor, kept: Tensor) -> None:
     """Gives a tensor its bits back."""
-    # An expanded tensor can't be written to, nor can it have changed. One that was made in a validation
-    # before the fit is an inference tensor.
+    # An expanded tensor can't be written to, but it can't have changed either. A tensor that was made in a
+    # validation before the fit is an inference tensor.
     if not torch.equal(tensor, kept):
         with torch.inference_mode(tensor.is_inference()):
             tensor.copy_(kept)

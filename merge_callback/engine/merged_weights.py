@@ -1,4 +1,4 @@
-"""Other weights in a live model for a while."""
+"""Temporarily puts a merge's weights into the live model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from merge_callback.snapshots.merge import Merge
 
 @contextmanager
 def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dict[str, Tensor]]:
-    """Within, the live model has the weights of a merge; all ranks enter and leave together.
+    """In this context the live model has the weights of a merge; all ranks enter and leave together.
 
     On exit, also by an exception, the live weights, all buffers and the global random generators are as they
-    were, bit for bit. The handler of a signal that comes meanwhile finds the live weights, too.
+    were, bit for bit. If a signal arrives meanwhile, its handler sees the live weights, too.
 
     Args:
         host: the run.
-        merge: of its window.
-        sharding: what each rank keeps.
+        merge: a merge of its window.
+        sharding: says what each rank keeps.
 
     Yields:
         The live tensors (or shards), by name.

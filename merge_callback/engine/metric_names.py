@@ -1,4 +1,4 @@
-"""Which way a metric improves, as far as its name tells."""
+"""Whether lower or higher is better for a metric, judged by its name."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _HIGHER = re.compile(
 )
 _TURNED = re.compile(r"neg|negative|negated|minus|inv|inverse|inverted|without|no|free|vs|ratio|gain")
 _FIXED = {"negative_log_likelihood": "nll", "neg_log_likelihood": "nll", "bits_per": "bits_"}
-"""Terms of several words, by a word that says the same."""
+"""Terms of several words, each with a single word that means the same."""
 
 
 def said_lower(name: str, lower: Sequence[str], higher: Sequence[str]) -> bool | None:
-    """Whether ``fnmatch`` patterns say that a metric improves downwards; ``None`` if none matches."""
+    """Whether lower is better according to ``fnmatch`` patterns; ``None`` if none matches."""
     if matches_any(name, lower):
         return True
     return False if matches_any(name, higher) else None
 
 
 def sounds_lower(name: str) -> bool | None:
-    """Whether a name that is a standard term is one of what improves downwards; ``None`` for any other.
+    """Whether lower is better for a standard metric name; ``None`` for any other name.
 
     >>> sounds_lower("val_rmse"), sounds_lower("val/MulticlassAccuracy"), sounds_lower("elbo_validation")
     (True, False, None)

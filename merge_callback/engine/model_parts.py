@@ -1,4 +1,4 @@
-"""A model's tensors over all ranks, and whether they are still those they were."""
+"""A model's tensors over all ranks, and how they differ from an earlier state."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Kind = tuple[tuple[int, ...], torch.dtype]
 
 
 def own_gradient(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> Tensor | None:
-    """The part of a gradient that no other rank answers for."""
+    """The part of a gradient that this rank alone counts."""
     gradient, name = parameter.grad, names.get(id(parameter))
     if gradient is None or name is None:
         return gradient
-    if gradient.is_sparse:  # DDP's, so it is everybody's
+    if gradient.is_sparse:  # it is DDP's, so all ranks have the same
         return gradient if sharding.ranks.is_first else None
     return sharding.own_part(name, local(gradient))
 
 
 def global_numel(names: Mapping[int, str], sharding: Sharding, parameter: Tensor) -> int:
-    """A parameter's elements, on all ranks together."""
+    """The number of a parameter's elements, on all ranks together."""
     name = names.get(id(parameter))
     return parameter.numel() if name is None else math.prod(sharding.wholes[name])
 
@@ -37,7 +37,7 @@ def shapes_of(model: ModelTensors) -> dict[str, Kind]:
 
 
 def tensor_changes(before: Mapping[str, Kind], model: ModelTensors) -> str:
-    """How a model's names, shapes and dtypes differ from what they were, in one line; empty if they don't."""
+    """How a model's names, shapes and dtypes differ from ``before``, in one line; empty if they don't."""
     if len(before) == len(model.tensors) and all(
         name == known and tensor.shape == kind[0] and tensor.dtype is kind[1]
         for (known, kind), (name, tensor) in zip(before.items(), model.tensors.items(), strict=True)
@@ -62,7 +62,7 @@ def _told(shape: Kind) -> str:
 
 
 def global_tensors(model: ModelTensors) -> dict[str, Tensor]:
-    """The model's tensors in their whole shapes, without values."""
+    """The model's tensors in their global shapes, without values (on the meta device)."""
     return {
         name: torch.empty(model.pieces[name].whole, dtype=tensor.dtype, device="meta")
         for name, tensor in model.tensors.items()
@@ -70,7 +70,7 @@ def global_tensors(model: ModelTensors) -> dict[str, Tensor]:
 
 
 def check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
-    """Makes sure that every pattern means something.
+    """Checks that every pattern matches a tensor.
 
     Raises:
         ValueError: for a pattern that matches no tensor.

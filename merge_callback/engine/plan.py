@@ -1,4 +1,4 @@
-"""What the callback is about to do, in a few lines, before the run spends anything on it."""
+"""Reports what the callback is about to do, before the run spends anything on it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from merge_callback.snapshots.storage import STORAGES, SnapshotStore
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run's merging, for the user to read.
+    """The figures of a run's merging, for the user to read.
 
     Args:
-        window: snapshots kept.
-        every: the interval, in ``unit``.
+        window: number of snapshots kept.
+        every: the interval between snapshots, in ``unit``.
         unit: ``"steps"`` or ``"tokens"``.
-        total_steps: optimizer steps the whole run will take; ``None`` where it has no end.
-        snapshot_bytes: size of one snapshot, on all ranks together.
-        rank_bytes: what this rank keeps of it.
-        window_bytes: size of a full window, on all ranks together.
-        storage: where the snapshots lie.
-        folder: of the snapshot files, if any.
-        free: room there, in bytes.
-        methods: method by phase.
-        frozen_bytes: what is frozen of a snapshot, on all ranks together, where that is kept once for all.
-        batches: of the whole run, where its steps are still to be measured by them (``None`` elsewhere): a
-            manual optimization takes as many with each batch as it likes, and all its optimizers' count.
+        total_steps: optimizer steps the whole run will take; ``None`` if it has no end.
+        snapshot_bytes: size of one snapshot in bytes, on all ranks together.
+        rank_bytes: bytes of it that this rank keeps.
+        window_bytes: size of a full window in bytes, on all ranks together.
+        storage: the place of the snapshots.
+        folder: the folder of the snapshot files, if any.
+        free: free room there, in bytes.
+        methods: merging method by phase.
+        frozen_bytes: frozen bytes of a snapshot, on all ranks together, if these are stored only once.
+        batches: batches of the whole run, if the steps per batch are still to be measured; else ``None``. A
+            manual optimization takes any number of steps per batch, and those of all its optimizers count.
     """
 
     window: int
@@ -51,7 +51,7 @@ class Plan:
         """The plan for a run.
 
         Raises:
-            ValueError: where a full window does not fit the room.
+            ValueError: if a full window does not fit.
         """
         return cls(
             window=options.window,
@@ -70,7 +70,7 @@ class Plan:
         )
 
     def lines(self) -> list[str]:
-        """The plan at the start of fit."""
+        """The lines to report at the start of fit."""
         place = f"{self.storage}, lost with the process"
         if self.folder:
             here = Path.cwd()
@@ -83,47 +83,47 @@ class Plan:
         once = f", {in_bytes(self.frozen_bytes)} of it frozen and kept once" if self.frozen_bytes else ""
         return [
             f"merge: a snapshot every {every}, the last {self.window} kept" + self._count(),
-            f"merge: {one} a snapshot{share}{once}, {in_bytes(self.window_bytes)} in all, "
+            f"merge: {one} per snapshot{share}{once}, {in_bytes(self.window_bytes)} in total, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
         ]
 
     def measured(self, tokens_per_step: float) -> list[str]:
-        """One more line, once the tokens of a step are known."""
+        """One more line, once the number of tokens per step is known."""
         steps = self.every / tokens_per_step
         return [
-            f"merge: {tokens_per_step:,.0f} tokens a step, so a snapshot about every {steps:,.0f} steps"
+            f"merge: {tokens_per_step:,.0f} tokens per step, so a snapshot about every {steps:,.0f} steps"
             + self._in_this_run(steps)
         ]
 
     def with_steps(self, per_batch: float) -> Plan:
-        """The plan of a manual optimization, once the optimizer steps of a batch are known."""
+        """The plan of a manual optimization, once the number of optimizer steps per batch is known."""
         return replace(self, total_steps=int((self.batches or 0) * per_batch), batches=None)
 
     def counted(self, per_batch: float) -> list[str]:
-        """One more line of such a plan."""
+        """One more line for such a plan."""
         return [
-            f"merge: {per_batch:.3g} optimizer steps a batch, all optimizers' together, so a snapshot about "
+            f"merge: {per_batch:.3g} optimizer steps per batch (of all optimizers), so a snapshot about "
             f"every {self.every / per_batch:,.3g} batches" + self._in_this_run(self.every)
         ]
 
     def warnings(self, tokens_per_step: float | None = None) -> list[str]:
-        """What the user loses where the run is too short for the window."""
+        """What the user loses if the run is too short for the window."""
         count = self.count(tokens_per_step)
         if count is None or count >= self.window:
             return []
         end = f"the run ends after {self.total_steps:,} steps, with {count} of {self.window} snapshots"
         lost = "nothing will be merged" if count < 2 else "the window never fills"
-        return [f"merge: {lost}: {end}; {self._mend(tokens_per_step)}"]
+        return [f"merge: {lost}: {end}; {self._remedy(tokens_per_step)}"]
 
     def count(self, tokens_per_step: float | None = None) -> int | None:
-        """Snapshots the whole run will give, where that can be said."""
+        """The number of snapshots that the whole run will take; ``None`` if that is not known yet."""
         if self.total_steps is None or (self.unit == "tokens" and tokens_per_step is None):
             return None
         per_step = tokens_per_step if self.unit == "tokens" and tokens_per_step else 1
         return int(self.total_steps * per_step // self.every)
 
-    def _mend(self, tokens_per_step: float | None) -> str:
+    def _remedy(self, tokens_per_step: float | None) -> str:
         per_step = tokens_per_step if self.unit == "tokens" and tokens_per_step else 1
         filling = math.floor((self.total_steps or 0) * per_step / self.window)
         if filling < per_step:
@@ -132,14 +132,14 @@ class Plan:
 
     def _count(self) -> str:
         if self.unit == "tokens":
-            return "; how many steps that is will be measured over the first steps"
+            return "; the tokens per step will be measured over the first steps"
         return self._in_this_run(self.every)
 
     def _in_this_run(self, steps: float) -> str:
         if self.batches:
             return (
-                "; the steps of all optimizers count, and how many there are in this run of "
-                f"{self.batches:,} batches will be measured over the first ones"
+                f"; the steps of all optimizers count; this run has {self.batches:,} batches, and the steps "
+                "per batch will be measured over the first ones"
             )
         if self.total_steps is None:
             return "; the run has no set end"
@@ -156,18 +156,18 @@ def in_bytes(size: float) -> str:
 
 
 def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> int:
-    """Makes sure that a full window fits where it is to lie, and says how much room is free there.
+    """Checks that a full window fits its storage, and returns the free room there in bytes.
 
     The window's files that are there already (of a resumed run) count as free.
 
     Args:
-        options: the callback's.
-        store: of this rank's snapshots.
-        processes: on this machine, with a window each.
+        options: the callback's options.
+        store: the store of this rank's snapshots.
+        processes: number of processes on this machine, each with its own window.
 
     Raises:
-        ValueError: says how much is needed and free, and what to choose instead.
-        RemoteError: where it does not fit on another rank.
+        ValueError: if it does not fit; says how much is needed and free, and what to choose instead.
+        RemoteError: if it does not fit on another rank.
     """
     place = store.place
     free = place.free_bytes(store.folder, store.device)

@@ -1,4 +1,4 @@
-"""Which folder a run's snapshots and merges go to: one of its own."""
+"""Finds the folder for a run's snapshots and merges: every run has its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from merge_callback.snapshots.manifest import find_manifest
 from merge_callback.urls import is_remote, local_path
 
 _SCRATCH = "merge_scratch"
-_MOST_CLAIMS = 20  # that others are quicker with; or does the store list nothing new?
+_MOST_CLAIMS = 20  # lost claims after which the store probably does not list new files
 
 _T = TypeVar("_T")
 
@@ -35,13 +35,13 @@ class RunFolder:
     """The folder of one run.
 
     Args:
-        path: of the local folder, with the window; without a ``url`` with the emissions, too.
-        run_id: of the run.
-        url: of the remote folder that the emissions go to.
-        is_new: whether it was made for this run.
+        path: the local folder, which holds the window and, without a ``url``, the emissions.
+        run_id: the run's id.
+        url: the remote folder that the emissions go to, if any.
+        is_new: whether the folder was made for this run.
         is_elsewhere: whether the resumed run kept its window on another machine.
-        notices: what the user is told of it.
-        lock: of the local folder, on the first rank.
+        notices: lines about it to show the user.
+        lock: the lock on the local folder, on the first rank.
     """
 
     path: Path
@@ -54,20 +54,20 @@ class RunFolder:
 
     @classmethod
     def take(cls, options: Options, host: Host, resume: Mapping[str, Any]) -> RunFolder:
-        """Finds the run's folder and locks it: the first rank, for all of them; to be called on all.
+        """Finds the run's folder and locks it: the first rank does so for all, and all have to call this.
 
-        With a ``dirpath`` it is that one. A resumed run goes on where it was, unless another run is there by
-        now. All others get a new folder: the default one, or ``merges-1``, ``merges-2``, … beside it. So runs
-        that share a logger's folder never share this one.
+        If a ``dirpath`` is given, the run uses it. A resumed run goes on in its former folder, unless another
+        run uses that by now. All others get a new folder: the default one, or ``merges-1``, ``merges-2``, …
+        next to it. So runs that share a logger's folder never share this one.
 
         Args:
-            options: the callback's.
-            host: the run; its first rank tells the default folder.
+            options: the callback's options.
+            host: the run; its first rank knows the default folder.
             resume: a former session's ``state_dict``; empty for a new run.
 
         Raises:
-            ValueError: where it can't be written, another run uses the given one, or a rank does not see it.
-            RemoteError: where another rank raises.
+            ValueError: if it can't be written, another run uses the given one, or a rank does not see it.
+            RemoteError: if another rank raises.
         """
         ranks = Ranks.of_run()
         run_id, token = ranks.from_first(
@@ -95,7 +95,7 @@ class RunFolder:
         return folder or cls(path, run_id, url, is_elsewhere=is_elsewhere)
 
     def give_up(self) -> None:
-        """Lets go of the folder; one that was made for this run is removed, if nothing is in it."""
+        """Unlocks the folder, and removes it if it was made for this run and is empty."""
         if self.lock is None:
             return
         self.lock.close()
@@ -119,10 +119,10 @@ def _find(options: Options, host: Host, resume: Mapping[str, Any], run_id: str, 
     if given is not None:
         if resume.get("remote") == given:
             return _resumed(resume, run_id, token)
-        if not resume:  # a run goes on whatever becomes of the remote folder, but it begins with a sound one
+        if not resume:  # a run survives the loss of its remote folder, but it starts only with a sound one
             _reach(given, lambda remote: remote.check_writable(run_id))
         path = _scratch(given)
-        return _told(RunFolder(path, run_id, given, lock=lock_folder(path, token)))
+        return _with_notice(RunFolder(path, run_id, given, lock=lock_folder(path, token)))
     if not resume:
         return _new(host.default_folder, run_id, token)
     try:
@@ -130,11 +130,11 @@ def _find(options: Options, host: Host, resume: Mapping[str, Any], run_id: str, 
     except FolderInUseError as error:
         folder = _new(host.default_folder, run_id, token)
         folder.notices = (f"merge: {error.folder} is another run's; this one goes on in {folder.path}",)
-        return _told(folder)
+        return _with_notice(folder)
 
 
 def _resumed(resume: Mapping[str, Any], run_id: str, token: str) -> RunFolder:
-    """The folder of the run that is resumed; on another machine, one of the same name here."""
+    """The folder of the run that is resumed; if that was on another machine, one of the same name here."""
     url, path = resume.get("remote"), Path(resume["dirpath"])
     is_elsewhere = url is not None and not path.is_dir()
     if url is not None and is_elsewhere:
@@ -143,13 +143,15 @@ def _resumed(resume: Mapping[str, Any], run_id: str, token: str) -> RunFolder:
     if owner not in (None, run_id):
         raise FolderInUseError(path)
     is_elsewhere = is_elsewhere and owner is None
-    return _told(RunFolder(path, run_id, url, is_elsewhere=is_elsewhere, lock=lock_folder(path, token)))
+    return _with_notice(
+        RunFolder(path, run_id, url, is_elsewhere=is_elsewhere, lock=lock_folder(path, token))
+    )
 
 
 def _new(base: str, run_id: str, token: str) -> RunFolder:
-    """A folder that no other run has: to make one succeeds once, whoever tries at the same time."""
+    """Makes a folder that no other run has: of several that try a name at the same time, one succeeds."""
     if is_remote(base):
-        return _told(_reach(base, lambda remote: _new_remote(remote, run_id, token)))
+        return _with_notice(_reach(base, lambda remote: _new_remote(remote, run_id, token)))
     first = local_path(base).absolute()
     path = next(path for path in map(Path, _numbered(str(first))) if _make(path))
     folder = RunFolder(path, run_id, is_new=True, lock=lock_folder(path, token))
@@ -176,8 +178,8 @@ def _new_remote(remote: RemoteFolder, run_id: str, token: str) -> RunFolder:
         if tried == _MOST_CLAIMS:
             break
     raise ValueError(
-        f"dirpath={remote.url!r} can't be used: none of {tried} new folders beside it lists what was just "
-        "written there; name a dirpath"
+        f"dirpath={remote.url!r} can't be used: {tried} new folders next to it did not list the file that "
+        "was just written there; name a dirpath"
     )
 
 
@@ -187,16 +189,16 @@ def _numbered(base: str) -> Iterator[str]:
 
 
 def _make(path: Path) -> bool:
-    """Makes a folder; says whether there was none of that name before.
+    """Makes a folder; returns whether it is new.
 
     Raises:
-        ValueError: where it can't be made.
+        ValueError: if it can't be made.
     """
     try:
         make_folder(path.parent)
         with suppress(FileExistsError):
             path.mkdir()
-            with suppress(OSError):  # who may not list a folder can make one in it, but not sync it
+            with suppress(OSError):  # one may be allowed to make a folder, but not to sync its parent
                 sync(path.parent)
             return True
     except OSError as error:
@@ -207,7 +209,7 @@ def _make(path: Path) -> bool:
 
 
 def _scratch(url: str) -> Path:
-    """The local folder of a run whose merges go to a remote one: the same for the same URL, on a machine."""
+    """The local folder of a run with a remote one; on one machine it depends on the URL alone."""
     protocol, _, place = url.rpartition("://")
     parts = (protocol, *re.sub(r"^[^/]*@", "", place).split("/"))  # without a password
     here = Path.cwd() if os.access(Path.cwd(), os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
@@ -215,10 +217,10 @@ def _scratch(url: str) -> Path:
 
 
 def _reach(url: str, use: Callable[[RemoteFolder], _T]) -> _T:
-    """What a function does with a remote folder, before a run begins.
+    """Calls a function with a remote folder, before a run begins.
 
     Raises:
-        ValueError: where it can't be reached or written.
+        ValueError: if it can't be reached or written.
     """
     try:
         return use(RemoteFolder(url))
@@ -230,7 +232,7 @@ def _reach(url: str, use: Callable[[RemoteFolder], _T]) -> _T:
         ) from error
 
 
-def _told(folder: RunFolder) -> RunFolder:
+def _with_notice(folder: RunFolder) -> RunFolder:
     line = f"merge: merges go to {folder.url}; the window and the record of loss spikes stay in {folder.path}"
     if folder.url is not None:
         folder.notices = (*folder.notices, line)
@@ -238,13 +240,13 @@ def _told(folder: RunFolder) -> RunFolder:
 
 
 def _owner(folder: Path) -> str | None:
-    """The run whose window or merges lie in a folder, where that can be told."""
+    """The id of the run whose window or merges are in a folder; ``None`` if unknown."""
     return find_manifest(folder / WINDOW).run_id or find_record(folder / LATEST).run_id
 
 
 def _not_shared(path: Path, url: str | None, rank: int) -> ValueError:
-    mend = "name one" if url is None else "start the run in a current folder"
+    remedy = "name one" if url is None else "start the run in a current folder"
     return ValueError(
         f"dirpath={str(path)!r} is not the same folder on all ranks: rank {rank} does not see what rank 0 "
-        f"has written; {mend} on a file system that they share"
+        f"has written; {remedy} on a file system that they share"
     )

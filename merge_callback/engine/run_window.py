@@ -1,4 +1,4 @@
-"""The window of a run: made for its model, and restored when the run is resumed."""
+"""Makes the window of a run for its model, and restores it when the run is resumed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from merge_callback.publish.export import Naming
 from merge_callback.sharding import Sharding
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.deltas import CODECS
+from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_folder import WINDOW
 from merge_callback.snapshots.window_restore import layout_difference
 
 log = logging.getLogger(__name__)
@@ -37,18 +38,18 @@ def new_window(
     """An empty window for a model.
 
     Args:
-        options: of the merging.
-        model: the live one.
-        sharding: what each rank keeps of it.
-        device: that training uses.
-        folder: the run's.
+        options: the options of merging.
+        model: the live model's tensors.
+        sharding: says what each rank keeps of them.
+        device: the device that training uses.
+        folder: the run's folder.
         resume: a former session's ``state_dict``; empty for a new run.
     """
     still, codec = stored_natively(options, model, resume.get("window", {}))
     store = SnapshotStore(
         Layout.of(sharding.own(model.tensors), options.snapshot_dtype, still),
         options.storage,
-        folder.path / "window" if options.durable else None,
+        folder.path / WINDOW if options.durable else None,
         device,
         {name for name in model.buffers if not all_finite(model.tensors[name])},
         model.buffers,
@@ -61,26 +62,27 @@ def new_window(
 
 
 def note_publishing(window: Window, naming: Naming, model: ModelTensors, exclude: Sequence[str]) -> None:
-    """Writes into the window how its merges are published, for a merge of the snapshots' files."""
+    """Records in the window how its merges are published, so that its files can be merged later."""
     if window.store.folder is None or not window.ranks.is_first:
         return
     try:
         window.folder.published = naming.record(model.tied, model.matching(exclude))
-    except Exception as error:  # a configuration of someone else's, or no room: such a merge needs flags
-        log.info("merge: the snapshots do not tell how merges are published: %r", error)
+    except Exception as error:  # a foreign configuration, or a full disk: merging the files then needs flags
+        log.info("merge: the snapshots do not record how merges are published: %r", error)
 
 
 def stored_natively(
     options: Options, model: ModelTensors, recorded: Mapping[str, Any]
 ) -> tuple[set[str], str]:
-    """Names of what is stored natively where the rest is not, and the codec, where it has anything to do.
+    """Names of the tensors that are stored in their own dtype while the rest is not, and the codec.
 
-    These are the tensors that are never averaged, which rounding would change. What they were at the start of
-    a run they stay when it is resumed, though something may have been frozen or unfrozen in between.
+    These are the tensors that are never averaged; rounding would change them. A resumed run keeps the set
+    that it started with, though parameters may have been frozen or unfrozen in between. The codec is empty
+    if it would encode no tensor.
 
     Args:
-        options: the callback's.
-        model: the live one.
+        options: the callback's options.
+        model: the live model's tensors.
         recorded: the resumed window's ``state_dict``; empty for a new run.
     """
     tensors, dtype = global_tensors(model), options.snapshot_dtype
@@ -95,16 +97,16 @@ def stored_natively(
 
 
 def restore_window(window: Window, folder: RunFolder, state: Mapping[str, Any], last_step: int) -> bool:
-    """Takes back the snapshots of a run that is resumed; says whether it had any that fit.
+    """Restores the snapshots of a run that is resumed; returns whether its window fits and had any.
 
     Args:
-        window: empty, for the model as it is now.
-        folder: of the run now.
+        window: an empty window, for the present model.
+        folder: the run's present folder.
         state: the session's ``state_dict``.
-        last_step: optimizer steps of the checkpoint.
+        last_step: the checkpoint's number of optimizer steps.
 
     Raises:
-        ValueError: if what is in the run's own folder does not fit the model or the options.
+        ValueError: if the window in the run's own folder does not fit the model or the options.
     """
     kept, dirpath = state["window"], Path(state["dirpath"])
     if folder.is_elsewhere and kept["snapshots"]:

@@ -1,4 +1,4 @@
-"""One fit's merging: the parts, wired to a live trainer, and their state."""
+"""The merging of one run: its parts, wired to a live training loop, and their state."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ from merge_callback.spike_options import DEFAULT
 
 log = logging.getLogger(__name__)
 
-_UNSEEN = 256  # batches without a step, after which something is wrong
+_UNSEEN = 256  # batches without a step, after which the user is warned
 
 _PATIENCE = 600.0  # seconds that uploads may take after an exception
-_LAST_UPLOADS = 1500.0  # and at the end of a run of several ranks: the others give up after half an hour
+_LAST_UPLOADS = 1500.0  # same at the end of a run with several ranks; the others give up after half an hour
 
-_MEASURED_OVER = 3  # optimizer steps after which the tokens of a step are reported
-_COUNTED_OVER = 8  # batches after which the steps of a manual optimization are
+_MEASURED_OVER = 3  # optimizer steps after which the tokens per step are reported
+_COUNTED_OVER = 8  # batches after which the steps per batch of a manual optimization are reported
 
 
 class MergeSession:
     """The merging of one run, for any training loop.
 
     Args:
-        options: of the merging.
+        options: the options of merging.
         host: the run, whose model is set up, moved and restored.
         resume: a former session's ``state_dict``; empty for a new run.
-        folder: the run's, locked; the caller gives it up where this raises.
+        folder: the run's locked folder; the caller gives it up if this raises.
 
     Raises:
-        ValueError: where an option does not fit this model, trainer or machine.
+        ValueError: if an option does not fit this model, trainer or machine.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class MergeSession:
         naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
         self._at_snapshots = LiveModel(host.module, host.root)
-        self._model: ModelTensors | Exception = model  # as it was seen before the newest snapshot
+        self._model: ModelTensors | Exception = model  # as of the newest snapshot
         check_exclude(options.exclude, model)
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names, self._shapes = model.names, shapes_of(model)
@@ -103,7 +103,7 @@ class MergeSession:
         try:
             self._put_folder_in_order()
             self.plan = Plan.of(options, window.store, host)
-            _tell([*self.plan.lines(), *folder.notices], self.plan.warnings())
+            _report_plan([*self.plan.lines(), *folder.notices], self.plan.warnings())
             if resume:
                 self._load_state_dict(resume)
         except BaseException:
@@ -113,7 +113,7 @@ class MergeSession:
         self._is_measured, self._batches = False, 0
 
     def live(self) -> ModelTensors:
-        """The live model's tensors, as they are on this rank."""
+        """The live model's tensors on this rank."""
         return ModelTensors.of(self.host.module, self.host.root)
 
     @property
@@ -123,12 +123,12 @@ class MergeSession:
 
     @property
     def merger(self) -> WindowMerger:
-        """The window's merger, once it has done with the last snapshot."""
+        """The window's merger, once it has processed the last snapshot."""
         return self.pipeline.merger
 
     @property
     def background(self) -> Background:
-        """What the window is kept by, in the background."""
+        """The background thread that processes snapshots."""
         return self.pipeline.background
 
     @property
@@ -143,10 +143,10 @@ class MergeSession:
 
     @classmethod
     def begin(cls, options: Options, host: Host, resume: Mapping[str, Any]) -> MergeSession:
-        """A session in the run's own folder, which is taken first.
+        """A session in the run's own folder, which is found and locked first.
 
         Args:
-            options: of the merging.
+            options: the options of merging.
             host: the run, whose model is set up, moved and restored.
             resume: a former session's ``state_dict``; empty for a new run.
 
@@ -161,12 +161,12 @@ class MergeSession:
             raise
 
     def begin_batch(self, batch: Any, batch_idx: int, tokens: int | None = None) -> None:
-        """Notes a batch before it is trained on; of the first one finds out whether tokens can be counted.
+        """Notes a batch before it is trained on; with the first one, finds out whether tokens can be counted.
 
         Args:
-            batch: of any kind; ``None`` if the loop does not show it.
-            batch_idx: its place in the epoch.
-            tokens: in it; ``None`` to have them counted.
+            batch: a batch of any kind; ``None`` if the loop does not show it.
+            batch_idx: its index in the epoch.
+            tokens: its number of tokens; ``None`` to have them counted.
 
         Raises:
             ValueError: if they can't be counted and the interval is in tokens.
@@ -181,13 +181,13 @@ class MergeSession:
             self.clock.countable = all(self.ranks.exchange(error is None))
 
     def note_step(self, optimizer: Optimizer) -> None:
-        """Notes the learning rates and gradients of the optimizer step that comes now."""
+        """Notes the learning rates and gradients of the optimizer step that is about to be taken."""
         self.applied.note(optimizer)
         if self.spikes:
             self.spikes.note_step(optimizer)
 
     def lr_factor(self, step: int) -> float:
-        """What the rates of the update after ``step`` optimizer steps are scaled by, since a restore."""
+        """The factor on the learning rates after ``step`` optimizer steps; 1 if there was no restore."""
         return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
     def end_batch(
@@ -198,11 +198,11 @@ class MergeSession:
         Args:
             outputs: the loss: a tensor, a float, or a mapping with a ``"loss"``; ``None`` if there is none.
             divided_by: what the loop has divided the loss by, to accumulate gradients.
-            batch: to count the tokens of.
-            tokens: in it; ``None`` to have them counted.
+            batch: the batch whose tokens are counted.
+            tokens: its number of tokens; ``None`` to have them counted.
 
         Returns:
-            Whether a snapshot is due. Of weights that were just restored none is: they are a merge.
+            Whether a snapshot is due. Never right after a restore: those weights are a merge.
 
         Raises:
             TrainingDivergedError: if the run is to stop after a spike.
@@ -211,8 +211,8 @@ class MergeSession:
             self._count(batch, tokens)
         if self.spikes and self._stepless < _UNSEEN:
             self.statistics.add_loss(outputs, divided_by)
-        if self.pipeline.has_news:
-            self.pipeline.log_news()
+        if self.pipeline.has_pending_logs:
+            self.pipeline.log_pending()
         step = self.host.step
         self._batches += 1
         if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
@@ -234,25 +234,25 @@ class MergeSession:
         return due and not restored
 
     def follow_model(self) -> MergeSession | None:
-        """The session to go on with, before a snapshot: this one, unless the model's tensors have changed.
+        """The session to continue with; call it before a snapshot. A new one if the model's tensors changed.
 
-        A merge takes the same tensors of all snapshots, so for others a new window begins. ``None`` if there
-        can't be one: nothing more is merged then.
+        A merge needs the same tensors in all snapshots, so changed tensors get a new session with a new
+        window. ``None`` if that can't be made; nothing more is merged then.
         """
         try:
             self._model = self._at_snapshots.tensors()
             change = tensor_changes(self._shapes, self._model)
-        except Exception as error:  # is reported with the snapshot that it keeps from being taken
+        except Exception as error:  # reported when the snapshot fails because of it
             self._model, change = error, ""
         if self.ranks.size > 1:
-            self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+            self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         change = next(filter(None, self.ranks.exchange(change)), "")
         if not change:
             return self
         warn(
             f"merge: the model's tensors have changed since training began: at step {self.step} {change}. "
-            "A new window begins here; of a buffer that changes its shape all the time, "
-            "register_buffer(persistent=False) keeps the window free"
+            "A new window begins here. If a buffer keeps changing its shape, exclude it from the window with "
+            "register_buffer(persistent=False)"
         )
         try:
             return MergeSession(self.options, self.host, self._hand_over(), self.folder)
@@ -262,7 +262,7 @@ class MergeSession:
             return None
 
     def _hand_over(self) -> dict[str, Any]:
-        """Ends this session, except for its folder; the state is for the next, with an empty window."""
+        """Ends this session but keeps its folder; returns the next one's state, with an empty window."""
         self.pipeline.finish_what_is_begun()
         state = self.state_dict()
         self._let_go()
@@ -271,7 +271,7 @@ class MergeSession:
         return {**state, "window": {**state["window"], "snapshots": [], "moved": []}}
 
     def take_snapshot(self) -> None:
-        """Copies the live weights; what becomes of the copy, training does not wait for."""
+        """Copies the live weights; the copy is processed in the background."""
         snapshot = Snapshot(
             step=self.step,
             tokens=self.clock.tokens if self.countable else None,
@@ -281,13 +281,13 @@ class MergeSession:
             since=self.phases.since,
             lr_step=self.phases.steps,
         )
-        calm = self.spikes is None or self.spikes.calm
-        self.pipeline.take(snapshot, self.phases.phase, self._model, calm)
+        is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
+        self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
 
     def current_merge(self) -> Merge | None:
-        """The merge of the window as it is; ``None`` if there is none for this model. All ranks ask."""
+        """The merge of the present window; ``None`` if this model has none. All ranks have to call this."""
         model = self.live()
-        self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+        self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model) if is_same else None
 
@@ -303,7 +303,7 @@ class MergeSession:
         self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
 
     def close(self) -> None:
-        """Lets go of the folder, of the learning rates, and of what the other ranks still send."""
+        """Releases the folder and the learning rates, and stops waiting for the other ranks."""
         self._let_go()
         self._give_folder_back(_PATIENCE)
 
@@ -314,7 +314,7 @@ class MergeSession:
             self.spikes.close()
 
     def _give_folder_back(self, patience: float | None) -> None:
-        """Gives the folder back, once all that is published is where it belongs, or so many seconds later."""
+        """Unlocks the folder once all uploads are done, or after ``patience`` seconds."""
         self.pipeline.publisher.finish_uploads(patience)
         if self.lock:
             self.lock.close()
@@ -323,10 +323,10 @@ class MergeSession:
         """Everything a resumed run needs, as primitives; the weights stay in the window's files.
 
         Args:
-            to_keep: whether it is a checkpoint's, which needs these files from now on.
+            to_keep: whether it is saved in a checkpoint, which needs these files from now on.
         """
         kept = self.pipeline.state_dict(to_keep)
-        statistics = self.statistics.state_dict()  # before the clock is read: it may advance it
+        statistics = self.statistics.state_dict()  # first, because it may advance the clock
         return {
             "dirpath": str(self.dirpath),
             "remote": self.folder.url,
@@ -349,15 +349,15 @@ class MergeSession:
         self.phases.load_state_dict(state["phases"])
         self.pipeline.load_state_dict(state)
         if restore_window(self.window, self.folder, state, self.host.step):
-            self._tell_of_resume()
+            self._report_resume()
         self.pipeline.publish_again(self.live(), state)
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
-                warn("merge: the checkpoint is of an older version: spikes are judged from scratch from here")
+                warn("merge: the checkpoint is from an older version, so spike detection starts from scratch")
                 return
             self.spikes.load_state_dict(state["spikes"])
 
-    def _tell_of_resume(self) -> None:
+    def _report_resume(self) -> None:
         steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
         tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
         info(
@@ -382,12 +382,12 @@ class MergeSession:
         except ValueError as error:
             if options is not DEFAULT:
                 raise
-            # Nobody has asked for restores, so that they are impossible must not keep the run from training.
-            warn(f"merge: loss spikes are told of, and nothing is restored: {error}")
+            # The user has not asked for restores, so the run trains on even if they are impossible.
+            warn(f"merge: loss spikes are only reported, nothing is restored: {error}")
             return watch(replace(options, action="warn"))
 
     def _publisher(self) -> Publisher:
-        """What publishes this run's merges; on the first rank, which does so, where they belong."""
+        """The publisher of this run's merges; only that of the first rank, which publishes, uploads."""
         options, folder = self.options, self.folder
         if folder.url is None or not self.ranks.is_first:
             return Publisher(folder.path, options.keep_last, options.max_shard_bytes)
@@ -396,10 +396,10 @@ class MergeSession:
         )
 
     def _put_folder_in_order(self) -> None:
-        """Makes the folder ready for this run: the first rank, for all of them.
+        """Prepares the folder for this run: the first rank does so for all.
 
         Raises:
-            OSError: where it can't be written.
+            OSError: if it can't be written.
         """
         problem: Exception | None = None
         try:
@@ -416,12 +416,12 @@ class MergeSession:
         self.ranks.agree(problem)
 
     def _note_no_step(self) -> None:
-        """Tells the user where the steps of a manual optimization are nobody's to see."""
+        """Warns if a manual optimization bypasses Lightning's step counter."""
         self._stepless += self.host.is_manual
         if self._stepless == _UNSEEN:
             warn(
-                f"merge: no optimizer step was seen in {_UNSEEN} batches, so no snapshot is taken: step with "
-                "self.optimizers(), not with those of use_pl_optimizer=False, which Lightning does not count"
+                f"merge: no optimizer step was seen in {_UNSEEN} batches, so no snapshot is taken: step the "
+                "optimizers of self.optimizers(); Lightning does not count steps with use_pl_optimizer=False"
             )
 
     def _count(self, batch: Any, tokens: int | None) -> None:
@@ -429,8 +429,8 @@ class MergeSession:
             self.statistics.add_tokens(int(self.clock.count(batch)) if tokens is None else tokens)
         except ValueError as error:
             self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
-            tell = warn if self.ranks.is_first else log.warning
-            tell(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
+            say = warn if self.ranks.is_first else log.warning
+            say(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
 
     def _observe_learning_rates(self) -> None:
         segment = self.phases.segment
@@ -443,16 +443,16 @@ class MergeSession:
         if self.options.unit == "tokens":
             self.statistics.flush_to_clock()
             per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
-            _tell(self.plan.measured(per_step), self.plan.warnings(per_step))
+            _report_plan(self.plan.measured(per_step), self.plan.warnings(per_step))
 
     def _report_steps_per_batch(self, per_batch: float) -> None:
         self.plan = self.plan.with_steps(per_batch)
         if self.options.unit == "steps":
-            _tell(self.plan.counted(per_batch), self.plan.warnings())
+            _report_plan(self.plan.counted(per_batch), self.plan.warnings())
 
 
 def beside_others(options: Options, callbacks: Iterable[object]) -> Options:
-    """Of several callbacks the first one restores the run; the others only note and report its spikes."""
+    """Of several callbacks only the first one restores the run; the others only report its spikes."""
     sessions = [getattr(callback, "session", None) for callback in callbacks]
     actions = [s.options.spike.action for s in sessions if isinstance(s, MergeSession)]
     if options.spike.action != "restore" or "restore" not in actions:
@@ -468,7 +468,7 @@ def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:
     return None
 
 
-def _tell(lines: list[str], warnings: list[str]) -> None:
+def _report_plan(lines: list[str], warnings: list[str]) -> None:
     for line in lines:
         info(line)
     for line in warnings:

@@ -1,4 +1,4 @@
-"""What becomes of a snapshot, in the background: it is kept, measured, merged, published and logged."""
+"""Processes snapshots in the background: store, measure, merge, publish, log."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-_PATIENCE = 600.0  # seconds that what is under way may take, once a checkpoint waits for it
+_PATIENCE = 600.0  # seconds that a checkpoint waits for the work under way
 
-_NOTICEABLE = 1.0  # seconds of waiting that the user is told of
+_NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 
 @dataclass
 class _Report:
-    """What is logged of a snapshot, and at which step."""
+    """What is logged about a snapshot, and at which step."""
 
     logged_step: int
     phase: Phase
@@ -48,18 +48,18 @@ class _Report:
 
 
 class SnapshotPipeline:
-    """Keeps a window while a model trains: only the copy of the weights is made in training's own thread.
+    """Keeps a window while a model trains: only the copy of the weights is made in the training thread.
 
-    A job in the background takes each copy into the window, measures and merges; a second one publishes the
-    merge. Until the first one is done, nobody else may use the window, nor talk to the other ranks through
-    its group: ``window``, ``merger`` and all that needs them wait for it.
+    For each copy, a background job adds it to the window, measures and merges; a second job publishes the
+    merge. Until the first job is done, nothing else may use the window, nor communicate with the other ranks
+    through its group: ``window``, ``merger`` and all their users wait for it.
 
     Args:
-        options: the callback's.
+        options: the callback's options.
         host: the run.
-        window: of the run.
-        publisher: of the emissions.
-        naming: how the tensors are called outside.
+        window: the run's window.
+        publisher: publishes the emissions.
+        naming: the published names of the tensors.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SnapshotPipeline:
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(host.device)
-        self.publish_group = Ranks.of_run()  # for what is published, while others use the window's group
+        self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude)
@@ -75,12 +75,13 @@ class SnapshotPipeline:
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
         self._taken = 0
-        self._emitted = self._handed_in = -1  # what is published; what was to be, which all ranks know
+        self._emitted = -1  # step of the last merge that is published
+        self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
         self._advised: list[str] = []
         self._pending: threading.Event | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
-        self._logged: dict[str, float] = {}  # what loggers know already, and callbacks are still to be shown
-        self._told_to_wait = False
+        self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
+        self._warned_of_waiting = False
 
     @property
     def window(self) -> Window:
@@ -90,31 +91,33 @@ class SnapshotPipeline:
 
     @property
     def merger(self) -> WindowMerger:
-        """The window's merger, once it has done with the last snapshot."""
+        """The window's merger, once it has processed the last snapshot."""
         self.wait_until_merged()
         return self._merger
 
     @property
-    def has_news(self) -> bool:
+    def has_pending_logs(self) -> bool:
         """Whether there is something to log."""
         return bool(self._reports)
 
-    def take(self, snapshot: Snapshot, phase: Phase, live: ModelTensors | Exception, calm: bool) -> None:
-        """Copies the live weights, and has the copy kept, measured, merged and published.
+    def take(
+        self, snapshot: Snapshot, phase: Phase, live: ModelTensors | Exception, may_publish: bool
+    ) -> None:
+        """Copies the live weights, and has the copy stored, measured, merged and published in the background.
 
-        Where the snapshot before is not in the window yet, storage is slower than the interval: the run waits
-        for it, rather than skip a snapshot or take up ever more memory.
+        If the previous snapshot is not in the window yet, storage is slower than the interval. The run then
+        waits for it, because it would else skip snapshots or take ever more memory.
 
         Args:
-            snapshot: what is known of it.
-            phase: of the learning rate.
-            live: the live model's tensors, or why there are none.
-            calm: whether a merge may be published: not while the loss is an outlier.
+            snapshot: the snapshot's metadata.
+            phase: the phase of the learning rate.
+            live: the live model's tensors, or the error that kept them from being read.
+            may_publish: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
         model, captured = self._capture(live, snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
-        self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
+        self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
         """Waits until the last snapshot is in the window, measured and merged; all ranks do so together."""
@@ -122,26 +125,26 @@ class SnapshotPipeline:
             return
         self._pending.wait()
         self._pending = None
-        self.log_news()
+        self.log_pending()
         self.host.expose(self._logged)
         self._logged = {}
 
-    def log_news(self) -> None:
-        """Tells the loggers of the snapshots that are in the window by now; each rank when it has them."""
+    def log_pending(self) -> None:
+        """Logs the snapshots that are in the window by now; each rank does so at its own time."""
         while self._reports:
             self._log(self._reports.pop(0))
 
     def wait(self) -> None:
-        """Waits until all is written, for some minutes at most: other ranks may be gone."""
+        """Waits until everything is written, for some minutes at most: other ranks may be gone."""
         self.background.drain(_PATIENCE)
 
     def finish_what_is_begun(self) -> None:
-        """Waits until the last snapshot is in the window and all that was handed in is published."""
+        """Waits until the last snapshot is in the window and every submitted merge is published."""
         self.background.drain()
         self.wait_until_merged()
 
     def current_merge(self, model: ModelTensors) -> Merge | None:
-        """The merge of the window as it is; ``None`` where there is none, or it can't be made."""
+        """The merge of the present window; ``None`` if there is none, or if it can't be made."""
         self.wait_until_merged()
         try:
             self._warn_of_cuts()
@@ -151,47 +154,47 @@ class SnapshotPipeline:
             return None
 
     def newest_emission_up_to(self, step: int) -> Path | str | None:
-        """The newest published merge that holds no snapshot after a step."""
+        """The newest published merge without a snapshot taken after ``step``."""
         self.wait()
         return self._window.ranks.from_first(self.publisher.newest_up_to(step))
 
     def finish(self, model: ModelTensors, step: int) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         self.finish_what_is_begun()
-        self._handed_in = self._window.ranks.from_first(self._emitted)  # it alone knows what could be written
-        self.background.submit(partial(self._emit, model))  # what fails there is logged
+        self._handed_in = self._window.ranks.from_first(self._emitted)  # only that one knows what it wrote
+        self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
         if not self.publisher.published:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
     def _why_nothing(self, step: int) -> str:
-        """Why there is no merge after so many optimizer steps, and what to do."""
+        """Why there is no merge after ``step`` optimizer steps, and what to do."""
         options, snapshots = self.options, self._window.snapshots
         shorter = f"choose a shorter interval than every_n_{options.unit}={options.every}"
         if not snapshots:
-            failed = f"{step} steps gave no snapshot that was kept"
+            failed = f"no snapshot was kept in {step} steps"
             return f"{failed}; {shorter}, if no warning above says more"
         count = f"{len(snapshots)} snapshot{'s' * (len(snapshots) > 1)} in {step} steps"
         if all(snapshot.phase == "warmup" for snapshot in snapshots):
-            return f"{count}, of the warm-up only, which is never merged; train on, or {shorter}"
+            return f"{count}, all of the warm-up, which is never merged; train longer, or {shorter}"
         if not self._window.segment():
             phases = ", ".join(sorted({snapshot.phase for snapshot in snapshots}))
-            return f"{count} ({phases}), and a merge takes two of one phase after the warm-up; {shorter}"
-        return f"{count}, whose merge could not be made or written; see the warnings above"
+            return f"{count} ({phases}), but a merge takes two of one phase after the warm-up; {shorter}"
+        return f"{count}, but their merge could not be made or written; see the warnings above"
 
     def close(self) -> None:
-        """Gives the emissions' process group back. All ranks have to."""
+        """Closes the process group of publishing. All ranks have to call this."""
         self.publish_group.close()
 
     def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
-        """What a resumed run needs, as primitives; ``to_keep`` is a window's.
+        """What a resumed run needs, as primitives; see ``Window.state_dict`` for ``to_keep``.
 
-        A checkpoint waits until the last snapshot is in the window, and not until its merge is published.
+        A checkpoint waits until the last snapshot is in the window, but not until its merge is published.
         """
         if self._pending is not None and not self.background.is_current:
             self._pending.wait(_PATIENCE)
         try:
-            self.log_news()
+            self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
             log.exception("merge: a snapshot could not be logged")
         return {
@@ -206,7 +209,7 @@ class SnapshotPipeline:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict``, except for the window."""
+        """Restores everything from a ``state_dict``, except the window."""
         self._taken = state["taken"]
         self._advised = list(state["advised"])
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
@@ -214,13 +217,13 @@ class SnapshotPipeline:
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
-        """Publishes what was not, when the run ended whose window was restored."""
+        """Publishes the last merge that the resumed run submitted but did not publish."""
         last = state.get("handed_in", -1)
         if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
             self.background.submit(partial(self._emit, model)).wait()
 
     def _capture(self, live: ModelTensors | Exception, step: int) -> tuple[ModelTensors, Captured]:
-        """A copy of the live weights, or why there is none: the other ranks have to be told."""
+        """A copy of the live weights, or the error, which the other ranks have to learn of."""
         if isinstance(live, Exception):
             return ModelTensors(), Captured(error=live)
         with evaluated_weights(self.host.optimizers):
@@ -230,31 +233,31 @@ class SnapshotPipeline:
         waited = -time.monotonic()
         self.wait_until_merged()
         waited += time.monotonic()
-        if waited > _NOTICEABLE and not self._told_to_wait:
-            self._told_to_wait = True
+        if waited > _NOTICEABLE and not self._warned_of_waiting:
+            self._warned_of_waiting = True
             warn(
-                f"merge: the run waited {waited:.1f} s at step {step} until the snapshot before was kept: "
+                f"merge: the run waited {waited:.1f} s at step {step} until the previous one was stored: "
                 "storage is slower than the interval; choose a longer one, or a faster dirpath"
             )
 
     # In the background, one job after the other.
 
-    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, calm: bool) -> None:
-        """Takes a captured snapshot into the window, then measures, merges and publishes.
+    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+        """Adds a captured snapshot to the window, then measures, merges and publishes.
 
-        What fails here is logged; the run goes on.
+        A failure is logged; the run goes on.
         """
         try:
-            self._take_in(model, captured, report, calm)
+            self._take_in(model, captured, report, may_publish)
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
-    def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, calm: bool) -> None:
-        self._warn_of_cuts()  # first: a difference is one to what the window holds
+    def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+        self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
-        emit = calm and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
+        emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.host.will_validate
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
@@ -263,7 +266,7 @@ class SnapshotPipeline:
         self._reports.append(report)
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
-        """Says whether the window took a captured snapshot."""
+        """Adds a captured snapshot to the window; returns whether that succeeded."""
         try:
             self._window.add(snapshot, captured)
         except (ValueError, RuntimeError, MemoryError) as error:  # not finite, a changed model, no memory
@@ -273,7 +276,7 @@ class SnapshotPipeline:
         return bool(self._window.snapshots) and self._window.snapshots[-1] is snapshot
 
     def _emit(self, model: ModelTensors) -> None:
-        """Has the merge of the window as it is published, if there is something new."""
+        """Publishes the merge of the present window, if it is new."""
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
@@ -281,7 +284,7 @@ class SnapshotPipeline:
             merge.published = self.background.submit(partial(self._publish, merge.step, prepared))
 
     def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
-        """What publishes a merge, or why this rank can't."""
+        """A function that publishes a merge, or the error that keeps this rank from it."""
         try:
             return self._exporter.prepare(
                 merge,
@@ -290,7 +293,7 @@ class SnapshotPipeline:
                 layout=self._window.store.whole.hash,
                 run_id=self._window.folder.run_id,
             )
-        except Exception as error:  # the other ranks have to be told
+        except Exception as error:  # the other ranks have to learn of it
             return error
 
     def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
@@ -307,10 +310,10 @@ class SnapshotPipeline:
             warn(f"merge: left out of the window: {line}")
 
     def _agreed_merge(self, model: ModelTensors) -> Merge | None:
-        """The merge of the window as it is, if every rank could make its part of it.
+        """The merge of the present window, if every rank could make its part of it.
 
         Raises:
-            Exception: what one of them could not.
+            Exception: the error of a rank that could not.
         """
         merge: Merge | None = None
         problem: Exception | None = None
@@ -321,15 +324,15 @@ class SnapshotPipeline:
         try:
             self._window.ranks.agree(problem)
         except Exception:
-            self._merger.forget()  # on the ranks that could, too
+            self._merger.forget()  # also on the ranks that succeeded
             raise
         return merge
 
     def _without_altered(self, merge: Callable[[], _T]) -> _T:
-        """Merges; where what comes out is not finite, once more without the snapshots whose files changed.
+        """Merges; if the result is not finite, merges once more without the snapshots whose files changed.
 
         Args:
-            merge: raises on all ranks where it does on one.
+            merge: a function that raises on all ranks if it does on one.
         """
         try:
             return merge()

@@ -74,7 +74,7 @@ def _of_run(folder: Path, inside: list[Path]) -> list[Path]:
     snapshots = _of_window(folder / WINDOW) if (folder / WINDOW / MANIFEST).is_file() else []
     if others and snapshots:
         raise ValueError(
-            f"{folder}: holds checkpoints ({others[0].name}, …) beside a window of snapshots; "
+            f"{folder}: holds checkpoints ({others[0].name}, …) and a window of snapshots; "
             f"say which: '{folder}/*{others[0].suffix}' or {folder / WINDOW}"
         )
     if not snapshots and not inside:

@@ -67,7 +67,7 @@ def _check_tensors(job: Job, everything: Sequence[Checkpoint], newest: Checkpoin
     check_alike([(str(checkpoint.path), _included(checkpoint.tensors, job)) for checkpoint in everything])
     for checkpoint in everything:
         if _included(checkpoint.tied, job) != _included(newest.tied, job):
-            raise ValueError(f"{checkpoint.path} and {newest.path} share other tensors among themselves")
+            raise ValueError(f"tied weights differ between {checkpoint.path} and {newest.path}")
 
 
 def _warn_of_order(job: Job, checkpoints: Sequence[Checkpoint]) -> None:
@@ -99,14 +99,14 @@ def _included(entries: Mapping[str, Any], job: Job) -> dict[str, Any]:
 
 
 def _check_equal(name: str, checkpoints: Sequence[Checkpoint]) -> None:
-    """Integers have no mean: they must agree, except for single counters (batches tracked, say)."""
+    """Integers cannot be averaged: they must agree, except for single counters (batches tracked, say)."""
     newest = checkpoints[-1]
     for checkpoint in checkpoints[:-1]:
         tensor = checkpoint.tensors[name]
         if tensor.numel() > 1 and not torch.equal(tensor, newest.tensors[name]):
-            known = tensor.dtype in (torch.int64, torch.bool)  # of others there may be codes of weights
-            advice = "; copy the last checkpoint's with --exclude, if that is right" if known else ""
+            known = tensor.dtype in (torch.int64, torch.bool)  # others may be codes of weights
+            advice = ". Use --exclude to copy it from the last checkpoint" if known else ""
             raise ValueError(
-                f"tensor {name!r} holds {tensor.dtype} and differs between {checkpoint.path} and "
-                f"{newest.path}: it has no mean{advice}"
+                f"tensor {name!r} is {tensor.dtype} and differs between {checkpoint.path} and "
+                f"{newest.path}; integers cannot be averaged{advice}"
             )

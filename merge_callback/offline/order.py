@@ -32,8 +32,8 @@ def in_order(argument: Argument, steps: Mapping[Path, int | None]) -> list[Path]
     if by_number := _by_number(found):
         return by_number
     raise ValueError(
-        f"{argument.given}: no order can be told: not all of {found[0].name}, {found[1].name}, … have a step "
-        "in their name or recorded; give the checkpoints one by one, oldest first"
+        f"{argument.given}: their order is not known: not all of {found[0].name}, {found[1].name}, … "
+        "have a step in their name or recorded; give the checkpoints one by one, oldest first"
     )
 
 

@@ -157,7 +157,7 @@ def _whats_lost(target: Path, sources: Iterable[Path]) -> str:
     try:
         own = _own_names(target)
     except (CorruptFileError, OSError) as error:
-        return f"cannot be told to be a merge ({error})"
+        return f"its record can't be read ({error})"
     above = {parent.as_posix() for name in own for parent in PurePosixPath(name).parents}
     for name, is_folder in named_below(target):
         if name not in (above if is_folder else own) or (not is_folder and (target / name).is_dir()):

@@ -24,8 +24,11 @@ def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     transformers = sys.modules.get("transformers")  # imported by whoever built such a model
     if transformers is None:
         return None
+    embedding = getattr(sys.modules.get("sentence_transformers"), "SentenceTransformer", ())
     found: dict[str, Any] = {}
     for name, part in module.named_modules():
+        if isinstance(part, embedding):  # it has more than that: a pooling, layers of its own
+            return None
         name = clean_name(name)
         if _is_adapted(part):
             return None
@@ -51,7 +54,7 @@ def write_config(model: Any, folder: Path) -> None:
     A configuration that its library refuses to save is reported; the weights are published without it.
     """
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # which fully_shard puts before it
     config.dtype = model.dtype
     configs = [config, model.generation_config if model.can_generate() else None]
     for part in configs:

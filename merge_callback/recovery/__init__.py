@@ -1,1 +1,1 @@
-"""What is done about a loss spike: evidence, restore, record."""
+"""The response to a loss spike: evidence, restore, record."""

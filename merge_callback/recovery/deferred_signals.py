@@ -1,4 +1,4 @@
-"""Ctrl-C and other signals wait while the live weights are somebody else's, or half written."""
+"""Defers Ctrl-C and other signals while the live weights are replaced or half written."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class DeferredSignals:
-    """Within, the handlers of signals are not called; what was sent meanwhile reaches them right afterwards.
+    """In this context signal handlers are not called; pending signals reach them right afterwards.
 
-    These handlers run between any two instructions of the main thread. Python's own, of Ctrl-C, raises there;
-    Lightning's, of a cluster's requeue, saves a checkpoint. This is meant for short parts, like the copy
-    of all weights: nothing that takes long in them can be interrupted. ``let_through`` is for a long middle::
+    Handlers run between any two instructions of the main thread. Python's handler of Ctrl-C raises there;
+    Lightning's handler of a cluster's requeue saves a checkpoint. The context is meant for short parts, like
+    the copy of all weights, because nothing in it can be interrupted. ``let_through`` is for a long middle::
 
         with DeferredSignals() as signals, other_weights():
             with signals.let_through():
                 validate()
 
-    There a handler is called at once, within what ``around_handlers`` was given. If it raises, further
-    signals wait again from that very instruction on, so that a second Ctrl-C can't get into what the first
-    one has begun: putting things back. ``has_raised`` tells its exception from those of what is interrupted.
+    There a handler is called at once, inside the context given to ``around_handlers``. If it raises, further
+    signals are deferred again from that very instruction on, so that a second Ctrl-C can't interrupt the
+    restoring that the first one has started. ``has_raised`` tells a handler's exception from others.
 
-    All signals with a handler in Python are deferred. One without (SIGTERM, outside of Lightning) ends the
-    process, and nobody sees its weights again. In threads other than the main one nothing is raised, and
-    nothing is done here. Uses may be nested.
+    All signals with a handler in Python are deferred. A signal without one (SIGTERM, outside of Lightning)
+    ends the process, and nobody sees its weights again. Python calls handlers only in the main thread, so in
+    other threads the context does nothing. Uses may be nested.
     """
 
     _entered: ClassVar[list[DeferredSignals]] = []  # in the main thread, the innermost one last
@@ -48,7 +48,7 @@ class DeferredSignals:
                     if callable(handler := signal.getsignal(number)):
                         self._handlers[number] = handler
                         signal.signal(number, self)
-            except BaseException:  # raised by the handler of one that is not deferred yet
+            except BaseException:  # raised by the handler of a signal that is not deferred yet
                 self._hand_back()
                 raise
             self._entered.append(self)
@@ -57,14 +57,14 @@ class DeferredSignals:
     def __exit__(self, *_: object) -> None:
         if self in self._entered:
             self._entered.remove(self)
-        with ExitStack() as stack:  # calls all of them, though one raises
+        with ExitStack() as stack:  # calls all of them, even if one raises
             stack.callback(self._hand_back)
             self._is_over = True  # from now on a signal goes straight to its handler
             for number in reversed(self._pending):
                 stack.callback(self._call, number, None)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Is the handler of all signals meanwhile."""
+        """The handler of all signals in the context."""
         if self._is_over:  # a library has installed a handler that calls this one
             self._call(number, frame)
             return
@@ -75,9 +75,9 @@ class DeferredSignals:
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Within, handlers are called as ever, until one raises.
+        """In this context handlers are called as usual, until one raises.
 
-        No instruction between here and there has to be safe: who raises has closed this before.
+        A handler's exception can't leave it open: it is closed before the handler is called.
         """
         self._deliver(None)
         try:
@@ -88,7 +88,7 @@ class DeferredSignals:
     @classmethod
     @contextmanager
     def around_handlers(cls, context: Callable[[], AbstractContextManager[object]]) -> Iterator[None]:
-        """Within, a handler that is let through by the innermost use finds itself in this context."""
+        """In this context the innermost use calls the handlers that it lets through inside ``context``."""
         innermost = cls._entered[-1:] if threading.current_thread() is threading.main_thread() else []
         for signals in innermost:
             signals._around = context
@@ -100,11 +100,11 @@ class DeferredSignals:
 
     @classmethod
     def has_raised(cls, error: BaseException) -> bool:
-        """Whether an exception is a handler's: meant for the run, whatever was interrupted."""
+        """Whether a handler raised this exception: then it is meant for the run, whatever was interrupted."""
         return error is cls._raised
 
     def _deliver(self, frame: FrameType | None) -> None:
-        """Calls the handlers of what is pending; stays open where none raises."""
+        """Calls the handlers of pending signals; stays open if none raises."""
         self._is_open = False
         while self._pending:
             number = self._pending.pop(0)

@@ -1,7 +1,7 @@
-"""Is it the weights, or the data? The candidate is tried on the batch that raised the alarm.
+"""Decides whether the weights or the data are to blame, by trying a candidate on the batch of the alarm.
 
 Before live weights are overwritten, the training loss of that batch is computed again, with the live weights
-and with those before the spike. Only where the latter do clearly better are the live weights to blame.
+and with those before the spike. The live weights are to blame only if the latter do clearly better.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from merge_callback.snapshots.capture import ModelTensors
 
 T = TypeVar("T")
 
-_MOST_BYTES = 256 << 20  # of a step's batches: larger ones are not held
-_MOST_BATCHES = 8  # of a step's micro-batches: the newest
+_MOST_BYTES = 256 << 20  # of the batches held; fewer are held if they are larger
+_MOST_BATCHES = 8  # micro-batches held: the newest
 
-_WEIGHED = 16  # every so many batches one's size is looked at
+_WEIGHED = 16  # the size of every 16th batch is measured
 
-_SHARE = 0.5  # of the excess over the baseline that a candidate must take away
+_SHARE = 0.5  # of the excess over the baseline that a candidate must remove
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the same batches cost with the live weights, and with those before the spike.
+    """The losses of the same batches with the live weights, and with those before the spike.
 
     Args:
-        source: ``"batch"``, that of the step that raised the alarm, or ``"validation"``, its first batches;
-            or ``"weights"``: they are not finite, and nothing was tried.
+        source: ``"batch"``, the batches of the step that raised the alarm; ``"validation"``, the first
+            batches of the validation; or ``"weights"``: they are not finite, and nothing was tried.
         live: loss of the live weights, over all ranks.
-        candidate: loss of the weights that would replace them; NaN where the live ones turned out sound.
-        snapshot: loss of the newest snapshot among those that the candidate is a merge of; NaN where the
+        candidate: loss of the weights that would replace them; NaN if the live ones turned out sound.
+        snapshot: loss of the newest snapshot among those that the candidate is a merge of; NaN if the
             candidate turned out no better.
         validation: losses of the live weights and of the candidate on the first batches of the validation;
-            ``None`` where they were not asked for.
+            ``None`` if they were not computed.
         guilty: whether the live weights are to blame.
     """
 
@@ -64,8 +64,8 @@ class Evidence:
 def is_clearly_better(candidate: float, live: float, alarm: Alarm) -> bool:
     """Whether a candidate's loss speaks against the live weights, rather than the data against both.
 
-    It does where the live loss lies above the threshold, and the candidate takes half of the excess over the
-    baseline away, or where it is finite and the live one is not.
+    It does if the live loss lies above the threshold and the candidate removes half of the excess over the
+    baseline, or if the candidate's loss is finite and the live one is not.
 
     >>> alarm = Alarm.of(baseline=2.0, threshold=2.2, value=9.0)
     >>> is_clearly_better(candidate=2.1, live=9.0, alarm=alarm)
@@ -80,35 +80,35 @@ def is_clearly_better(candidate: float, live: float, alarm: Alarm) -> bool:
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a loss is held against: baseline and threshold, and how far off the outlier was."""
+    """What a loss is compared with: baseline and threshold, and how far off the outlier was."""
 
     baseline: float
     threshold: float
     excess: float
-    """What share of the outlier lay above its baseline; 1 where it is not finite."""
+    """The share of the outlier that lay above its baseline; 1 if it is not finite."""
 
     @classmethod
     def of(cls, baseline: float, threshold: float, value: float) -> Alarm:
-        """That of an outlier."""
+        """The alarm that an outlier raises."""
         share = (value - baseline) / abs(value) if value else 1.0
         return cls(baseline, threshold, min(1.0, share) if math.isfinite(share) else 1.0)
 
     def scaled_to(self, live: float) -> Alarm:
-        """The same excess over a loss of another kind that is ``live`` now."""
+        """The alarm for a loss of another kind: ``live``, its present value, has the same relative excess."""
         baseline = live - self.excess * abs(live)
         return Alarm(baseline, baseline, self.excess)
 
 
 class HeldBatches:
-    """The last eight micro-batches: the loss of a step is read when the next one ends.
+    """Holds the last eight micro-batches, because the loss of a step is read only when the next one ends.
 
-    Only references are held, to 256 MiB of tensors at most. Of larger batches those of the step that has just
-    ended serve, which are in memory anyway.
+    Only references are held, to 256 MiB of tensors at most. If batches are larger, those of the step that has
+    just ended are used, which are in memory anyway.
     """
 
     def __init__(self) -> None:
         self._held: deque[HeldBatch] = deque(maxlen=_MOST_BATCHES)
-        self._ends = deque([(0, 0)], maxlen=3)  # the last steps, and how many batches there were by their end
+        self._ends = deque([(0, 0)], maxlen=3)  # the last steps, and the number of batches up to their end
         self._count = self._largest = 0
 
     def add(self, batch: Any, batch_idx: int) -> None:
@@ -119,7 +119,7 @@ class HeldBatches:
         self._count += 1
 
     def _weigh(self, batch: Any) -> None:
-        """Holds no more batches than there is room for, if all are as large as the largest so far."""
+        """Lowers the number of held batches to what fits, if all are as large as the largest so far."""
         self._largest = max(self._largest, _nbytes(batch))
         room = max(1, _MOST_BYTES // self._largest) if self._largest else _MOST_BATCHES
         if room < (self._held.maxlen or 0):
@@ -130,7 +130,7 @@ class HeldBatches:
         self._ends.append((step, self._count))
 
     def of(self, step: int) -> list[HeldBatch]:
-        """Those of a step; of the newest one where they are not there any more."""
+        """The batches of a step; those of the newest step if they are no longer held."""
         first = self._count - len(self._held)
         for (_, begin), (last, end) in pairwise(self._ends):
             if last >= step and (found := self.all[max(0, begin - first) : max(0, end - first)]):
@@ -139,7 +139,7 @@ class HeldBatches:
 
     @property
     def all(self) -> list[HeldBatch]:
-        """All that are held, oldest first."""
+        """All held batches, oldest first."""
         return list(self._held)
 
 
@@ -147,10 +147,10 @@ class Trial:
     """Tries the merge of some snapshots against the live weights, on all ranks together.
 
     Args:
-        source: what the losses are of, for the record: ``"batch"`` or ``"validation"``.
-        rehearse: makes it possible to compute losses with other weights.
-        live: gives the live model's tensors.
-        ranks: of the run.
+        source: what the losses are computed on: ``"batch"`` or ``"validation"``.
+        rehearse: opens a context in which losses can be computed with other weights.
+        live: returns the live model's tensors.
+        ranks: the run's ranks.
     """
 
     def __init__(
@@ -166,20 +166,20 @@ class Trial:
         batches: Sequence[HeldBatch],
         alarm: Alarm,
     ) -> Evidence:
-        """Computes the losses of the live weights and of those before the spike; the live ones are back then.
+        """Computes the losses of the live weights and of those before the spike, then restores the live ones.
 
-        That takes one pass over the batches where the live weights turn out sound, two where the candidate is
-        no better, else three: a merge may be better than any single checkpoint, on hard data too, so that the
-        newest snapshot has to be clearly better as well.
+        That takes one pass over the batches if the live weights turn out sound, two if the candidate is no
+        better, else three: a merge may be better than any single checkpoint, on hard data too, so the newest
+        snapshot has to be clearly better as well.
 
         Args:
             candidate: overwrites the live parameters with those that would replace them.
-            newest: overwrites them with the newest snapshot among these; ``None`` where that is the same.
-            batches: of the step that raised the alarm, on this rank.
-            alarm: what raised it.
+            newest: overwrites them with the newest snapshot of the merge; ``None`` if that is the same.
+            batches: this rank's batches of the step that raised the alarm.
+            alarm: the alarm.
 
         Raises:
-            UnrepeatableStepError: where a loss can't be computed, on this rank or another.
+            UnrepeatableStepError: if a loss can't be computed, on this rank or another.
         """
         fewest = min(self.ranks.exchange(len(batches)))
         batches = batches[len(batches) - fewest :]
@@ -189,10 +189,10 @@ class Trial:
                 return self._evidence(partial(self._loss, loss_of, batches), candidate, newest, alarm)
 
     def compare(self, candidate: Callable[[ModelTensors], object]) -> tuple[float, float]:
-        """The losses of the live weights and of the candidate, on what needs no batches.
+        """The losses of the live weights and of the candidate on a source that needs no held batches.
 
         Raises:
-            UnrepeatableStepError: where a loss can't be computed, on this rank or another.
+            UnrepeatableStepError: if a loss can't be computed, on this rank or another.
         """
         with DeferredSignals() as signals, ExitStack() as stack:
             loss_of = self._agreed(lambda: stack.enter_context(self._rehearse()))
@@ -231,7 +231,7 @@ class Trial:
         return sum(losses) / len(losses)
 
     def _agreed(self, action: Callable[[], T]) -> T:
-        """What an action gives on this rank, once it has gone well on all of them."""
+        """The result of an action on this rank, once it has succeeded on all ranks."""
         problem: str | None = None
         try:
             found = action()
@@ -239,14 +239,14 @@ class Trial:
             if DeferredSignals.has_raised(error):
                 raise
             problem = str(error) if isinstance(error, UnrepeatableStepError) else repr(error)
-        told = self.ranks.exchange(problem)
-        if problems := [text for text in told if text]:
+        everyones = self.ranks.exchange(problem)
+        if problems := [text for text in everyones if text]:
             raise UnrepeatableStepError(problems[0])
         return found
 
 
 def copied(batch: Any) -> Any:
-    """The same tensors in containers of their own: a training step may take things out of them."""
+    """Copies a batch's containers but not its tensors: a training step may remove items from containers."""
     kind = type(batch)
     if kind is dict:
         return {key: copied(value) for key, value in batch.items()}
@@ -256,7 +256,7 @@ def copied(batch: Any) -> Any:
 
 
 def _nbytes(value: Any, depth: int = 3) -> int:
-    """Bytes of memory that the tensors in a batch hold on to, as far as containers and attributes show."""
+    """Bytes of memory that the tensors in a batch keep alive, found through containers and attributes."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size() if value.is_sparse else value.untyped_storage().nbytes()
     if depth == 0 or isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Whose fault is a spike: which weights are tried on what, and in which order."""
+"""Finds the cause of a spike: which weights are tried on which batches, and in which order."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.spike_options import SpikeOptions
 
 _AS_IT_WAS = 0.5
-"""How much higher than last time a validation's loss may be, as a share, to count as what it was."""
+"""By what share a validation's loss may exceed the last one and still count as unchanged."""
 
 
 class Inquiry:
@@ -38,9 +38,9 @@ class Inquiry:
     Args:
         options: what counts as evidence, and how snapshots are merged.
         host: the run.
-        merger: gives the window's, once the last snapshot is in it.
-        numbers: that are watched.
-        batches: of the last steps.
+        merger: returns the window's merger, once the last snapshot is in the window.
+        numbers: the watched numbers.
+        batches: the batches of the last steps.
     """
 
     def __init__(
@@ -53,16 +53,16 @@ class Inquiry:
     ) -> None:
         self.options, self.host, self._merger = options, host, merger
         self.numbers, self.batches = numbers, batches
-        self._told: set[str] = set()  # what can't be tried
+        self._warned_of: set[str] = set()  # sources that can't be tried
 
     @property
     def parameters(self) -> list[Tensor]:
-        """All that is trained, in the optimizers' order."""
+        """All trained parameters, in the optimizers' order."""
         groups = (group for optimizer in self.host.optimizers for group in optimizer.param_groups)
         return [parameter for group in groups for parameter in group["params"]]
 
     def weights_are_finite(self) -> bool:
-        """Whether weights, buffers and optimizer state are, on all ranks."""
+        """Whether weights, buffers and optimizer state are finite, on all ranks."""
         own = all(all_finite(local(parameter.data)) for parameter in self.parameters)
         own = own and all(map(optimizer_state.is_finite, self.host.optimizers))
         model, store = self._live(), self._merger().window.store
@@ -71,21 +71,22 @@ class Inquiry:
         return all(self._merger().ranks.exchange(own))
 
     def evidence(self, event: SpikeEvent, snapshots: Sequence[Snapshot]) -> Evidence | None:
-        """What speaks for or against the live weights; ``None`` where nothing but the losses does.
+        """The evidence for or against the live weights; ``None`` if only the watched numbers speak.
 
         Args:
-            event: that raised the question.
-            snapshots: whose merge would replace the live weights, oldest first.
+            event: the event that raised the question.
+            snapshots: their merge would replace the live weights; oldest first.
         """
         if not all(map(math.isfinite, event.values)) and not self.weights_are_finite():
             return Evidence("weights", math.nan, guilty=True)
         if self.numbers.takes_turns:
-            return None  # what helps one of the opponents may harm the other
+            return None  # weights that help one of the opponents may harm the other
         alarm, loss = Alarm.of(event.baseline, event.threshold, event.values[-1]), self.numbers.loss
         if event.watched != LOSS:
             alarm = replace(alarm, baseline=loss.baseline, threshold=loss.threshold)
         batches = self._batches_for(event)
-        # Those with a gradient: an optimizer may be handed all parameters of a module. A trial has none.
+        # Only those with a gradient, since an optimizer may hold all parameters of a module. They are
+        # collected here because there are no gradients during a trial.
         parameters = self.parameters
         trained = {id(p) for p in parameters if p.grad is not None} or set(map(id, parameters))
         candidate = partial(self._put_in, snapshots, trained)
@@ -105,34 +106,34 @@ class Inquiry:
         return None
 
     def compares_nothing(self, event: SpikeEvent) -> bool:
-        """Whether the losses alone, which are to decide for lack of evidence, are those of opponents."""
+        """Whether losses would have to decide for lack of evidence, although they are those of opponents."""
         finite = all(map(math.isfinite, event.values))
         return finite and self.options.evidence != "rules" and self.numbers.takes_turns
 
     def _batches_for(self, event: SpikeEvent) -> list[list[HeldBatch]]:
-        """The batches that an event is tried on, in turn, until one set speaks against the weights.
+        """The sets of batches that an event is tried on in turn, until one speaks against the weights.
 
-        Those of its step; then those of the step after it, which no alarm has picked: where only some batches
-        are bad, weights that are broken as well would else be found sound. A rise, which is small, takes all
-        that are held at once.
+        First those of its step; then those of the next step, which were not selected by an alarm: if only
+        some batches are bad, weights that are broken as well would else be found sound. A rise is small, so
+        it is tried on all held batches at once.
         """
         if event.kind == "rise":
             return [self.batches.all]
         return [self.batches.of(event.step), self.batches.of(event.step + 1)]
 
     def _hear_validation(self, evidence: Evidence, snapshots: Sequence[Snapshot], alarm: Alarm) -> Evidence:
-        """Lets the validation's loss speak up for live weights that the training loss has found guilty.
+        """Lets the validation loss clear live weights that the training loss has found guilty.
 
-        A training loss may rise by design: parts of the model work against it (gradient reversal), or it is
-        no measure of what is learned (policy gradients). The validation is heard where its loss is about what
-        it was last time, and not clearly better with the candidate.
+        A training loss may rise by design: parts of the model work against it (gradient reversal), or it does
+        not measure what is learned (policy gradients). The weights are cleared if their validation loss is
+        about what it was last time, and the candidate's is not clearly better.
         """
         if not evidence.guilty or evidence.source != "batch" or not math.isfinite(evidence.live):
             return evidence
         (trial,) = self._trials(snapshots[-1])[1:]
         try:
             live, merged = trial.compare(partial(self._put_in_all, snapshots))
-        except UnrepeatableStepError:  # there is none, or not yet
+        except UnrepeatableStepError:  # there is no validation, or none yet
             return evidence
         last = self.host.validation_loss()
         is_sound = live <= last + _AS_IT_WAS * abs(last)
@@ -140,12 +141,12 @@ class Inquiry:
         return replace(evidence, validation=(live, merged), guilty=not is_sound)
 
     def _tell_once(self, source: str, error: Exception) -> None:
-        if source not in self._told:
-            self._told.add(source)
+        if source not in self._warned_of:
+            self._warned_of.add(source)
             warn(
                 f"merge: the weights before the spike could not be tried on the {source}: {error}; so "
-                f"{'the validation tells, or' if source == 'batch' else ''} the losses alone tell, whether "
-                "to restore"
+                f"{'the validation decides, or ' if source == 'batch' else ''}the losses alone decide, "
+                "whether to restore"
             )
 
     def _trials(self, snapshot: Snapshot) -> list[Trial]:
@@ -160,10 +161,10 @@ class Inquiry:
         return ModelTensors.of(self.host.module, self.host.root)
 
     def _put_in(self, snapshots: Sequence[Snapshot], trained: set[int], model: ModelTensors) -> None:
-        """Overwrites what is trained, and nothing else, with the merge of some snapshots.
+        """Overwrites only the trained parameters with the merge of some snapshots.
 
-        Buffers (a queue), and parameters that get no gradient (a target network, a teacher), stay those of
-        the live model: they are part of the data here.
+        Buffers (a queue) and parameters that get no gradient (a target network, a teacher) keep the live
+        model's values: here they count as data.
         """
         merger = self._merger()
 
@@ -178,5 +179,5 @@ class Inquiry:
             overwrite(model.tensors[name], values)
 
     def _put_in_all(self, snapshots: Sequence[Snapshot], model: ModelTensors) -> None:
-        """Overwrites all: in a validation, running statistics have to fit the parameters."""
+        """Overwrites all tensors: in a validation, running statistics have to fit the parameters."""
         self._merger().merge_into(model, snapshots, self.options.merging)

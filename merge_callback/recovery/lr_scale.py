@@ -1,4 +1,4 @@
-"""Scaling the learning rates that are applied, behind the schedulers' backs."""
+"""Scales the learning rates that are applied, without the schedulers noticing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.utils.hooks import RemovableHandle
 
 
 class LRScale:
-    """Multiplies each optimizer step's learning rates: a re-warm-up, and a factor that lasts.
+    """Multiplies each optimizer step's learning rates by a re-warm-up and a lasting factor.
 
-    The rates are scaled just before the update, after the closure and everybody's hooks, and set back just
-    after it. So it works with every scheduler, also with those that compute the next rate from the present
-    one, and the schedule itself never notices. While there is nothing to scale, no hook is installed.
+    The rates are scaled just before the update, after the closure and all other hooks, and set back just
+    after it. So this works with every scheduler, also with those that compute the next rate from the present
+    one. No hook is installed while there is nothing to scale.
 
-    An optimizer that reads its rate before it calls the closure is not slowed (of torch's: LBFGS).
+    An optimizer that reads its rate before it calls the closure is not slowed down (in torch, only LBFGS).
 
     Args:
-        optimizers: all of the run's.
-        current_step: gives the number of optimizer steps taken so far.
+        optimizers: all optimizers of the run.
+        current_step: returns the number of optimizer steps taken so far.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], current_step: Callable[[], int]) -> None:
@@ -32,22 +32,22 @@ class LRScale:
         self._scheduled: dict[Optimizer, list[float | Tensor]] = {}
 
     def rewarm(self, step: int, steps: int, lasting: float) -> None:
-        """Ramps up linearly over the ``steps`` that follow ``step``, to ``lasting``, which then stays."""
+        """Ramps up linearly over the ``steps`` after ``step`` to the factor ``lasting``, which then stays."""
         self._start, self._steps, self.lasting = step, steps, lasting
         self._install()
 
     def factor(self, step: int) -> float:
-        """What the rates of the update after ``step`` optimizer steps are multiplied by."""
+        """The factor on the rates of the update after ``step`` optimizer steps."""
         done = (step - self._start + 1) / self._steps if self._steps else 1.0
         return self.lasting * min(1.0, done)
 
     def end_step(self, step: int) -> None:
-        """Takes the hooks off where the update after ``step`` optimizer steps is not scaled any more."""
+        """Removes the hooks if the update after ``step`` optimizer steps is no longer scaled."""
         if self._handles and self.factor(step) == 1:
             self.close()
 
     def close(self) -> None:
-        """Takes the hooks off and sets back any rate that an exception left scaled."""
+        """Removes the hooks and sets back any rate that an exception left scaled."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -69,18 +69,18 @@ class LRScale:
             for optimizer in self._optimizers:
                 after = optimizer.register_step_post_hook(self._after)
                 hooks: Any = optimizer._optimizer_step_post_hooks
-                hooks.move_to_end(after.id, last=False)  # before everybody's
+                hooks.move_to_end(after.id, last=False)  # before all others
                 self._handles += [optimizer.register_step_pre_hook(self._before), after]
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Scales the rates; after the closure, in which the user's hooks read and set them."""
+        """Scales the rates after the closure, since the user's hooks read and set them in it."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._apply(optimizer)
             return None
 
         def closure_then_scale() -> Any:
-            self._restore(optimizer)  # LBFGS calls it several times a step
+            self._restore(optimizer)  # LBFGS calls it several times per step
             result = closure()
             self._apply(optimizer)
             return result
@@ -100,7 +100,7 @@ class LRScale:
         for group in groups:
             if not isinstance(group["lr"], Tensor):
                 group["lr"] *= factor
-        # In place, where it is a tensor: a captured or compiled step reads that one. Groups may share it.
+        # A tensor is scaled in place, since a captured or compiled step reads it. Groups may share it.
         for shared in {id(rate): rate for rate in rates if isinstance(rate, Tensor)}.values():
             shared.mul_(factor)
 

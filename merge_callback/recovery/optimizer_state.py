@@ -1,4 +1,4 @@
-"""Setting an optimizer's state back in place, when the weights it was gathered for are gone."""
+"""Resets or scales an optimizer's state in place, after its weights were replaced."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MOMENTS: dict[type[Optimizer], dict[str, int]] = {
     RMSprop: {"square_avg": 2, "grad_avg": 1, "momentum_buffer": 0, "step": 0},
     Adafactor: {"row_var": 2, "col_var": 2, "variance": 2, "step": 0},
 }
-"""Every entry of an optimizer's state, with the power of the gradient it grows with."""
+"""Every entry of an optimizer's state, with the power of the gradient that it is proportional to."""
 
 if hasattr(torch.optim, "Muon"):
     _MOMENTS[torch.optim.Muon] = {"momentum_buffer": 1}
@@ -52,23 +52,23 @@ _SCHEDULE_FREE_COUNTERS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 
 
 def is_known(optimizer: object) -> bool:
-    """Whether the state of this optimizer can be set back: it runs the ``step`` of one in ``torch.optim``.
+    """Whether this optimizer's state can be reset: its ``step`` is that of a known class in ``torch.optim``.
 
-    Not those whose state is no set of moments (LBFGS, Rprop, ASGD).
+    Classes whose state is not a set of moments are not known (LBFGS, Rprop, ASGD).
     """
     return _moments(optimizer) is not None
 
 
 @torch.no_grad()
 def reset(optimizer: Optimizer) -> None:
-    """Sets all state to what it starts from, in place; ``step`` too.
+    """Sets all state, including ``step``, to its initial values, in place.
 
-    In place, since clearing ``optimizer.state`` is unsafe beside distributed checkpointing. With ``step``,
-    since Adam's bias correction would otherwise make the first update (1−β1)/√(1−β2) of a normal one: 3.2
-    times at β2 = .999.
+    In place, because clearing ``optimizer.state`` is unsafe together with distributed checkpointing. With
+    ``step``, because Adam's bias correction would otherwise make the first update (1−β1)/√(1−β2) times a
+    normal one: 3.2 times at β2 = .999.
 
     Raises:
-        ValueError: where there is state that this kind of optimizer has not.
+        ValueError: if there is state that this kind of optimizer does not have.
     """
     _scale(optimizer, 0.0)
 
@@ -77,16 +77,16 @@ def reset(optimizer: Optimizer) -> None:
 def scale(optimizer: Optimizer, factor: float) -> None:
     """Shrinks the moments in place as if all gradients so far had been ``factor`` times as large.
 
-    First moments by ``factor``, second ones by its square; ``step`` stays.
+    First moments are multiplied by ``factor``, second ones by its square; ``step`` stays.
 
     Raises:
-        ValueError: where there is state that this kind of optimizer has not.
+        ValueError: if there is state that this kind of optimizer does not have.
     """
     _scale(optimizer, factor)
 
 
 def is_finite(optimizer: Optimizer) -> bool:
-    """Whether all of its state is; of sharded state, this rank's part."""
+    """Whether all of an optimizer's state is finite; of sharded state, this rank's part."""
     values = (v for state in optimizer.state.values() for v in state.values())
     tensors = [local(v) for v in values if isinstance(v, Tensor)]
     dense = (t.coalesce().values() if t.is_sparse else t for t in tensors)
@@ -94,7 +94,7 @@ def is_finite(optimizer: Optimizer) -> bool:
 
 
 def _moments(optimizer: object) -> Mapping[str, int] | None:
-    # By the function, not the class: a subclass that has a step() of its own may keep anything as state.
+    # Compares the function, not the class: a subclass with its own step() may keep anything as state.
     step = inspect.unwrap(type(optimizer).step) if isinstance(optimizer, Optimizer) else None
     if is_schedule_free(optimizer) and getattr(step, "__module__", "").startswith("schedulefree."):
         return _SCHEDULE_FREE
@@ -102,7 +102,7 @@ def _moments(optimizer: object) -> Mapping[str, int] | None:
 
 
 def _scale(optimizer: Optimizer, factor: float) -> None:
-    """Scales all moments; a factor of 0 sets everything to what it starts from."""
+    """Scales all moments; a factor of 0 sets everything to its initial values."""
     powers = _moments(optimizer)
     if powers is None:
         raise ValueError(f"the state of {type(optimizer).__name__} is not known")
@@ -123,7 +123,7 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
         if name == "z" and powers is _SCHEDULE_FREE:
             continue  # no moment: it is set to the restored weights
         if factor == 0 and isinstance(value, Tensor):
-            value.fill_(initial) if initial else value.zero_()  # SGD's may be sparse: those only take zeros
+            value.fill_(initial) if initial else value.zero_()  # a sparse one (SGD's) only takes zeros
         elif factor == 0 and value is not None:
             state[name] = type(value)(initial)
         elif power and isinstance(value, Tensor):
@@ -133,5 +133,5 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
 def _initial(optimizer: Optimizer, name: str) -> float:
     if name == "mu_product":  # a product of momenta
         return 1.0
-    # Adagrad's, which goes by the default also where a group names another.
+    # Adagrad's, which uses the default even if a group names another value.
     return float(optimizer.defaults.get("initial_accumulator_value", 0.0)) if name == "sum" else 0.0

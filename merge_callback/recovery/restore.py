@@ -19,15 +19,15 @@ from merge_callback.spike_options import SpikeOptions
 
 
 class Recovery:
-    """Puts earlier weights into the live model, and everything that was gathered for the others right.
+    """Puts earlier weights into the live model, and resets the state that belonged to the replaced ones.
 
     Args:
-        options: how.
+        options: how to restore.
         host: the run.
-        merger: gives the window's, once the last snapshot is in it.
+        merger: returns the window's merger, once the last snapshot is in the window.
 
     Raises:
-        ValueError: where an optimizer's state can't be set back.
+        ValueError: if an optimizer's state can't be reset.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Recovery:
         self.options, self.host, self._merger = options, host, merger
         self.lr = LRScale(host.optimizers, lambda: host.step)
         self.scaler = host.scaler
-        self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # what a run begins with
+        self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # the run's initial one
         if options.action == "restore":
             for optimizer in host.optimizers:
                 _check_scalable(optimizer)
@@ -49,21 +49,21 @@ class Recovery:
     def restore(self, snapshots: list[Snapshot], step: int, lasting: float) -> list[float]:
         """Restores the run from the merge of ``snapshots``.
 
-        In place: parameters and buffers, gradients, optimizer state, loss scale. The schedulers, the step
-        count, the data and the token clock go on from where they are.
+        Changes parameters, buffers, gradients, optimizer state and loss scale in place. The schedulers, the
+        step count, the data and the token clock are left as they are.
 
         Args:
-            snapshots: of one segment, oldest first.
+            snapshots: snapshots of one segment, oldest first.
             step: optimizer steps taken so far.
-            lasting: what the learning rate is multiplied by from now on, once it is warm again.
+            lasting: the factor on the learning rate from now on, after the re-warm-up.
 
         Returns:
             The normalised weight of each snapshot.
 
         Raises:
-            ValueError: where the model or an optimizer's state is not what it should be. The run is as it
-                was, but for the state of further optimizers, if there are any.
-            RemoteError: where that is so on another rank.
+            ValueError: if the model or an optimizer's state is not as expected. The run is unchanged then,
+                except that the state of other optimizers may have been reset already.
+            RemoteError: if that happens on another rank.
         """
         merger, problem = self._merger(), None
         model = ModelTensors.of(self.host.module, self.host.root)
@@ -94,7 +94,7 @@ class Recovery:
         self._loss_scale = state["loss_scale"]
 
     def _spoilt(self, ranks: Ranks) -> set[int]:
-        """Which optimizers have state that is not finite, on any rank; where that matters."""
+        """Which optimizers have state that is not finite, on any rank; empty if all are reset anyway."""
         if callable(self.options.optimizer) or self.options.optimizer == "reset":
             return set()
         own = {i for i, o in enumerate(self.host.optimizers) if not optimizer_state.is_finite(o)}
@@ -110,15 +110,15 @@ class Recovery:
             optimizer_state.scale(optimizer, self.options.optimizer_scale)
 
     def _reset_loss_scale(self) -> None:
-        if self.scaler and (state := self.scaler.state_dict()):  # empty where it is disabled
+        if self.scaler and (state := self.scaler.state_dict()):  # empty if it is disabled
             self.scaler.load_state_dict({**state, "scale": self._loss_scale, "_growth_tracker": 0})
 
 
 def _check_scalable(optimizer: Optimizer) -> None:
     if any(group.get("lr") is None for group in optimizer.param_groups):
         raise ValueError(
-            f"after a loss spike the learning rate of {type(optimizer).__qualname__} would have to be warmed "
-            "up again, and it has none: pass spike=SpikeOptions(action='warn') to be told of spikes only"
+            f"cannot warm up the learning rate of {type(optimizer).__qualname__} again after a loss spike, "
+            "since it has none: pass spike=SpikeOptions(action='warn') to only report spikes"
         )
 
 
@@ -126,7 +126,7 @@ def _check_known(optimizer: Any) -> None:
     if not optimizer_state.is_known(optimizer):
         name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise ValueError(
-            f"after a loss spike the state of {name} would have to be reset, and how is not known: pass "
-            "spike=SpikeOptions(optimizer=…) a function that is handed the optimizer and resets its state, "
-            "or spike=SpikeOptions(action='warn') to be told of spikes only"
+            f"cannot reset the state of {name} after a loss spike: pass spike=SpikeOptions(optimizer=fn) "
+            "with a function that gets the optimizer and resets its state, or "
+            "spike=SpikeOptions(action='warn') to only report spikes"
         )

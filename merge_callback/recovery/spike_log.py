@@ -1,4 +1,4 @@
-"""What is told and kept of a spike: a line for people, a line of JSON, and curves."""
+"""Reports and records spike events: a sentence for people, and a line of JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def announce(host: Host, record: Mapping[str, Any]) -> None:
 def append(
     folder: Path, record: Mapping[str, Any], before_writing: Callable[[], object] = lambda: None
 ) -> None:
-    """Adds the event to the folder's ``spikes.jsonl``, durably. A full disk is reported; the run goes on.
+    """Appends the event durably to the folder's ``spikes.jsonl``. A full disk is logged; the run goes on.
 
     Args:
-        folder: of the run.
-        record: of the event.
-        before_writing: raises an ``OSError`` where it is another run's by now.
+        folder: the run's folder.
+        record: the event's record.
+        before_writing: raises an ``OSError`` if the folder belongs to another run by now.
     """
     path = folder / RECORD
     line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False, default=str)
@@ -45,11 +45,11 @@ def append(
 
 
 def sentence(record: Mapping[str, Any]) -> str:
-    """The event for people.
+    """Describes an event in one sentence.
 
     >>> event = {"event": "warn", "step": 12, "onset": 8, "trigger": "loss", "values": [3.0] * 5}
-    >>> print(sentence({**event, "baseline": 2.0, "threshold": 2.5, "reason": "told only"}))
-    merge: loss spike: 5 outliers from step 8 to 12, the last 3 (baseline 2, threshold 2.5); told only
+    >>> print(sentence({**event, "baseline": 2.0, "threshold": 2.5, "reason": "only reported"}))
+    merge: loss spike: 5 outliers from step 8 to 12, the last 3 (baseline 2, threshold 2.5); only reported
     """
     watched = record["trigger"]
     if record["event"] == "drift":
@@ -69,7 +69,7 @@ def sentence(record: Mapping[str, Any]) -> str:
         what = f"{number(values[0])} at step {record['step']} ({limits})"
     kind = "shift" if record["event"] == "shift" else "spike"
     sick = record.get("sick_rank")
-    rank = "" if sick is None else f"; only rank {sick} has seen them, which may be a fault of its hardware"
+    rank = "" if sick is None else f"; only rank {sick} has seen them, so its hardware may be faulty"
     return f"merge: {watched} {kind}: {what}; {_outcome(record)}{rank}"
 
 
@@ -91,7 +91,7 @@ def _outcome(record: Mapping[str, Any]) -> str:
 
 
 def sentence_of(evidence: Mapping[str, Any]) -> str:
-    """The record of an ``Evidence`` for people."""
+    """Describes the record of an ``Evidence`` in one sentence."""
     live, candidate = evidence["live"], evidence["candidate"]
     if evidence["source"] == "weights":
         return "weights or optimizer state are not finite"
@@ -106,7 +106,7 @@ def sentence_of(evidence: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """A number for people: 1.234, NaN, infinity.
+    """A readable number: 1.234, NaN, infinity.
 
     >>> number(1.23456), number(float("nan")), number(float("-inf"))
     ('1.235', 'NaN', '-infinity')
@@ -117,7 +117,7 @@ def number(value: float) -> str:
 
 
 def _json(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they become strings, which ``float`` reads."""
+    """JSON has no NaN and no infinities, so they become strings that ``float`` reads."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What is done about a spike: whose fault is it, what is restored, and when is it enough."""
+"""The policy for spikes: what is to blame, what is restored, and when the run stops."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from merge_callback.spike_options import SpikeOptions
 log = logging.getLogger(__name__)
 
 _LOWER = 0.5
-"""What the learning rate is multiplied by where older snapshots did not help."""
+"""The factor on the learning rate if older snapshots did not help."""
 
 _UNMOVED = 20
-"""In this fraction of a re-warm-up the weights are as they were restored, as far as the loss can tell."""
+"""In the first 1/20 of a re-warm-up, the losses still reflect the restored weights."""
 
 _LASTING = 80
-"""Steps within which a rise is asked about again, if it lasts."""
+"""Steps within which a rise counts as lasting, if it is found again."""
 
 _TRY = (
     "Known to help: a lower learning rate or tighter gradient clipping, qk-norm, z-loss, gradients "
@@ -52,30 +52,30 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclass
 class _Restores:
-    """What was restored so far."""
+    """The restores so far."""
 
     count: int = 0
-    in_a_row: int = 0  # none of them a success
+    in_a_row: int = 0  # without a success in between
     step: int | None = None  # of the last one
-    clean: int = 0  # clean losses since then, at the full learning rate
+    clean: int = 0  # number of clean losses since then, at the full learning rate
     used: list[int] = field(default_factory=list)  # steps of its snapshots
 
 
 class SpikePolicy:
-    """Decides about each spike of one fit, and does it.
+    """Decides what to do about each spike of one fit, and does it.
 
     Args:
-        options: what is done.
+        options: what to do about spikes.
         host: the run.
-        merger: gives the window's, once the last snapshot is in it.
-        numbers: that are watched; they are told what came of an event.
-        batches: of the last steps.
-        statistics: of the fit's steps.
-        dirpath: for the record of events.
-        last_good_merge: finds the newest published merge that holds no snapshot after a step.
+        merger: returns the window's merger, once the last snapshot is in the window.
+        numbers: the watched numbers; they are informed of the outcome of an event.
+        batches: the batches of the last steps.
+        statistics: the statistics of the fit's steps.
+        dirpath: the folder of the events' record.
+        last_good_merge: finds the newest published merge without a snapshot taken after a step.
 
     Raises:
-        ValueError: where an optimizer's state can't be set back.
+        ValueError: if an optimizer's state can't be reset.
     """
 
     def __init__(
@@ -96,27 +96,27 @@ class SpikePolicy:
         self.dirpath, self.last_good_merge = dirpath, last_good_merge
         self.recovery = Recovery(options, host, merger)
         self.restores = _Restores()
-        self.is_half_restored = False  # by a restore that failed; nothing may be saved then
+        self.is_half_restored = False  # a restore failed half way; nothing may be saved then
         self._suspicion: tuple[int, int] | None = (
-            None  # onset of a rise that was the weights' fault, and when
+            None  # onset of a rise that was the weights' fault, and the step of that finding
         )
         self._actions = options.watched
-        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError if writing is not allowed
 
     @property
     def window(self) -> Window:
-        """The run's snapshots, once the last one is among them."""
+        """The run's window, once the last snapshot is in it."""
         return self._merger().window
 
     def act(self, event: SpikeEvent, step: int) -> bool:
-        """Does what the options say about an event; says whether the live weights were replaced.
+        """Does what the options say about an event; returns whether the live weights were replaced.
 
         Raises:
-            TrainingDivergedError: where the run is to stop.
+            TrainingDivergedError: if the run has to stop.
         """
         restores = self._action(event.watched) == "restore"
         if event.kind == "rise" and self._is_recovering:
-            return False  # what is left of the last divergence heals by itself, or will be a spike
+            return False  # the rest of the last divergence heals by itself, or becomes a spike
         if event.kind == "shift":
             if restores and self._restore(event, step):
                 return True
@@ -134,14 +134,14 @@ class SpikePolicy:
             self.restores.clean += 1
 
     def report_drift(self, step: int, best: float, level: float) -> None:
-        """Tells of a loss that has crept up."""
+        """Reports a loss that has crept up."""
         onset = max(1, step - DRIFT_STEPS + 1)
-        self._tell(
+        self._publish_event(
             {"event": "drift", "trigger": LOSS, "onset": onset, "step": step, "best": best, "level": level}
         )
 
     def metrics(self, spike: float) -> dict[str, float]:
-        """What is logged; ``spike`` is 1 while something speaks against the weights."""
+        """The logged metrics; ``spike`` is 1 while something speaks against the weights."""
         metrics = {
             "merge/spike": spike,
             "merge/restores": float(self.restores.count),
@@ -172,7 +172,7 @@ class SpikePolicy:
 
     @property
     def _is_recovering(self) -> bool:
-        """Whether there was a restore, and it is not known yet whether it helped."""
+        """Whether there was a restore that is not known to have helped yet."""
         return self.restores.step is not None and self.restores.clean < self.options.cooldown
 
     def _action(self, watched: str) -> str:
@@ -196,22 +196,22 @@ class SpikePolicy:
         snapshots, lower = self._choose(event.onset, in_a_row)
         evidence = self.inquiry.evidence(event, snapshots) if snapshots else None
         if evidence is None and event.kind != "spike":
-            return False  # by the rules alone it is the data
+            return False  # without evidence, only a spike is blamed on the weights
         if evidence is not None and not evidence.guilty:
             return self._acquit(event, evidence)
         if evidence is None and self.inquiry.compares_nothing(event):
-            return self._give_up(event, "its optimizers take turns, so that losses can't be compared")
+            return self._give_up(event, "its optimizers take turns, so their losses can't be compared")
         if event.kind == "rise" and not self._is_lasting(event):
             return False
         if in_a_row > self.options.max_restores:
             self._stop(event, f"{in_a_row - 1} restores in a row did not help", evidence)
         if not snapshots:
             newest = event.onset - self.options.guard
-            return self._give_up(event, f"no clean snapshot is older than step {newest}, nothing to restore")
+            return self._give_up(event, f"no clean snapshot is older than step {newest}, so none is restored")
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
         seconds = -time.perf_counter()
         weights: list[float] | Exception
-        with DeferredSignals():  # what is saved on one has the restored weights and knows of the restore
+        with DeferredSignals():  # a checkpoint that a handler saves has the restored weights and their record
             try:
                 weights = self.recovery.restore(snapshots, step, lasting)
             except Exception as error:
@@ -250,9 +250,9 @@ class SpikePolicy:
     def _choose(self, onset: int, in_a_row: int) -> tuple[list[Snapshot], bool]:
         """The snapshots to restore, and whether to lower the learning rate.
 
-        The second restore in a row goes one window older; those after it, or where there is nothing older,
-        stay there and lower the learning rate. Snapshots taken since the first one are not used; unless no
-        other is left: then the oldest ones are, which are usually a window older.
+        The second consecutive restore uses the window before the first one. Further restores reuse it and
+        lower the learning rate, as does the second if nothing older exists. Snapshots taken after the first
+        restore are only used if nothing else is left, oldest first.
         """
         newest, count = onset - self.options.guard, self.options.pma_window
         if in_a_row == 1:
@@ -267,12 +267,12 @@ class SpikePolicy:
         return since[:count], in_a_row > 2 or len(since) <= count
 
     def _is_lasting(self, event: SpikeEvent) -> bool:
-        """Whether the weights were found guilty of this rise before: most heal by themselves."""
+        """Whether the weights were found guilty of this rise before; most rises heal by themselves."""
         known, self._suspicion = self._suspicion is not None, (event.onset, event.step)
         return known
 
     def _acquit(self, event: SpikeEvent, evidence: Evidence) -> bool:
-        """It was the data: their losses are judged by themselves from now on."""
+        """Notes that the data are to blame; their losses get a baseline of their own from now on."""
         self._suspicion = None
         if event.kind == "spike":
             self._find_sound(event)
@@ -282,13 +282,13 @@ class SpikePolicy:
         return False
 
     def _find_sound(self, event: SpikeEvent) -> None:
-        """The weights of these steps are fit to be merged after all."""
+        """Marks the weights since the event's onset as fit to be merged after all."""
         self.window.clear_in_spike(event.onset)
         self.restores.in_a_row = 0
         self.numbers.drift.restart()
 
     def _forget_the_spike(self, last_step: int) -> None:
-        """Goes on as from clean weights: what was seen of the others is dropped."""
+        """Drops all records of the replaced weights."""
         self._suspicion = None
         self.numbers.restored(max(1, self.options.rewarm_steps // _UNMOVED))
         try:
@@ -299,7 +299,7 @@ class SpikePolicy:
     def _give_up(self, event: SpikeEvent, reason: str) -> bool:
         if self.options.no_snapshot == "stop":
             self._stop(event, reason, None)
-        self._report(event, "warn", reason=f"{reason}; training goes on as it is")
+        self._report(event, "warn", reason=f"{reason}; training goes on unchanged")
         return False
 
     def _stop(self, event: SpikeEvent, reason: str, evidence: Evidence | None) -> None:
@@ -328,11 +328,11 @@ class SpikePolicy:
         del record["kind"]
         count = min(len(event.values), self.options.patience)
         record |= self.origins.of(event.step, count, event.threshold if event.watched == LOSS else math.nan)
-        self._tell(record)
+        self._publish_event(record)
         report(self.host, self.metrics(1.0 if outcome in ("restore", "warn", "stop") else 0.0))
 
-    def _tell(self, record: dict[str, Any]) -> None:
-        """Writes an event down, shows it, and hands it to the user's function."""
+    def _publish_event(self, record: dict[str, Any]) -> None:
+        """Records an event, reports it, and passes it to the user's function."""
         if self._merger().ranks.is_first:
             event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
             append(self.dirpath, event, self.before_writing)

@@ -1,4 +1,4 @@
-"""From each optimizer step's numbers to spikes, and with those to the policy."""
+"""Feeds each optimizer step's numbers to the detectors, and their events to the policy."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class SpikeWatch:
     """Watches the numbers of one fit, and has the run restored after a spike that is the weights' fault.
 
     Args:
-        options: what is a spike and what is done about it.
+        options: what counts as a spike, and what to do about it.
         host: the run.
-        merger: gives the window's, once the last snapshot is in it.
-        statistics: of the fit's steps; this notes their losses, gradients and further scalars.
-        dirpath: for the record of events.
-        last_good_merge: finds the newest published merge that holds no snapshot after a step.
+        merger: returns the window's merger, once the last snapshot is in the window.
+        statistics: the statistics of the fit's steps; this adds gradients and further scalars to them.
+        dirpath: the folder of the events' record.
+        last_good_merge: finds the newest published merge without a snapshot taken after a step.
 
     Raises:
-        ValueError: where an optimizer's state can't be set back.
+        ValueError: if an optimizer's state can't be reset.
     """
 
     def __init__(
@@ -57,19 +57,19 @@ class SpikeWatch:
         statistics.names = [] if options.watch else None
         self._several = len(host.optimizers) > 1
         self._stepped: set[int] = set()  # optimizers that have stepped since the last step ended
-        self._optimizers = ["", ""]  # those of the step before the last one, and of the last one
+        self._optimizers = ["", ""]  # those of the last but one step, and of the last step
         self._batch_idx = 0
         self._seen = host.step  # the last step whose loss was read
-        self._told = False  # that there is no loss to watch
+        self._warned_of_no_loss = False
 
     @property
-    def calm(self) -> bool:
-        """Whether nothing that was read speaks against the weights."""
-        return self.numbers.calm
+    def is_within_baseline(self) -> bool:
+        """Whether none of the numbers read so far speaks against the weights."""
+        return self.numbers.is_within_baseline
 
     @property
     def loss_scale(self) -> Tensor | None:
-        """What fp16 training scales the loss by; ``None`` where it does not."""
+        """The loss scale of fp16 training; ``None`` without one."""
         scaler = self.policy.recovery.scaler
         return scaler._scale if scaler else None
 
@@ -79,14 +79,14 @@ class SpikeWatch:
         self.batches.add(batch, batch_idx)
 
     def note_step(self, optimizer: Optimizer) -> None:
-        """Notes which optimizer is about to step and, where it is watched, the norm of its gradients."""
+        """Notes which optimizer is about to step and, if it is watched, the norm of its gradients."""
         if self._several:
             self._stepped.add(next(i for i, o in enumerate(self.host.optimizers) if o is optimizer))
         if self.options.grad_norm:
             self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def note_end_of_step(self, step: int) -> None:
-        """Notes what belongs to the step that ends, before its statistics are sent off."""
+        """Notes what belongs to the step that ends, before its statistics are sent."""
         self.batches.end_step(step)
         self.policy.origins.end_step(step, self._batch_idx)
         if self._new_scalars:
@@ -98,13 +98,13 @@ class SpikeWatch:
             self._stepped.clear()
 
     def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
-        """Reads the statistics of the step before, and acts on them.
+        """Reads the statistics of the previous step, and acts on them.
 
         Returns:
             Whether the live weights were replaced.
 
         Raises:
-            TrainingDivergedError: where the run is to stop.
+            TrainingDivergedError: if the run has to stop.
         """
         self.policy.recovery.lr.end_step(step)
         restored = False
@@ -116,7 +116,7 @@ class SpikeWatch:
             self._seen = step
         every = self.host.log_every
         if every and step % every == 0 and not restored:
-            report(self.host, self.policy.metrics(0.0 if self.calm else 1.0))
+            report(self.host, self.policy.metrics(0.0 if self.is_within_baseline else 1.0))
         return restored
 
     def close(self) -> None:
@@ -139,14 +139,14 @@ class SpikeWatch:
         self._seen, self._optimizers = state["seen"], list(state["optimizers"])
 
     def _observe(self, seen: Statistics, warming_up: bool) -> list[SpikeEvent]:
-        """What the detectors have to say of a step, spikes first."""
-        if seen.loss is None and not self._told:
-            self._told = True
+        """The events that the detectors report for a step, spikes first."""
+        if seen.loss is None and not self._warned_of_no_loss:
+            self._warned_of_no_loss = True
             warn("merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}")
         if seen.unknown_scalars and self._new_scalars:
             self._agree_on_scalars()
         events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
-        if not self.calm:
+        if not self.is_within_baseline:
             if self._merger().window.mark_in_spike(self._seen, seen.step):
                 self._merger().forget()
         elif self.numbers.loss.onset is None:
@@ -157,10 +157,10 @@ class SpikeWatch:
         return events
 
     def _agree_on_scalars(self) -> None:
-        """Gives the further scalars an order that is the same on all ranks."""
+        """Agrees with all ranks on one order of the further scalars."""
         assert self.statistics.names is not None
-        told = self._merger().ranks.exchange(sorted(self._scalar_names))
-        new = {name for names in told for name in names}.difference(self.statistics.names)
+        everyones = self._merger().ranks.exchange(sorted(self._scalar_names))
+        new = {name for names in everyones for name in names}.difference(self.statistics.names)
         self.statistics.names = [*self.statistics.names, *sorted(new)]
 
     def _is_broken(self) -> bool:

@@ -1,4 +1,4 @@
-"""Where an outlier came from: its batch, its samples, and the rank it was on."""
+"""Traces an outlier to its batches, its samples and its rank."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class StepOrigins:
 
     Args:
         host: the run.
-        statistics: of its steps: they know each rank's own losses.
-        merger: gives that of the run's window.
+        statistics: the statistics of its steps, which hold each rank's own losses.
+        merger: returns the merger of the run's window.
     """
 
     def __init__(self, host: Host, statistics: StepStatistics, merger: Callable[[], WindowMerger]) -> None:
@@ -28,17 +28,17 @@ class StepOrigins:
         self._steps: deque[tuple[int, int, int]] = deque(maxlen=_REMEMBERED)  # step, epoch, last batch_idx
 
     def end_step(self, step: int, batch_idx: int) -> None:
-        """Notes where in the data an optimizer step ends."""
+        """Notes the position in the data at which an optimizer step ends."""
         self._steps.append((step, self._host.epoch, batch_idx))
 
     def of(self, step: int, count: int, threshold: float) -> dict[str, Any]:
-        """The origins of ``step`` and of up to ``count`` steps in all that end with it, for a record.
+        """The origins of the last steps up to ``step``, at most ``count`` of them, for a record.
 
         All ranks have to call this.
 
         Returns:
-            ``batches``: of each step its ``step``, ``epoch``, ``batch_idx`` (the last one where gradients are
-            accumulated), ``sample_indices`` where the first rank's sampler tells, and ``rank_losses``, each
+            ``batches``: for each step its ``step``, ``epoch``, ``batch_idx`` (the last one if gradients are
+            accumulated), ``sample_indices`` if the first rank's sampler has them, and ``rank_losses``, each
             rank's own. ``sick_rank``: the only rank of several whose losses lie above the threshold.
         """
         known = [entry for entry in self._steps if entry[0] <= step][-count:]
@@ -58,7 +58,7 @@ class StepOrigins:
         return found
 
     def state_dict(self) -> list[list[int]]:
-        """What is remembered, as primitives."""
+        """The remembered steps, as primitives."""
         return [list(entry) for entry in self._steps]
 
     def load_state_dict(self, state: Any) -> None:

@@ -140,7 +140,7 @@ class Arena:
         """Overwrites the buffer with ``tensors``, casting to the stored dtypes.
 
         Raises:
-            ValueError: where a tensor of the layout is missing or has another shape; it is named.
+            ValueError: if a tensor of the layout is missing or has another shape; it is named.
         """
         self.check(tensors)
         views = self.own_tensors()
@@ -153,7 +153,7 @@ class Arena:
         """Makes sure that ``tensors`` has all of the arena's, in the same shapes.
 
         Raises:
-            ValueError: where one is missing or has another shape; it is named.
+            ValueError: if one is missing or has another shape; it is named.
         """
         expected = self.layout.shapes
         if self.frozen is not None:

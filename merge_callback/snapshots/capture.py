@@ -28,7 +28,7 @@ _HOLDERS = ("_parameters", "_buffers", "_modules")
 class ModelTensors:
     """The tensors of a module that are saved: parameters and persistent buffers, each once.
 
-    ``tensors`` maps a clean name to the live tensor, where it is sharded to this rank's shard (a plain
+    ``tensors`` maps a clean name to the live tensor, if it is sharded to this rank's shard (a plain
     tensor); ``pieces`` says which part of the whole that is. ``tied`` maps every further name of a shared
     tensor to the name it is kept under. ``frozen`` names the parameters that take no gradient now,
     ``buffers`` the persistent buffers; ``transient`` holds the buffers that are not saved (caches and masks).
@@ -56,10 +56,10 @@ class ModelTensors:
 
         Args:
             module: the model, by whose names its tensors go.
-            root: what a strategy has wrapped it in, where that is another module.
+            root: what a strategy has wrapped it in, if that is another module.
 
         Raises:
-            ValueError: where a tensor is sparse, or has no values yet (lazy, or on the meta device).
+            ValueError: if a tensor is sparse, or has no values yet (lazy, or on the meta device).
         """
         found, local_piece = cls(), _local_pieces(root or module)
         for name, tensor in _saved_tensors(module):
@@ -186,7 +186,7 @@ def _local_pieces(root: nn.Module) -> Callable[[Tensor], tuple[Tensor, Piece]]:
 
 
 def _resharding(root: nn.Module) -> Callable[[], None]:
-    """A function that has the modules of a model show their shards, where it is sharded."""
+    """A function that has the modules of a model show their shards, if it is sharded."""
     if not _is_distributed():
         return _nothing
     from merge_callback.sharding.shards import resharding

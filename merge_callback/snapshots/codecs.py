@@ -8,9 +8,12 @@ import torch
 
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.arena_pool import ArenaPool
-from merge_callback.snapshots.deltas import CODECS, decode, encode
+from merge_callback.snapshots.deltas import decode, encode
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.snapshot import DeltaOverflowError, NonFiniteSnapshotError, Snapshot
+
+CODECS = {"delta-fp16": torch.float16, "delta-bf16": torch.bfloat16}
+"""What differences are stored in, by the codec's name."""
 
 
 class Whole:

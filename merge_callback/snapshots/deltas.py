@@ -23,9 +23,6 @@ from merge_callback.reduce import one_pass
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.layout import Group
 
-CODECS = {"delta-fp16": torch.float16, "delta-bf16": torch.bfloat16}
-"""What differences are stored in, by the codec's name."""
-
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor")
 _OTHERS = (
     "neg",
@@ -192,7 +189,7 @@ def _on_the_whole(name: str) -> Callable[..., Any]:
     return operate
 
 
-# Python looks for these on the class, where no __getattr__ is asked.
+# Python looks for these on the class, and asks no __getattr__ there.
 for _name in (
     *(f"__{way}{name}__" for name in _BINARY for way in ("", "r")),
     *(f"__{name}__" for name in _OTHERS),

@@ -32,7 +32,7 @@ class FolderInUseError(ValueError):
 
 
 class FolderLock:
-    """Holds a folder for one run, and notices where it is another folder by now.
+    """Holds a folder for one run, and notices if it is another folder by now.
 
     One that is deleted or unmounted takes its lock along: what is written under its name then lies in a new
     folder, or on the disk below, which any other run may use as well.
@@ -53,11 +53,11 @@ class FolderLock:
     def check(self) -> None:
         """Makes sure, before something is written, that the folder is the one that is locked.
 
-        Where it is not, the one there is now is locked and claimed instead, which is told once.
+        If it is not, the one there is now is locked and claimed instead, which is reported once.
 
         Raises:
-            OSError: where another run has it, or it can't be made; told once, too. Where it was lost when it
-                was given back.
+            OSError: if another run has it, or it can't be made, which is reported once, too; if it was lost
+                when it was given back.
         """
         with self._one_at_a_time:
             if self._was_lost:
@@ -104,8 +104,8 @@ def lock_folder(folder: Path, session: str = "") -> FolderLock:
         session: whose it is, for ``holder``.
 
     Raises:
-        FolderInUseError: where another run has it, in this process or another.
-        ValueError: where it can't be created or written.
+        FolderInUseError: if another run has it, in this process or another.
+        ValueError: if it can't be created or written.
     """
     try:
         return FolderLock(folder, session, _lock(folder, session))
@@ -117,7 +117,7 @@ def lock_folder(folder: Path, session: str = "") -> FolderLock:
 
 
 def holder(folder: Path) -> str:
-    """The session that took the folder last; empty where none is known."""
+    """The session that took the folder last; empty if none is known."""
     try:
         return read_small(folder / LOCK, _LONGEST).decode()
     except (OSError, CorruptFileError, UnicodeDecodeError):

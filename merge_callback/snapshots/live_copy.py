@@ -55,7 +55,8 @@ class FiniteCheck:
         Raises:
             NonFiniteSnapshotError: if a tensor holds NaN or Inf.
         """
-        if bad := [name for name in arena.non_finite() if not self.may_hold(name, arena.tensor(name))]:
+        found = arena.non_finite()
+        if found and (bad := [name for name in found if not self.may_hold(name, arena.tensor(name))]):
             raise NonFiniteSnapshotError(
                 f"{', '.join(bad[:5])}{' …' if len(bad) > 5 else ''} hold NaN or Inf"
             )

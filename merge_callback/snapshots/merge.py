@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -48,14 +48,14 @@ class Merge:
         if self.published is not None:
             self.published.wait()
 
-    @property
+    @cached_property
     def step(self) -> int:
         """The optimizer step of the newest snapshot in it."""
         return self.snapshots[-1].step
 
 
 class WindowMerger:
-    """Merges a window and measures its diversity, both in one pass where both are wanted.
+    """Merges a window and measures its diversity, both in one pass if both are wanted.
 
     Args:
         window: the snapshots.
@@ -83,7 +83,7 @@ class WindowMerger:
     def measure(self, model: ModelTensors, merge: bool) -> None:
         """Reads the window once after an append: the newest pair's diversity and, if asked, the merge.
 
-        Each rank reads what it keeps; of the diversity one number a tensor is summed over all ranks.
+        Each rank reads what it keeps; of the diversity one number per tensor is summed over all ranks.
         """
         self._merge = self.diversity = None
         pair = self.window.pair(self.lag)
@@ -101,7 +101,7 @@ class WindowMerger:
         self._merge = None
 
     def constant(self, model: ModelTensors) -> set[str]:
-        """Names of what is frozen, a buffer or excluded, and alike in the oldest and newest snapshot.
+        """Names of what is frozen, a buffer or excluded, and the same in the oldest and newest snapshot.
 
         All ranks have to ask.
         """
@@ -123,9 +123,9 @@ class WindowMerger:
         Each rank merges what it keeps, in place, and hands it to those that hold the same. All ranks have to.
 
         Raises:
-            ValueError: where the model's tensors are others by now; none is overwritten.
-            RemoteError: where that is so on another rank.
-            HalfRestoredError: where some are overwritten and others are not, on any rank.
+            ValueError: if the model's tensors are others by now; none is overwritten.
+            RemoteError: if they are on another rank.
+            HalfRestoredError: if some are overwritten and others are not, on any rank.
         """
 
         def prepare() -> tuple[Mapping[str, Tensor], list[float], set[str]]:
@@ -219,7 +219,8 @@ class WindowMerger:
 
     def _factors(self, snapshots: Sequence[Snapshot], factors: Sequence[float]) -> list[float]:
         """One factor for each of the window's snapshots: 0 for those that none was given for."""
-        every, steps = [0.0] * len(self.window), [snapshot.step for snapshot in self.window.snapshots]
+        steps = [snapshot.step for snapshot in self.window.snapshots]
+        every = [0.0] * len(steps)
         for snapshot, factor in zip(snapshots, factors, strict=True):
             every[steps.index(snapshot.step)] = factor
         return every
@@ -230,13 +231,14 @@ class WindowMerger:
         Frozen parameters and buffers that do not change keep their bits: the mean of equal values is not
         always that value in floating point, and a mask of infinities has none.
         """
-        alike = in_common([oldest.arena, newest.arena])
+        shared = in_common([oldest.arena, newest.arena])
         static = [n for n in self._numel if n in model.frozen or n in model.buffers]
         if not static:
             return model.matching(self.exclude)
-        asked = [name for name in static if name not in alike]
-        before, after = (flat_tensors(self._arenas(snapshot), asked) for snapshot in (oldest, newest))
-        changed = [name not in alike and not torch.equal(before[name], after[name]) for name in static]
+        asked = [name for name in static if name not in shared]
+        before = flat_tensors(self._arenas(oldest), asked)
+        after = flat_tensors(self._arenas(newest), asked)
+        changed = [name not in shared and not torch.equal(before[name], after[name]) for name in static]
         # A part may be constant though the whole is not.
         counts = self.ranks.total(torch.tensor(changed).int()).tolist()
         constant = {name for name, count in zip(static, counts, strict=True) if not count}
@@ -260,7 +262,7 @@ class WindowMerger:
 
 
 def positions(snapshots: Sequence[Snapshot]) -> list[float]:
-    """Where snapshots lie along the run: their tokens; their steps where tokens are not counted."""
+    """Where snapshots lie along the run: their tokens; their steps if tokens are not counted."""
     tokens = [float(s.tokens) for s in snapshots if s.tokens is not None]
     if len(tokens) == len(snapshots) and all(b > a for a, b in pairwise(tokens)):
         return tokens

@@ -72,7 +72,7 @@ def write_file(
     """Writes a safetensors file and makes it durable.
 
     Args:
-        path: a file that does not exist yet, as a rule under a temporary name.
+        path: a file that does not exist yet, usually under a temporary name.
         header: what ``arena_header`` or ``tensors_header`` gives; or their JSON (a layout's ``entries``).
         chunks: CPU tensors whose bytes, one after the other, are the data region.
         metadata: string to string, kept under ``__metadata__``.
@@ -105,7 +105,7 @@ def map_new_file(path: Path, header: Mapping[str, Any], metadata: Mapping[str, s
         The data region, 1-D ``uint8``, and its offset in the file.
 
     Raises:
-        OSError: where there is no room; the file is removed. (Later on, a full disk would kill the process.)
+        OSError: if there is no room; the file is removed. (Later on, a full disk would kill the process.)
     """
     text = _header_bytes(header, metadata)
     size = len(text) + max((entry["data_offsets"][1] for entry in header.values()), default=0)
@@ -124,8 +124,8 @@ def map_arena(path: Path, layout: Layout) -> Arena:
     """A snapshot file as an arena: a private memory map, so that the page cache holds the data.
 
     Raises:
-        CorruptFileError: where the header is unreadable or of another layout, or the size is wrong.
-        OSError: where the file is missing or unreadable.
+        CorruptFileError: if the header is unreadable or of another layout, or the size is wrong.
+        OSError: if the file is missing or unreadable.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -142,7 +142,7 @@ def map_arena(path: Path, layout: Layout) -> Arena:
 
 
 def difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """How one header's tensors differ from another's, in one line; empty where they don't."""
+    """How one header's tensors differ from another's, in one line; empty if they don't."""
     if found == expected:
         return ""
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())

@@ -38,7 +38,7 @@ def shards_name(step: int, session: str, is_delta: bool = False) -> str:
 
 
 def step_of(name: str, session: str) -> int | None:
-    """The step of a folder's snapshot, where it is this session's."""
+    """The step of a folder's snapshot, if it is this session's."""
     found = re.fullmatch(rf"(?:frozen-)?step=(\d+)-{session}(-delta)?", name)
     return int(found[1]) if found else None
 
@@ -63,7 +63,7 @@ def write_shard(
     """Writes what this rank keeps; returns the file's SHA-256.
 
     Raises:
-        OSError: where it can't be written.
+        OSError: if it can't be written.
     """
     make_folder(folder)
     path = folder / shard_file(sharding.ranks.rank, sharding.ranks.size)
@@ -79,7 +79,7 @@ def list_shards(folder: Path, checksums: Sequence[str], write: bool) -> str:
     """Lists a complete snapshot's files with their checksums; returns the list's own SHA-256.
 
     Raises:
-        OSError: where it can't be written.
+        OSError: if it can't be written.
     """
     files = {shard_file(rank, len(checksums)): checksum for rank, checksum in enumerate(checksums)}
     content = {"format": 1, "files": files}
@@ -93,8 +93,8 @@ def listed_shards(folder: Path, checksum: str) -> dict[str, str]:
     """The files of a snapshot with their checksums.
 
     Raises:
-        CorruptFileError: where the list is not the one with this checksum.
-        OSError: where it is missing: the snapshot was never completed.
+        CorruptFileError: if the list is not the one with this checksum.
+        OSError: if it is missing: the snapshot was never completed.
     """
     path = folder / SHARDS
     text = read_small(path)
@@ -107,7 +107,7 @@ def parse_shards(content: Mapping[str, Any], path: Path) -> dict[str, str]:
     """The files that the list at ``path`` names, with their checksums.
 
     Raises:
-        CorruptFileError: where it lists none, or what is no rank's file.
+        CorruptFileError: if it lists none, or what is no rank's file.
     """
     files = content.get("files")
     if not isinstance(files, dict) or not files:
@@ -146,11 +146,11 @@ def gather_shards(path: Path, checksum: str, wanted: Mapping[str, Piece], out: M
         path: of the snapshot, a file or a folder.
         checksum: of the file, or of the list in the folder.
         wanted: which part of each tensor.
-        out: where to, contiguous.
+        out: what is filled, contiguous.
 
     Raises:
-        CorruptFileError: where a file that is read is not what was written, or an element is in none.
-        OSError: where one is missing or unreadable.
+        CorruptFileError: if a file that is read is not what was written, or an element is in none.
+        OSError: if one is missing or unreadable.
     """
     sources = list(_sources(path, checksum))
     opened: dict[int, dict[str, Tensor]] = {}
@@ -248,7 +248,7 @@ def read_pieces(text: str) -> dict[str, Piece]:
     """Which part of each tensor a file has, by what its metadata says under ``pieces``.
 
     Raises:
-        ValueError: where it says no such thing.
+        ValueError: if it says no such thing.
     """
     content = json.loads(text)
     if not isinstance(content, dict):

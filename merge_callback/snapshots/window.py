@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.arena import Arena, FrozenPart
 from merge_callback.snapshots.codecs import decoded
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.segments import Segments
@@ -168,8 +168,11 @@ class Window(Segments):
 
     def held(self) -> list[Stored]:
         """The snapshots, and what they have in common."""
-        parts = [*[snapshot.arena.frozen for snapshot in self.snapshots], self.store.frozen]
-        return [*self.snapshots, *filter(None, dict.fromkeys(parts))]
+        parts: dict[FrozenPart | None, None] = {}
+        for snapshot in self.snapshots:
+            parts[snapshot.arena.frozen] = None
+        parts[self.store.frozen] = None
+        return [*self.snapshots, *filter(None, parts)]
 
     def _make_room(self, captured: Captured) -> None:
         """Lets a snapshot go that could not go before: else the window would grow as long as that is so.

@@ -36,7 +36,7 @@ class WindowFolder:
     """The folder that the snapshot files of a run lie in; all ranks share it, and the first one keeps it.
 
     Args:
-        path: of the folder; ``None`` where nothing is kept in files: then nothing is done.
+        path: of the folder; ``None`` if nothing is kept in files: then nothing is done.
         run_id: of the run; a folder that holds another run's window is moved aside, never written over.
         session: of this process and its fellows, by which they name the folders of their snapshots.
         keeps: whether this rank is the one that writes what all share.
@@ -47,13 +47,13 @@ class WindowFolder:
         self.saved: list[list[str]] = []  # the files of the windows that the last two checkpoints need
         self._own = path if keeps else None
         self.published: Mapping[str, Any] = {}  # what is said of how merges of the snapshots are published
-        self.before_writing: Callable[[], object] = lambda: None  # raises OSError where it may not be done
+        self.before_writing: Callable[[], object] = lambda: None  # raises OSError if it may not be done
 
     def claim(self) -> None:
         """Makes the folder this run's own; a window in it that is not this run's is moved aside.
 
         Raises:
-            OSError: where the folder can't be created or written.
+            OSError: if the folder can't be created or written.
         """
         if (folder := self._own) is None:
             return
@@ -80,7 +80,7 @@ class WindowFolder:
         """Lists what the window holds and what checkpoints need.
 
         Raises:
-            OSError: where it can't be written.
+            OSError: if it can't be written.
         """
         if self._own is not None:
             self.before_writing()
@@ -131,7 +131,7 @@ class WindowFolder:
                     yield place / file
 
     def take_over(self, source: Path) -> Path:
-        """Has a file of another folder lie here, too; returns where."""
+        """Has a file of another folder lie here, too; returns its path here."""
         assert self.path is not None
         target = self.path / source.name
         # A hard link costs no room, and snapshot files are only ever removed, never written to.

@@ -55,10 +55,6 @@ def train(callbacks, folder):
     return model
 
 
-def validate(model):
-    return trainer(logger=False).validate(model, loader(32), verbose=False)[0]
-
-
 def load(folder):
     model = SimCLR()
     model.load_state_dict(load_merge(folder))
@@ -69,4 +65,4 @@ def load_checkpoint(merged, newest):
     return SimCLR.load_from_checkpoint(merged / "merged.ckpt")
 
 
-checked("lightly", pl, train, validate, load, load_checkpoint).write(result_path())
+checked("lightly", pl, train, load, load_checkpoint=load_checkpoint).write(result_path())

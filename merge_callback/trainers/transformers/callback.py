@@ -18,7 +18,7 @@ from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.messages import warn
 from merge_callback.options import Options
 from merge_callback.snapshots.files import CorruptFileError, read_object, write_json
-from merge_callback.snapshots.merge import HalfRestoredError
+from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.trainers.transformers.host import TransformersHost
 from merge_callback.trainers.transformers.merged_evaluation import MergedEvaluation
 
@@ -37,8 +37,8 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
 
     A merge is published as a folder that ``from_pretrained`` loads, tokenizer or processor included. After
     each evaluation the merge is evaluated on the same data: ``eval_merged_loss`` stands beside ``eval_loss``
-    in what ``evaluate`` returns, so that ``metric_for_best_model="merged_loss"`` and early stopping follow the
-    merge. Scalars go to the loggers of ``report_to`` and to ``state.log_history``.
+    in what ``evaluate`` returns, so that with ``metric_for_best_model="merged_loss"`` early stopping and the
+    best checkpoint follow the merge. Scalars go to the loggers of ``report_to`` and to ``state.log_history``.
 
     The state is saved with each of the trainer's checkpoints, and ``train(resume_from_checkpoint=…)``
     restores it. Training with the callback and no spike is bit for bit training without it.
@@ -73,7 +73,7 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
         self.options = Options.resolve(**options)
         self.session: MergeSession | None = None
         self._trainer: Trainer | None = None
-        self._replaced: list[tuple[object, str, Any]] = []
+        self._replaced: list[tuple[object, str, partial[Any]]] = []
         self._half_restored = False
 
     def set_trainer(self, trainer: Trainer) -> None:
@@ -84,7 +84,7 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
         """
         if self._trainer is not trainer:
             self._trainer = trainer
-            trainer.train = partial(self._train, trainer.train)
+            vars(trainer)["train"] = partial(self._train, trainer.train)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Finds the trainer."""
@@ -205,12 +205,13 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
                 "a restore failed half way, and its weights are not saved; resume earlier"
             )
         present(output_dir, *args, **kwargs)
-        trainer = self._trainer
-        if self.session is None or trainer is None or output_dir is None or trainer.args.save_only_model:
+        if self.session is None or output_dir is None:
             return
-        if os.path.basename(output_dir) == f"checkpoint-{trainer.state.global_step}":
+        is_checkpoint = os.path.basename(output_dir) == f"checkpoint-{self._host.step}"
+        arguments: Any = self._host.trainer.args
+        if is_checkpoint and not arguments.save_only_model:
             state = {**self.session.state_dict(), "evaluation": self._evaluation.state_dict()}
-            if trainer.args.should_save:
+            if arguments.should_save:
                 write_json(Path(output_dir, self._state_file), state)
 
     @property

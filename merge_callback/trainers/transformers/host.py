@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
@@ -76,14 +75,14 @@ class TransformersHost(Host):
     def __init__(self, trainer: Trainer, training_step: Callable[..., Tensor]) -> None:
         _check_supported(trainer)
         self.trainer, self._training_step = trainer, training_step
-        self.module: nn.Module = trainer.model
+        self.module: nn.Module = trainer.model  # type: ignore[assignment]
         self.optimizers = [_unwrapped(trainer.optimizer)]
         self.device = trainer.args.device
         self.scaler: GradScaler | None = getattr(trainer.accelerator, "scaler", None)
         self.processes = int(os.environ.get("LOCAL_WORLD_SIZE") or trainer.args.world_size)
         # All of output_dir but what begins with an underscore goes to the hub.
         name = "_merges" if trainer.args.push_to_hub else "merges"
-        self.default_folder = os.path.join(trainer.args.output_dir, name)
+        self.default_folder = os.path.join(str(trainer.args.output_dir), name)
         self.log_every = 0 if trainer.args.logging_strategy == "no" else int(trainer.state.logging_steps)
         self.epochs_over = 0
         self.evaluated: Evaluated | None = None
@@ -94,12 +93,12 @@ class TransformersHost(Host):
     @property
     def root(self) -> nn.Module:  # type: ignore[override]
         """The model as accelerate has wrapped it."""
-        return self.trainer.model_wrapped  # type: ignore[no-any-return]
+        return self.trainer.model_wrapped
 
     @property
     def step(self) -> int:
         """``state.global_step``."""
-        return self.trainer.state.global_step  # type: ignore[no-any-return]
+        return self.trainer.state.global_step
 
     @property
     def total_steps(self) -> int | None:
@@ -265,7 +264,7 @@ def _check_supported(trainer: Trainer) -> None:
             f"CheckpointMergeTrainerCallback can't merge with {', '.join(parallel)} parallelism; train with "
             "DDP or FSDP, or take the callback out"
         )
-    if kind == DistributedType.FSDP and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
+    if kind.value == "FSDP" and trainer.accelerator.state.fsdp_plugin.fsdp_version == 1:
         raise ValueError("CheckpointMergeTrainerCallback needs fsdp_version 2")
 
 
@@ -293,7 +292,7 @@ def _files_of(processing_class: Any) -> dict[str, bytes]:
 
 
 def _containers(values: Iterable[Any], depth: int = 4) -> Iterator[Any]:
-    """The containers among some values, and those in them; a long one, such as a data set, is not looked into."""
+    """The containers among some values, and those in them, but not those in a long one, like a data set."""
     for value in values:
         if type(value) in _CONTAINERS:
             yield value

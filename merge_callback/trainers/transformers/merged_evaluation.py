@@ -20,7 +20,8 @@ from merge_callback.messages import info
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.signals.host import report
-from merge_callback.snapshots.merge import HalfRestoredError, Merge
+from merge_callback.snapshots.live_merge import HalfRestoredError
+from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
@@ -144,8 +145,9 @@ class MergedEvaluation:
 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation without how long it took."""
-    return {name: value for name, value in metrics.items() if not name.endswith("_model_preparation_time")}
+    """The metrics of an evaluation that are numbers, without how long it took."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if not name.endswith("_model_preparation_time")}
 
 
 def _merged(name: str, prefix: str) -> str:

@@ -1,0 +1,74 @@
+"""peft: LoRA adapters of a small Llama in a LightningModule; and the adapters that peft saves, merged."""
+
+import lightning.pytorch as pl
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+
+from tests.ecosystem.comparison import merge_files, result_path
+from tests.ecosystem.lightning_runs import checked
+from tests.ecosystem.small_language import llama, sentences, tokenizer
+from tests.training_runs import seed
+
+
+class LoRA(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        self.model = get_peft_model(llama(), lora)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam((p for p in self.parameters() if p.requires_grad), lr=0.01)
+
+
+class SavingAdapters(pl.Callback):
+    """Saves the adapters as peft does."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        if trainer.global_step % 6 == 0:
+            pl_module.model.save_pretrained(self.folder / f"checkpoint-{trainer.global_step}")
+
+
+def loader(count: int, **options) -> DataLoader:
+    return DataLoader(
+        tokenizer()(sentences(count), return_tensors="pt")["input_ids"], batch_size=4, **options
+    )
+
+
+def trainer(**options) -> pl.Trainer:
+    return pl.Trainer(accelerator="cpu", enable_progress_bar=False, **options)
+
+
+def train(callbacks, folder):
+    seed()
+    module = LoRA()
+    callbacks = [*callbacks, SavingAdapters(folder / "adapters")]
+    seed()
+    fit = trainer(max_steps=36, callbacks=callbacks, default_root_dir=folder)
+    fit.fit(module, loader(48, shuffle=True), loader(16))
+    return module
+
+
+def load(folder):
+    """An emission is an adapter, too; so is a merge of the adapters that peft has saved."""
+    merged = PeftModel.from_pretrained(llama(), folder).state_dict()
+    root = folder.parent.parent
+    files = PeftModel.from_pretrained(
+        llama(), merge_files(root / "run/adapters", root / "adapters")
+    ).state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(files[name], tensor, msg=name)
+    return {f"model.{name}": tensor for name, tensor in merged.items()}
+
+
+torch.set_num_threads(1)
+checked("peft", pl, train, load).write(result_path())
