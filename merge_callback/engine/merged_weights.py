@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merge_callback.engine.kept_state import RandomState, kept_weights
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.recovery.schedule_free import as_before, in_mode_of_evaluation
 from merge_callback.sharding import Sharding
 from merge_callback.signals.host import Host
 from merge_callback.snapshots.merge import Merge
@@ -37,12 +38,17 @@ def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dic
 
     @contextmanager
     def as_it_was() -> Iterator[None]:
-        with DeferredSignals(), kept_weights(host.module, host.root, device):
+        with (
+            DeferredSignals(),
+            kept_weights(host.module, host.root, device),
+            as_before(host.optimizers, modes),
+        ):
             restore()
             yield
 
     with DeferredSignals() as signals, ExitStack() as stack:
         stack.callback(RandomState().restore)
+        modes = stack.enter_context(in_mode_of_evaluation(host.optimizers))
         tensors, restore = stack.enter_context(kept_weights(host.module, host.root, device))
 
         def put_in() -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
+from merge_callback.recovery.schedule_free import evaluated_weights
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
 from merge_callback.signals.lr_phase import Phase
@@ -225,7 +226,8 @@ class SnapshotPipeline:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
         if isinstance(live, Exception):
             return ModelTensors(), Captured(error=live)
-        return live, self._window.capture(live.tensors, live.frozen, step)
+        with evaluated_weights(self.host.optimizers):
+            return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()

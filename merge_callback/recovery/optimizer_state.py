@@ -22,6 +22,7 @@ from torch.optim import (
     SparseAdam,
 )
 
+from merge_callback.recovery.schedule_free import is_schedule_free
 from merge_callback.sharding import local
 from merge_callback.snapshots.arena import all_finite
 
@@ -44,6 +45,10 @@ _MOMENTS: dict[type[Optimizer], dict[str, int]] = {
 
 if hasattr(torch.optim, "Muon"):
     _MOMENTS[torch.optim.Muon] = {"momentum_buffer": 1}
+
+
+_SCHEDULE_FREE = {"z": 0, "exp_avg_sq": 2}
+_SCHEDULE_FREE_COUNTERS = {"k": 0, "weight_sum": 0.0, "lr_max": -1.0}
 
 
 def is_known(optimizer: object) -> bool:
@@ -91,6 +96,8 @@ def is_finite(optimizer: Optimizer) -> bool:
 def _moments(optimizer: object) -> Mapping[str, int] | None:
     # Compares the function, not the class: a subclass with its own step() may keep anything as state.
     step = inspect.unwrap(type(optimizer).step) if isinstance(optimizer, Optimizer) else None
+    if is_schedule_free(optimizer) and getattr(step, "__module__", "").startswith("schedulefree."):
+        return _SCHEDULE_FREE
     return next((found for kind, found in _MOMENTS.items() if inspect.unwrap(kind.step) is step), None)
 
 
@@ -108,8 +115,13 @@ def _scale(optimizer: Optimizer, factor: float) -> None:
     ]
     if strange := sorted({name for _, name, _, power in entries if power is None}):
         raise ValueError(f"{type(optimizer).__name__} keeps {strange}, which is not known")
+    if factor == 0 and powers is _SCHEDULE_FREE:
+        for group in optimizer.param_groups:
+            group.update({name: value for name, value in _SCHEDULE_FREE_COUNTERS.items() if name in group})
     for state, name, initial, power in entries:
         value = state[name]
+        if name == "z" and powers is _SCHEDULE_FREE:
+            continue  # no moment: it is set to the restored weights
         if factor == 0 and isinstance(value, Tensor):
             value.fill_(initial) if initial else value.zero_()  # a sparse one (SGD's) only takes zeros
         elif factor == 0 and value is not None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from merge_callback.recovery import optimizer_state
 from merge_callback.recovery.lr_scale import LRScale
+from merge_callback.recovery.schedule_free import restart_sequences
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
 from merge_callback.snapshots.capture import ModelTensors
@@ -75,6 +76,7 @@ class Recovery:
             problem = error
         merger.ranks.agree(problem)
         weights = merger.merge_into(model, snapshots, self.options.merging)
+        restart_sequences(self.host.optimizers)
         merger.forget()
         # If the loop is about to drop the gradients, zeros would only be written.
         self.host.module.zero_grad(set_to_none=not self.host.is_manual)

@@ -20,6 +20,7 @@ from merge_callback.engine.advice import gains
 from merge_callback.engine.kept_state import RandomState
 from merge_callback.messages import info
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
@@ -214,6 +215,7 @@ def validate_with(
             tensors = stack.enter_context(swap)
             stack.enter_context(replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
             merged.copy_to(sharding.own(tensors))
+            stack.enter_context(in_mode_of_evaluation(trainer.optimizers))
             return tensors
 
         sharding.spread(sharding.ranks.agreed(put_in))
