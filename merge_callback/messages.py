@@ -1,4 +1,4 @@
-"""What a user is told while a model trains, by the first rank only."""
+"""Messages to the user while a model trains, from the first rank only."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if not log.handlers:
 
 
 def info(text: str) -> None:
-    """Tells the user something, through the logger ``merge_callback``."""
+    """Logs a message to the user, through the logger ``merge_callback``."""
     if _is_first():
         log.info(text)
 
 
 def warn(text: str) -> None:
-    """Warns the user with a ``UserWarning``, without a line of our code, which would tell them nothing."""
+    """Warns the user with a ``UserWarning``, without a line of our code, which would not help them."""
     if _is_first():
         warnings.warn_explicit(text, UserWarning, "merge_callback", 0)
 

@@ -27,7 +27,7 @@ from merge_callback.spike_options import SpikeOptions, resolve_spike
 from merge_callback.urls import file_system_of, is_remote, local_path
 
 DEFAULT_TOKENS = 4_000_000_000
-"""Spacing of the snapshots in tokens: 4B serves 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
+"""Spacing of the snapshots in tokens: 4B suits 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
 
 AUTO = {"stable": "sma", "decay": "ties"}
 """The default method of each phase that is merged."""
@@ -60,14 +60,14 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "spike": None,
     }
 )
-"""What each option is if it is not given, whatever the training loop."""
+"""The default of each option, the same for all training loops."""
 
 MethodOption = str | MergeMethod | Mapping[str, str | MergeMethod]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the callback was given, resolved."""
+    """The resolved options of a callback or merger."""
 
     window: int
     every: int
@@ -95,7 +95,7 @@ class Options:
 
     @classmethod
     def resolve(cls, **given: Any) -> Options:
-        """Checks options by the names that ``DEFAULTS`` has, and resolves defaults and spellings.
+        """Checks options by the names in ``DEFAULTS``, and resolves defaults and spellings.
 
         Raises:
             TypeError: for a name that is not an option's.
@@ -158,7 +158,7 @@ def resolve_counter(count_tokens: Callable[[Any], int] | None) -> Callable[[Any]
 
 
 def resolve_prefix(strip_prefix: str | None) -> str | None:
-    """What is taken off the published names.
+    """The prefix to remove from the published names.
 
     Raises:
         ValueError: if it is not text.
@@ -192,8 +192,8 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
     mapping may leave a phase to ``auto``.
 
     Raises:
-        ValueError: for an unknown phase, method or option, or given weights that can't serve a window that
-            is filling up or full.
+        ValueError: for an unknown phase, method or option, or for weights that don't fit a window while it
+            fills up or once it is full.
     """
     by_phase = method if isinstance(method, Mapping) else dict.fromkeys(MERGED_PHASES, method)
     if unknown := set(by_phase) - set(MERGED_PHASES):
@@ -212,7 +212,7 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
                 weighted.normalised_weights([float(i) for i in range(size)])
             except ValueError as error:
                 raise ValueError(
-                    f"method={weighted!r} does not serve window={window}: {error}, or choose "
+                    f"method={weighted!r} does not fit window={window}: {error}, or choose "
                     f"window={len(weighted.weights)}"
                 ) from None
     return methods
@@ -281,7 +281,7 @@ def resolve_format(format: str) -> str:
 
 
 def resolve_dirpath(dirpath: str | os.PathLike[str] | None) -> Path | str | None:
-    """A local folder as a path, a URL as it is.
+    """A local folder as a path, a URL unchanged.
 
     Raises:
         ValueError: if it is a file, its nearest existing parent can't be written, or fsspec does not know the

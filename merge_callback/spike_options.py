@@ -13,19 +13,19 @@ from merge_callback.checks import not_negative, one_of, patterns, positive, true
 from merge_callback.merging import LinearMethod, MergeMethod, resolve_method
 
 HISTORY = 128
-"""Values that make a baseline; and values after which most being outliers is the new normal."""
+"""Number of values in a baseline, and number of values after which many outliers become the new baseline."""
 
 _STOP_AFTER_RESTORE = "stop_after_restore"
 
 
 @dataclass(frozen=True)
 class SpikeOptions:
-    """What is a loss spike, and what is done about it.
+    """What counts as a loss spike, and what is done about it.
 
-    A spike is ``patience`` losses in a row above the limit set by the last 128 clean ones, or a loss that is
-    not finite while weights, gradients or optimizer state are not finite either. Before the run is restored,
-    the weights that would replace the live ones are tried on the batch that raised the alarm. Only if they do
-    clearly better were the live weights to blame.
+    A spike is ``patience`` consecutive losses above the limit set by the last 128 clean ones, or a loss that
+    is not finite while weights, gradients or optimizer state are not finite either. Before the run is
+    restored, the weights that would replace the live ones are tried on the batch that raised the alarm. Only
+    if they do clearly better were the live weights to blame.
 
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the remedy.
@@ -35,11 +35,11 @@ class SpikeOptions:
     """``"restore"`` the run from the merge of the snapshots before the spike and go on, ``"warn"`` only, or
     don't look at all: ``"off"`` (in quotes in YAML, which otherwise reads it as false)."""
     threshold: float = 6.0
-    """How many robust standard deviations above the median an outlier lies."""
+    """The distance of an outlier above the median, in robust standard deviations."""
     floor: float = 0.05
     """The least distance of an outlier above the median, as a share of the median."""
     patience: int = 5
-    """Outliers in a row that make a spike; most shorter streaks heal by themselves."""
+    """Consecutive outliers that make a spike; most shorter streaks heal by themselves."""
     grad_norm: bool = False
     """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
     watch: str | Sequence[str] | Mapping[str, str] = ()
@@ -48,7 +48,7 @@ class SpikeOptions:
     restore the run on it (with the same evidence as for the loss), give a mapping:
     ``{"grad_norm/*": "restore"}``."""
     evidence: Literal["batch", "validation", "rules"] = "batch"
-    """What must speak against the weights before they are replaced: the loss of the ``"batch"`` that raised
+    """The evidence needed before the weights are replaced: the loss of the ``"batch"`` that raised
     the alarm, computed again with both weights; the loss of the first 8 batches of the ``"validation"``,
     which also serves if the training step can't be run again; or nothing but the ``"rules"`` above."""
     pma_window: int = 3
@@ -60,7 +60,7 @@ class SpikeOptions:
     method: str | MergeMethod = "sma"
     """How these snapshots are merged: a linear method."""
     optimizer: Literal["keep", "reset", "scale"] | Callable[[Optimizer], None] = "keep"
-    """What becomes of the optimizers' state: ``"keep"`` it (what is not finite is reset), ``"reset"`` it in
+    """What to do with the optimizers' state: ``"keep"`` it (reset it if it is not finite), ``"reset"`` it in
     place, ``"scale"`` its moments as if all gradients had been ``optimizer_scale`` times as large, or a
     function of the optimizer that does it. On the demo's models ``"keep"`` recovers soonest."""
     optimizer_scale: float = 0.1
@@ -73,7 +73,7 @@ class SpikeOptions:
     """Clean losses after a restore and its warm-up that make it a success. After an earlier spike, the next
     restore uses older snapshots, and those after it halve the learning rate."""
     max_restores: int = 5
-    """Restores in a row without a success; after these, the next spike stops the run."""
+    """Consecutive restores without a success; after these, the next spike stops the run."""
     no_snapshot: Literal["warn", "stop"] = "warn"
     """What to do about a spike before there is a snapshot old enough to restore."""
     on_spike: Callable[[Mapping[str, Any]], object] | Literal["stop_after_restore"] | None = None
@@ -99,7 +99,7 @@ class SpikeOptions:
             object.__setattr__(self, option, positive(f"spike.{option}", getattr(self, option)))
         if self.patience >= HISTORY:
             raise ValueError(
-                f"spike.patience={self.patience} must be below {HISTORY}: so many make a new baseline"
+                f"spike.patience={self.patience} must be below {HISTORY}: that many make a new baseline"
             )
         for option in ("guard", "rewarm_steps", "cooldown"):
             object.__setattr__(self, option, not_negative(f"spike.{option}", getattr(self, option)))
@@ -116,7 +116,7 @@ class SpikeOptions:
 
     @property
     def merging(self) -> LinearMethod:
-        """The method.
+        """The resolved method.
 
         Raises:
             ValueError: for an unknown one, or one that is not linear.
@@ -132,13 +132,13 @@ class SpikeOptions:
         return _resolve_watch(self.watch)
 
     def wants_stop(self, event: Mapping[str, Any]) -> bool:
-        """Hands an event to ``on_spike``; says whether training is to end."""
+        """Passes an event to ``on_spike``; returns whether training has to end."""
         if callable(self.on_spike):
             return self.on_spike(event) == "stop"
         return self.on_spike == _STOP_AFTER_RESTORE and event["event"] == "restore"
 
     def _check_merging(self) -> None:
-        """Makes sure that the method serves as many snapshots as there may be."""
+        """Checks that the method accepts every possible number of snapshots."""
         try:
             for size in range(1, self.pma_window + 1):
                 self.merging.normalised_weights([float(i) for i in range(size)])
@@ -159,7 +159,7 @@ def _resolve_watch(watch: object) -> dict[str, str]:
 
 
 DEFAULT = SpikeOptions()
-"""What a run gets by default; a run that can't have some of it does without: see ``MergeSession``."""
+"""The default options; a run that can't be restored only reports spikes: see ``MergeSession``."""
 
 
 def resolve_spike(spike: SpikeOptions | str | bool | Mapping[str, Any] | None, window: int) -> SpikeOptions:
@@ -167,10 +167,10 @@ def resolve_spike(spike: SpikeOptions | str | bool | Mapping[str, Any] | None, w
 
     Args:
         spike: as given to the callback. ``False`` is YAML's ``off``.
-        window: snapshots that there are.
+        window: number of snapshots in the window.
 
     Raises:
-        ValueError: for anything else, an option that there is not, or more snapshots than the window has.
+        ValueError: for anything else, an unknown option, or more snapshots than the window has.
     """
     if spike is None:
         return DEFAULT

@@ -139,7 +139,7 @@ def test_numbers_that_metric_objects_return_improve_as_these_say(tmp_path, caplo
     assert "merged/unclear" in seen
     told = [record.message for record in caplog.records if "higher_is_better" in record.message]
     assert len(told) == 1
-    assert "logged for unclear:" in told[0]
+    assert "logged for unclear," in told[0]
 
 
 def test_options_say_which_way_a_metric_improves(tmp_path):

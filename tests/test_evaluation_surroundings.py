@@ -220,7 +220,7 @@ class FailingTwice(Classifier):
     """Fails in the merged validations of step 8 and 16."""
 
     def on_validation_start(self) -> None:
-        merged = type(self.trainer.fit_loop.epoch_loop.val_loop).__name__ == "BesideLoop"
+        merged = type(self.trainer.fit_loop.epoch_loop.val_loop).__name__ == "MergedEvaluationLoop"
         if merged and self.trainer.global_step < 24:
             raise RuntimeError("no data")
 

@@ -1,6 +1,8 @@
 """Modules as others write them: trained as without the callback, and merged and published right."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from training_runs import (
 
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli.main import main
+from merge_callback.publish.export import Naming
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -330,3 +333,19 @@ def test_a_parameter_may_be_named_like_a_files_format(tmp_path):
     merged_run(Momentum(), tmp_path)
     merged = load_merge(tmp_path / "latest")
     assert merged.keys() == Momentum().state_dict().keys()
+
+
+class Pooled(torch.nn.Module):
+    """A Hugging Face model and layers after it, like those of sentence-transformers."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.dense = model, torch.nn.Linear(4, 2)
+
+
+def test_a_sentence_transformer_is_not_taken_for_the_model_inside(monkeypatch):
+    pooled = Pooled(llama().model)
+    assert Naming.of(pooled, None).prefix == "model."
+    library = SimpleNamespace(SentenceTransformer=Pooled)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", library)
+    assert Naming.of(pooled, None) == Naming()

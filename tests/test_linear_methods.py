@@ -147,7 +147,7 @@ def test_options_that_could_not_be_recorded_are_refused():
     assert "hidden" not in METHODS
     given = resolve_method(Hidden(1))  # an object serves as it is
     assert (given.name, given.options()) == ("hidden", {"count": 1})
-    with pytest.raises(ValueError, match=r"Sma'> is no merging method: give a name, or an object"):
+    with pytest.raises(ValueError, match=r"Sma'> is not a method: give a name, or an object"):
         resolve_method(Sma)
 
 
@@ -171,7 +171,7 @@ def test_what_can_be_no_method_is_not_registered(what, said):
 
 
 def test_a_method_is_registered_under_a_name():
-    with pytest.raises(ValueError, match="under a name, @register_method"):
+    with pytest.raises(ValueError, match=r"needs a name, e\.g\. @register_method"):
         register_method(Unfinished)
 
 

@@ -30,7 +30,7 @@ from merge_callback.snapshots.storage import STORAGES, Memory
         ({"exclude": None}, "exclude=None"),
         ({"method": ["sma"]}, r"method=\['sma'\].*give a name, or an object"),
         ({"method": {"name": "ema", "alpha": 0.1}}, r"alpha.*give an object, e.g. Ema\(alpha=0.1\)"),
-        ({"method": Weighted([0.4, 0.6])}, "does not serve window=10: .* or choose window=2"),
+        ({"method": Weighted([0.4, 0.6])}, "does not fit window=10: .* or choose window=2"),
         ({"every_n_steps": -1}, "every_n_steps=-1"),
         ({"every_n_tokens": 0}, "every_n_tokens=0"),
         ({"diversity_lag": 0}, "diversity_lag=0"),

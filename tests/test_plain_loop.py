@@ -150,10 +150,9 @@ def test_a_resumed_loop_goes_on_bit_for_bit(alone, folder, tmp_path):
 
 def interrupted(merger):
     torch.rand(3)
-    with pytest.raises(RuntimeError, match="from a merge"):
-        merger.step()
-    with pytest.raises(RuntimeError, match="would save the merge"):
-        merger.state_dict()
+    for call in (merger.step, merger.state_dict, merger._host.optimizers[0].step):
+        with pytest.raises(RuntimeError, match="holds a merge"):
+            call()
     raise KeyboardInterrupt
 
 
@@ -271,6 +270,39 @@ def test_what_the_callback_and_the_merger_take_by_default_is_the_same():
 
     signature = inspect.signature(CheckpointMergeCallback).parameters
     assert {name: parameter.default for name, parameter in signature.items()} == dict(DEFAULTS)
+
+
+def test_a_loop_may_step_in_hooks_of_its_own(alone, folder, tmp_path):
+    model, optimizer = make(foreach=False)
+    update = type(optimizer).step.__wrapped__  # the update alone: nobody is told of it
+    with one_thread(), CheckpointMerger(model, optimizer, dirpath=tmp_path, **OPTIONS) as merger:
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            loss = ((model(batch(step)) - batch(-1)) ** 2).mean()
+            loss.backward()
+            with torch.no_grad():
+                update(optimizer)
+            merger.step(loss=loss)
+    assert merger.metrics["merge/lr_ratio"] == 1.0
+    assert_same_merges(tmp_path, folder / "alone")
+
+
+def test_a_loop_may_have_several_optimizers_and_a_scaler(tmp_path):
+    model, _ = make()
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in model]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    merger = CheckpointMerger(model, optimizers, scaler=scaler, dirpath=tmp_path, **OPTIONS)
+    with one_thread(), merger:
+        for step in range(STEPS):
+            loss = ((model(batch(step)) - batch(-1)) ** 2).mean()
+            scaler.scale(loss).backward()
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+            merger.step(loss=loss)
+    assert merger.metrics["merge/window"] == 3
+    assert len([*tmp_path.glob("step=*")]) == 3
 
 
 def test_a_gradient_norm_can_be_handed_over(tmp_path):

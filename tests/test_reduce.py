@@ -172,8 +172,8 @@ def test_autograd_sees_that_the_output_was_overwritten():
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"sources": [torch.ones(4), torch.ones(3)]}, "3 elements beside one of 4"),
-        ({"out": torch.ones(3)}, "3 elements beside one of 4"),
+        ({"sources": [torch.ones(4), torch.ones(3)]}, "got 3 and 4"),
+        ({"out": torch.ones(3)}, "got 3 and 4"),
         ({"weights": [1.0]}, "weights: 1 factors for 2 sources"),
         ({"contrast": [1.0] * 3}, "contrast: 3 factors for 2 sources"),
         ({"bounds": [2, 3]}, r"bounds=\[2, 3\] must ascend"),
@@ -389,7 +389,7 @@ def test_a_library_of_another_version_is_named_and_left_alone(monkeypatch, origi
     if origin != "own":
         found = SimpleNamespace(origin=origin)
         monkeypatch.setattr(compiled.importlib.util, "find_spec", lambda name: found)
-    with pytest.warns(UserWarning, match=r"\.so.* was built of another version .* install it again"):
+    with pytest.warns(UserWarning, match=r"\.so.* was built from another version .* install it again"):
         assert compiled._library.__wrapped__() is None
 
 

@@ -150,7 +150,7 @@ def electing(folder):
     from merge_callback.merging import threshold
 
     memory = MemoryError("on purpose")
-    return failing(folder, 1, (threshold, "_census"), memory, nth=3, strategy="fsdp2", method="ties")
+    return failing(folder, 1, (threshold, "_count_pass"), memory, nth=3, strategy="fsdp2", method="ties")
 
 
 def gathering(folder, rank, strategy):

@@ -211,7 +211,7 @@ def test_hard_data_are_judged_by_a_baseline_of_their_own():
     detector = warm()
     assert kinds(watch(detector, [9.0, 9.1] * 2 + [9.0], start=200)) == [(204, "spike", 200)]
     assert detector.acquit()
-    assert detector.calm
+    assert detector.is_within_baseline
     assert detector.onset == 200
     asked = []
     for step in range(205, 250):
@@ -242,12 +242,12 @@ def test_single_outliers_make_no_hard_data():
 def test_the_weights_of_hard_data_are_calm_and_those_of_a_streak_are_not():
     detector = warm()
     watch(detector, [9.0] * 4, start=200)
-    assert not detector.calm
+    assert not detector.is_within_baseline
     watch(detector, [9.0], start=204)
     detector.acquit()
-    assert detector.calm
+    assert detector.is_within_baseline
     watch(detector, [20.0], start=205)
-    assert not detector.calm
+    assert not detector.is_within_baseline
 
 
 def test_data_that_come_back_after_a_shift_are_judged_by_the_old_baseline():

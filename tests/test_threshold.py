@@ -89,8 +89,8 @@ def test_a_sample_that_misleads_costs_a_pass_but_not_the_result(monkeypatch):
     vector = random(20_000, 0) + 10
     vector.view(-1, 200)[:, :10] = 0
     passes = []
-    census = threshold._census
-    monkeypatch.setattr(threshold, "_census", lambda *a: passes.append(a) or census(*a))
+    count_pass = threshold._count_pass
+    monkeypatch.setattr(threshold, "_count_pass", lambda *a: passes.append(a) or count_pass(*a))
     assert kth_largest([part(vector)], 10_000) == by_sorting(vector, 10_000)
     assert passes[0][2] == 0  # the highest bits it believed in: those of zero
     assert len(passes) == 2
@@ -113,8 +113,8 @@ def test_ties_that_the_search_counted_are_not_counted_again():
 
 def test_one_pass_is_enough_for_a_normal_vector(monkeypatch):
     passes = []
-    census = threshold._census
-    monkeypatch.setattr(threshold, "_census", lambda *a: passes.append(a) or census(*a))
+    count_pass = threshold._count_pass
+    monkeypatch.setattr(threshold, "_count_pass", lambda *a: passes.append(a) or count_pass(*a))
     vector = random(1 << 22, 0)
     found = kth_largest([part(vector, 1 << 15)], 3 << 20)
     assert found.magnitude == vector.abs().kthvalue((1 << 20) + 1).values.item()

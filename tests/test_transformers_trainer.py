@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from transformers import (  # noqa: E402
 )
 
 from merge_callback import load_merge  # noqa: E402
+from merge_callback.snapshots.live_merge import HalfRestoredError  # noqa: E402
 from merge_callback.transformers import CheckpointMergeTrainerCallback  # noqa: E402
 
 OPTIONS = {"every_n_steps": 2, "window": 3, "keep_last": None}
@@ -111,12 +114,12 @@ class Probe(TrainerCallback):
 
 
 class Fail(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, error=RuntimeError):
+        self.step, self.error = step, error
 
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
-            raise RuntimeError("a fault of the machine")
+            raise self.error("a fault of the machine")
 
 
 def timeless(entry):
@@ -272,7 +275,8 @@ class Break(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step == 70:
             with torch.no_grad():
-                model.net.weight.mul_(50)
+                for parameter in model.parameters():
+                    parameter.mul_(20)
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1}
@@ -314,32 +318,31 @@ def test_hard_data_leaves_the_run_as_it_is(tmp_path):
 
 def test_an_exception_gives_the_folder_and_the_trainer_back(tmp_path):
     callback = CheckpointMergeTrainerCallback(**OPTIONS, dirpath=tmp_path / "merges")
-    trainers = []
-
-    class Kept(Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            trainers.append(self)
-
+    run = trainer_of(tmp_path, callback, Fail(5))
     with pytest.raises(RuntimeError, match="machine"):
-        train(tmp_path, callback, Fail(5), trainer=Kept)
-    (run,) = trainers
+        run.train()
     assert callback.session is None
     assert not {"training_step", "evaluation_loop", "save_model"} & vars(run).keys()
-    trainer_of(
-        tmp_path, CheckpointMergeTrainerCallback(**OPTIONS, dirpath=tmp_path / "merges"), max_steps=1
-    ).train()
+    run.save_model(tmp_path / "rescued")
+    second = CheckpointMergeTrainerCallback(**OPTIONS, dirpath=tmp_path / "merges")
+    trainer_of(tmp_path, second, max_steps=1).train()
+
+
+def test_a_mixture_is_never_saved(tmp_path):
+    run = trainer_of(tmp_path, CheckpointMergeTrainerCallback(**OPTIONS), Fail(3, HalfRestoredError))
+    with pytest.raises(HalfRestoredError, match="machine"):
+        run.train()
+    with pytest.raises(HalfRestoredError, match="not saved"):
+        run.save_model(tmp_path / "rescued")
+    run.remove_callback(Fail)
+    run.train()
+    run.save_model(tmp_path / "sound")
 
 
 def test_a_callback_that_is_added_later_finds_its_trainer(tmp_path):
-    callback = CheckpointMergeTrainerCallback(**OPTIONS)
-
-    class Adding(Trainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.add_callback(callback)
-
-    train(tmp_path, trainer=Adding, max_steps=4)
+    run = trainer_of(tmp_path, max_steps=4)
+    run.add_callback(CheckpointMergeTrainerCallback(**OPTIONS))
+    run.train()
     assert len(emissions(tmp_path / "merges")) == 1
 
 
@@ -364,3 +367,105 @@ def test_what_is_not_for_a_trainer_is_refused():
         CheckpointMergeTrainerCallback(windw=3)
     with pytest.raises(ValueError, match="window=1"):
         CheckpointMergeTrainerCallback(window=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [False, True])
+def test_supervised_fine_tuning_is_what_it_is_without(adapters, tmp_path):
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
+    data = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in texts(64, 0)])
+    options = {**QUIET, **SHORT, **SAVED, "max_length": 16, "bf16": False}
+
+    def tuned(folder, *callbacks):
+        lora = {}
+        if adapters:
+            peft = pytest.importorskip("peft")
+            lora["peft_config"] = peft.LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM")
+        seed(1)
+        run = trl.SFTTrainer(
+            language_model(),
+            trl.SFTConfig(str(folder), **options),
+            train_dataset=data,
+            eval_dataset=data.select(range(16)),
+            processing_class=tokenizer(),
+            callbacks=list(callbacks),
+            **lora,
+        )
+        run.train()
+        return run
+
+    run = tuned(tmp_path / "with", CheckpointMergeTrainerCallback(**OPTIONS))
+    alone = tuned(tmp_path / "alone")
+    assert_same_bits(weights_of(run.model), weights_of(alone.model))
+    assert own_log(run) == own_log(alone)  # with the accuracies that the trainer collects by itself
+    assert "eval_mean_token_accuracy" in str(own_log(run))
+    latest = tmp_path / "with" / "merges" / "latest"
+    if adapters:
+        loaded = pytest.importorskip("peft").PeftModel.from_pretrained(language_model(), latest)
+    else:
+        loaded = GPT2LMHeadModel.from_pretrained(latest)
+    assert_same_bits(weights_of(loaded), load_merge(latest))
+
+
+def run_on_ranks(folder, sharded=False):
+    """What two ranks find, one after the other without and with the callback, and resumed."""
+    # accelerate asks where the ranks are to meet, though they have met.
+    local = {"RANK": os.environ["LOCAL_RANK"], "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+    os.environ.update(local, MASTER_ADDR="localhost", MASTER_PORT="0")
+    options, callback = {**SAVED, "ddp_backend": "gloo"}, partial(CheckpointMergeTrainerCallback, **OPTIONS)
+    if sharded:
+        shard_on_cpus()
+        blocks = {"version": 2, "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        options |= {"save_strategy": "no", "fsdp": True, "fsdp_config": blocks}
+    runs = {
+        "alone": train(f"{folder}/alone", **options),
+        "with": train(f"{folder}/with", callback(), **options),
+    }
+    if not sharded:
+        checkpoint = f"{folder}/with/checkpoint-6"
+        runs["resumed"] = train(f"{folder}/with", callback(), resume=checkpoint, **options)
+    states = {name: run.model.state_dict().items() for name, run in runs.items()}
+    weights = {name: {k: own_part(v).clone() for k, v in state} for name, state in states.items()}
+    merged = [entry for entry in history(runs["with"]) if "eval_merged_loss" in entry]
+    never = {"eval_strategy": "no", "save_strategy": "no"}
+    spiking = {**options, **LONG, **never, "model": language_model(), "max_steps": 90}
+    spike = CheckpointMergeTrainerCallback(every_n_steps=5, window=4, spike={**SPIKE, "grad_norm": True})
+    train(f"{folder}/spike", spike, Break(), **spiking)
+    return weights, merged, type(runs["with"].model_wrapped).__name__
+
+
+def own_part(tensor):
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def shard_on_cpus():
+    """Has accelerate shard a model on CPUs, too, where it would not."""
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    present = AcceleratorState.__init__
+
+    def begin(self, *args, **kwargs):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        present(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_ranks_merge_and_are_restored_like_one(sharded, tmp_path):
+    from distributed_runs import run_ranks
+
+    first, second = run_ranks(2, run_on_ranks, folder=str(tmp_path), sharded=sharded)
+    for weights, merged, kind in (first, second):
+        assert ("FSDP" if sharded else "DistributedDataParallel") in kind
+        for name in weights:
+            assert_same_bits(weights[name], weights["alone"])
+        assert [entry["step"] for entry in merged] == [4, 8, 12]
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "with" / "merges" / "latest")
+    assert model.config.architectures == ["GPT2LMHeadModel"]
+    live = trainer_of(tmp_path / "evaluated", model=model).evaluate()["eval_loss"]
+    assert first[1][-1]["eval_merged_loss"] == pytest.approx(live, rel=1e-5)
+    (event,) = map(json.loads, (tmp_path / "spike" / "merges" / "spikes.jsonl").read_text().splitlines())
+    assert event["event"] == "restore"
+    assert event["evidence"]["source"] == "batch"

@@ -1,8 +1,8 @@
-"""How much task vectors get in each other's way: sign conflict, overlap, magnitude ratio and variance.
+"""How much task vectors interfere: sign conflict, overlap, magnitude ratio and variance.
 
 "Less Is More: Undertraining Experts Improves Model Upcycling", App. I. A task vector is
 ``τ_i = θ_i − θ_init``, and ``τ̃_i`` is τ_i with only its top k % by magnitude kept. An entry is active if
-``τ̃_i`` is not 0, so that tensors that were not trained have none.
+``τ̃_i`` is not 0, so tensors that were not trained have no active entries.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _CACHED = 1 << 12  # columns whose N·(N−1)/2 ratios are formed at once
 
 @dataclass(frozen=True)
 class Counts:
-    """Everything the measures need to know of N pruned task vectors; those of their parts add up.
+    """The counts of N pruned task vectors that all measures are computed from; counts of parts add up.
 
     Args:
         overlap: int64 ``(N, N)``: entries active in both; on the diagonal, active entries.
-        conflicts: int64 ``(N, N)``: those of them whose signs differ.
-        ratios: fp64 ``(N, N)``: over the overlap, the sum of the larger magnitude over the smaller.
-        union: entries active in any vector.
+        conflicts: int64 ``(N, N)``: entries of the overlap whose signs differ.
+        ratios: fp64 ``(N, N)``: the sum over the overlap of larger magnitude / smaller magnitude.
+        union: number of entries active in any vector.
         squares: the sum of all ``τ̃²``.
     """
 
@@ -68,10 +68,10 @@ def interference(
     Args:
         checkpoints: θ_1 … θ_N, N ≥ 2, tensors by name, on the CPU (usually views of mapped files).
         base: θ_init.
-        top: k, the percentage of entries that are kept: ``max(1, ⌊k·n/100⌋)`` of n. Of equal magnitudes those
-            of lower index.
-        scope: k % of each tensor, or of the whole model with ``"global"``.
-        labels: what errors call the base and each checkpoint; default: ``the base``, ``checkpoint 1`` ….
+        top: k, the percentage of entries that are kept: ``max(1, ⌊k·n/100⌋)`` of n. Of equal magnitudes,
+            those with lower indices are kept.
+        scope: ``"tensor"`` keeps k % of each tensor, ``"global"`` k % of the whole model.
+        labels: names of the base and of each checkpoint in errors; default: ``the base``, ``checkpoint 1`` ….
         block: elements of each checkpoint read at once. The result depends on it to fp64 rounding only.
 
     Raises:
@@ -94,7 +94,7 @@ def interference(
 
 def count(pruned: Tensor) -> Counts:
     """The counts of a block of N pruned task vectors, ``(N, any size)``."""
-    # In one run's task vectors the same entries tend to be large: most columns are 0 throughout.
+    # In one run's task vectors the same entries tend to be large, so most columns are all 0.
     vectors = pruned[:, (pruned != 0).any(0)].double()
     signs = vectors.sign()
     active = signs.abs()
@@ -129,9 +129,9 @@ def overlap(counts: Counts) -> Tensor:
 
 
 def magnitude_ratio(counts: Counts) -> Tensor:
-    """Per pair ``(N, N)``: the mean of max(|τ̃_1|, |τ̃_2|) / min(|τ̃_1|, |τ̃_2|) over what is active in both.
+    """Per pair ``(N, N)``: the mean of max(|τ̃_1|, |τ̃_2|) / min(|τ̃_1|, |τ̃_2|) over entries active in both.
 
-    NaN for a pair that has no such entry.
+    NaN for a pair without such an entry.
     """
     return counts.ratios / counts.overlap
 
@@ -142,12 +142,12 @@ def variance(counts: Counts) -> float:
 
 
 def pair_mean(measure: Tensor) -> float:
-    """The mean over all ordered pairs of two different vectors; of those that have a value."""
+    """The mean over all ordered pairs of two different vectors that have a value."""
     return float(measure[~torch.eye(len(measure), dtype=torch.bool)].nanmean())
 
 
 def chance(top: float) -> tuple[float, float]:
-    """The sign conflict and the overlap, in %, of vectors that have nothing to do with each other."""
+    """The expected sign conflict and overlap, in %, of independent vectors."""
     return 100 * top / (400 - 2 * top), top
 
 
@@ -155,10 +155,10 @@ def _count_group(group: Sequence[Sequence[Tensor]], top: float, block: int, what
     """Prunes each vector by one threshold and counts.
 
     Args:
-        group: for each tensor, θ_init and the checkpoints'.
-        top: as of ``interference``.
-        block: elements.
-        what: the group, for errors.
+        group: for each tensor, that of θ_init and of each checkpoint.
+        top: see ``interference``.
+        block: elements read at once.
+        what: name of the group in errors.
     """
     vectors = [[_part(each[0], each[i], block) for each in group] for i in range(1, len(group[0]))]
     kept = max(1, int(top * sum(each[0].numel() for each in group) / 100))
@@ -197,11 +197,11 @@ def _task_vectors(
 
 
 def _ratios(magnitudes: Tensor) -> Tensor:
-    """Σ max / min of each two rows over the columns where neither is 0."""
+    """Σ max / min of all pairs of rows, over the columns in which neither is 0."""
     inverses = torch.where(magnitudes > 0, 1 / magnitudes, 0.0)
     sums = torch.diag((magnitudes > 0).sum(1).double())
     for i in range(1, len(magnitudes)):
-        # Where one of the two is 0, so are both products: the overlap needs no mask.
+        # If one of the two is 0, both products are 0, so the overlap needs no mask.
         larger = torch.maximum(magnitudes[:i] * inverses[i], inverses[:i] * magnitudes[i]).sum(1)
         sums[i, :i] = sums[:i, i] = larger
     return sums

@@ -1,4 +1,4 @@
-"""Which layer a tensor belongs to, by its name."""
+"""Groups tensors by layer, using their names."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterable, Sequence
 
 
 def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Groups tensors by layer, in the order of the names, but layers by their numbers.
+    """Groups tensors by layer, in the order of the names, but sorts layers by their numbers.
 
-    A name that has a number belongs to the group up to and including the first one: ``model.layers.3.mlp.up``
-    to ``model.layers.3``. Any other belongs to its first part, counted from where the layers are kept:
+    A name with a number belongs to the group up to and including that number: ``model.layers.3.mlp.up`` to
+    ``model.layers.3``. Any other name belongs to its first part below the parent of the layers:
     ``model.norm.weight`` to ``model.norm``, since ``model`` alone would put the embedding and the final norm
-    together; ``lm_head.weight`` to ``lm_head``. Safetensors files are in alphabetical order, where layer 10
-    comes before layer 2; here it does not.
+    together; ``lm_head.weight`` to ``lm_head``. In safetensors files, which are in alphabetical order, layer
+    10 comes before layer 2; here it does not.
 
     Args:
-        names: of the tensors.
+        names: the tensors' names.
 
     Returns:
         The names of each group.
@@ -30,7 +30,7 @@ def layer_groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_layer(group: str) -> bool:
-    """Whether a group is one of a row of layers, such as ``layers.3``."""
+    """Whether a group is a numbered layer, such as ``layers.3``."""
     return group.rsplit(".", 1)[-1].isdecimal()
 
 
@@ -43,7 +43,7 @@ def _group(parts: Sequence[str], homes: Iterable[tuple[str, ...]]) -> str:
 
 
 def _row(group: str) -> str:
-    """What a layer has in common with its neighbours: ``layers`` of ``layers.3``."""
+    """The part of a layer's name that its neighbours share: ``layers`` of ``layers.3``."""
     return group.rpartition(".")[0] if is_layer(group) else group
 
 

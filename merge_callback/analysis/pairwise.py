@@ -1,4 +1,4 @@
-"""How far apart any two of N checkpoints lie, from one read of them all."""
+"""The distances of all pairs of N checkpoints, from one read of each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PairwiseDistances:
         return _mean(list(self.per_tensor.values()))
 
     def by_layer(self) -> dict[str, Tensor]:
-        """The same mean over the tensors of each layer, and of what lies outside the layers."""
+        """The same mean over the tensors of each layer, and of each group outside the layers."""
         groups = layer_groups(self.per_tensor)
         return {group: _mean([self.per_tensor[n] for n in names]) for group, names in groups.items()}
 
@@ -43,12 +43,12 @@ def pairwise_distances(
     labels: Sequence[object] | None = None,
     block: int = BLOCK,
 ) -> PairwiseDistances:
-    """The RMS distance of each two checkpoints; every checkpoint is read once.
+    """The RMS distances of all pairs of checkpoints; every checkpoint is read once.
 
     Args:
-        checkpoints: N of one model, tensors by name, on the CPU (usually views of mapped files). Tensors
-            that are not floating-point do not count.
-        labels: what errors call each checkpoint, e.g. its path; default: ``checkpoint 1`` ….
+        checkpoints: N checkpoints of one model, tensors by name, on the CPU (usually views of mapped files).
+            Tensors that are not floating-point do not count.
+        labels: names of the checkpoints in errors, e.g. their paths; default: ``checkpoint 1`` ….
         block: elements of each checkpoint read at once. The result depends on it to fp64 rounding only.
 
     Raises:
@@ -67,7 +67,7 @@ def pairwise_distances(
 
 
 def consecutive(distances: Tensor, lag: int = 1) -> list[float]:
-    """The distance between checkpoints ``lag`` apart: from 1 to 1 + lag, from 2 to 2 + lag, ….
+    """The distances between checkpoints ``lag`` apart: from 1 to 1 + lag, from 2 to 2 + lag, ….
 
     Args:
         distances: ``(N, N)``.
@@ -101,8 +101,8 @@ def _distances(tensors: Sequence[Tensor], block: int) -> Tensor:
 
 def _squared_distances(rows: Tensor) -> list[float]:
     """Σ (a − b)² of rows 1 and 0, 2 and 0, 2 and 1, …."""
-    # Every pair's difference rather than a Gram matrix: that is twice as fast, but would find two equal
-    # checkpoints some 1e-8 of their distance to the others apart.
+    # Every pair's difference, not a Gram matrix: that is twice as fast, but would put two equal checkpoints
+    # at some 1e-8 of their distance to the others.
     difference, squares = torch.empty_like(rows[0]), []
     for i, row in enumerate(rows):
         for other in rows[:i]:

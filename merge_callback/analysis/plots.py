@@ -1,4 +1,4 @@
-"""A picture of the distances: the matrix, how it changes along the run, and that of every layer."""
+"""Plots the distances: the matrix, the curves along the run, and the curves of every layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from merge_callback.analysis.pairwise import consecutive
 from merge_callback.analysis.tables import Source, power_of_ten
 
 WIDTH, HEIGHT, LAYERS_HEIGHT, DPI = 11.0, 4.8, 4.4, 150
-"""Inches, and pixels in one: 1650 by 720 pixels, 1650 by 1380 with the layers."""
+"""Inches, and pixels per inch: 1650 by 720 pixels, 1650 by 1380 with the layers."""
 
 _COLORS = ("#0072B2", "#D55E00", "#007A5E", "#8A4F7D", "#444444")
-"""After Okabe and Ito, whose palette the colour-blind can tell apart; darkened if it is thin on white."""
+"""After Okabe and Ito, whose palette the colour-blind can tell apart; darkened if it is faint on white."""
 
-_NAMED = 12  # layers that have a line of their own in the legend
+_NAMED = 12  # layers that are named in the legend
 
 
 def draw_distances(
@@ -34,16 +34,16 @@ def draw_distances(
     lags: Sequence[int],
     layers: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Draws the matrix beside its curves, and under them the curves of the layers.
+    """Draws the matrix next to its curves, and below them the curves of the layers.
 
     Args:
-        path: of the PNG.
-        sources: of the rows and columns.
-        distances: ``(N, N)``, of the model.
-        lags: of the curves; the last one is that of the layers' too.
-        layers: ``(N, N)`` by layer, or ``None``.
+        path: the PNG file.
+        sources: the checkpoints of the rows and columns.
+        distances: the model's distances, ``(N, N)``.
+        lags: the lags of the curves; the layers' curves have the last one.
+        layers: the distances ``(N, N)`` of each layer, or ``None``.
     """
-    # A figure with a canvas of its own: pyplot would set the global backend of whoever imports this.
+    # A figure with its own canvas, since pyplot would set the caller's global backend.
     height = HEIGHT + (LAYERS_HEIGHT if layers else 0)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -62,7 +62,7 @@ def _draw_matrix(axes: Axes, distances: Tensor) -> None:
     exponent = power_of_ten(distances)
     scaled = (distances / 10**exponent).numpy()
     image = axes.imshow(scaled, cmap="cividis", vmin=0, extent=(0.5, count + 0.5, count + 0.5, 0.5))
-    axes.set_title("RMS distance of each two checkpoints", fontsize=12, loc="left")
+    axes.set_title("RMS distance of all pairs of checkpoints", fontsize=12, loc="left")
     axes.set(xlabel="checkpoint (oldest first)", ylabel="checkpoint")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(min(count, 10), integer=True))
@@ -117,7 +117,7 @@ def _finish_curves(axes: Axes, sources: Sequence[Source], exponent: int) -> None
 
 
 def _positions(sources: Sequence[Source]) -> tuple[list[float], str]:
-    """Where each checkpoint lies along the run and what that is: tokens, else steps, else a number."""
+    """Each checkpoint's position in the run, and the axis label: tokens, else steps, else numbers."""
     tokens = [s.tokens for s in sources if s.tokens is not None]
     if len(tokens) == len(sources) and _ascending(tokens):
         unit, name = (1e9, "billions") if tokens[-1] >= 2e9 else (1e6, "millions")

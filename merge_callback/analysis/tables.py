@@ -19,10 +19,10 @@ _COLUMNS = "group first second lag first_step second_step first_tokens second_to
 
 @dataclass(frozen=True)
 class Source:
-    """Where one row and column of the distances comes from.
+    """The checkpoint of one row and column of the distances.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint's path.
         step: optimizer steps, if known.
         tokens: tokens seen, if known.
     """
@@ -33,14 +33,14 @@ class Source:
 
 
 def source_table(sources: Sequence[Source]) -> Iterator[str]:
-    """The checkpoints by the numbers under which the other tables have them."""
+    """The checkpoints, with the numbers that the other tables use for them."""
     yield f"{'':5}{'step':>10}{'tokens':>18}  checkpoint"
     for number, s in enumerate(sources, start=1):
         yield f"{_label(number)}{_grouped(s.step):>10}{_grouped(s.tokens):>18}  {s.path}"
 
 
 def matrix_table(distances: Tensor) -> Iterator[str]:
-    """The distance of each two checkpoints, in units of a power of ten."""
+    """The distances of all pairs of checkpoints, in units of a power of ten."""
     exponent = power_of_ten(distances)
     yield f"RMS distance in 1e{exponent:+03d}, in the unit of the weights"
     count = len(distances)
@@ -61,7 +61,7 @@ def curve_table(distances: Tensor, lags: Sequence[int]) -> Iterator[str]:
 
 
 def layer_table(layers: Mapping[str, Tensor], lag: int) -> Iterator[str]:
-    """The same curve of every layer, one a line."""
+    """The same curve of every layer, one per line."""
     exponent = max(map(power_of_ten, layers.values()))
     width = max(map(len, layers))
     yield f"distance to the checkpoint {lag} before in 1e{exponent:+03d}, and the last one's change in %"
@@ -74,12 +74,12 @@ def layer_table(layers: Mapping[str, Tensor], lag: int) -> Iterator[str]:
 
 
 def write_csv(path: Path, sources: Sequence[Source], groups: Mapping[str, Tensor]) -> None:
-    """Writes one line a group and pair, the older checkpoint first; ``change_percent`` is from the first such
-    pair of the same lag. Checkpoints are named by their paths, and what is unknown is left empty.
+    """Writes one line per group and pair, the older checkpoint first; ``change_percent`` is relative to the
+    first pair of the same lag. Checkpoints are named by their paths, and unknown values are left empty.
 
     Args:
-        path: of the file; replaced if it exists.
-        sources: of the rows and columns.
+        path: the file; replaced if it exists.
+        sources: the checkpoints of the rows and columns.
         groups: the distances, ``(N, N)``, of the whole model and of any layers.
     """
     with open(path, "w", newline="") as file:
@@ -94,8 +94,8 @@ def _csv_rows(group: str, sources: Sequence[Source], distances: Tensor) -> Itera
         curve = consecutive(distances, lag)
         pairs = zip(sources, sources[lag:], curve, changes(curve), strict=False)
         for a, b, value, change in pairs:
-            where = [a.path, b.path, lag, a.step, b.step, a.tokens, b.tokens]
-            yield [group, *where, value, None if math.isnan(change) else change]
+            pair = [a.path, b.path, lag, a.step, b.step, a.tokens, b.tokens]
+            yield [group, *pair, value, None if math.isnan(change) else change]
 
 
 def power_of_ten(distances: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Tensors of several checkpoints, read side by side in blocks that stay in cache."""
+"""Reads tensors of several checkpoints side by side, in blocks that stay in cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ BLOCK = 1 << 16
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keeps torch to one thread meanwhile; also a decorator.
+    """Limits torch to one thread in this context; also a decorator.
 
-    Blocks this small gain nothing from a second one, and if another process has its core the one waits for
-    the other at every block: on a busy two-core machine ten checkpoints took 16 s instead of 1.5.
+    Blocks this small gain nothing from a second thread, and if another process occupies its core, every block
+    waits for it: on a busy two-core machine ten checkpoints took 16 s instead of 1.5 s.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -28,11 +28,11 @@ def one_thread() -> Iterator[None]:
 
 
 def shared_names(checkpoints: Sequence[Mapping[str, Tensor]], labels: Sequence[object]) -> list[str]:
-    """The floating-point tensors, which every checkpoint must have in the same shape; in the first's order.
+    """The names of the floating-point tensors, in the first checkpoint's order; shapes must be the same.
 
     Args:
         checkpoints: tensors by name.
-        labels: what errors call each checkpoint.
+        labels: names of the checkpoints in errors.
 
     Raises:
         ValueError: for a tensor that a checkpoint lacks or has in another shape or kind of dtype, or if
@@ -59,13 +59,13 @@ def side_by_side(
     """Reads one tensor of every checkpoint, ``block`` elements at a time.
 
     fp64 costs no time here (the blocks stay in cache) and makes every difference of fp32 numbers exact to
-    2^-53, so that what is summed depends on nothing but the checkpoints.
+    2^-53, so that sums depend only on the checkpoints.
 
     Args:
         tensors: N tensors of one shape, any floating-point dtypes, contiguous or not.
-        block: elements; bounds the memory taken.
-        begin: the first element that is read.
-        end: one past the last one; by default all are read.
+        block: elements per block; bounds the memory used.
+        begin: the first element to read.
+        end: one past the last element to read; default: the tensor's size.
 
     Yields:
         fp64 ``(N, ≤ block)`` in row-major order of the elements. The next block overwrites it.

@@ -1,4 +1,4 @@
-"""Which entries of vectors are their k of largest magnitude, without sorting or holding them."""
+"""Finds the k entries of largest magnitude of vectors, without sorting or holding them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from merge_callback.merging.threshold import Part, alone, search_kth_largest
 
 
 def thresholds(vectors: Sequence[Sequence[Part]], count: int) -> tuple[Tensor, Tensor]:
-    """What to keep of each of N vectors, so that its ``count`` entries of largest magnitude remain.
+    """The thresholds of N vectors with which their ``count`` entries of largest magnitude are kept.
 
     Args:
-        vectors: the parts of each, in fp32.
+        vectors: the parts of each vector, in fp32.
         count: 1 … size of a vector.
 
     Returns:
-        The smallest magnitude kept, fp32 ``(N,)``, and how many entries of just that magnitude to keep,
-        int64 ``(N,)``: those of lower index first.
+        The smallest magnitude kept, fp32 ``(N,)``, and how many entries of exactly that magnitude to keep,
+        int64 ``(N,)``: those with lower indices first.
     """
     found = [alone(search_kth_largest(parts, count)) for parts in vectors]
     return torch.tensor([each.magnitude for each in found]), torch.tensor([each.kept for each in found])
 
 
 def keep_top(block: Tensor, threshold: Tensor, ties: Tensor) -> tuple[Tensor, Tensor]:
-    """One block with everything but the entries to keep set to 0.
+    """A block in which all entries except those to keep are 0.
 
     Args:
         block: fp32 ``(N, any size)``.

@@ -5,6 +5,8 @@ from merge_callback.snapshots.shard_files import SHARDS
 from merge_callback.snapshots.window_folder import WINDOW
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_WEIGHTS",
     "BIN_INDEX",
     "BIN_WEIGHTS",
     "CONFIG",
@@ -38,6 +40,9 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN_WEIGHTS, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 """The same for files of ``torch.save``."""
 
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""peft's names for the weights of an adapter, and for what it is."""
+
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 """What a Hugging Face model needs besides its weights."""
 
@@ -50,5 +55,7 @@ METADATA = ".metadata"
 LIGHTNING_META = "meta.pt"
 """What Lightning's sharded checkpoints hold besides tensors."""
 
-WEIGHTS_ALONE = frozenset({"model", "pytorch_model", "consolidated", "diffusion_pytorch_model"})
+WEIGHTS_ALONE = frozenset(
+    {"model", "pytorch_model", "consolidated", "diffusion_pytorch_model", "adapter_model"}
+)
 """Stems of files named for what they are, a model's weights: only their folder's name may tell a step."""

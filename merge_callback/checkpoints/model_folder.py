@@ -12,6 +12,8 @@ from typing import Any
 from merge_callback.checkpoints.checkpoint import parse_count, read_json
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     CONFIG,
     GENERATION_CONFIG,
     PROVENANCE,
@@ -24,6 +26,7 @@ from merge_callback.snapshots.files import CorruptFileError, read_small
 _MOST = 1 << 28  # bytes; the largest tokenizers have about 40 million
 _MOST_FILES = 2000
 _NEEDED = (
+    ADAPTER_CONFIG,
     CONFIG,
     GENERATION_CONFIG,
     "tokenizer*",
@@ -70,7 +73,9 @@ def extras(folder: Path, read: set[str]) -> tuple[list[Path], dict[str, str]]:
         path = folder / name
         if name in read or name == PROVENANCE:
             continue
-        if reason := _reason(path):
+        if name == ADAPTER_CONFIG and ADAPTER_WEIGHTS not in read:
+            left_out[name] = f"belongs to {ADAPTER_WEIGHTS}"
+        elif reason := _reason(path):
             left_out[name] = reason
         elif not path.is_dir():
             taken.append(path)

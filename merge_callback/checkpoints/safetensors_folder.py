@@ -10,9 +10,9 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, parse_count, segment_of, step_in_name
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import INDEX, PROVENANCE, WEIGHTS
+from merge_callback.checkpoints.file_names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, PROVENANCE, WEIGHTS
 from merge_callback.checkpoints.merge_record import read_record
-from merge_callback.checkpoints.model_folder import check_whole, extras, trainer_record
+from merge_callback.checkpoints.model_folder import check_whole, extras, folder_step, trainer_record
 from merge_callback.checkpoints.other_formats import what_folder
 from merge_callback.checkpoints.quantised import with_plain_weights
 from merge_callback.checkpoints.reader import OpenOptions, Reader
@@ -23,17 +23,24 @@ from merge_callback.checkpoints.training_state import without_training_state
 from merge_callback.snapshots.mapped_tensors import map_safetensors
 
 _INDICES = "*.safetensors.index*.json"
-_OTHER = re.compile(r"(model|diffusion_pytorch_model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?")
+_OTHER = re.compile(
+    r"(model|diffusion_pytorch_model|adapter_model)(\.\w+)?\.safetensors(\.index(\.\w+)?\.json)?"
+)
 """Names that libraries give a model's only weights, in a variant such as ``fp16``; or the index of them."""
 
 
 class SafetensorsFolderReader(Reader):
-    """Reads Hugging Face's folders of safetensors files; our emissions are such."""
+    """Reads Hugging Face's folders of safetensors files; our emissions are such.
+
+    The file of an adapter's weights stands for its folder: they mean nothing without the configuration.
+    """
 
     name = "safetensors-folder"
 
     def matches(self, path: Path) -> bool:
         """Whether it has weights, or an index, by a name that libraries give them, or a merge's record."""
+        if path.name == ADAPTER_WEIGHTS:
+            return path.is_file() and (path.parent / ADAPTER_CONFIG).exists()
         return path.is_dir() and (
             any((path / name).exists() for name in (WEIGHTS, INDEX, PROVENANCE))
             or any(path.glob(_INDICES))
@@ -42,14 +49,22 @@ class SafetensorsFolderReader(Reader):
 
     def open(self, path: Path, options: OpenOptions) -> Checkpoint:
         """The tensors of all files, as views of memory maps; of an emission as they are."""
-        stored = open_folder(path)
+        stored = open_folder(path.parent, path.name) if path.is_file() else open_folder(path)
         if stored.format == "emission":
             return stored
         return with_plain_weights(without_training_state(under_key(stored, options.state_key)), options)
 
+    def step(self, path: Path) -> int | None:
+        """What the records in the folder tell."""
+        return folder_step(path.parent if path.is_file() else path)
 
-def open_folder(folder: Path) -> Checkpoint:
+
+def open_folder(folder: Path, file: str = "") -> Checkpoint:
     """A folder with ``model.safetensors``, or with shards and an index; an emission if it has ``merge.json``.
+
+    Args:
+        folder: with what lies beside the weights.
+        file: of the weights in it, if it is not the folder that tells.
 
     Raises:
         CorruptFileError: if a file is broken, or index and files disagree, or one leads out of the folder.
@@ -57,7 +72,7 @@ def open_folder(folder: Path) -> Checkpoint:
         ValueError: if the folder has both, or neither.
     """
     check_whole(folder)
-    files, index = weight_files(folder)
+    files, index = ({file: None}, "") if file else weight_files(folder)
     merge = read_record(folder) if (folder / PROVENANCE).exists() else None
     record = merge.content if merge else trainer_record(folder)
     step = parse_count(record.get("step"))
@@ -66,7 +81,7 @@ def open_folder(folder: Path) -> Checkpoint:
     return Checkpoint(
         path=folder,
         tensors=tensors,
-        tied=merge.tied(tensors) if merge else shared,
+        tied=merge.tied(tensors) if merge and not file else shared,
         step=step_in_name(folder) if step is None else step,
         tokens=parse_count(record.get("tokens")),
         files=[folder / file for file in files],
@@ -79,7 +94,7 @@ def open_folder(folder: Path) -> Checkpoint:
     )
 
 
-def weight_files(folder: Path) -> tuple[dict[str, set[str] | None], str]:
+def weight_files(folder: Path) -> tuple[Mapping[str, set[str] | None], str]:
     """The files a folder's weights are in, each with the names an index gives it (``None``: no index).
 
     And the name of that index, which is empty if there is none. ``model.safetensors`` and its index go

@@ -1,4 +1,4 @@
-"""Batches for the demo: crops of the corpus, which a resumed run sees exactly as an unbroken one would."""
+"""Batches for the demo: crops of the corpus, the same in a resumed run as in an unbroken one."""
 
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
@@ -12,7 +12,7 @@ from merge_callback.demo.text import load_corpus
 
 
 class Batch(TypedDict):
-    """Tokens and what follows each of them; both `(batch, context)` int64."""
+    """Tokens, and the token that follows each of them; both `(batch, context)` int64."""
 
     input_ids: Tensor
     labels: Tensor
@@ -25,11 +25,11 @@ def cut(text: Tensor, starts: Tensor, context: int) -> Batch:
 
 
 class RandomCrops:
-    """A stateful loader of random crops: batch number i depends on (key, i) alone.
+    """A stateful loader of random crops: batch number i depends only on (key, i).
 
-    Lightning saves and restores its one number, `position`, with every checkpoint. Each iterator starts there
-    and hands out `len(self)` batches; Lightning itself ends a resumed epoch, part of which is over, in time.
-    Of each batch a process hands out its `share`.
+    Lightning saves and restores its only state, `position`, with every checkpoint. Each iterator starts there
+    and yields `len(self)` batches; Lightning itself ends a resumed epoch at the right batch. Of each batch a
+    process yields its `share`.
     """
 
     def __init__(
@@ -51,32 +51,32 @@ class RandomCrops:
 
     def __len__(self) -> int:
         """Batches per epoch."""
-        # Without a length Lightning prefetches one batch, and a saved position would be one too far.
+        # Without a length Lightning prefetches one batch, so a saved position would be one too far.
         return self.batches
 
     def __iter__(self) -> Iterator[Batch]:
         for _ in range(len(self)):
-            # Advance before handing out: a checkpoint written while this batch is in use must count it.
+            # Advance before the yield: a checkpoint written while this batch is in use must count it.
             self.position += 1
             yield self.draw(self.position - 1)
 
     def draw(self, index: int) -> Batch:
-        """Draws this process's share of batch number `index` of the run, whatever was drawn before."""
+        """Draws this process's share of batch number `index` of the run, independently of earlier draws."""
         generator = np.random.default_rng((*self.key, index))
         starts = generator.integers(len(self.text) - self.context, size=self.batch_size)
         return cut(self.text, torch.from_numpy(starts)[self.share], self.context)
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the number of batches handed out."""
+        """Returns the number of batches yielded."""
         return {"position": self.position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Continues after the batches that were handed out when `state_dict` was taken."""
+        """Continues after the batches that were yielded when `state_dict` was taken."""
         self.position = state_dict["position"]
 
 
 class SpacedCrops:
-    """The same evenly spaced crops every time, so that any two validations and any two seeds compare."""
+    """The same evenly spaced crops every time, so that all validations and seeds are comparable."""
 
     def __init__(self, text: Tensor, batch_size: int, context: int, starts: Tensor) -> None:
         self.text = text
@@ -91,14 +91,14 @@ class SpacedCrops:
 
 
 class DemoData(LightningDataModule):
-    """The Python standard library's source text, byte by byte; several processes share out each batch.
+    """The Python standard library's source text, byte by byte; several processes split each batch.
 
     Args:
-        batch_size: Sequences per batch, all processes together: any number of them train on the same batches.
+        batch_size: Sequences per batch of all processes together, so any number of them see the same batches.
         context: Tokens per sequence.
-        seed: Of the order of the training crops.
+        seed: Seed of the order of the training crops.
         epoch_batches: Batches per epoch; an epoch of random crops is only a unit for the progress bar.
-        validation_batches: Batches per validation, all processes together.
+        validation_batches: Batches per validation of all processes together.
         max_bytes: Read no more text than this.
     """
 
@@ -120,26 +120,26 @@ class DemoData(LightningDataModule):
         self.max_bytes = max_bytes
 
     def setup(self, stage: str) -> None:
-        """Reads the text; some tens of milliseconds."""
+        """Reads the text, which takes some tens of milliseconds."""
         self.corpus = load_corpus(self.max_bytes)
 
     def train_dataloader(self) -> RandomCrops:
-        """Makes the stateful training loader; the processes share each batch out."""
+        """Makes the stateful training loader; the processes split each batch."""
         text, key = self.corpus.train, (self.seed, 0)
         return RandomCrops(text, self.batch_size, self.context, self.epoch_batches, key, self._share())
 
     def val_dataloader(self) -> SpacedCrops:
-        """Makes the validation loader; the processes share its crops out."""
+        """Makes the validation loader; the processes split its crops."""
         text = self.corpus.validation
         crops = self.validation_batches * self.batch_size
         starts = torch.linspace(0, len(text) - self.context - 1, crops, dtype=torch.float64).long()
         return SpacedCrops(text, self.batch_size, self.context, starts[self._share()])
 
     def check_divisible(self, processes: int) -> None:
-        """Makes sure that each process can have the same number of sequences of every batch.
+        """Checks that every batch can be split evenly over the processes.
 
         Raises:
-            ValueError: Where it can't.
+            ValueError: If it can't.
         """
         if processes < 1 or self.batch_size % processes:
             raise ValueError(

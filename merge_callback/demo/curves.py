@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from merge_callback.demo.record import Row
 
 LIVE, MERGED, GAIN, DIVERSITY, RATE = "#0072B2", "#D55E00", "#007A5E", "#8A4F7D", "#444444"
-"""After Okabe and Ito, whose palette the colour-blind can tell apart; darkened where it is thin on white."""
+"""After Okabe and Ito, whose palette the colour-blind can tell apart; darkened if it is faint on white."""
 
 SHADES = {"warmup": "#F6EAC8", "stable": "#FFFFFF", "decay": "#DFEAF3"}
 PHASE_NAMES = {"warmup": "warm-up", "stable": "stable", "decay": "decay"}
@@ -23,7 +23,7 @@ Field = Literal["live_loss", "merged_loss", "gain", "diversity_rms"]
 
 @dataclass(frozen=True)
 class Run:
-    """What is drawn: a row per validation, a learning rate per step, and how many tokens a step has."""
+    """What is drawn: a row per validation, a learning rate per step, and the number of tokens per step."""
 
     rows: Sequence[Row]
     learning_rates: Sequence[float]
@@ -36,7 +36,7 @@ class Run:
     def phases(self) -> Iterator[tuple[str, float, float]]:
         """Yields each phase with its start and end in millions of tokens.
 
-        A row speaks for the steps since the row before it.
+        A row stands for the steps since the previous row.
         """
         start = 0.0
         for phase, group in groupby(self.rows, key=lambda row: row.phase):
@@ -48,7 +48,7 @@ class Run:
 
 def draw_curves(run: Run, path: Path) -> None:
     """Draws the run as a PNG."""
-    # A figure with a canvas of its own: pyplot would set the global backend of whoever imports this.
+    # A figure with its own canvas, since pyplot would set the caller's global backend.
     figure = Figure(figsize=(8.0, 8.4), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     losses, gain, diversity, rate = figure.subplots(4, sharex=True, height_ratios=(2.4, 1.3, 1.3, 0.8))
@@ -75,7 +75,7 @@ def _draw_losses(axes: Axes, run: Run) -> None:
 
 
 def _loss_limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Leaves out the fall from the random start, which would flatten everything the picture is about."""
+    """Leaves out the fall from the random start, which would flatten the interesting part."""
     top = max(row.live_loss for row in rows[len(rows) // 8 :])
     bottom = min(min(row.live_loss, row.merged_loss or row.live_loss) for row in rows)
     margin = 0.05 * (top - bottom) or 0.05

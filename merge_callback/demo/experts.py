@@ -27,8 +27,8 @@ class FeedForward(nn.Module):
 class Experts(nn.Module):
     """Routes each token to its top-k experts and sums their outputs by the router's scores.
 
-    The choice is made on score plus `router_bias`, the weights come from the scores alone: the bias evens out
-    the load without a gradient (auxiliary-loss-free balancing, arXiv 2408.15664). It is control state of the
+    The choice uses score plus `router_bias`, but the weights only use the scores. The bias evens out the
+    load without a gradient (auxiliary-loss-free balancing, arXiv 2408.15664). It is control state of the
     live model, not a trained weight: pass `exclude=["*.router_bias"]` to copy it instead of averaging it.
     """
 
@@ -47,7 +47,7 @@ class Experts(nn.Module):
         """Maps `(…, width)` to the same."""
         tokens = x.flatten(0, -2)
         chosen, weights = self.route(tokens)
-        # Sorted by expert, the tokens of each are one slice: one gather in all, and one back.
+        # Sorted by expert, each expert's tokens are one slice, so one gather is needed, and one back.
         order = chosen.flatten().argsort(stable=True)
         loads = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
         slices = torch.split(tokens.index_select(0, order // self.experts_per_token), loads)
@@ -73,7 +73,7 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def balance(self) -> None:
-        """Makes overloaded experts less, and idle ones more, likely to be chosen; then forgets the loads."""
+        """Makes overloaded experts less, and idle ones more, likely to be chosen; then resets the loads."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.load)
         load = self.load.float()

@@ -1,4 +1,4 @@
-"""Training from a YAML file through LightningCLI."""
+"""Trains from a YAML file through LightningCLI."""
 
 import warnings
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 
 class MergeCLI(LightningCLI):
-    """A LightningCLI for any module and data, those of the demo being the defaults."""
+    """A LightningCLI for any module and data; those of the demo are the defaults."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sets the defaults."""
@@ -21,8 +21,8 @@ class MergeCLI(LightningCLI):
 
 
 def fit(arguments: Sequence[str]) -> None:
-    """Trains as `arguments` say; they are those of LightningCLI's own `fit`."""
-    # Passed on purpose: LightningCLI's parser, left to read sys.argv, would not know our other subcommands.
+    """Trains with the given command-line arguments of LightningCLI's `fit`."""
+    # Passed on purpose: if LightningCLI read sys.argv, it would not know our other subcommands.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     MergeCLI(
         LightningModule,

@@ -30,7 +30,7 @@ class GPTConfig:
     experts: int = 0
     """Experts per block; 0 is a dense MLP."""
     experts_per_token: int = 2
-    """Experts that see each token, where there are any. Their joint width is that of the dense MLP."""
+    """Experts that see each token, if there are any. Their joint width is that of the dense MLP."""
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -130,7 +130,7 @@ def _make_mlp(config: GPTConfig) -> nn.Module:
     hidden = 4 * config.width
     if not config.experts:
         return FeedForward(config.width, hidden)
-    # The experts that see a token have together the width of the dense MLP, so a step costs the same.
+    # The experts of a token together have the width of the dense MLP, so a step costs the same.
     return Experts(config.width, hidden // config.experts_per_token, config.experts, config.experts_per_token)
 
 

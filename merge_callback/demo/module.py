@@ -41,7 +41,7 @@ class DemoModule(LightningModule):
         self.weight_decay = weight_decay
 
     def configure_model(self) -> None:
-        """Shards the model block by block (FSDP2), under Lightning's `ModelParallelStrategy` alone."""
+        """Shards the model block by block (FSDP2), but only under Lightning's `ModelParallelStrategy`."""
         if self.device_mesh is None or isinstance(self.model, FSDPModule):
             return
         mesh = self.device_mesh["data_parallel"]
@@ -66,7 +66,7 @@ class DemoModule(LightningModule):
         self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["labels"]), sync_dist=True)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Balances the experts once per optimizer step, however many batches it accumulates."""
+        """Balances the experts once per optimizer step, even if it accumulates several batches."""
         self.model.balance_experts()
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -77,7 +77,7 @@ class DemoModule(LightningModule):
             {"params": matrices, "weight_decay": self.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
         ]
-        # Grouped calls: a model this small spends its time on calls. Fused ones would be faster still, but
+        # foreach groups calls, on which a model this small spends its time. Fused would be faster still, but
         # Lightning refuses to clip the gradients of a fused optimizer under mixed precision.
         optimizer = AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.95), foreach=True)
         scheduler = LambdaLR(optimizer, self.schedule.factor)

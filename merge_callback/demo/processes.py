@@ -1,4 +1,4 @@
-"""The demo on several processes of one machine: Lightning starts them, each with the same command line."""
+"""Runs the demo in several processes of one machine; Lightning starts them with the same command line."""
 
 import os
 from pathlib import Path
@@ -9,14 +9,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 VERSION = "MERGE_CALLBACK_DEMO_VERSION"
-"""The environment variable that tells the other processes the number of the run's folder."""
+"""The environment variable that passes the number of the run's folder to the other processes."""
 
 
 def cpu_options(strategy: str, devices: int) -> dict[str, Any]:
-    """The Trainer's options for so many processes on the CPU.
+    """The Trainer's options for `devices` processes on the CPU.
 
     Args:
-        strategy: `ddp`, `fsdp2`, or `auto`: DDP where there is more than one process.
+        strategy: `ddp`, `fsdp2`, or `auto`: DDP if there is more than one process.
         devices: Number of processes.
     """
     options = {"accelerator": "cpu", "devices": devices, "strategy": strategy}
@@ -27,7 +27,7 @@ def cpu_options(strategy: str, devices: int) -> dict[str, Any]:
 
 def share_cores(devices: int) -> None:
     """Gives each process its share of the cores."""
-    # The model is too small to feed more threads, and these would wait for each other.
+    # The model is too small for more threads, which would wait for each other.
     threads = max(1, min(4, torch.get_num_threads() // devices))
     torch.set_num_threads(threads)
     if devices > 1:
@@ -41,7 +41,7 @@ def new_version(output: str | Path) -> int:
     The first process finds it; those that Lightning starts for it inherit its environment.
 
     Raises:
-        ValueError: Where somebody else started this process.
+        ValueError: If Lightning did not start this process.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.environ[VERSION] = str(TensorBoardLogger(output, name="").version)

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: one row of numbers per validation."""
+"""The table that the demo prints at its end: one row of numbers per validation."""
 
 import json
 import math
@@ -12,14 +12,14 @@ from torch.optim import Optimizer
 PHASES = ("warmup", "stable", "decay")
 """Names of the codes that the callback logs as `merge/phase`."""
 
-NOTHING = "–"  # noqa: RUF001 (a dash is what a table shows there)
+NOTHING = "–"  # noqa: RUF001 (tables show a dash for a missing value)
 
 HEADINGS = ("tokens", "phase", "LR", "live loss", "merged loss", "gain", "diversity")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One validation; None where there is nothing yet. Losses are in nats per byte."""
+    """One validation; None for values that do not exist yet. Losses are in nats per byte."""
 
     step: int
     tokens: int | None
@@ -36,7 +36,7 @@ class Row:
 class Recorder(Callback):
     """Keeps a row per validation and the learning rate of every step.
 
-    It must stand behind the `CheckpointMergeCallback`, which writes `merged/…` in the same hook.
+    It must come after the `CheckpointMergeCallback`, which writes `merged/…` in the same hook.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Recorder(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Notes the rate that this step applies; after it the scheduler has moved on."""
+        """Notes the rate that this step applies, before the scheduler changes it."""
         self.learning_rates.append(optimizer.param_groups[0]["lr"])
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -60,7 +60,7 @@ class Recorder(Callback):
             phase=None if phase is None else PHASES[int(phase)],
             learning_rate=self.learning_rates[-1],
             live_loss=metrics["val_loss"],
-            # Before there is a merge, the callback shows the live loss here, so that a monitor finds its key.
+            # Before there is a merge, the callback repeats the live loss here, so a monitor finds its key.
             merged_loss=None if gain is None else metrics["merged/val_loss"],
             gain=gain,
             diversity_rms=metrics.get("merge/diversity_rms"),
@@ -71,7 +71,7 @@ class Recorder(Callback):
 
 
 def format_table(rows: Sequence[Row], limit: int = 30) -> str:
-    """Lays rows out as a table; of more than `limit`, every second, third, … up to the last."""
+    """Formats rows as a table; of more than `limit` rows, every second, third, … up to the last."""
     every = max(1, math.ceil(len(rows) / limit))
     shown = [row for i, row in enumerate(rows) if (len(rows) - 1 - i) % every == 0]
     cells = [HEADINGS, *(_cells(row) for row in shown)]

@@ -1,4 +1,4 @@
-"""The demo: trains, merges, and shows what the merge was worth."""
+"""The demo: trains, merges, and shows the gain of the merges."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ MOE = GPTConfig(experts=4)
 
 @dataclass(frozen=True)
 class DemoPlan:
-    """The lengths of a demo run, in optimizer steps; the defaults are the pilot's."""
+    """The lengths of a demo run, in optimizer steps; the defaults are those of the pilot run."""
 
     schedule: WSDSchedule = field(default_factory=WSDSchedule)
     validate_every: int = 200
@@ -32,7 +32,7 @@ class DemoPlan:
 
     @classmethod
     def scaled(cls, scale: float) -> "DemoPlan":
-        """Stretches or shrinks all lengths of the pilot alike."""
+        """Scales all lengths of the pilot run by the same factor."""
         pilot = (200, 4000, 1200, 200, 40)
         warmup, stable, decay, validate, snapshot = (max(1, round(steps * scale)) for steps in pilot)
         return cls(WSDSchedule(warmup, stable, decay), validate, snapshot)
@@ -43,7 +43,7 @@ PILOT = DemoPlan()
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo run leaves behind."""
+    """The results of a demo run."""
 
     rows: list[Row]
     folder: Path
@@ -77,20 +77,20 @@ def run_demo(
 
     Args:
         output: Folder of all demo runs; each run takes a new `version_…` folder in it.
-        plan: How long to train.
+        plan: The lengths of the run.
         moe: Train the mixture-of-experts variant.
-        seed: Of the initial weights and the training batches.
-        storage: Where the callback keeps its window.
+        seed: Seed of the initial weights and the training batches.
+        storage: The callback's storage of its window.
         strategy: How several processes train together: `auto`, `ddp` or `fsdp2`.
-        devices: Number of processes. All train on the same batches as one alone, and share them out.
+        devices: Number of processes. They split the batches that a single process would train on.
 
     Raises:
-        ValueError: Where the processes can't share a batch out evenly.
+        ValueError: If a batch can't be split evenly over the processes.
     """
     data = DemoData(seed=seed, epoch_batches=plan.schedule.steps)
     data.check_divisible(devices)
     share_cores(devices)
-    # Lightning 2.6 on torch 2.13: nothing a reader of the demo can do about it.
+    # Lightning 2.6 on torch 2.13 causes it; a reader of the demo can't do anything about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     seed_everything(seed, verbose=False)
     logger = TensorBoardLogger(output, name="", version=new_version(output))
@@ -126,7 +126,7 @@ def _make_trainer(
         val_check_interval=plan.validate_every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
-        # A log or a redraw at every step would cost as much as the model.
+        # Logging or redrawing at every step would cost as much as the model.
         log_every_n_steps=min(25, plan.validate_every),
         logger=logger,
         callbacks=[*callbacks, TQDMProgressBar(refresh_rate=25), checkpoint],

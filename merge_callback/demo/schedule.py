@@ -11,10 +11,10 @@ def wsd_factor(step: int, warmup: int, stable: int, decay: int, shape: DecayShap
     """Computes the share of the peak learning rate at one step of a warmup-stable-decay schedule.
 
     Args:
-        step: Steps already taken; 0 gives the factor of the first one.
-        warmup: Steps of linear rise; the last of them is at the peak.
+        step: Steps already taken; 0 gives the factor of the first step.
+        warmup: Steps of linear rise; the last one is at the peak.
         stable: Steps at the peak.
-        decay: Steps of decay towards 0, which the step after the last reaches.
+        decay: Steps of decay; the step after the last one would be at 0.
         shape: With x the share of the decay that is over: `1-sqrt` is 1 − √x, `linear` is 1 − x, `cosine` is
             (1 + cos πx) / 2.
 
@@ -54,11 +54,11 @@ class WSDSchedule:
     def __post_init__(self) -> None:
         if min(self.warmup, self.stable, self.decay) < 0:
             raise ValueError(f"The steps of {self} must not be negative.")
-        self.factor(self.steps)  # an unknown shape must not wait for the decay to show itself
+        self.factor(self.steps)  # finds an unknown shape now, not when the decay begins
 
     @property
     def steps(self) -> int:
-        """Steps in all."""
+        """Steps in total."""
         return self.warmup + self.stable + self.decay
 
     def factor(self, step: int) -> float:
@@ -71,11 +71,11 @@ class ExcessiveSchedule(WSDSchedule):
     """A schedule that goes wrong for a while, as after a restart with a wrong flag."""
 
     excess: float = 25.0
-    """What the learning rate is multiplied by then."""
+    """The factor on the learning rate during the excess."""
     excess_from: int = 800
-    """The first step of it."""
+    """The first step of the excess."""
     excess_steps: int = 40
-    """For how long."""
+    """The number of its steps."""
 
     def factor(self, step: int) -> float:
         """Computes the share of the peak learning rate after `step` steps."""

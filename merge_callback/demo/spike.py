@@ -21,7 +21,7 @@ from merge_callback.demo.schedule import ExcessiveSchedule
 from merge_callback.demo.spike_curves import draw_spike, format_spike_table
 
 RUNS = ("unbroken", "with the callback", "without it")
-"""One at the stable learning rate throughout; two whose learning rate goes wrong."""
+"""One run keeps the stable learning rate; in the two others the learning rate goes wrong."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SpikePlan:
 
     @classmethod
     def scaled(cls, scale: float) -> "SpikePlan":
-        """Stretches or shrinks all lengths alike; how long the learning rate is wrong stays."""
+        """Scales all lengths by the same factor, except the length of the excess."""
         plan = cls()
         lengths = ("steps", "warmup", "excess_from", "validate_every", "snapshot_every")
         return replace(plan, **{name: max(1, round(getattr(plan, name) * scale)) for name in lengths})
@@ -58,7 +58,7 @@ class SpikePlan:
 
 @dataclass
 class SpikeRun:
-    """What one run was like: loss and applied learning rate by step, validations, what the callback did."""
+    """The record of one run: loss and applied learning rate by step, validations, the callback's events."""
 
     name: str
     losses: list[float] = field(default_factory=list)
@@ -88,7 +88,7 @@ class RunRecorder(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         """Notes the loss of the whole batch."""
-        # A copy: the reduction is in place.
+        # A copy, because the reduction is in place.
         self.run.losses.append(float(trainer.strategy.reduce(outputs["loss"].clone(), reduce_op="mean")))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -109,14 +109,14 @@ def train(
     """Trains the demo model without qk-norm once.
 
     Args:
-        name: of the run.
-        folder: where Lightning keeps what it keeps.
-        plan: how long to train and how to break it.
-        callback: the one that merges and restores, if any.
+        name: the run's name.
+        folder: Lightning's root folder.
+        plan: how long to train and how to break the run.
+        callback: the callback that merges and restores, if any.
         broken: whether the learning rate goes wrong.
         moe: train the mixture-of-experts variant.
-        seed: of the initial weights and the batches.
-        **trainer_options: further ones for the Trainer and its fit.
+        seed: seed of the initial weights and the batches.
+        **trainer_options: further options for the Trainer and its fit.
     """
     seed_everything(seed, verbose=False)
     run = SpikeRun(name)
@@ -152,7 +152,7 @@ def train(
 def merging(
     dirpath: Path, plan: SpikePlan, moe: bool, spike: SpikeOptions | None = None
 ) -> CheckpointMergeCallback:
-    """The callback for such a run; it publishes at the end only."""
+    """The callback for such a run; it publishes only at the end."""
     return CheckpointMergeCallback(
         every_n_steps=plan.snapshot_every,
         dirpath=dirpath,
@@ -164,7 +164,7 @@ def merging(
 
 
 def read_events(dirpath: Path) -> list[dict[str, Any]]:
-    """What the callback wrote down of each spike."""
+    """The events that the callback recorded."""
     record = dirpath / "spikes.jsonl"
     return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
 
@@ -177,20 +177,20 @@ def run_spike_demo(
     strategy: str = "auto",
     devices: int = 1,
 ) -> list[SpikeRun]:
-    """Trains three times, two of them broken by the learning rate, one of those with the callback.
+    """Trains three times; the learning rate breaks two runs, one of which has the callback.
 
     Prints a table, draws the curves, and returns the runs in the order of `RUNS`.
 
     Args:
         output: Folder of all demo runs; this one takes a new `version_…` folder in it.
-        plan: How long to train and how to break it.
+        plan: How long to train and how to break the run.
         moe: Train the mixture-of-experts variant.
-        seed: Of the initial weights and the training batches.
+        seed: Seed of the initial weights and the training batches.
         strategy: How several processes train together: `auto`, `ddp` or `fsdp2`.
-        devices: Number of processes. All train on the same batches as one alone, and share them out.
+        devices: Number of processes. They split the batches that a single process would train on.
 
     Raises:
-        ValueError: Where the processes can't share a batch out evenly.
+        ValueError: If a batch can't be split evenly over the processes.
     """
     plan = plan or SpikePlan()
     DemoData().check_divisible(devices)

@@ -1,4 +1,4 @@
-"""The table and the picture of a run that diverged, beside the same run restored and an unbroken one."""
+"""The table and the plot of a run that diverged, with the same run restored and an unbroken one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ from merge_callback.demo.curves import GAIN, LIVE, MERGED, RATE
 
 COLORS = (RATE, LIVE, MERGED)
 SMOOTH = 25
-"""Steps whose median is drawn: single batches of text differ more than the models."""
+"""Steps over which the median is drawn, since single batches of text differ more than the models."""
 
 
 class Drawn(Protocol):
-    """What is drawn of a run; see `SpikeRun`."""
+    """The parts of a run that are drawn; see `SpikeRun`."""
 
     name: str
     losses: list[float]
@@ -27,7 +27,7 @@ class Drawn(Protocol):
 
 
 def format_spike_table(runs: Sequence[Drawn]) -> str:
-    """Lays out the validation losses of all runs, a line per validation, and what the callback did."""
+    """Formats the validation losses of all runs, one line per validation, and the callback's events."""
     by_step = [dict(run.validations) for run in runs]
     notes = {event["step"]: event["event"] for run in runs for event in run.events}
     widths = [max(9, len(run.name)) for run in runs]
@@ -68,7 +68,7 @@ def draw_spike(runs: Sequence[Drawn], path: Path) -> None:
 
 
 def smoothed(losses: Sequence[float], width: int = SMOOTH) -> tuple[list[int], list[float]]:
-    """The running median over the last `width` steps, with the steps it stands for."""
+    """The running median over the last `width` steps, and its steps."""
     ends = range(width, len(losses) + 1)
     return list(ends), [median(losses[end - width : end]) for end in ends]
 

@@ -1,6 +1,6 @@
 """The corpus: the Python standard library's own source files, as bytes.
 
-Every machine that can run the demo has this text already, so nothing is downloaded.
+Every machine that can run the demo has this text, so nothing is downloaded.
 """
 
 import hashlib
@@ -42,22 +42,22 @@ class Corpus(NamedTuple):
 def load_corpus(max_bytes: int = 8_000_000, root: str | Path | None = None) -> Corpus:
     """Reads the source files under `root` and splits them by file into training and validation text.
 
-    The files are visited in the order of a hash of their relative path, so a cap takes a fair sample of
-    the library and the same Python version gives the same bytes on every machine.
+    The files are read in the order of a hash of their relative path, so `max_bytes` takes a fair sample of
+    the library, and the same Python version gives the same bytes on every machine.
 
     Args:
         max_bytes: Stop after the file that reaches this size.
-        root: Folder to read; default: the one of the running Python's standard library.
+        root: Folder to read; default: that of the running Python's standard library.
 
     Raises:
-        ValueError: Where there is too little Python source below `root`.
+        ValueError: If there is too little Python source below `root`.
     """
     return _load(max_bytes, str(root or Path(os.__file__).parent))
 
 
 @lru_cache(maxsize=2)
 def _load(max_bytes: int, root: str) -> Corpus:
-    """Reads once per process: a module, its data and a resumed run all ask for the same text."""
+    """Reads once per process, since a module, its data and a resumed run all need the same text."""
     parts: tuple[list[bytes], list[bytes]] = ([], [])
     size = 0
     for path, is_validation in split_files(Path(root)):
@@ -78,7 +78,7 @@ def split_files(root: Path) -> list[tuple[Path, bool]]:
 
 
 def _source_files(root: Path) -> Iterator[Path]:
-    """Walks the `.py` files below `root`, leaving out what is not the library's own portable text."""
+    """Walks the `.py` files below `root`, except those that are not the library's own portable text."""
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
         for name in names:

@@ -1,4 +1,4 @@
-"""How different the snapshots of a run are: what tells whether merging still pays."""
+"""Measures how different the snapshots of a run are, which shows whether merging still pays."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["RMSDiversity", "rms_diversity", "rms_per_tensor", "squared_distances
 
 
 def __getattr__(name: str) -> Any:
-    # Imported on first use: torchmetrics, which the measures of files do not need, takes as long as torch.
+    # Imported on first use: torchmetrics takes as long to import as torch, and most uses don't need it.
     if name in ("RMSDiversity", "rms_diversity"):
         return getattr(import_module("merge_callback.diversity.rms"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The RMS distance: the sums of squares it is made of, and the formula."""
+"""The RMS distance and the sums of squares that it is computed from."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ def squared_distances(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tenso
 
     Args:
         theta_1: tensors by name, any shapes and float dtypes.
-        theta_2: the same names and shapes; each tensor on the device and of the dtype of its twin.
+        theta_2: the same names and shapes; each tensor has the device and dtype of its counterpart.
 
     Raises:
-        ValueError: where names or a shape differ.
+        ValueError: if names or a shape differ.
     """
     if theta_1.keys() != theta_2.keys():
         raise ValueError(f"the names differ: {sorted(theta_1.keys() ^ theta_2.keys())[:5]}")
@@ -32,8 +32,8 @@ def rms_per_tensor(squares: Tensor, numel: Tensor) -> Tensor:
     """RMS(t₁, t₂) = √(Σ (t₁ − t₂)² / n) of each tensor ("Practical Guidelines", App. C.2, eq. 4).
 
     Args:
-        squares: fp64, one sum of squared differences a tensor.
-        numel: int64, the number of elements of each.
+        squares: fp64, one sum of squared differences per tensor.
+        numel: int64, the number of elements of each tensor.
     """
     return (squares / numel.clamp(min=1)).sqrt()
 

@@ -1,4 +1,4 @@
-"""RMS diversity: how far apart snapshots of one run lie."""
+"""RMS diversity: the distance between snapshots of one run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 else:
     try:
         from torchmetrics import Metric
-    except ImportError:  # of it, or of one of the many libraries that it imports if they are installed
+    except ImportError:  # of torchmetrics itself, or of one of the many optional libraries that it imports
 
         class Metric:
-            """Stands for ``torchmetrics.Metric``, which can't be imported; nothing else here needs it."""
+            """Replaces ``torchmetrics.Metric`` if that can't be imported; nothing else here needs it."""
 
             def __init__(self, **kwargs: Any) -> None:
-                import torchmetrics  # noqa: F401  # says why
+                import torchmetrics  # noqa: F401  # raises and says why
 
 
 def rms_diversity(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> float:

@@ -170,7 +170,7 @@ class PythonState:
 
 def is_metric(part: nn.Module, kind: str = "Metric") -> bool:
     """Whether a module is an instance of a torchmetrics class; torchmetrics may not be installed."""
-    torchmetrics = sys.modules.get("torchmetrics")  # whoever built a metric has imported it
+    torchmetrics = sys.modules.get("torchmetrics")  # imported by the code that built a metric
     return torchmetrics is not None and isinstance(part, getattr(torchmetrics, kind))
 
 
@@ -262,7 +262,7 @@ class _Keeper:
                 self.keep(item, tensors)
 
     def _keep_hidden(self, hidden: nn.Module) -> None:
-        """A module that nobody has registered: a teacher, or a metric, in a list."""
+        """Notes how to restore an unregistered module: a teacher, or a metric, in a list."""
         for part in hidden.modules():
             self._seen.add(id(part))
             self.keep(vars(part))

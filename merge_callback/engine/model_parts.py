@@ -37,7 +37,7 @@ def shapes_of(model: ModelTensors) -> dict[str, Kind]:
 
 
 def tensor_changes(before: Mapping[str, Kind], model: ModelTensors) -> str:
-    """How a model's names, shapes and dtypes differ from what they were, in one line; empty if they don't."""
+    """How a model's names, shapes and dtypes differ from ``before``, in one line; empty if they don't."""
     if len(before) == len(model.tensors) and all(
         name == known and tensor.shape == kind[0] and tensor.dtype is kind[1]
         for (known, kind), (name, tensor) in zip(before.items(), model.tensors.items(), strict=True)

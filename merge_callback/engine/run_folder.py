@@ -25,7 +25,7 @@ from merge_callback.snapshots.manifest import find_manifest
 from merge_callback.urls import is_remote, local_path
 
 _SCRATCH = "merge_scratch"
-_MOST_CLAIMS = 20  # that other runs win; after so many, the store may not list new files at all
+_MOST_CLAIMS = 20  # lost claims after which the store probably does not list new files
 
 _T = TypeVar("_T")
 

@@ -211,8 +211,8 @@ class MergeSession:
             self._count(batch, tokens)
         if self.spikes and self._stepless < _UNSEEN:
             self.statistics.add_loss(outputs, divided_by)
-        if self.pipeline.has_news:
-            self.pipeline.log_news()
+        if self.pipeline.has_pending_logs:
+            self.pipeline.log_pending()
         step = self.host.step
         self._batches += 1
         if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
@@ -245,7 +245,7 @@ class MergeSession:
         except Exception as error:  # reported when the snapshot fails because of it
             self._model, change = error, ""
         if self.ranks.size > 1:
-            self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+            self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         change = next(filter(None, self.ranks.exchange(change)), "")
         if not change:
             return self
@@ -281,13 +281,13 @@ class MergeSession:
             since=self.phases.since,
             lr_step=self.phases.steps,
         )
-        calm = self.spikes is None or self.spikes.calm
-        self.pipeline.take(snapshot, self.phases.phase, self._model, calm)
+        is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
+        self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
 
     def current_merge(self) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this."""
         model = self.live()
-        self.pipeline.wait_until_merged()  # nobody else may talk to the other ranks before that
+        self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model) if is_same else None
 

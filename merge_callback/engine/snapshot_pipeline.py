@@ -66,7 +66,7 @@ class SnapshotPipeline:
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(host.device)
-        self.publish_group = Ranks.of_run()  # for what is published, while others use the window's group
+        self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude)
@@ -95,11 +95,13 @@ class SnapshotPipeline:
         return self._merger
 
     @property
-    def has_news(self) -> bool:
+    def has_pending_logs(self) -> bool:
         """Whether there is something to log."""
         return bool(self._reports)
 
-    def take(self, snapshot: Snapshot, phase: Phase, live: ModelTensors | Exception, calm: bool) -> None:
+    def take(
+        self, snapshot: Snapshot, phase: Phase, live: ModelTensors | Exception, may_publish: bool
+    ) -> None:
         """Copies the live weights, and has the copy stored, measured, merged and published in the background.
 
         If the previous snapshot is not in the window yet, storage is slower than the interval. The run then
@@ -109,12 +111,12 @@ class SnapshotPipeline:
             snapshot: the snapshot's metadata.
             phase: the phase of the learning rate.
             live: the live model's tensors, or the error that kept them from being read.
-            calm: whether a merge may be published: not while the loss is an outlier.
+            may_publish: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
         model, captured = self._capture(live, snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
-        self._pending = self.background.submit(partial(self._keep, model, captured, report, calm))
+        self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
         """Waits until the last snapshot is in the window, measured and merged; all ranks do so together."""
@@ -122,11 +124,11 @@ class SnapshotPipeline:
             return
         self._pending.wait()
         self._pending = None
-        self.log_news()
+        self.log_pending()
         self.host.expose(self._logged)
         self._logged = {}
 
-    def log_news(self) -> None:
+    def log_pending(self) -> None:
         """Logs the snapshots that are in the window by now; each rank does so at its own time."""
         while self._reports:
             self._log(self._reports.pop(0))
@@ -191,7 +193,7 @@ class SnapshotPipeline:
         if self._pending is not None and not self.background.is_current:
             self._pending.wait(_PATIENCE)
         try:
-            self.log_news()
+            self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
             log.exception("merge: a snapshot could not be logged")
         return {
@@ -238,22 +240,22 @@ class SnapshotPipeline:
 
     # In the background, one job after the other.
 
-    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, calm: bool) -> None:
+    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
         """Adds a captured snapshot to the window, then measures, merges and publishes.
 
         A failure is logged; the run goes on.
         """
         try:
-            self._take_in(model, captured, report, calm)
+            self._take_in(model, captured, report, may_publish)
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
-    def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, calm: bool) -> None:
+    def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
-        emit = calm and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
+        emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.host.will_validate
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:

@@ -25,7 +25,7 @@ class Sma(LinearMethod):
     """Simple moving average: every snapshot weighs the same. The default in the stable phase."""
 
     def raw_weights(self, positions: Sequence[float]) -> list[float]:
-        """1 for each."""
+        """1 for each snapshot."""
         return [1.0] * len(positions)
 
 
@@ -46,8 +46,8 @@ class Ema(LinearMethod):
 
     Args:
         alpha: weight of the newest snapshot against all older ones, in (0, 1].
-        init: the sources disagree on the oldest snapshot. ``"normalized"``: it weighs α(1−α)^(N−1) like
-            any other and the sum is divided out; ``"recursive"``: M_1 = θ_1, so that it weighs (1−α)^(N−1).
+        init: the weight of the oldest snapshot, on which the sources disagree. ``"normalized"``: α(1−α)^(N−1)
+            like any other, and all are divided by their sum; ``"recursive"``: (1−α)^(N−1), since M_1 = θ_1.
 
     Raises:
         ValueError: for an ``alpha`` outside (0, 1] or an unknown ``init``.
@@ -63,7 +63,7 @@ class Ema(LinearMethod):
             raise ValueError(f"ema: init={self.init!r} must be 'normalized' or 'recursive'")
 
     def raw_weights(self, positions: Sequence[float]) -> list[float]:
-        """α(1−α)^(N−i), the oldest as ``init`` says."""
+        """α(1−α)^(N−i); the oldest depends on ``init``."""
         n = len(positions)
         weights = [self.alpha * (1 - self.alpha) ** (n - i) for i in range(1, n + 1)]
         if self.init == "recursive":
@@ -77,7 +77,7 @@ class Wsm(LinearMethod):
     """Weights that emulate a learning-rate decay over the window.
 
     The update between two snapshots is scaled by the decay curve at its beginning, which gives snapshot j
-    the weight ``s(x_{j−1}) − s(x_j)``, x being the fraction of the window's tokens that have passed. The
+    the weight ``s(x_{j−1}) − s(x_j)``, where x is the fraction of the window's tokens that have passed. The
     window starts one mean interval before the first snapshot; spacing may be uneven.
 
     Args:
@@ -117,9 +117,9 @@ class Wsm(LinearMethod):
 @register_method("weighted", reference="weights given by the user")
 @dataclass(frozen=True)
 class Weighted(LinearMethod):
-    """Weights given outright, oldest snapshot first, divided by their sum.
+    """Weights given by the user, oldest snapshot first, divided by their sum.
 
-    In a callback the window fills up first: with fewer snapshots than weights the last weights serve.
+    While a callback's window fills up there are fewer snapshots than weights; then the last weights are used.
 
     Raises:
         ValueError: for weights that are empty, not finite or sum to about 0.
@@ -130,7 +130,7 @@ class Weighted(LinearMethod):
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", tuple(float(w) for w in self.weights))
         if not self.weights:
-            raise ValueError("weighted: weights=[] must name one weight a snapshot, oldest first")
+            raise ValueError("weighted: weights=[] must name one weight per snapshot, oldest first")
         normalised(self.weights)
         if not math.isclose(math.fsum(self.weights), 1, rel_tol=1e-6):
             warnings.warn(f"weights {list(self.weights)} do not sum to 1; they are normalised", stacklevel=3)
@@ -139,6 +139,6 @@ class Weighted(LinearMethod):
         """The last ``len(positions)`` of the given weights."""
         if len(positions) > len(self.weights):
             raise ValueError(
-                f"weighted: {len(self.weights)} weights for {len(positions)} snapshots; give one each"
+                f"weighted: {len(self.weights)} weights for {len(positions)} snapshots; give one per snapshot"
             )
         return list(self.weights[-len(positions) :])

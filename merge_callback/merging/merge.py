@@ -34,12 +34,12 @@ def merge_state_dicts(
         method: a registered name, or a method object. ``weights=[…]`` alone means ``"weighted"``.
         positions: tokens (or steps) of each, for methods that use the spacing (``wsm``); default: even.
         steps: optimizer steps of each, which randomness is keyed on; default: 0, 1, 2, ….
-        base: θ_init of the methods on task vectors; default: the first state dict. It takes no other part.
+        base: θ_init of the methods on task vectors; default: the first state dict. It is not merged itself.
         exclude: ``fnmatch`` patterns of names that are copied, not averaged.
         **options: the method's own options, e.g. ``alpha=0.1`` for ``ema``.
 
     Returns:
-        New tensors, one a name, in the shapes, dtypes and on the devices of the last state dict.
+        New tensors by name, with the shapes, dtypes and devices of the last state dict.
 
     Raises:
         ValueError: for no state dicts, names, shapes or dtypes that differ (the tensor is named), an
@@ -81,7 +81,7 @@ def _check_finite(name: str, models: Sequence[tuple[str, Mapping[str, Tensor]]])
             count = int(finite.numel() - finite.sum())
             kind = "NaN" if tensor.isnan().any() else "infinite"
             raise ValueError(
-                f"tensor {name!r} of {label} holds {count} values that are {kind}: leave that one out, or "
+                f"tensor {name!r} of {label} holds {count} values that are {kind}: leave it out, or "
                 f"copy the tensor from the last one with exclude=[{name!r}]"
             )
 
@@ -113,15 +113,15 @@ def _inputs(
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """All numbers of a tensor in one dimension; a complex one is two real ones."""
+    """A flat view of a tensor; a complex number counts as two real ones."""
     return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
 def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
-    """Makes sure that models have the same tensors.
+    """Checks that models have the same tensors.
 
     Args:
-        models: what each is called, and its tensors by name.
+        models: each model's label for errors, and its tensors by name.
 
     Raises:
         ValueError: for no models, or names, shapes or dtypes that differ; the tensor is named.
@@ -131,8 +131,8 @@ def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
     for label, model in models:
         if strange := next((name for name, tensor in model.items() if not isinstance(tensor, Tensor)), None):
             raise ValueError(
-                f"{label} is no state dict: {strange!r} is a {type(model[strange]).__name__}; of a Lightning "
-                "checkpoint take ['state_dict']"
+                f"{label} is not a state dict: {strange!r} is a {type(model[strange]).__name__}; from a "
+                "Lightning checkpoint take ['state_dict']"
             )
     newest, last = models[-1]
     for label, other in models[:-1]:

@@ -1,4 +1,4 @@
-"""What a merging method is, and the registry of all of them."""
+"""The interface of merging methods, and their registry."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ METHODS: dict[str, type[MergeMethod]] = {}
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of a tensor that several processes share out is here.
+    """This process's part of a tensor that is split over several processes.
 
     Args:
         piece: the part.
-        ranks: the processes. Each of them merges the same tensors in the same order.
+        ranks: the processes; each of them merges the same tensors in the same order.
     """
 
     piece: Piece
@@ -38,10 +38,10 @@ class Inputs:
     """One tensor of every snapshot, or this process's part of it.
 
     Args:
-        name: of the tensor.
+        name: the tensor's name.
         tensors: flat, oldest snapshot first; one floating-point dtype, size and device. Never written to.
-        base: the same tensor of another θ_init, where one was given.
-        shard: which part they are. A method that needs global sums has to add them up with it.
+        base: the same tensor of another θ_init, if one was given.
+        shard: which part they are. A method that needs global sums adds them up over its ranks.
     """
 
     name: str
@@ -51,21 +51,21 @@ class Inputs:
 
     @property
     def whole_size(self) -> int:
-        """Elements of the whole tensor."""
+        """Number of elements of the whole tensor."""
         return self.tensors[0].numel() if self.shard is None else math.prod(self.shard.piece.whole)
 
     def total(self, numbers: Tensor) -> Tensor:
-        """Sums what belongs to parts of the tensor, on the CPU, to that of all of it; in place."""
+        """Sums numbers (on the CPU) over all parts of the tensor, in place."""
         return numbers if self.shard is None else self.shard.ranks.total(numbers)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Where the snapshots lie along their run, oldest first.
+    """The positions of the snapshots in their run, oldest first.
 
     Args:
         positions: tokens (or steps), ascending.
-        steps: what randomness is keyed on.
+        steps: optimizer steps, which randomness is keyed on.
     """
 
     positions: Sequence[float]
@@ -73,14 +73,14 @@ class Trajectory:
 
     @classmethod
     def even(cls, count: int) -> Trajectory:
-        """Snapshots of which nothing is known."""
+        """Evenly spaced snapshots, if nothing is known of them."""
         return cls(list(range(count)), list(range(count)))
 
 
 class MergeMethod(ABC):
-    """A way to merge snapshots: a dataclass of options with a name, a source, and what it needs.
+    """A way to merge snapshots: a dataclass of options with a name, a source, and its needs.
 
-    An own one that is a weighted sum is five lines, see ``register_method``. Any other::
+    A method of your own that is a weighted sum takes five lines, see ``register_method``. Any other::
 
         @register_method("median", reference="our lab notes, 2026")
         class Median(MergeMethod):
@@ -96,11 +96,11 @@ class MergeMethod(ABC):
         cls.name = cls.__name__.lower()  # until it is registered
 
     def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
-        """Reads the whole model first, where one tensor's merge depends on the others; as a rule it does not.
+        """Optional pre-pass over the whole model, for methods whose result for a tensor depends on others.
 
         Args:
             model: every tensor that is going to be merged; may be iterated several times.
-            trajectory: of the snapshots.
+            trajectory: the positions of the snapshots.
         """
         return None
 
@@ -111,8 +111,8 @@ class MergeMethod(ABC):
         Args:
             inputs: the tensor of every snapshot.
             out: flat, of the same size; any floating-point dtype. Receives one final cast.
-            trajectory: of the snapshots.
-            survey: what ``survey`` returned.
+            trajectory: the positions of the snapshots.
+            survey: the result of ``survey``.
         """
 
     def options(self) -> dict[str, Any]:
@@ -126,10 +126,10 @@ class LinearMethod(MergeMethod):
 
     @abstractmethod
     def raw_weights(self, positions: Sequence[float]) -> Sequence[float]:
-        """One weight a snapshot, oldest first, not yet normalised.
+        """One weight per snapshot, oldest first, not yet normalised.
 
         Args:
-            positions: where each snapshot lies along the run (tokens, or steps), ascending.
+            positions: the position of each snapshot in the run (tokens, or steps), ascending.
         """
 
     def normalised_weights(self, positions: Sequence[float]) -> list[float]:
@@ -151,10 +151,10 @@ M = TypeVar("M", bound=type[MergeMethod])
 
 
 def register_method(name: str, reference: str = "") -> Callable[[M], M]:
-    """Class decorator: makes a method known as ``name``, with the source of its definition.
+    """Class decorator that registers a method as ``name``, with the source of its definition.
 
-    ``reference`` may be left out. A class that is no dataclass becomes a frozen one: annotated attributes
-    are the method's options.
+    ``reference`` may be left out. A class that is not a dataclass becomes a frozen one: its annotated
+    attributes are the method's options.
 
     Example:
         >>> @register_method("newest", reference="our lab notes, 2026")
@@ -164,12 +164,12 @@ def register_method(name: str, reference: str = "") -> Callable[[M], M]:
         ...         return [float(i < self.count) for i in reversed(range(len(positions)))]
 
     Raises:
-        ValueError: where the name is taken, or is no text.
-        TypeError: for what is no class of a method, or lacks its computation; where ``__init__`` keeps the
-            options to itself: every merge records those it was made with.
+        ValueError: if the name is taken, or is not a string.
+        TypeError: if the class is not a method's or lacks its computation, or if it has an ``__init__`` of
+            its own, which would hide the options that every merge records.
     """
     if not isinstance(name, str) or not name:
-        raise ValueError(f"a method is registered under a name, @register_method('newest'), not {name!r}")
+        raise ValueError(f"a method needs a name, e.g. @register_method('newest'), got {name!r}")
 
     def register(method: M) -> M:
         if not (isinstance(method, type) and issubclass(method, MergeMethod)):
@@ -183,7 +183,7 @@ def register_method(name: str, reference: str = "") -> Callable[[M], M]:
             if "__init__" in vars(method):
                 raise TypeError(
                     f"{method.__name__} has an __init__ of its own: annotate its options in the class "
-                    "instead, as of a dataclass"
+                    "instead, as in a dataclass"
                 )
             dataclass(frozen=True)(method)  # in place
         if name in METHODS:
@@ -196,18 +196,18 @@ def register_method(name: str, reference: str = "") -> Callable[[M], M]:
 
 
 def resolve_method(method: str | MergeMethod, **options: Any) -> MergeMethod:
-    """The method object for a name (with its options) or for itself.
+    """The method object for a name (with its options), or the given method object.
 
     Raises:
-        ValueError: for an unknown name (the known ones are listed), options it does not have, or what is
-            neither a name nor an object.
+        ValueError: for an unknown name (the known ones are listed), options it does not have, or anything
+            that is neither a name nor a method object.
     """
     if isinstance(method, MergeMethod):
         if options:
-            raise ValueError(f"options {sorted(options)} were given beside the method object {method!r}")
+            raise ValueError(f"options {sorted(options)} were given with the method object {method!r}")
         return method
     if not isinstance(method, str):
-        raise ValueError(f"{method!r} is no merging method: give a name, or an object, e.g. Ema(alpha=0.1)")
+        raise ValueError(f"{method!r} is not a method: give a name, or an object, e.g. Ema(alpha=0.1)")
     if method not in METHODS:
         raise ValueError(f"unknown merging method {method!r}; choose one of {', '.join(sorted(METHODS))}")
     known = [option.name for option in fields(METHODS[method])]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Random numbers that belong to the elements of a tensor, whoever asks for them, and in what order.
+"""Random numbers that belong to the elements of a tensor, independently of the order of drawing.
 
 The i-th number of a tensor depends on the seed, the snapshot's step, the tensor's name and i alone: not on
 the block, the thread or the shard it is drawn in. Every chunk of elements has a generator of its own: Philox
@@ -21,8 +21,8 @@ from torch import Tensor
 from merge_callback.sharding.pieces import Piece
 
 CHUNK = 1 << 15
-"""Elements with a generator in common. A part of a chunk costs as much as all of it. Another number here
-gives other random numbers."""
+"""Elements that share a generator. A part of a chunk costs as much as all of it. Changing this number changes
+the random numbers."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Stream:
     """The random numbers of one tensor of one snapshot.
 
     Args:
-        seed: the user's.
-        step: of the snapshot.
-        name: of the tensor.
-        piece: the part of it whose elements are asked for; default: all of it.
+        seed: the user's seed.
+        step: the snapshot's step.
+        name: the tensor's name.
+        piece: the part of the tensor whose elements are drawn; default: all of it.
     """
 
     seed: int
@@ -44,7 +44,7 @@ class Stream:
     def uniform(self, start: int, stop: int) -> Tensor:
         """Numbers in [0, 1) for the elements ``start`` to ``stop``: fp32, on the CPU.
 
-        They are multiples of 2^-24, each as likely as the other: ``u < d`` holds with probability d to 6e-8.
+        They are multiples of 2^-24, all equally likely: ``u < d`` holds with probability d to within 6e-8.
         """
         return self._draw(start, stop, lambda generator, out: generator.random(out=out, dtype=np.float32))
 
@@ -57,17 +57,17 @@ class Stream:
     def _draw(
         self, start: int, stop: int, fill: Callable[[Generator, npt.NDArray[np.float32]], object]
     ) -> Tensor:
-        where = None
+        order = None
         if self.piece is not None:
-            start, stop, where = self.piece.span(start, stop)
+            start, stop, order = self.piece.span(start, stop)
         first, last = start // CHUNK, -(-stop // CHUNK)
         numbers = np.empty((max(0, last - first), CHUNK), dtype=np.float32)
         key = self._key()
         for chunk, row in enumerate(numbers, start=first):
-            # The chunk counts in the counter's second word: the chunks lie 2^64 blocks of numbers apart.
+            # The chunk's number is in the counter's second word, so chunks are 2^64 blocks of numbers apart.
             fill(Generator(Philox(key=key, counter=chunk << 64)), row)
         drawn = torch.from_numpy(numbers.reshape(-1)[start - first * CHUNK : stop - first * CHUNK])
-        return drawn if where is None else drawn[where]
+        return drawn if order is None else drawn[order]
 
     def _key(self) -> int:
         text = f"{self.seed}|{self.step}|{self.name}"

@@ -14,7 +14,7 @@ from merge_callback.merging.method import Inputs, MergeMethod, Need, Trajectory,
 from merge_callback.reduce import accumulator_dtype, one_pass
 from merge_callback.reduce.dispatch import triton_serves
 
-_PARALLEL = 0.9995  # a cosine beyond which the arc is as good as straight
+_PARALLEL = 0.9995  # a cosine beyond which the arc counts as straight
 
 _BLOCK = 1 << 16  # elements of each snapshot whose inner products are formed at once
 
@@ -26,16 +26,16 @@ _MOST_IN_REGISTERS = 64  # tensors whose inner products a GPU forms in one launc
 class Slerp(MergeMethod):
     """Iterated SLERP: ``m = θ_1``, then ``m ← SLERP(m, θ_i; t)`` for the others, oldest first.
 
-    ``SLERP(a, b; t) = sin((1−t)Ω)/sinΩ · a + sin(tΩ)/sinΩ · b``, Ω the angle between the vectors; linear
-    interpolation if they are nearly parallel (a cosine beyond ±.9995) or one is zero. Snapshots that lie
-    close together, as in a decay, are nearly parallel.
+    ``SLERP(a, b; t) = sin((1−t)Ω)/sinΩ · a + sin(tΩ)/sinΩ · b``, with Ω the angle between the vectors; linear
+    interpolation if they are nearly parallel (a cosine beyond ±.9995) or one is zero. Snapshots close
+    to each other, as in a decay, are nearly parallel.
 
-    Every stage is a weighted sum of the snapshots, so the whole chain is: its weights follow from the inner
-    products of the snapshots alone. These are summed in one pass, in fp64; a second one forms the sum.
+    Every stage is a weighted sum of the snapshots, and so is the chain. Its weights follow from the inner
+    products of the snapshots alone. One pass computes these in fp64; a second one forms the sum.
 
     Args:
         t: how far each stage goes towards the next snapshot.
-        scope: the vectors are single tensors, flattened, or with ``"global"`` the whole model.
+        scope: ``"tensor"``: each flattened tensor is a vector; ``"global"``: the whole model is one.
 
     Raises:
         ValueError: for a ``t`` outside [0, 1] or an unknown ``scope``.
@@ -70,7 +70,7 @@ class Slerp(MergeMethod):
         one_pass(inputs.tensors, self.weights(products.tolist()), out)
 
     def weights(self, products: Sequence[Sequence[float]]) -> list[float]:
-        """What each snapshot weighs in the end, by the inner products of all of them."""
+        """The final weight of each snapshot, computed from the inner products of all of them."""
         weights = [1.0] + [0.0] * (len(products) - 1)
         for i in range(1, len(products)):
             inner = math.fsum(w * row[i] for w, row in zip(weights, products, strict=True))
@@ -84,7 +84,7 @@ class Slerp(MergeMethod):
 
 
 def inner_products(tensors: Sequence[Tensor]) -> Tensor:
-    """The inner product of each two flat tensors, ``(N, N)``, fp64 on the CPU."""
+    """The inner products of all pairs of flat tensors, ``(N, N)``, fp64 on the CPU."""
     if len(tensors) <= _MOST_IN_REGISTERS and triton_serves(*tensors):
         from merge_callback.reduce import triton_products
 

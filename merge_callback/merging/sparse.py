@@ -1,4 +1,4 @@
-"""Methods that thin the task vectors out before they combine them."""
+"""Methods that sparsify the task vectors before they combine them."""
 
 from __future__ import annotations
 
@@ -28,25 +28,26 @@ from merge_callback.reduce.dispatch import election
 from merge_callback.reduce.passes import Cut
 from merge_callback.reduce.ranges import in_ranges
 
-_AT_ONCE = 128  # thresholds that processes search for together: they hold a sixtieth of the elements each
+_AT_ONCE = 128  # thresholds that processes search for together; each search holds a sixtieth of the elements
 
 
 @register_method("ties", reference="arXiv 2306.01708; Practical Guidelines (ACL 2026), appendix B.2")
 @dataclass(frozen=True)
 class Ties(MergeMethod):
-    """Trim, elect, and average what agrees: ``θ_init + λ · mean of the entries of the elected sign``.
+    """Trim, elect signs, and average: ``θ_init + λ · mean of the entries of the elected sign``.
 
-    Each task vector keeps its ``max(1, ⌊d·n⌋)`` entries of largest magnitude; among equal ones those of the
-    lowest indices. An element's elected sign is that of the sum of its kept entries, where 0 counts as +. The
-    kept entries of this sign are averaged over their number.
+    Each task vector keeps its ``max(1, ⌊d·n⌋)`` entries of largest magnitude; of equal ones those with the
+    lowest indices. An element's elected sign is that of the sum of its kept entries; 0 counts as +. The kept
+    entries of this sign are averaged over their number.
 
-    Nothing of the tensor's size is made: the thresholds take a pass over blocks of the task vectors (as a
-    rule two above 2^26 elements), the merge another, which writes each block of ``out`` once.
+    No temporary tensor of full size is made: the thresholds take one pass over blocks of the task vectors
+    (usually two above 2^26 elements), and the merge takes another, which writes each block of ``out`` once.
 
     Args:
         density: d, the share of the entries that is kept.
         scale: λ.
-        scope: the largest of each tensor, or with ``"global"`` of the whole model, as the authors' code.
+        scope: ``"tensor"`` keeps the largest entries of each tensor, ``"global"`` those of the whole model,
+            as the authors' code does.
 
     Raises:
         ValueError: for a ``density`` outside (0, 1], a ``scale`` that is not finite, an unknown ``scope``.
@@ -66,7 +67,7 @@ class Ties(MergeMethod):
     def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
         """What each task vector of each tensor keeps, by the tensor's name.
 
-        With ``scope="tensor"`` alone, each merge finds it for itself.
+        With ``scope="tensor"`` in a single process, ``merge`` finds it itself.
         """
         if self.scope == "global":
             return kept_of_all({inputs.name: TaskVectors(inputs) for inputs in model}, self.density)
@@ -93,16 +94,16 @@ class Ties(MergeMethod):
 class Dare(MergeMethod):
     """Drop and rescale: drop each entry of a task vector with probability ``1 − d``, divide the rest by d.
 
-    What is left is combined as in ``task_arithmetic``, or elected and averaged as in ``ties``. Which entries
-    are dropped depends on the seed, the snapshot's step, the tensor's name and the element alone.
+    The rest is combined as in ``task_arithmetic``, or elected and averaged as in ``ties``. Which entries are
+    dropped depends only on the seed, the snapshot's step, the tensor's name and the element.
 
     Args:
         density: d, the share of the entries that is kept on average. The paper names no default; this is that
             of ``ties``.
         scale: λ.
-        normalize: the mean of the task vectors; ``False``: their plain sum. Without meaning for ``ties``.
-        ties: elect signs.
-        seed: of the choice.
+        normalize: takes the mean of the task vectors; ``False``: their plain sum. Must stay on with ``ties``.
+        ties: elects signs.
+        seed: seed of the random choice.
 
     Raises:
         ValueError: for a ``density`` outside (0, 1], a ``scale`` that is not finite, ``ties`` with
@@ -146,13 +147,13 @@ class Dare(MergeMethod):
 
 @dataclass(frozen=True)
 class Kept:
-    """What a task vector keeps: entries larger than ``magnitude``, and those equal to it before ``end``."""
+    """What a task vector keeps: entries larger than ``magnitude``, and equal ones before index ``end``."""
 
     magnitude: float
     end: int
 
     def trim(self, block: Tensor, begin: int) -> Tensor:
-        """Zeroes, in place, what is not kept of the block that begins at element ``begin``."""
+        """Sets entries that are not kept to 0, in place, in the block that begins at element ``begin``."""
         below, at_most = _largest(self.magnitude, block.dtype)
         cut = min(max(0, self.end - begin), block.numel())
         if cut:
@@ -163,21 +164,21 @@ class Kept:
 
 
 def kept_of_all(vectors: Mapping[str, TaskVectors], density: float) -> dict[str, list[Kept]]:
-    """What each task vector of each tensor keeps, by its name, with one threshold for all of the tensors."""
+    """What each task vector of each tensor keeps, by the tensor's name; one threshold for all tensors."""
     total = sum(v.whole_size for v in vectors.values())
     k = _number_kept(total, density)
     count = max(map(len, vectors.values()), default=0)
     searches = [_search_kept(list(vectors.values()), which, k) for which in range(count)]
     shard = next((v.shard for v in vectors.values()), None)
-    # With others all at once, which saves messages; alone one after the other, which saves memory.
+    # Several processes search all at once, which saves messages; a single one in turn, which saves memory.
     found = together(searches, shard.ranks.exchange) if shard else [alone(search) for search in searches]
     return {name: [kept[i] for kept in found] for i, name in enumerate(vectors)}
 
 
 def kept_of_each(vectors: Mapping[str, TaskVectors], density: float) -> dict[str, list[Kept]]:
-    """The same with a threshold for each tensor, of tensors that processes share out.
+    """The same with a threshold for each tensor, for tensors that are split over processes.
 
-    Many tensors are searched at once: with many processes an exchange costs more than what is told in it.
+    Many tensors are searched at once: with many processes, an exchange's latency costs more than its content.
     """
     kept: dict[str, list[Kept]] = {}
     waiting = list(vectors.items())
@@ -196,15 +197,15 @@ def kept_of_each(vectors: Mapping[str, TaskVectors], density: float) -> dict[str
 
 
 def _number_kept(size: int, density: float) -> int:
-    """How many entries are kept of a task vector of so many; 0 where all are."""
+    """How many of a task vector's ``size`` entries are kept; 0 if all are."""
     k = max(1, math.floor(density * size))
     return k if k < size else 0
 
 
 def _search_kept(vectors: Sequence[TaskVectors], which: int, k: int) -> Search[list[Kept]]:
-    """What one task vector of each tensor keeps; with a ``k`` of 0 all of it."""
+    """What one task vector of each tensor keeps; a ``k`` of 0 keeps all of it."""
     parts = _parts(vectors, which)
-    # A threshold of 0 keeps everything, too: what is 0 adds nothing.
+    # A threshold of 0 keeps everything, too, since zeros add nothing.
     threshold = (yield from search_kth_largest(parts, k)) if k else Threshold(0.0, 0, 0)
     ends = yield from search_tie_ends(parts, threshold)
     return [Kept(threshold.magnitude, end) for end in ends]
@@ -213,13 +214,13 @@ def _search_kept(vectors: Sequence[TaskVectors], which: int, k: int) -> Search[l
 class Election:
     """Averages the entries of each element that have its elected sign.
 
-    Positive and negative entries are summed and counted apart, one task vector after the other: the order,
-    and so the last bit, depends on nothing else. The sign is that of both sums' sum.
+    Positive and negative entries are summed and counted separately, one task vector after the other, so the
+    order, and with it the last bit, depends on nothing else. The elected sign is that of both sums together.
     """
 
     def __init__(self, vectors: TaskVectors) -> None:
         self._sums = [vectors.scratch() for _ in range(4)]
-        # The narrowest numbers that can count the task vectors.
+        # The narrowest dtype that can count the task vectors.
         dtype = torch.uint8 if len(vectors) < 256 else torch.int32
         self._counts = [torch.empty_like(full, dtype=dtype) for full in self._sums[:2]]
 
@@ -231,7 +232,7 @@ class Election:
             total.zero_()
 
     def add(self, entries: Tensor) -> None:
-        """Adds one task vector's entries, those that are not kept being 0."""
+        """Adds one task vector's entries; those that are not kept are 0."""
         positive = torch.clamp(entries, min=0, out=self._free)
         self._for.add_(positive)
         _count(positive, self._ayes)
@@ -240,7 +241,7 @@ class Election:
         _count(negative, self._noes)
 
     def result(self) -> Tensor:
-        """The averages; 0 where nothing was kept."""
+        """The averages; 0 for elements without a kept entry."""
         elected = torch.add(self._for, self._against, out=self._free).ge_(0)
         self._for.mul_(elected)
         number = self._number.copy_(self._ayes).mul_(elected)
@@ -276,7 +277,7 @@ def _combine(
     combination: Callable[[], Election | Sum],
     thin: Callable[[int, Tensor, int], Tensor],
 ) -> None:
-    """Writes ``θ_init + λ · combination`` of what ``thin(which, block, begin)`` leaves of task vectors."""
+    """Writes ``θ_init + λ · combination`` of task vectors that ``thin(which, block, begin)`` sparsifies."""
 
     def merge_range(start: int, stop: int) -> None:
         combined, initial, difference = combination(), vectors.scratch(), vectors.scratch()
@@ -285,15 +286,15 @@ def _combine(
             combined.open(end - begin)
             for which in range(len(vectors)):
                 combined.add(thin(which, vectors.block(which, begin, end, here, difference), begin))
-            # Not add_ with alpha: whether that rounds once or twice depends on the place within the block.
+            # Not add_ with alpha, which rounds once or twice depending on the place in the block.
             out[begin:end].copy_(combined.result().mul_(scale).add_(here))
 
     in_ranges(vectors.size, vectors.device, merge_range)
 
 
 def _count(entries: Tensor, counts: Tensor) -> None:
-    """Adds 1 where an entry is not 0."""
-    if counts.device.type == "cpu":  # NumPy compares ten times as fast as PyTorch
+    """Adds 1 for each entry that is not 0."""
+    if counts.device.type == "cpu":  # NumPy's comparison is ten times as fast as PyTorch's
         numbers = counts.numpy()
         numbers += (entries.numpy() != 0).view(np.uint8)  # a view: bools would be cast
     else:
@@ -301,7 +302,7 @@ def _count(entries: Tensor, counts: Tensor) -> None:
 
 
 def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
-    """The ``which``-th task vector of every tensor, all in the widest dtype."""
+    """The ``which``-th task vector of every tensor, all in the widest of their dtypes."""
     wide = torch.float64 if any(v.dtype == torch.float64 for v in vectors) else torch.float32
     return [
         Part(

@@ -18,9 +18,9 @@ from torch import Tensor
 from merge_callback.merging.method import Inputs, LinearMethod, Need, Trajectory, register_method
 from merge_callback.reduce import accumulator_dtype, one_pass, ranges
 
-_DEVICE_BLOCK = 1 << 22  # elsewhere: launches are dear, memory is fast
+_DEVICE_BLOCK = 1 << 22  # on other devices launches are expensive and memory is fast
 
-_HELD = 1 << 22  # elements of a θ_init that is kept widened: 16 MiB
+_HELD = 1 << 22  # largest θ_init that is held widened, in elements: 16 MiB
 
 
 @register_method(
@@ -32,8 +32,8 @@ class TaskArithmetic(LinearMethod):
 
     Args:
         scale: λ.
-        normalize: ``w_i = 1/(number of task vectors)``; ``False``: 1, the plain sum, which on the snapshots
-            of one run overshoots.
+        normalize: ``w_i = 1/(number of task vectors)``; ``False``: 1, the plain sum, which overshoots on the
+            snapshots of one run.
 
     Raises:
         ValueError: for a ``scale`` that is not finite.
@@ -51,27 +51,27 @@ class TaskArithmetic(LinearMethod):
             warn_of_plain_sum("task_arithmetic")
 
     def raw_weights(self, positions: Sequence[float]) -> list[float]:
-        """Those of the snapshots, the first of them being θ_init."""
+        """The weights of the snapshots; the first one is θ_init."""
         return self._weights(len(positions) - 1)
 
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
-        """The weighted sum, of the base as well where one is given."""
+        """The weighted sum, including the base if one is given."""
         if inputs.base is None:
             return super().merge(inputs, out, trajectory)
         one_pass([inputs.base, *inputs.tensors], self._weights(len(inputs.tensors)), out)
 
     def _weights(self, count: int) -> list[float]:
-        """Of θ_init and ``count`` snapshots."""
+        """The weights of θ_init and ``count`` snapshots."""
         each = self.scale / count if self.normalize and count else self.scale
         return [1.0 - count * each, *[each] * count]
 
 
 class TaskVectors:
-    """The task vectors of one tensor, formed block by block: none is ever held whole.
+    """The task vectors of one tensor, formed block by block; none is ever held as a whole.
 
     Args:
-        inputs: the tensor of every snapshot, and of the base where there is one.
-        hold: whether to widen θ_init once, if it is small; else that is done in every block of every pass.
+        inputs: the tensor of every snapshot, and of the base if there is one.
+        hold: whether to widen θ_init once, if it is small; else it is widened block by block in every pass.
     """
 
     def __init__(self, inputs: Inputs, hold: bool = False) -> None:
@@ -95,16 +95,16 @@ class TaskVectors:
         return trajectory.steps[1:] if self._own else trajectory.steps
 
     def scratch(self, size: int | None = None) -> Tensor:
-        """Room for one block, or less, in the dtype that is computed in."""
+        """A buffer for one block, or less, in the dtype of the computation."""
         room = min(self._block, self.size if size is None else size)
         return torch.empty(room, dtype=self.dtype, device=self.device)
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Where the blocks of the elements ``start`` to ``stop`` begin and end."""
+        """The bounds of the blocks of the elements ``start`` to ``stop``."""
         return ((begin, min(begin + self._block, stop)) for begin in range(start, stop, self._block))
 
     def initial_block(self, begin: int, end: int, scratch: Tensor) -> Tensor:
-        """θ_init from ``begin`` to ``end``, in the dtype that is computed in; it may lie in ``scratch``."""
+        """θ_init from ``begin`` to ``end``, in the dtype of the computation; may use ``scratch``."""
         here = self.initial[begin:end]
         return here if here.dtype == self.dtype else scratch[: end - begin].copy_(here)
 
@@ -116,16 +116,16 @@ class TaskVectors:
         return difference.copy_(theta).sub_(initial)
 
     def blocks(self, which: int, start: int, stop: int) -> Iterator[Tensor]:
-        """One task vector from ``start`` to ``stop``; each block holds until the next, and may be changed."""
+        """One task vector from ``start`` to ``stop``; a block is valid until the next, and may be changed."""
         initial, difference = self.scratch(stop - start), self.scratch(stop - start)
         for begin, end in self.spans(start, stop):
             yield self.block(which, begin, end, self.initial_block(begin, end, initial), difference)
 
 
 def warn_of_plain_sum(name: str) -> None:
-    """Called from the ``__post_init__`` of a method whose ``normalize`` is off."""
+    """Warns; to be called from the ``__post_init__`` of a method with ``normalize=False``."""
     warnings.warn(
-        f"{name}: the plain sum of the task vectors of one run overshoots: they overlap; "
+        f"{name}: the plain sum of one run's task vectors overshoots, because they overlap; "
         "use normalize=True, or a small scale",
         stacklevel=4,
     )

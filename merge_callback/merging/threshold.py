@@ -1,14 +1,14 @@
-"""The k-th largest magnitude of a vector that is never held whole, found exactly and without sorting.
+"""Finds the k-th largest magnitude of a vector exactly, without sorting it or holding it as a whole.
 
-The bits of a non-negative float, read as an integer, are in the order of the floats. A sample says between
-which two the wanted one should lie. One pass counts the elements above these two and equal to them, and picks
-out those between: of a large vector a sixtieth, as a rule few enough (2^20) to be held. Of more, some are
-held, as the sample for a further pass; a sample that misled costs one as well. What is above is always
-counted, never guessed, so neither the blocks nor the threads matter. Each block is counted by itself, which
-tells where the elements equal to the wanted one are.
+The bits of a non-negative float, read as an integer, are in the order of the floats. A sample brackets the
+k-th magnitude. One pass counts the elements above and on the two brackets, and collects those between them:
+about a sixtieth of a large vector, usually few enough (2^20) to be held. If there are more, a subsample
+brackets the next pass. Brackets that missed cost one more pass, too. Elements above are always counted, never
+estimated, so the result depends neither on blocks nor on threads. Each block is counted separately, which
+shows in which block the elements equal to the threshold are.
 
-Several processes that each have a part of the vector search together: they tell each other their samples and
-counts, and of the elements between only as many as are few (2^17), narrowing down further before that.
+Several processes that each have a part of the vector search together: they exchange their samples and counts,
+and the elements between the brackets only once these are few (2^17).
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from merge_callback.sharding import Piece
 T = TypeVar("T")
 
 Search: TypeAlias = Generator[Any, list[Any], T]
-"""Yields what other processes have to know, and gets what each of them has yielded in its place."""
+"""Yields values to send to the other processes, and receives the values of all processes."""
 
 Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
 
 Split: TypeAlias = tuple[int, int, int, Bits]
 
 Ties: TypeAlias = Sequence[tuple[int, int]]
-"""The length of each block, and how many of its elements are equal to the threshold."""
+"""For each block its length, and how many of its elements are equal to the threshold."""
 
-_SAMPLE = 1 << 16  # elements at most; of a small vector a 128th of them, of a tiny one 4096 or all
+_SAMPLE = 1 << 16  # largest sample, in elements; a small vector gives a 128th of them, a tiny one 4096 or all
 
-_PICKED = 1 << 20  # elements between two bits, after which only every second one is held
+_PICKED = 1 << 20  # elements between the brackets from which on only every second one is held
 
-_TOLD = 1 << 17  # elements that processes tell each other at most, of each search
+_EXCHANGED = 1 << 17  # elements that processes exchange at most, per search
 
-_PLACES = 1 << 12  # stretches of a vector in which processes count equal elements at once
+_PLACES = 1 << 12  # ranges of a vector in which processes count equal elements at once
 
-_BLOCK = 1 << 18  # elements split at once in C: with fewer, threads would wait for Python
+_BLOCK = 1 << 18  # elements per call of the C kernel; with fewer, threads would wait for Python
 
-_RUN = 512  # elements sampled in a row: a row costs as much as one element
+_RUN = 512  # consecutive elements per sample: a run costs as much as one element
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ class Part:
     """A vector, or a part of one, e.g. one tensor of a model.
 
     Args:
-        size: elements.
+        size: number of elements.
         dtype: fp32 or fp64.
-        device: of the blocks.
-        blocks: yields the elements from one index up to another in blocks, which are overwritten.
-        piece: which elements of a tensor these are, where other processes have the others.
-        difference: two flat tensors whose difference it is in fp32, where it is one.
+        device: the blocks' device.
+        blocks: yields the elements from one index up to another in blocks; each overwrites the last.
+        piece: which elements of a tensor these are, if other processes have the others.
+        difference: two flat tensors whose fp32 difference the vector is, if it is one.
     """
 
     size: int
@@ -81,10 +81,10 @@ class Threshold:
     """The k-th largest magnitude, and how many of the elements equal to it are among the k largest.
 
     Args:
-        magnitude: never negative.
-        kept: of the equal ones; those of the lowest indices.
-        equal: elements of this magnitude.
-        ties: where they are in this process's part of each part.
+        magnitude: the magnitude, never negative.
+        kept: number of equal elements among the k largest; those with the lowest indices.
+        equal: number of elements of this magnitude.
+        ties: for each part, the blocks of this process with their numbers of equal elements.
     """
 
     magnitude: float
@@ -94,28 +94,28 @@ class Threshold:
 
 
 def alone(search: Search[T]) -> T:
-    """Makes a search without other processes."""
-    return together([search], lambda told: [told])[0]
+    """Runs a search in a single process."""
+    return together([search], lambda sent: [sent])[0]
 
 
 def together(searches: Sequence[Search[T]], exchange: Callable[[Any], list[Any]]) -> list[T]:
-    """Makes several searches at once; what all of them have to tell goes in one message.
+    """Runs several searches at once; what they yield is sent in one message.
 
     Args:
         searches: the same ones in every process.
-        exchange: gives what each process has told, by process.
+        exchange: sends a value and returns every process's value, by process.
     """
     found: dict[int, T] = {}
-    told: dict[int, Any] = dict.fromkeys(range(len(searches)))  # None starts a generator
-    while told:
-        telling = {}
-        for i, heard in told.items():
+    received: dict[int, Any] = dict.fromkeys(range(len(searches)))  # None starts a generator
+    while received:
+        sent = {}
+        for i, values in received.items():
             try:
-                telling[i] = searches[i].send(heard)
+                sent[i] = searches[i].send(values)
             except StopIteration as stop:
                 found[i] = stop.value
-        everybody = exchange(telling) if telling else []
-        told = {i: [theirs[i] for theirs in everybody] for i in telling}
+        everyones = exchange(sent) if sent else []
+        received = {i: [theirs[i] for theirs in everyones] for i in sent}
     return [found[i] for i in range(len(searches))]
 
 
@@ -123,36 +123,36 @@ def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
     """The k-th largest magnitude of all parts together; other processes may have further elements of each.
 
     Args:
-        parts: of one dtype.
-        k: from 1 to the number of all elements. Without any element, the threshold is 0.
+        parts: parts of one dtype.
+        k: from 1 to the number of all elements. If there is no element, the threshold is 0.
     """
     sizes = yield sum(part.size for part in parts)
     total = sum(sizes)
     if not total:
         return Threshold(0.0, 0, 0)
     dtype = parts[0].dtype
-    least, most = 0, int(torch.iinfo(_integer(dtype)).max)  # bits between which it lies for certain
+    least, most = 0, int(torch.iinfo(_integer(dtype)).max)  # bits that certainly bracket it
     sample, smaller, among = np.concatenate((yield _sample(parts, total))), total - k, total
     while True:
         low, high = _guess(sample, smaller, among, least, most)
-        counts = _census(parts, low, high)
-        told = yield (*_totals(counts), _stride(counts))
-        above, at_high, between, at_low, _ = map(sum, zip(*told, strict=True))
+        counts = _count_pass(parts, low, high)
+        totals = yield (*_totals(counts), _stride(counts))
+        above, at_high, between, at_low, _ = map(sum, zip(*totals, strict=True))
         rank = k - above - at_high  # among those below high, from the largest
         if -at_high < rank <= 0:
             return (yield from _threshold(high, rank + at_high, counts, dtype, lambda block: block.at_high))
         if between < rank <= between + at_low:
             return (yield from _threshold(low, rank - between, counts, dtype, lambda block: block.at_low))
         if 0 < rank <= between:
-            few = between if len(told) == 1 else _TOLD  # so many at most are told to others
-            stride = max(1 << (-(-between // few) - 1).bit_length(), *(stride for *_, stride in told))
+            few = between if len(totals) == 1 else _EXCHANGED
+            stride = max(1 << (-(-between // few) - 1).bit_length(), *(stride for *_, stride in totals))
             sample = np.concatenate((yield _picked(counts, stride, dtype)))
             if len(sample) == between:
                 value = int(np.partition(sample, -rank)[-rank])
                 rank -= int(np.count_nonzero(sample > value))
                 return (yield from _threshold(value, rank, counts, dtype, partial(_picked_equal, value)))
             least, most, smaller, among = low + 1, high - 1, between - rank, between
-        else:  # the sample misled
+        else:  # the brackets missed
             least, most = (high + 1, most) if rank <= 0 else (least, low - 1)
             sample = sample[:0]
 
@@ -160,14 +160,14 @@ def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
 def search_tie_ends(parts: Sequence[Part], threshold: Threshold) -> Search[list[int]]:
     """For each part the index up to which elements equal to the threshold are kept.
 
-    One block, as they were counted, is read, and that only where some of the equal elements are not kept.
-    Other processes may have further elements of each part.
+    This reads one of the counted blocks, and only if some of the equal elements are not kept. Other processes
+    may have further elements of each part.
     """
     if threshold.kept == threshold.equal:
         return [part.size for part in parts]
     left, ends = threshold.kept, []
-    told = yield [sum(equal for _, equal in ties) for ties in threshold.ties]
-    for part, ties, *equal in zip(parts, threshold.ties, *told, strict=True):
+    everyones = yield [sum(equal for _, equal in ties) for ties in threshold.ties]
+    for part, ties, *equal in zip(parts, threshold.ties, *everyones, strict=True):
         if left == 0:
             ends.append(0)
         elif sum(equal) <= left:
@@ -179,14 +179,14 @@ def search_tie_ends(parts: Sequence[Part], threshold: Threshold) -> Search[list[
 
 
 def _search_tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> Search[int]:
-    """Up to which index of this process's part the first ``keep`` equal elements of the whole part lie."""
+    """The index of this process's elements up to which the first ``keep`` equal ones of the part lie."""
     if part.piece is None:
         return _tie_end(part, magnitude, keep, ties)
     (first, last), own = part.piece.bounds, sum(equal for _, equal in ties)
-    told = yield first, last, own
-    runs = sorted((start, stop) for start, stop, _ in told if stop > start)
+    everyones = yield first, last, own
+    runs = sorted((start, stop) for start, stop, _ in everyones if stop > start)
     if all(stop <= start for (_, stop), (start, _) in pairwise(runs)):  # one after the other
-        before = sum(equal for start, _, equal in told if start < first)
+        before = sum(equal for start, _, equal in everyones if start < first)
         return _tie_end(part, magnitude, min(max(0, keep - before), own), ties)
     low, high = 0, max(stop for _, stop in runs)
     while True:
@@ -200,13 +200,13 @@ def _search_tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> Sear
 
 
 def _places(part: Part, piece: Piece, magnitude: float, low: int, high: int, width: int) -> Bits:
-    """How many equal elements there are in each ``width`` elements of the whole, from ``low`` to ``high``."""
+    """The number of equal elements per ``width`` elements of the whole, from ``low`` to ``high``."""
     counts = np.zeros(_PLACES, dtype=np.int64)
     begin, end = piece.count_below(low), piece.count_below(high)
     for block in part.blocks(begin, end):
-        first, _, where = piece.span(begin, begin + block.numel())
+        first, _, places = piece.span(begin, begin + block.numel())
         equal = (block.abs_() == magnitude).cpu().nonzero()[:, 0]
-        indices = (equal if where is None else where[equal]) + (first - low)
+        indices = (equal if places is None else places[equal]) + (first - low)
         counts += np.bincount(indices.numpy() // width, minlength=_PLACES)
         begin += block.numel()
     return counts
@@ -225,9 +225,9 @@ def _sample(parts: Iterable[Part], total: int) -> Bits:
 
 
 def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tuple[int, int]:
-    """Bits between which those of an element should lie than which ``smaller`` of ``among`` are smaller."""
+    """Brackets for the bits of the element that ``smaller`` of ``among`` elements are smaller than."""
     count = len(sample)
-    place = smaller * count // among  # counted from the smallest
+    place = smaller * count // among  # counted from the smallest element
     margin = 0 if count == among else 2 * math.isqrt(count) + 1  # four standard errors, or more
     if not count:
         return least, most
@@ -237,10 +237,10 @@ def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tup
 
 
 class _Count(NamedTuple):
-    """The elements of one block that are larger than ``high``, equal to it, between, and equal to ``low``.
+    """Counts of one block's elements: larger than ``high``, equal to it, between, and equal to ``low``.
 
-    Where both ends are the same, none is between, nor equal to ``low``. Of those between every ``stride``-th
-    is ``picked``.
+    If both ends are the same, none count as between or as equal to ``low``. ``picked`` is every ``stride``-th
+    element between.
     """
 
     length: int
@@ -252,17 +252,17 @@ class _Count(NamedTuple):
     picked: Bits
 
 
-def _census(parts: Iterable[Part], low: int, high: int) -> list[list[_Count]]:
+def _count_pass(parts: Iterable[Part], low: int, high: int) -> list[list[_Count]]:
     """Counts every block of every part."""
     seen = 0
 
     def count(part: Part, start: int, stop: int) -> list[_Count]:
-        nonlocal seen  # threads may overwrite each other's: it need not be exact
+        nonlocal seen  # threads may overwrite each other's value; it need not be exact
         counts = []
         for length, (above, at_high, at_low, between) in _splits(part, start, stop, low, high):
             stride = 1 << (seen // _PICKED).bit_length()
             seen += len(between)
-            picked = between[::stride].copy()  # a view would hold more
+            picked = between[::stride].copy()  # a view would keep all of them alive
             counts.append(_Count(length, above, at_high, len(between), at_low, stride, picked))
         return counts
 
@@ -277,12 +277,12 @@ def _totals(counts: Sequence[Sequence[_Count]]) -> tuple[int, int, int, int]:
 
 
 def _stride(counts: Sequence[Sequence[_Count]]) -> int:
-    """Every how many-th element between is picked in all blocks; a power of 2."""
+    """The stride with which elements between are picked in all blocks; a power of 2."""
     return max((block.stride for block in chain.from_iterable(counts)), default=1)
 
 
 def _picked(counts: Sequence[Sequence[_Count]], stride: int, dtype: torch.dtype) -> Bits:
-    """Every ``stride``-th of the elements between."""
+    """Every ``stride``-th element between."""
     blocks = chain.from_iterable(counts)
     return _joined([block.picked[:: stride // block.stride] for block in blocks], dtype)
 
@@ -305,12 +305,12 @@ def _threshold(
 ) -> Search[Threshold]:
     ties = [[(block.length, equal(block)) for block in part] for part in counts]
     magnitude = torch.tensor(bits, dtype=_integer(dtype), device="cpu").view(dtype).item()
-    told = yield sum(number for part in ties for _, number in part)
-    return Threshold(magnitude, kept, sum(told), ties)
+    everyones = yield sum(number for part in ties for _, number in part)
+    return Threshold(magnitude, kept, sum(everyones), ties)
 
 
 def _splits(part: Part, start: int, stop: int, low: int, high: int) -> Iterator[tuple[int, Split]]:
-    """The length of each block of a part, and what ``_split`` says of it."""
+    """The length of each block of a part, and the result of ``_split`` for it."""
     if part.difference is None or not compiled_serves(*part.difference):
         for block in part.blocks(start, stop):
             yield block.numel(), _split(_bits(block), low, high)
@@ -321,9 +321,9 @@ def _splits(part: Part, start: int, stop: int, low: int, high: int) -> Iterator[
 
 
 def _split(bits: Tensor, low: int, high: int) -> Split:
-    """How many bits are above ``high``, equal to it, and equal to ``low`` (if that is lower); those between.
+    """The numbers of bits above ``high``, equal to it, and equal to ``low`` (if lower), and the bits between.
 
-    A sample of a vector with few different magnitudes ends on frequent ones. Counting them is far cheaper
+    In a vector with few different magnitudes the brackets are frequent ones. Counting those is far cheaper
     than picking them.
     """
     if triton_serves(bits, dtypes={torch.int32}):
@@ -347,7 +347,7 @@ def _split(bits: Tensor, low: int, high: int) -> Split:
 
 
 def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> int:
-    """Up to which index at most ``keep`` elements equal to the magnitude lie."""
+    """The index up to which at most ``keep`` elements equal to the magnitude lie."""
     begin, used = 0, 0
     for length, equal in ties:
         if used + equal <= keep:
@@ -362,7 +362,7 @@ def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> int:
 
 
 def _bits(block: Tensor) -> Tensor:
-    """The magnitudes' bits, as integers of the same order; in place."""
+    """The magnitudes' bits, as integers in the same order; overwrites the block."""
     return block.abs_().view(_integer(block.dtype))
 
 

@@ -24,14 +24,14 @@ from merge_callback.reduce.ranges import in_ranges
 class Dropout(LinearMethod):
     """The mean of several means, each of which leaves some snapshots out.
 
-    Each merge takes ``N − ⌊pN⌋`` random snapshots, two at least. Their mean is one weighted sum: a snapshot
-    weighs as much as the number of merges that took it. Which ones do depends on the seed, the merge and the
-    snapshot's own position only.
+    Each merge takes ``N − ⌊pN⌋`` random snapshots, but at least two. The mean of the merges is one weighted
+    sum, in which a snapshot's weight is the number of merges that took it. Which ones do depends only on the
+    seed, the merge and the snapshot's own position.
 
     Args:
         p: the share of the snapshots that a merge leaves out.
-        merges: how many there are.
-        seed: of the choice.
+        merges: number of merges.
+        seed: seed of the random choice.
 
     Raises:
         ValueError: for a ``p`` outside [0, 1), or a number of merges that is not positive.
@@ -50,7 +50,7 @@ class Dropout(LinearMethod):
             raise ValueError(f"dropout: merges={self.merges} must be a positive whole number")
 
     def raw_weights(self, positions: Sequence[float]) -> list[float]:
-        """In how many merges each snapshot is."""
+        """The number of merges that took each snapshot."""
         count = max(min(2, len(positions)), len(positions) - math.floor(self.p * len(positions)))
         weights = [0.0] * len(positions)
         for merge in range(self.merges):
@@ -69,7 +69,7 @@ class Meta(LinearMethod):
     """The mean of the ``ema``, ``sma`` and ``wma`` merges: one weighted sum.
 
     Args:
-        alpha: of the ``ema``.
+        alpha: the ``alpha`` of ``ema``.
     """
 
     alpha: float = 0.2
@@ -90,16 +90,16 @@ class Meta(LinearMethod):
 class Noise(MergeMethod):
     """The mean of several means of noisy snapshots: θ_k gets ``𝒩(0, σ_k²)``, ``σ_k = α‖θ_k‖₂/√n`` per tensor.
 
-    The mean of M independent normal numbers is normal with ``σ/√M``, and a mean of means is one mean: so each
+    The mean of M independent normal numbers is normal with ``σ/√M``, and a mean of means is one mean. So each
     element of a snapshot gets one number of that deviation, and the M merges are not made. The numbers depend
-    on the seed, the snapshot's step, the tensor's name and the element alone.
+    only on the seed, the snapshot's step, the tensor's name and the element.
 
-    What is left of the noise of N snapshots, ``σ/√(MN)``, is below the rounding of bf16: publish fp32.
+    The averaged noise of N snapshots, ``σ/√(MN)``, is below the rounding of bf16, so publish fp32.
 
     Args:
         alpha: α, the noise relative to the tensor's root mean square.
-        merges: M.
-        seed: of the noise.
+        merges: M, the number of merges.
+        seed: seed of the noise.
 
     Raises:
         ValueError: for an ``alpha`` that is negative or not finite, or ``merges`` that is not positive.
@@ -118,7 +118,7 @@ class Noise(MergeMethod):
             raise ValueError(f"noise: merges={self.merges} must be a positive whole number")
 
     def survey(self, model: Iterable[Inputs], trajectory: Trajectory) -> Any:
-        """Which warnings the merge of this model has given: none yet."""
+        """The set of dtypes that this merge has warned about, initially empty."""
         return set()
 
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
@@ -164,6 +164,6 @@ def sum_of_squares(tensor: Tensor) -> float:
 
 
 def _scratch(tensor: Tensor) -> Tensor:
-    """Room for a chunk of a tensor, in the dtype that is computed in."""
+    """A buffer for a chunk of a tensor, in the dtype of the computation."""
     size = min(CHUNK, tensor.numel())
     return torch.empty(size, dtype=accumulator_dtype(tensor), device=tensor.device)

@@ -11,6 +11,7 @@ import torch
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checks import matches_any
 from merge_callback.merging import Sma, Weighted, check_alike
+from merge_callback.offline.adapters import check_adapters
 from merge_callback.offline.job import Job
 from merge_callback.snapshots.capture import clean_name
 from merge_callback.snapshots.layout import check_storable
@@ -47,6 +48,7 @@ def check_mergeable(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoin
     _check_tensors(job, [*checkpoints, *([base] if base else [])], checkpoints[-1])
     _warn_of_order(job, checkpoints)
     _warn_of_phases(checkpoints)
+    check_adapters(checkpoints)
     for name, tensor in checkpoints[-1].tensors.items():
         check_storable(name, tensor)
         if not tensor.is_floating_point() and not matches_any(name, job.exclude):

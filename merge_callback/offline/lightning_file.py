@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +14,7 @@ from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.file_names import MERGED_CKPT
 from merge_callback.checkpoints.pytorch_file import load_mapped
 from merge_callback.checkpoints.stand_ins import holds_stand_in, without_stand_ins
+from merge_callback.messages import warn
 from merge_callback.snapshots.safetensors_file import file_checksum, sync
 
 _CARRIED = ("pytorch-lightning_version", "hyper_parameters", "hparams_name", "hparams_type")
@@ -58,10 +58,10 @@ def _carried(newest: Checkpoint) -> dict[str, Any]:
         source = load_mapped(newest.path)
         carried = {key: source[key] for key in _CARRIED if key in source}
         if holds_stand_in(carried):
-            warnings.warn(
-                f"{newest.path}: hyperparameters of other classes than Python's are left out; give them "
-                "to load_from_checkpoint",
-                stacklevel=2,
+            warn(
+                f"{newest.path}: hyperparameters of other classes than Python's are left out of "
+                f"{MERGED_CKPT}; give them to load_from_checkpoint, or load this checkpoint and then the "
+                "merged weights: load_state_dict(load_merge(output))"
             )
         return {**content, **without_stand_ins(carried)}
     try:

@@ -17,7 +17,7 @@ from merge_callback.snapshots.files import copy_file, sync
 from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
 
 _MOST_BYTES = 5 * 10**9  # of a file
-_NAMED_LIKE_A_MODEL = re.compile(r"(model|diffusion_pytorch_model)[.-]")
+_NAMED_LIKE_A_MODEL = re.compile(r"(model|diffusion_pytorch_model|adapter_model)[.-]")
 _SYNCED = 64 << 20  # bytes after which the disk is set to work, while the rest is still merged
 
 

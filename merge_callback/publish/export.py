@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merge_callback.publish.adapter import Adapter
 from merge_callback.publish.emission import ModelFiles, Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
@@ -20,6 +21,7 @@ from merge_callback.sharding import Ranks, Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import tensor_names
 from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.mapped_tensors import map_safetensors
 from merge_callback.snapshots.merge import Merge
 
 _PIECE = 1 << 26  # bytes of an emission that are read out of a device at once
@@ -27,11 +29,15 @@ _PIECE = 1 << 26  # bytes of an emission that are read out of a device at once
 
 @dataclass(frozen=True)
 class Naming:
-    """The prefix taken off published names, and what else a model's loader needs beside the weights."""
+    """The prefix taken off published names, and what else a model's loader needs beside the weights.
+
+    ``adapter`` is that of peft, if the module trains one.
+    """
 
     prefix: str = ""
     add_files: Callable[[Path], None] | None = None
     further_files: Mapping[str, bytes] = field(default_factory=dict)
+    adapter: Adapter | None = None
 
     @classmethod
     def of(
@@ -61,11 +67,9 @@ class Naming:
                     f"strip_prefix={strip_prefix!r} would give two tensors of this model one name: "
                     f"{met[:3]}; publish with the full names, or rename one of each"
                 )
-            return cls(
-                further_files=further_files or {}
-            )  # a second head beside the Hugging Face model's own, say
+            prefix = ""  # a second head beside the Hugging Face model's own, say
         add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
-        return cls(prefix, add_files, further_files or {})
+        return cls(prefix, add_files, further_files or {}, Adapter.of(module))
 
     def published(self, name: str) -> str:
         """A tensor's name in the emission."""
@@ -165,13 +169,20 @@ class Exporter:
         try:
             if not self._ranks.is_first:
                 return None
-            write = partial(
-                self._publisher.write_safetensors, tensors=model.files, values=values, tied=aliases
-            )
-            return publish(write=write)
+            return publish(write=partial(self._write_files, model=model, values=values, aliases=aliases))
         finally:
             for _ in values:  # the other ranks send all they have, whatever became of it
                 pass
+
+    def _write_files(
+        self, folder: Path, model: _Model, values: Iterator[Tensor], aliases: Mapping[str, str]
+    ) -> dict[str, str]:
+        checksums = self._publisher.write_safetensors(folder, model.files, values, aliases)
+        if self._naming.adapter is not None:  # out of the files, which all ranks have had a part in
+            files = [map_safetensors(folder / name)[0] for name in model.files.files]
+            tensors = {model.inside[name]: tensor for file in files for name, tensor in file.items()}
+            self._naming.adapter.write(folder, tensors)
+        return checksums
 
     def _write_distributed(self, arena: Arena, publish: Callable[..., Path]) -> Path | None:
         from merge_callback.publish.distributed import write_distributed  # costs most of a second
@@ -209,8 +220,8 @@ class _Model:
         dtypes = {n: group.dtype for n, (group, _) in (*arena.layout.places.items(), *places.items())}
         whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
         self.files = ModelFiles({naming.published(n): t for n, t in whole.items()}, max_shard_bytes)
-        inside = {naming.published(name): name for name in whole}
-        self._names = [[inside[name] for name in shard] for shard in self.files.shards]
+        self.inside = {naming.published(name): name for name in whole}
+        self._names = [[self.inside[name] for name in shard] for shard in self.files.shards]
         self._spans = [arena.spans(shard) for shard in self._names] if sharding.ranks.size == 1 else []
 
     def is_of(self, arena: Arena) -> bool:

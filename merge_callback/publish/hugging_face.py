@@ -19,15 +19,18 @@ def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     """The one outermost ``PreTrainedModel`` inside ``module`` and the prefix of its tensors' names.
 
     ``None`` if there is none, or several (which of them to export would be a guess), and if peft has put
-    adapters into it: its own names for the layers are not those that ``from_pretrained`` knows.
+    adapters into it: the names of its layers are not those that ``from_pretrained`` knows.
     """
     transformers = sys.modules.get("transformers")  # imported by whoever built such a model
     if transformers is None:
         return None
-    peft, found = sys.modules.get("peft"), dict[str, Any]()
+    embedding = getattr(sys.modules.get("sentence_transformers"), "SentenceTransformer", ())
+    found: dict[str, Any] = {}
     for name, part in module.named_modules():
+        if isinstance(part, embedding):  # it has more than that: a pooling, layers of its own
+            return None
         name = clean_name(name)
-        if peft is not None and isinstance(part, peft.PeftModel):
+        if _is_adapted(part):
             return None
         if isinstance(part, transformers.PreTrainedModel) and not any(
             not outer or name.startswith(f"{outer}.") for outer in found
@@ -39,13 +42,19 @@ def find_pretrained(module: nn.Module) -> tuple[str, Any] | None:
     return (f"{name}." if name else ""), model
 
 
+def _is_adapted(part: nn.Module) -> bool:
+    """Whether peft has wrapped a model, or put a layer of its own into it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(part, (peft.PeftModel, peft.tuners.tuners_utils.BaseTunerLayer))
+
+
 def write_config(model: Any, folder: Path) -> None:
     """Writes ``config.json`` (and ``generation_config.json``) as ``save_pretrained`` would.
 
     A configuration that its library refuses to save is reported; the weights are published without it.
     """
     config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__]
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]  # which fully_shard puts before it
     config.dtype = model.dtype
     configs = [config, model.generation_config if model.can_generate() else None]
     for part in configs:

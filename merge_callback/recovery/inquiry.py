@@ -161,7 +161,7 @@ class Inquiry:
         return ModelTensors.of(self.host.module, self.host.root)
 
     def _put_in(self, snapshots: Sequence[Snapshot], trained: set[int], model: ModelTensors) -> None:
-        """Overwrites only what is trained with the merge of some snapshots.
+        """Overwrites only the trained parameters with the merge of some snapshots.
 
         Buffers (a queue) and parameters that get no gradient (a target network, a teacher) keep the live
         model's values: here they count as data.

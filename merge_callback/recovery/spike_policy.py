@@ -52,7 +52,7 @@ class TrainingDivergedError(RuntimeError):
 
 @dataclass
 class _Restores:
-    """What was restored so far."""
+    """The restores so far."""
 
     count: int = 0
     in_a_row: int = 0  # without a success in between
@@ -207,7 +207,8 @@ class SpikePolicy:
             self._stop(event, f"{in_a_row - 1} restores in a row did not help", evidence)
         if not snapshots:
             newest = event.onset - self.options.guard
-            return self._give_up(event, f"no clean snapshot is older than step {newest}, so none is restored")
+            reason = f"no clean snapshot is older than step {newest}, so there is nothing to restore"
+            return self._give_up(event, reason)
         lasting = self.recovery.lr.lasting * self.options.lr_factor * (_LOWER if lower else 1.0)
         seconds = -time.perf_counter()
         weights: list[float] | Exception
@@ -288,7 +289,7 @@ class SpikePolicy:
         self.numbers.drift.restart()
 
     def _forget_the_spike(self, last_step: int) -> None:
-        """Drops what was seen of the replaced weights."""
+        """Drops all records of the replaced weights."""
         self._suspicion = None
         self.numbers.restored(max(1, self.options.rewarm_steps // _UNMOVED))
         try:
@@ -299,7 +300,7 @@ class SpikePolicy:
     def _give_up(self, event: SpikeEvent, reason: str) -> bool:
         if self.options.no_snapshot == "stop":
             self._stop(event, reason, None)
-        self._report(event, "warn", reason=f"{reason}; training goes on as it is")
+        self._report(event, "warn", reason=f"{reason}; training goes on unchanged")
         return False
 
     def _stop(self, event: SpikeEvent, reason: str, evidence: Evidence | None) -> None:

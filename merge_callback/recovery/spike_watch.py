@@ -63,9 +63,9 @@ class SpikeWatch:
         self._warned_of_no_loss = False
 
     @property
-    def calm(self) -> bool:
+    def is_within_baseline(self) -> bool:
         """Whether none of the numbers read so far speaks against the weights."""
-        return self.numbers.calm
+        return self.numbers.is_within_baseline
 
     @property
     def loss_scale(self) -> Tensor | None:
@@ -116,7 +116,7 @@ class SpikeWatch:
             self._seen = step
         every = self.host.log_every
         if every and step % every == 0 and not restored:
-            report(self.host, self.policy.metrics(0.0 if self.calm else 1.0))
+            report(self.host, self.policy.metrics(0.0 if self.is_within_baseline else 1.0))
         return restored
 
     def close(self) -> None:
@@ -146,7 +146,7 @@ class SpikeWatch:
         if seen.unknown_scalars and self._new_scalars:
             self._agree_on_scalars()
         events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
-        if not self.calm:
+        if not self.is_within_baseline:
             if self._merger().window.mark_in_spike(self._seen, seen.step):
                 self._merger().forget()
         elif self.numbers.loss.onset is None:

@@ -1,4 +1,4 @@
-"""The pass with PyTorch's own operations, on any device: in blocks, so that each is read once from memory."""
+"""The pass with PyTorch's own operations, on any device, in blocks that are read from memory only once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 BLOCK = 1 << 19
 """Elements per block: the fp32 accumulator (2 MiB) and one block of input stay in the last-level cache.
 On a 2-core EPYC, N=10, blocks of 2^19 to 2^20 were the fastest of 2^16 … 2^21. The split is fixed, so the
-partial sums of a distance, and so its last bit, depend on nothing but the layout and PyTorch's threads."""
+partial sums of a distance, and so its last bit, depend only on the layout and PyTorch's threads."""
 
 _BLOCK_ALONE = 1 << 17
-"""The same where nothing but a weighted sum is wanted, and PyTorch has one thread: both fit into the
-second-level cache, which makes it a third faster. The sum of an element is the same in any block."""
+"""The same for a weighted sum alone with a single PyTorch thread: both fit into the second-level cache, which
+makes it a third faster. The sum of an element is the same in any block."""
 
 
 def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
-    """What floating-point tensors are summed in: fp64 where one is fp64, else fp32."""
+    """The dtype in which floating-point tensors are summed: fp64 if one is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -53,7 +53,7 @@ def _buffer(like: Tensor, dtype: torch.dtype, size: int) -> Tensor:
 def _weighted_sum(
     blocks: Sequence[Tensor], weights: Sequence[float], out: Tensor, total: Tensor, scratch: Tensor
 ) -> None:
-    # Straight into the output where it has the accumulator's dtype: one write less per block.
+    # Sums directly into the output if it has the accumulator's dtype: one write less per block.
     total = out if out.dtype == total.dtype else total[: out.numel()]
     _sum_up(
         [(block, weight) for block, weight in zip(blocks, weights, strict=True) if weight], total, scratch
@@ -72,7 +72,7 @@ def _sum_up(terms: Sequence[tuple[Tensor, float]], total: Tensor, scratch: Tenso
 
 
 def _widened(block: Tensor, scratch: Tensor) -> Tensor:
-    """``block`` in the accumulator's dtype; converted inside the cache where it has another."""
+    """``block`` in the accumulator's dtype, converted in the cache if necessary."""
     return block if block.dtype == scratch.dtype else scratch[: block.numel()].copy_(block)
 
 
@@ -93,8 +93,8 @@ def _add_squares(squares: Tensor, difference: Tensor, bounds: Sequence[int], sta
         edges.append(min(end, stop))
         if end >= stop:
             break
-    # Not torch.dot: twice as fast, but a plain fp32 sum (8e-6 off after 2^20 elements) whose last bits depend
-    # on the memory's alignment. sum() adds pairwise (5e-9 off).
+    # Not torch.dot: it is twice as fast, but a plain fp32 sum (8e-6 off after 2^20 elements) whose last bits
+    # depend on the memory's alignment. sum() adds pairwise (5e-9 off).
     difference.square_()
     for index, (left, right) in enumerate(pairwise(edges), start=first):
         squares[index] += difference[left - start : right - start].sum()

@@ -1,11 +1,11 @@
 """The passes on a CPU, in C (``kernels.c``): each group of 64 elements of all sources is summed in registers.
 
-The library is an optional part of an installation: where there was no compiler for it, or the processor has
-no fused multiply-add, ``instructions()`` is 0 and ``blocks`` does the same with PyTorch's operations.
+The library is an optional part of an installation. If there was no compiler for it, or the processor has no
+fused multiply-add, ``instructions()`` is 0 and ``blocks`` does the same with PyTorch's operations.
 
-A weighted sum has the bits of the one there; a sum of squares is nearer to the exact one. The contrasts are
-formed in fp32, squared and summed in fp64, and their sum is the same for any number of threads. TIES' two
-passes, ``elect`` and ``split``, give the bits of PyTorch's operations, too.
+A weighted sum has the same bits as in ``blocks``; a sum of squares is more exact. The contrasts are formed in
+fp32, squared and summed in fp64, and their sum is the same for any number of threads. The two passes of TIES,
+``elect`` and ``split``, also give the same bits as PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from torch.autograd.graph import increment_version
 
 from merge_callback.reduce.passes import Cut
 
-_SHARE = 1 << 23  # bytes read by each thread, at least: half a millisecond; on a busy core a start takes more
+_SHARE = 1 << 23  # least bytes per thread: half a millisecond; starting one on a busy core takes longer
 
-_VERSION = 2  # of the structures below and the functions in kernels.c, which has the same number
+_VERSION = 2  # version of the structures below and the functions in kernels.c, which has the same number
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTED, _CONTRASTED = 1, 2
@@ -110,15 +110,15 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
 
 @cache
 def instructions() -> int:
-    """Which of the passes in ``kernels.c`` is this processor's; 0: none, or the library is not there."""
+    """Which passes in ``kernels.c`` this processor can run; 0 if none, or if there is no library."""
     library = _library()
     return int(library.reduce_instructions()) if library else 0
 
 
 def takes(tensors: Sequence[Tensor]) -> bool:
-    """Whether a pass can be made here: contiguous fp32, bf16 and fp16 tensors of one size in host memory."""
+    """Whether the passes take these tensors: contiguous fp32, bf16 or fp16, of one size, in host memory."""
     return instructions() > 0 and all(
-        isinstance(t, Tensor)  # not what only reads like one (a `Decoded`)
+        isinstance(t, Tensor)  # not an object that only reads like one (a `Decoded`)
         and t.dtype in _DTYPES
         and t.device.type == "cpu"
         and t.layout == torch.strided
@@ -149,7 +149,7 @@ def one_pass(
         work.partials, work.bounds, work.segments = partials.ctypes.data, ends.ctypes.data, len(ends)
     _in_threads(_loaded().reduce_take_chunks, work, min(chunks, _bytes(sources) // _SHARE))
     if target is not None:
-        increment_version(target)  # as an operation in place does: autograd finds what it saved overwritten
+        increment_version(target)  # as in-place operations do, so that autograd notices
     return None if contrast is None else _combined(work)
 
 
@@ -178,18 +178,18 @@ def elect(initial: Tensor, others: Sequence[Tensor], out: Tensor, scale: float, 
 def split(
     theta: Tensor, initial: Tensor, low: int, high: int
 ) -> tuple[int, int, int, npt.NDArray[np.signedinteger[Any]]]:
-    """How many magnitudes of ``θ − θ_init`` are above ``high``, at it, and at ``low``; and those between.
+    """The numbers of magnitudes of ``θ − θ_init`` above ``high``, at it, and at ``low``; and those between.
 
-    In the calling thread alone, which lets others run.
+    Runs in the calling thread only, and releases the GIL.
 
     Args:
         theta: flat and contiguous, fp32, bf16 or fp16.
-        initial: the same, of as many elements.
+        initial: the same, with the same number of elements.
         low: bits of an fp32 magnitude.
-        high: not less than ``low``; where it is the same, none is at ``low``.
+        high: not less than ``low``; if both are the same, none count as at ``low``.
 
     Returns:
-        The three numbers, and the bits of those between, int32, in their order.
+        The three numbers, and the bits of the magnitudes between, int32, in the order of the elements.
     """
     work = _Split(
         theta.data_ptr(),
@@ -211,7 +211,7 @@ def split(
 def _terms(
     sources: Sequence[Tensor], weights: Sequence[float] | None, contrast: Sequence[float] | None
 ) -> list[_Source]:
-    """The sources that have a part in either sum."""
+    """The sources that take part in either sum."""
     terms = []
     for i, source in enumerate(sources):
         weight = 0.0 if weights is None else float(weights[i])
@@ -231,9 +231,10 @@ def _chunks(size: int) -> int:
 
 
 def _in_threads(job: Callable[..., object], work: ctypes.Structure, most: int) -> None:
-    """Has ``most`` threads, this one among them, take the chunks; never more than PyTorch would use.
+    """Processes the chunks with ``most`` threads, including this one, but not more than PyTorch would use.
 
-    They are started for each pass: a pool would not outlive the ``fork`` of a data loader or a launcher.
+    Threads are started for each pass, because a pool would not survive the ``fork`` of a data loader or a
+    launcher.
     """
     arguments = ctypes.byref(work), instructions()
     count = min(torch.get_num_threads(), most)
@@ -253,13 +254,13 @@ def _combined(work: _Pass) -> Tensor:
 
 def _loaded() -> ctypes.CDLL:
     library = _library()
-    assert library is not None  # one_pass is called for what takes() takes
+    assert library is not None  # passes are only called if takes() is true
     return library
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """What setuptools built of ``kernels.c``, beside this file; it is no Python module."""
+    """The library that setuptools built from ``kernels.c``, next to this file; not a Python module."""
     found = importlib.util.find_spec("merge_callback.reduce._kernels")
     if found is None or found.origin is None:
         return None
@@ -269,15 +270,15 @@ def _library() -> ctypes.CDLL | None:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
         version = ctypes.c_int64.in_dll(library, "reduce_version").value
-    except OSError:  # of another machine
+    except OSError:  # built for another machine
         return None
-    except (AttributeError, ValueError):  # it lacks one of these
+    except (AttributeError, ValueError):  # it lacks a function or the version
         version = 0
     if version == _VERSION:
         return library
     warnings.warn(
-        f"{found.origin} was built of another version of merge_callback: install it again; until then "
-        "merges take PyTorch's operations, which are slower",
+        f"{found.origin} was built from another version of merge_callback: install it again; until then "
+        "merges use PyTorch's operations, which are slower",
         stacklevel=2,
     )
     return None

@@ -1,4 +1,4 @@
-"""Which of the passes reads the sources: C on a CPU, Triton on a GPU, PyTorch's own operations anywhere."""
+"""Selects the pass for given tensors: C on a CPU, Triton on a GPU, else PyTorch's own operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from merge_callback.reduce import blocks, compiled
 from merge_callback.reduce.passes import Elect, Pass
 
 EAGER = os.environ.get("MERGE_CALLBACK_EAGER", "") not in ("", "0")
-"""Whether to use PyTorch's own operations only, for whoever suspects a kernel: ``MERGE_CALLBACK_EAGER=1``."""
+"""Whether to use only PyTorch's own operations, e.g. to rule out a kernel: ``MERGE_CALLBACK_EAGER=1``."""
 
 NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 """Floating-point dtypes that are summed in fp32."""
@@ -32,21 +32,22 @@ def one_pass(
     """Writes ``out = Σ weights[i] · sources[i]`` and sums ``(Σ contrast[i] · sources[i])²`` by segment.
 
     Each source is read once: both sums are formed while a part of it sits in registers or cache. A factor of
-    0 leaves its source out, whatever it holds. An element is summed in the order of the sources, in fp32, or
-    in fp64 where a source is fp64.
+    0 leaves its source out, even if that holds NaN. An element is summed in the order of the sources, in
+    fp32, or in fp64 if a source is fp64.
 
     Args:
         sources: N flat tensors of ``n`` elements, of any floating-point dtypes, on one device.
         weights: N factors; ``None`` leaves ``out`` untouched (squares only).
-        out: flat, ``n`` elements, any floating-point dtype; receives the one final cast. No part of a source.
-        contrast: N factors, or ``None``; −1 and 1 at two sources, and 0 elsewhere, give their distance.
+        out: flat, ``n`` elements, any floating-point dtype; receives the one final cast. Must not overlap a
+            source.
+        contrast: N factors, or ``None``; −1 and 1 for two sources, and 0 for the others, give their distance.
         bounds: ends of the segments in elements, ascending, the last one ``n``; needed with ``contrast``.
 
     Returns:
-        With ``contrast``: fp64 on the CPU, one sum of squares a segment. Else ``None``.
+        With ``contrast``: fp64 on the CPU, one sum of squares per segment. Else ``None``.
 
     Raises:
-        ValueError: where the numbers of elements or of factors differ, or ``bounds`` do not end with ``n``.
+        ValueError: if the numbers of elements or of factors differ, or ``bounds`` do not end with ``n``.
     """
     _check(sources, weights, out, contrast, bounds)
     return _backend(sources, out)(sources, weights, out, contrast, bounds)
@@ -65,7 +66,7 @@ def _backend(sources: Sequence[Tensor], out: Tensor | None) -> Pass:
 
 
 def election(initial: Tensor, others: Sequence[Tensor], out: Tensor) -> Elect | None:
-    """The pass that trims, elects and averages these task vectors; ``None``: PyTorch's operations have to."""
+    """The pass that trims, elects and averages these task vectors; ``None`` if only PyTorch's can."""
     tensors = (initial, *others, out)
     if triton_serves(*tensors):
         from merge_callback.reduce import triton_ties  # imports Triton
@@ -80,11 +81,11 @@ def compiled_serves(*tensors: Tensor) -> bool:
 
 
 def triton_serves(*tensors: Tensor, dtypes: Collection[torch.dtype] = NARROW) -> bool:
-    """Whether Triton's kernels take these tensors: contiguous ones of certain dtypes on one CUDA device.
+    """Whether Triton's kernels take these tensors: contiguous, of certain dtypes, on one CUDA device.
 
     Args:
-        *tensors: at least one.
-        dtypes: that the kernel takes. fp64 is not among them: it is summed in fp64, by PyTorch.
+        *tensors: at least one tensor.
+        dtypes: the dtypes that the kernel takes. fp64 is not one of them; PyTorch sums it in fp64.
     """
     device = tensors[0].device
     if device.type != "cuda" or EAGER or not all(isinstance(t, Tensor) for t in tensors):
@@ -96,8 +97,8 @@ def triton_serves(*tensors: Tensor, dtypes: Collection[torch.dtype] = NARROW) ->
 
 @lru_cache
 def _runs_on(device: torch.device) -> bool:
-    """Tries one small merge: Triton may be missing, too old, without a C compiler, or the device too old."""
-    # The interpreter reads host memory: an address on a device would end the process.
+    """Tries one small merge: Triton may be missing, too old or without a C compiler, or the GPU too old."""
+    # The interpreter reads host memory, so an address on a device would crash the process.
     if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET", "0") != "0":
         return False
     try:
@@ -107,7 +108,7 @@ def _runs_on(device: torch.device) -> bool:
         triton_kernels.one_pass([ones], [1.0], out, [1.0], [1])
     except Exception as error:
         warnings.warn(
-            f"Triton does not run on {device} ({error!r}); merges there take PyTorch's operations instead, "
+            f"Triton does not run on {device} ({error!r}); merges there use PyTorch's operations instead, "
             "which read the snapshots block by block",
             stacklevel=2,
         )
@@ -122,13 +123,11 @@ def _check(
     contrast: Sequence[float] | None,
     bounds: Sequence[int],
 ) -> None:
-    """Refuses what would have a kernel read or write beyond the tensors' memory."""
+    """Refuses arguments with which a kernel would read or write beyond the tensors' memory."""
     size = sources[0].numel()
     for tensor in sources if out is None else (*sources, out):
         if tensor.numel() != size:
-            raise ValueError(
-                f"a tensor of {tensor.numel()} elements beside one of {size}; they must be alike"
-            )
+            raise ValueError(f"tensors must have equal numbers of elements, got {tensor.numel()} and {size}")
     for name, factors in (("weights", weights), ("contrast", contrast)):
         if factors is not None and len(factors) != len(sources):
             raise ValueError(f"{name}: {len(factors)} factors for {len(sources)} sources; give one for each")

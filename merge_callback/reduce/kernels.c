@@ -2,10 +2,11 @@
  *
  * No Python here: compiled.py loads the library with ctypes and calls `reduce_take_chunks` in each of its
  * threads, then `reduce_combine`. The passes themselves are in kernels_pass.h and kernels_ties.h, compiled once
- * for each instruction set; which one runs is asked of the processor, so that a wheel fits all of them. (Not by
+ * for each instruction set; the processor decides at run time, so that one wheel fits all of them. (Not by
  * target_clones: it needs ifunc, which musl, macOS and older compilers lack.)
  *
- * Every product is added by a fused multiply-add, as PyTorch's add_(x, alpha=w) does: the sums are its bits.
+ * Every product is added by a fused multiply-add, as PyTorch's add_(x, alpha=w) does, so the sums have the
+ * same bits.
  */
 
 #if !defined(__GNUC__)
@@ -19,7 +20,7 @@
 #define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
 #define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
-#define STREAMED (2 << 20) /* bytes of output from which on it is written past the caches */
+#define STREAMED (2 << 20) /* bytes of output from which on writes bypass the caches */
 
 #define VECTORS (GROUP / LANES)
 #define WIDE (LANES < 4 ? 4 : LANES) /* places of the compiler's own vectors */
@@ -85,7 +86,7 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t width(int32_t dtype) { return dtype == FP32 ? 4 : 2; }
 
-/* Whether an output is written past the caches. One that fits is left in them for whoever reads it next. */
+/* Whether an output is written past the caches. One that fits is left in them for the next reader. */
 static int streams(const char *out, int32_t dtype, int64_t size) {
     return size * width(dtype) >= STREAMED && (uintptr_t)out % 64 == 0;
 }
@@ -181,7 +182,7 @@ typedef __m128i NAME(Halves);
 
 enum { AVX2 = 1, AVX512 = 2 };
 
-/* The best instruction set of this processor that has a kernel; 0: none. */
+/* This processor's best instruction set that has a kernel; 0 if there is none. */
 int reduce_instructions(void) {
     __builtin_cpu_init();
     if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")))
@@ -211,7 +212,7 @@ int64_t reduce_split(const Split *split, int64_t *counts, int32_t *between, int 
 }
 
 #elif defined(__FP_FAST_FMAF) && defined(__FLT16_MAX__)
-/* Where every processor of the architecture has fused multiply-adds (64-bit ARM): left to the compiler. */
+/* If all processors of the architecture have fused multiply-adds (64-bit ARM), the compiler does the rest. */
 
 #define NAME(f) f##_plain
 #define TARGET
@@ -285,7 +286,7 @@ int64_t reduce_split(const Split *split, int64_t *counts, int32_t *between, int 
 #error "no kernel for this architecture; without this library merge_callback uses PyTorch's own operations"
 #endif
 
-/* Adds up each segment's partial sums in the order of the chunks, whichever threads formed them. */
+/* Adds up each segment's partial sums in the order of the chunks, independently of the threads. */
 void reduce_combine(const Pass *pass, double *squares) {
     int64_t start = 0;
     for (int64_t segment = 0; segment < pass->segments; segment++) {

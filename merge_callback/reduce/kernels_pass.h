@@ -63,7 +63,7 @@ INLINE void NAME(store_group)(const NAME(Lanes) *x, char *out, int32_t dtype, in
 /* Both sums of the elements from `at` on: a whole group of them, or the `count` that are left at the end. */
 INLINE void NAME(sum_group)(const Pass *pass, int64_t at, int64_t count, float *contrasts, int stream) {
     NAME(Lanes) total[VECTORS], contrast[VECTORS], x[VECTORS];
-    /* x·w − 0 is x·w with its sign where that is 0: the first term is a product, as in PyTorch. */
+    /* x·w − 0 is x·w with its sign even if that is 0: the first term is a product, as in PyTorch. */
     NAME(Lanes) none = NAME(spread)(pass->roles & WEIGHTED ? -0.0f : 0.0f);
     UNROLL for (int v = 0; v < VECTORS; v++) total[v] = contrast[v] = none;
     for (const Source *source = pass->sources; source < pass->sources + pass->count; source++) {
@@ -96,7 +96,7 @@ static TARGET void NAME(sum_block)(const Pass *pass, int64_t start, int64_t stop
         NAME(sum_group)(pass, at, stop - at, contrasts + at - start, 0);
 }
 
-/* In fp64, where the square of an fp32 number is exact; in an order that depends on `count` alone. */
+/* In fp64, in which the square of an fp32 number is exact; in an order that depends only on `count`. */
 static TARGET double NAME(sum_of_squares)(const float *x, int64_t count) {
     double lanes[32] = {0}, sum = 0;
     int64_t i = 0;

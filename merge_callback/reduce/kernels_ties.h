@@ -1,7 +1,7 @@
-/* What TIES reads its task vectors for, for one instruction set; included by kernels.c after kernels_pass.h.
+/* The passes of TIES, for one instruction set; included by kernels.c after kernels_pass.h.
  *
- * In the compiler's own vectors, whose comparisons give masks. Each operation is rounded by itself and in the
- * order of the sources, as PyTorch's own operations do it: the results are their bits. */
+ * They use the compiler's own vectors, whose comparisons give masks. Operations are in the order of the sources,
+ * and each is rounded separately, so the results have the same bits as with PyTorch's own operations. */
 
 typedef float NAME(Floats) __attribute__((vector_size(4 * WIDE)));
 typedef int32_t NAME(Ints) __attribute__((vector_size(4 * WIDE)));
@@ -13,7 +13,7 @@ INLINE void NAME(widen)(NAME(Floats) *x, const char *data, int64_t at, int32_t d
     memcpy(x, lanes, sizeof lanes);
 }
 
-/* `x` where the mask is set, elsewhere 0. */
+/* `x` in places whose mask is set, else 0. */
 INLINE NAME(Floats) NAME(where)(NAME(Ints) mask, NAME(Floats) x) { return (NAME(Floats))(mask & (NAME(Ints))x); }
 
 INLINE NAME(Floats) NAME(absolute)(NAME(Floats) x) { return (NAME(Floats))((NAME(Ints))x & 0x7fffffff); }
@@ -41,16 +41,16 @@ INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t coun
             NAME(Floats) cut = NAME(where)(early, below) + NAME(where)(~early, at_most);
             NAME(Floats) entry = x[v] - initial[v];
             entry = NAME(where)(~(NAME(absolute)(entry) <= cut), entry);
-            /* NaN is neither: it goes into both sums, as clamp() passes it on. */
+            /* NaN is neither positive nor negative: it goes into both sums, as with clamp(). */
             positive[v] += NAME(where)(~(entry < 0), entry);
             negative[v] += NAME(where)(~(entry > 0), entry);
-            ayes[v] -= ~(entry <= 0); /* a mask is -1 where it is set */
+            ayes[v] -= ~(entry <= 0); /* a set mask is -1 */
             noes[v] -= ~(entry >= 0);
         }
     }
     NAME(Floats) one = NAME(all)(1);
     UNROLL for (int v = 0; v < PARTS; v++) {
-        /* Products, not choices: infinite entries of both signs have to give NaN, as they do in PyTorch. */
+        /* Products instead of masks: infinite entries of both signs have to give NaN, as in PyTorch. */
         NAME(Floats) elected = NAME(where)(positive[v] + negative[v] >= 0, one), lost = 1 - elected;
         NAME(Floats) number = __builtin_convertvector(ayes[v], NAME(Floats)) * elected;
         number += __builtin_convertvector(noes[v], NAME(Floats)) * lost;
@@ -106,7 +106,7 @@ INLINE int64_t NAME(split_group)(
     return found;
 }
 
-/* Counts the magnitudes of a task vector above `high`, at it, and at `low` where that is lower; writes those
+/* Counts the magnitudes of a task vector above `high`, at it, and at `low` if that is lower; writes those
  * between, as bits, and returns how many they are. `between` has room for all elements. */
 static TARGET int64_t NAME(split)(const Split *split, int64_t *counts, int32_t *between) {
     NAME(Ints) above = {0}, at_high = {0}, at_low = {0};

@@ -1,4 +1,4 @@
-"""What a backend has to offer, and what its passes are told."""
+"""The passes that a backend provides, and their arguments."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 class Cut(NamedTuple):
-    """What TIES trims of a task vector: magnitudes up to ``below`` before element ``end``, then ``at_most``.
+    """What TIES trims: magnitudes up to ``below`` before index ``end``, and up to ``at_most`` from there on.
 
-    Both are numbers of fp32. NaN is not trimmed.
+    Both are fp32 numbers. NaN is not trimmed.
     """
 
     below: float
@@ -20,7 +20,7 @@ class Cut(NamedTuple):
 
 
 Elect = Callable[[Tensor, Sequence[Tensor], Tensor, float, Sequence[Cut]], None]
-"""A backend's pass of TIES: θ_init, sources, out, scale, and one cut a source."""
+"""A backend's pass of TIES: θ_init, sources, out, scale, and one cut per source."""
 
 Pass = Callable[
     [Sequence[Tensor], Sequence[float] | None, Tensor | None, Sequence[float] | None, Sequence[int]],

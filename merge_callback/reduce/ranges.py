@@ -1,4 +1,4 @@
-"""Work on the elements of a tensor, shared out over a few threads."""
+"""Splits work on the elements of a tensor over a few threads."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import TypeVar
 import torch
 
 BLOCK = 1 << 15
-"""Elements worked on at once, on a CPU: a dozen fp32 blocks stay in the second-level cache. It is also the
-most that PyTorch leaves to the calling thread (its grain size): a larger block would start its own team of
-OpenMP threads, which wait for each other at every operation (on two shared cores: 1.8 times as long). Where
-PyTorch has a single thread, twice as many are a tenth faster: Python is called half as often."""
+"""Elements processed at once on a CPU: a dozen fp32 blocks stay in the second-level cache. It is also the
+most that PyTorch processes in the calling thread (its grain size): a larger block would start a team of
+OpenMP threads, which wait for each other at every operation (on two shared cores: 1.8 times as long). If
+PyTorch has a single thread, blocks of twice the size are a tenth faster, since Python is called half as
+often."""
 
-_THREADS = 4  # more would wait for Python between operations that take microseconds
+_THREADS = 4  # more threads would wait for Python between operations that take microseconds
 
 _SHARE = 1 << 18  # elements below which starting a thread costs more than it saves
 
@@ -23,18 +24,18 @@ T = TypeVar("T")
 
 
 def in_ranges(size: int, device: torch.device, job: Callable[[int, int], T]) -> list[T]:
-    """Splits ``size`` elements into one range a thread and runs ``job(start, stop)`` on each of them.
+    """Splits ``size`` elements into one range per thread and runs ``job(start, stop)`` on each range.
 
-    The threads are PyTorch's number at most; it is what it was before, for the caller and for all others. The
-    split depends on it: what ``job`` returns or writes must not depend on where it begins.
+    There are at most as many threads as PyTorch uses; that setting is not changed. The split depends on it,
+    so the results of ``job`` must not depend on where a range begins.
 
     Returns:
-        What each returned, in the order of the elements.
+        The results of all calls, in the order of the elements.
     """
     most = min(torch.get_num_threads(), _THREADS) if device.type == "cpu" else 1
     threads = max(1, min(most, size // _SHARE))
     share = math.ceil(size / threads / BLOCK) * BLOCK if threads > 1 else size
-    inference = torch.is_inference_mode_enabled()  # this one and no_grad are the thread's own
+    inference = torch.is_inference_mode_enabled()  # this mode and no_grad are per thread
 
     def run(start: int) -> T:
         with torch.inference_mode(inference), torch.no_grad():

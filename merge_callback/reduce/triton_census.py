@@ -1,6 +1,6 @@
-"""How many magnitudes lie above, between and at two of them, on a GPU, and which ones lie between.
+"""Counts the magnitudes above, between and at two bounds on a GPU, and picks those between.
 
-PyTorch's operations would make a boolean tensor for each question and wait for each answer.
+PyTorch's operations would make a boolean tensor for each count and wait for each result.
 """
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -19,18 +19,18 @@ BLOCK = 2048
 
 @torch.no_grad()
 def split(bits: Tensor, low: int, high: int, block: int = BLOCK) -> tuple[int, int, int, Tensor]:
-    """How many bits are above ``high``, equal to it, and equal to ``low`` (if that is lower); those between.
+    """The numbers of bits above ``high``, equal to it, and equal to ``low`` (if lower), and the bits between.
 
     The host waits once. A second launch picks those between, in their order.
 
     Args:
-        bits: of fp32 magnitudes, int32, flat and contiguous.
+        bits: bits of fp32 magnitudes, int32, flat and contiguous.
         low: not negative.
         high: not less than ``low``.
         block: elements per program, a power of 2.
 
     Returns:
-        The three numbers, and int32 on the device.
+        The three numbers, and the bits between, int32 on the device.
     """
     size, tiles = bits.numel(), triton.cdiv(bits.numel(), block)
     counts = torch.zeros(4, tiles, dtype=torch.int32, device=bits.device)
@@ -59,7 +59,7 @@ def _count(bits, counts, size, low, high, block: tl.constexpr):
 
 @triton.jit(do_not_specialize=["size", "low", "high"])
 def _pick(bits, ends, between, size, low, high, block: tl.constexpr):
-    """Writes a tile's elements between to where those of the tiles before end."""
+    """Writes a tile's elements between after those of the previous tiles."""
     offsets = elements(tl.program_id(0), block)
     values = tl.load(bits + offsets, mask=offsets < size, other=-1)
     picked = (values > low) & (values < high)

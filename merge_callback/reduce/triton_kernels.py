@@ -1,8 +1,8 @@
 """The one pass over flat memory on a GPU: one launch, whatever the number of sources.
 
-Every program sums one tile in registers. Where squares are wanted it writes one partial sum for each segment
+Every program sums one tile in registers. If squares are wanted, it writes one partial sum for each segment
 that its tile touches; a second, tiny launch adds up those of each segment in a fixed order, in fp64. There
-are no atomics: equal inputs give equal bits. The order within a tile is the compiler's, though: the last bits
+are no atomics: equal inputs give equal bits. But the compiler chooses the order within a tile: the last bits
 of the squares (never of the merge) may differ between kinds of GPU, or with dtype and alignment of sources.
 """
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
@@ -19,7 +19,7 @@ from torch import Tensor
 from merge_callback.reduce.triton_sources import elements, load, on, table, written
 
 BLOCK = 1024
-"""Elements per program: 8 a thread, of each of both sums."""
+"""Elements per program: 8 per thread, of each of the two sums."""
 
 
 @torch.no_grad()
@@ -31,7 +31,7 @@ def one_pass(
     bounds: Sequence[int] = (),
     block: int = BLOCK,
 ) -> Tensor | None:
-    """What ``blocks.one_pass`` does, for tensors that ``triton_serves``.
+    """Does the same as ``blocks.one_pass``, for tensors that ``triton_serves``.
 
     Products are summed with fused multiply–add, which rounds once, as PyTorch's own CUDA kernels do.
 
@@ -41,10 +41,10 @@ def one_pass(
         out: flat, contiguous, ``n`` elements, one of these dtypes; receives the one final cast.
         contrast: N factors, or ``None``.
         bounds: ends of the segments in elements, ascending, the last one ``n``.
-        block: elements a program sums, a power of 2.
+        block: elements per program, a power of 2.
 
     Returns:
-        With ``contrast``: fp64 on the CPU, one sum of squares a segment. Else ``None``.
+        With ``contrast``: fp64 on the CPU, one sum of squares per segment. Else ``None``.
     """
     size, device = sources[0].numel(), sources[0].device
     merges = weights is not None and out is not None
@@ -66,11 +66,11 @@ def _launch(
     block: int,
 ) -> None:
     factors = contrast if contrast is not None else [0.0] * len(sources)
-    # What has no part in either sum is not read at all.
+    # Sources that take no part in either sum are not read at all.
     used = [i for i, pair in enumerate(zip(weights, factors, strict=True)) if any(pair)] or [0]
     tiles = triton.cdiv(sources[0].numel(), block)
     rows = table([sources[i] for i in used], bounds, [weights[i] for i in used], [factors[i] for i in used])
-    # Tile t and segment s have the place t + s: along the tensor both only grow, so no two pairs share one.
+    # Tile t and segment s use place t + s: along the tensor both only grow, so no two pairs share a place.
     partials = torch.empty(tiles + len(squares), dtype=torch.float32, device=squares.device)
     _sum_tile[(tiles,)](
         rows.integers, rows.factors, rows.sources, partials if out is None else out, partials, len(squares),
@@ -94,7 +94,7 @@ def _sum_tile(
     """Writes a tile's weighted sum, and the squares of its contrast by segment."""
     offsets = elements(tl.program_id(0), block)
     if tl.program_id(0) + 1 < tl.num_programs(0):
-        # No mask: with one, whose end may lie anywhere, no thread loads 16 bytes at once.
+        # No mask: with one, which may end anywhere, no thread loads 16 bytes at once.
         other = _sums(rows, factors, count, out, offsets, None, kind, aligned, merges, measures, block)
     else:
         inside = offsets < size
@@ -143,7 +143,7 @@ def _store_partials(bounds, partials, segments, size, offsets, squares, block: t
 
 @triton.jit
 def _segment_at(bounds, segments, place):
-    """The segment that holds an element: how many bounds are not beyond it."""
+    """The segment that holds an element: the number of bounds that are not beyond it."""
     high = segments.to(tl.int64)
     low = high * 0  # 64 bits as well
     while low < high:

@@ -1,4 +1,4 @@
-"""The inner products of each two of N flat tensors on a GPU, in one launch that reads every element once."""
+"""The inner products of all pairs of N flat tensors on a GPU, in one launch that reads every element once."""
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from merge_callback.reduce.triton_sources import Table, on, pointers, table
 
-_PROGRAMS = 1024  # fixed: were it the device's number of processors, the last bit would depend on the device
+_PROGRAMS = 1024  # fixed, so that the last bit does not depend on the device's number of processors
 
 
 @torch.no_grad()
 def inner_products(tensors: Sequence[Tensor], block: int = 32, programs: int = _PROGRAMS) -> Tensor:
-    """The inner product of each two tensors, ``(N, N)``, fp64 on the CPU.
+    """The inner products of all pairs of tensors, ``(N, N)``, fp64 on the CPU.
 
     Within a block the products are summed in fp32 (off by 1e-7 of the sum of their magnitudes), the blocks in
     fp64, always in the same order.
@@ -25,8 +25,8 @@ def inner_products(tensors: Sequence[Tensor], block: int = 32, programs: int = _
     Args:
         tensors: N flat contiguous tensors of ``n`` elements, fp32, bf16 or fp16, on one device. At most 64: a
             program holds N² sums in registers.
-        block: elements of each multiplied at once, a power of 2, at least 16.
-        programs: that share the blocks out, each a run of them.
+        block: elements of each tensor multiplied at once, a power of 2, at least 16.
+        programs: number of programs; each takes a run of blocks.
     """
     count, size, device = len(tensors), tensors[0].numel(), tensors[0].device
     rows, width = table(tensors, ()), max(16, triton.next_power_of_2(count))
@@ -88,7 +88,7 @@ def _load_rows(addresses, kinds, offsets, inside, kind: tl.constexpr, aligned: t
         values = _read_rows(addresses, offsets, inside, tl.bfloat16, aligned)
     elif kind == 2:
         values = _read_rows(addresses, offsets, inside, tl.float16, aligned)
-    else:  # each element is loaded once: where its dtype is another one, it is masked out
+    else:  # each element is loaded once: it is masked out in the loads of other dtypes
         values = _read_rows(addresses, offsets, inside & (kinds == 0)[:, None], tl.float32, aligned)
         values += _read_rows(addresses, offsets, inside & (kinds == 1)[:, None], tl.bfloat16, aligned)
         values += _read_rows(addresses, offsets, inside & (kinds == 2)[:, None], tl.float16, aligned)

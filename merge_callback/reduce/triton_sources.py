@@ -1,8 +1,8 @@
-"""How Triton's kernels reach any number of tensors of any dtypes: by a table of their addresses.
+"""A table of addresses, by which Triton's kernels reach any number of tensors of any dtypes.
 
 A table on the device, unlike kernel arguments, has no limit of 4 KiB, and one compiled kernel serves every
-number of sources. Only these are compiled anew: another dtype, a mixture of dtypes, and sources that do not
-begin at a multiple of 16 bytes (these are read element by element, the others 16 bytes a thread at once).
+number of sources. A kernel is compiled again only for another dtype, a mixture of dtypes, and sources that do
+not begin at a multiple of 16 bytes (these are read element by element, others 16 bytes per thread at once).
 """
 # mypy: disallow-untyped-decorators=False, disallow-untyped-defs=False, disallow-incomplete-defs=False
 
@@ -18,21 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""What the table calls a dtype."""
+"""The numbers of the dtypes in the table."""
 
 MIXED = 3
-"""What a kernel is told of sources of several dtypes: the table says which has which."""
+"""The kind of sources of several dtypes; the table has the dtype of each."""
 
 
 class Table(NamedTuple):
     """Sources as a kernel gets them.
 
     Args:
-        integers: int64 on the device: N addresses, N kinds, and what the kernel needs besides.
+        integers: int64 on the device: N addresses, N kinds, and further integers for the kernel.
         factors: fp32 on the device, N times as many as there are lists of factors.
         sources: N.
-        kind: the dtype of all sources, or ``MIXED``. Known when the kernel is compiled.
-        aligned: whether all begin at a multiple of 16 bytes. Known when the kernel is compiled.
+        kind: the kind of all sources, or ``MIXED``. A compile-time constant of the kernel.
+        aligned: whether all begin at a multiple of 16 bytes. A compile-time constant of the kernel.
     """
 
     integers: Tensor
@@ -45,13 +45,12 @@ class Table(NamedTuple):
 def table(sources: Sequence[Tensor], integers: Sequence[int], *factors: Sequence[float]) -> Table:
     """The table of sources that are contiguous, of the dtypes in ``KINDS`` and on one device.
 
-    The sources have to live until the kernel is launched; what frees them later does so in the stream's
-    order.
+    The sources have to live until the kernel is launched; freeing them later follows the stream's order.
 
     Args:
         sources: N flat tensors, at least one.
-        integers: follow the addresses and the kinds.
-        *factors: N numbers each; one list follows the other.
+        integers: further integers, placed after the addresses and the kinds.
+        *factors: lists of N numbers each, placed one after the other.
     """
     addresses, kinds = [s.data_ptr() for s in sources], [KINDS[s.dtype] for s in sources]
     device = sources[0].device
@@ -65,25 +64,25 @@ def table(sources: Sequence[Tensor], integers: Sequence[int], *factors: Sequence
 
 
 def _sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Without non_blocking the host would wait for all that the stream still has to do. CUDA copies pageable
+    # Without non_blocking the host would wait for all queued work of the stream. CUDA copies pageable
     # memory to a buffer of its own before the call returns.
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes a device the current one, which is where Triton launches."""
+    """Makes a device the current one, since Triton launches on that."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def written(out: Tensor) -> None:
-    """Tells autograd that a kernel wrote to a tensor, as PyTorch's own operations do."""
-    if not out.is_inference():  # those have no version
+    """Notifies autograd that a kernel wrote to a tensor, as PyTorch's own operations do."""
+    if not out.is_inference():  # inference tensors have no version
         torch.autograd.graph.increment_version(out)
 
 
 @triton.jit
 def elements(tile: tl.tensor, block: tl.constexpr):
-    """The indices of a tile's elements, int64: those of a large arena exceed 2^31."""
+    """The indices of a tile's elements, int64 because a large arena has more than 2^31."""
     return tile.to(tl.int64) * block + tl.arange(0, block)
 
 
@@ -96,7 +95,7 @@ def pointers(address: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr):
 
 @triton.jit
 def load(address, own, offsets, mask, kind: tl.constexpr, aligned: tl.constexpr):
-    """One source's elements in fp32, 0 where masked out; ``own`` is its kind, which counts where mixed."""
+    """One source's elements in fp32, 0 where masked out; ``own`` is its kind, used if kinds are mixed."""
     if kind == 0:
         values = read(address, offsets, mask, tl.float32, aligned)
     elif kind == 1:

@@ -14,7 +14,7 @@ from merge_callback.reduce.passes import Cut
 from merge_callback.reduce.triton_sources import elements, load, on, table, written
 
 BLOCK = 1024
-"""Elements per program: 8 a thread, of θ_init, two sums and two numbers."""
+"""Elements per program: 8 per thread, of θ_init, two sums and two counts."""
 
 
 @torch.no_grad()
@@ -28,16 +28,16 @@ def elect(
 ) -> None:
     """Writes ``θ_init + λ · mean of the kept entries of the elected sign``, as ``Election`` elects them.
 
-    In fp32, each operation rounded by itself and in the order of the sources: bit by bit what PyTorch's own
-    operations give.
+    It computes in fp32, in the order of the sources, and rounds each operation separately, so the result has
+    the same bits as with PyTorch's own operations.
 
     Args:
         initial: θ_init, flat and contiguous, ``n`` elements, fp32, bf16 or fp16.
-        others: the θ_i, the same, on one device; their task vectors are formed in registers.
+        others: the θ_i, like ``initial``, on one device; their task vectors are formed in registers.
         out: flat, contiguous, ``n`` elements, one of these dtypes; receives the one final cast.
         scale: λ.
         cuts: what is trimmed of each task vector.
-        block: elements a program merges, a power of 2.
+        block: elements per program, a power of 2.
     """
     size = initial.numel()
     if not size:
@@ -59,7 +59,7 @@ def _elect_tile(
 ):  # fmt: skip
     """Merges one tile."""
     offsets = elements(tl.program_id(0), block)
-    if tl.program_id(0) + 1 < tl.num_programs(0):  # without a mask, 16 bytes a thread are loaded at once
+    if tl.program_id(0) + 1 < tl.num_programs(0):  # without a mask, each thread loads 16 bytes at once
         _merge(rows, factors, count, out, offsets, None, scale, kind, aligned, block)
     else:
         _merge(rows, factors, count, out, offsets, offsets < size, scale, kind, aligned, block)
@@ -82,12 +82,12 @@ def _merge(
         cut = tl.where(before_end, tl.load(factors + i), tl.load(factors + count + i))
         entry = theta - initial
         entry = tl.where(tl.abs(entry) <= cut, 0.0, entry)
-        # NaN is neither: it goes into both sums, as clamp() passes it on.
+        # NaN is neither positive nor negative: it goes into both sums, as with clamp().
         positive += tl.where(entry < 0, 0.0, entry)
         negative += tl.where(entry > 0, 0.0, entry)
         ayes += tl.where((entry < 0) | (entry == 0), 0.0, 1.0)
         noes += tl.where((entry > 0) | (entry == 0), 0.0, 1.0)
-    # Products, not choices: infinite entries of both signs have to give NaN, as they do in PyTorch.
+    # Products instead of tl.where: infinite entries of both signs have to give NaN, as in PyTorch.
     elected = tl.where(positive + negative >= 0, 1.0, 0.0)
     number = tl.maximum(ayes * elected + noes * (1 - elected), 1.0)
     mean = tl.div_rn(positive * elected + negative * (1 - elected), number)

@@ -1,4 +1,4 @@
-"""What several processes need to keep one window together."""
+"""How several processes keep one window together."""
 
 from merge_callback.sharding.live import local, overwrite
 from merge_callback.sharding.pieces import Piece

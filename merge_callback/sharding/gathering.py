@@ -1,4 +1,4 @@
-"""Putting whole tensors together on the first rank, out of what each rank keeps."""
+"""Assembles whole tensors on the first rank, from the parts that each rank keeps."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 from merge_callback.sharding.pieces import Piece
 from merge_callback.sharding.ranks import Ranks
 
-_CHUNK = 1 << 26  # bytes of a message
+_CHUNK = 1 << 26  # bytes per message
 
 
 class Gathering:
     """Sends the parts of tensors to the first rank, tensor by tensor.
 
-    Before each part a rank sends whether it has it. One that failed says so once and then sends nothing; the
-    first rank goes on to receive what the others send, also if it failed itself: nobody waits for anybody.
+    Before each part a rank sends whether it has it. A rank that failed says so once and then sends nothing.
+    The first rank goes on receiving even if it failed itself, so no rank waits forever.
 
     Args:
-        pieces: which part each rank keeps, by rank and name; this rank's alone if it is not the first.
-        ranks: of the run.
+        pieces: which part each rank keeps, by rank and name; only this rank's if it is not the first.
+        ranks: the run's ranks.
     """
 
     def __init__(self, pieces: Sequence[Mapping[str, Piece]], ranks: Ranks) -> None:
@@ -32,7 +32,7 @@ class Gathering:
         self._problem: Exception | None = None
 
     def tensors(self, parts: Mapping[str, Tensor], names: Iterable[str]) -> Iterator[Tensor]:
-        """The whole tensors on the first rank, empty ones elsewhere; ``Sharding.gather`` says more."""
+        """The whole tensors on the first rank, empty ones elsewhere; see ``Sharding.gather``."""
         for name in names:
             part = self._tried(_flat, parts[name])
             if not self._ranks.is_first:
@@ -43,7 +43,7 @@ class Gathering:
         self._ranks.agree(self._problem)
 
     def _tried(self, make: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor | None:
-        """What is made; ``None`` once something could not be: out of memory, a device that failed."""
+        """The result of ``make``; ``None`` once a call has failed (out of memory, a device failure)."""
         if self._problem is None:
             try:
                 return make(*args, **kwargs)
@@ -74,7 +74,7 @@ class Gathering:
         return None if self._problem or self._silent else whole
 
     def _received(self, rank: int, numel: int, dtype: torch.dtype) -> Tensor | None:
-        """A rank's part; ``None`` if it has none, or there is no room for it here."""
+        """A rank's part (uninitialised if that rank failed); ``None`` if there is no room for it here."""
         part = self._tried(torch.empty, numel, dtype=dtype, device="cpu")
         is_there = torch.tensor([False], device="cpu")
         if numel and rank not in self._silent:

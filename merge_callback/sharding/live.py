@@ -1,4 +1,4 @@
-"""Tensors of a live model: what a rank holds of one, and writing to it."""
+"""Reads and overwrites the local part of a live model's tensor."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
     """A DTensor's local part, which shares its memory; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # its class is costly to import
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # importing its class is costly
 
 
 def overwrite(tensor: Tensor, values: Tensor) -> None:
     """Overwrites a live tensor in place with ``values`` of the same shape, casting to its dtype."""
     distinct = _distinct(tensor)
-    with torch.inference_mode(tensor.is_inference()):  # a buffer made in a validation before the fit
+    with torch.inference_mode(tensor.is_inference()):  # e.g. a buffer made in a validation before the fit
         tensor[distinct].copy_(values[distinct])
 
 
 def _distinct(tensor: Tensor) -> tuple[slice, ...]:
-    """Selects each memory location of an expanded tensor once: as a whole it can't be written to."""
+    """Selects each memory location of an expanded tensor once, since it can't be written to as a whole."""
     return tuple(slice(1) if stride == 0 else slice(None) for stride in tensor.stride())

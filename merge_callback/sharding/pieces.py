@@ -1,4 +1,4 @@
-"""Parts of tensors: which elements of the whole a rank holds."""
+"""Parts of tensors: which elements of the whole tensor a rank holds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangular part of a tensor: ``shape`` elements from index ``offset`` on."""
+    """A rectangular part of a tensor, of shape ``shape``, that begins at index ``offset``."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -23,7 +23,7 @@ class Box:
         return math.prod(self.shape)
 
     def of(self, whole: Tensor) -> Tensor:
-        """The box of a whole tensor (a view)."""
+        """The part of a whole tensor in the box (a view)."""
         for dim, (start, length) in enumerate(zip(self.offset, self.shape, strict=True)):
             whole = whole.narrow(dim, start, length)
         return whole
@@ -31,9 +31,9 @@ class Box:
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a tensor: boxes whose elements, one box after the other, are the part's.
+    """A part of a tensor: the elements of its boxes, one box after the other.
 
-    One box is what DTensor shards and slices of rows are. Several make up a range of a flattened tensor, as
+    DTensor shards and slices of rows are one box. Several boxes make up a range of a flattened tensor, as
     FSDP1 shards it: they are in the order of that range, which begins at element ``start``. A piece without
     boxes is empty.
     """
@@ -71,7 +71,7 @@ class Piece:
         return self.boxes[0].shape[0] if self.whole else 1
 
     def of_rows(self, start: int, stop: int) -> Piece:
-        """The piece that some of its rows make up."""
+        """The piece that consists of rows ``start`` to ``stop`` of this one."""
         if self.start is not None:
             return Piece.flat(self.whole, self.start + start, self.start + stop)
         if not self.whole or not self.boxes:
@@ -87,7 +87,7 @@ class Piece:
 
     @property
     def bounds(self) -> tuple[int, int]:
-        """The first element's index in the flattened whole, and one past the last one's; 0, 0 of nothing."""
+        """The first element's index in the flattened whole, and one past the last one's; 0, 0 if empty."""
         if not self.boxes:
             return 0, 0
         first, last = self.boxes[0], self.boxes[-1]
@@ -95,11 +95,11 @@ class Piece:
         return _index(self.whole, first.offset), _index(self.whole, end) + 1
 
     def span(self, start: int, stop: int) -> tuple[int, int, Tensor | None]:
-        """Where the piece's elements ``start`` to ``stop`` lie in the flattened whole, in the same order.
+        """The places of the piece's elements ``start`` to ``stop`` in the flattened whole, in the same order.
 
         Returns:
-            The first one's index there, one past the last one's, and the index of each from the first on
-            (int64); ``None`` if they follow one another.
+            The first element's index there, one past the last one's, and the index of each element relative
+            to the first (int64); ``None`` if the elements are contiguous.
         """
         if stop <= start:
             return 0, 0, None
@@ -124,14 +124,14 @@ class Piece:
 
 
 def split_rows(sizes: Sequence[tuple[int, int]], parts: int) -> list[list[int]]:
-    """Splits tensors, laid end to end, into ``parts`` runs of whole rows with as equal bytes as rows allow.
+    """Splits tensors, laid end to end, into ``parts`` runs of whole rows of nearly equal bytes.
 
     Args:
         sizes: the rows of each tensor, and its bytes.
-        parts: how many.
+        parts: number of runs.
 
     Returns:
-        For each tensor ``parts + 1`` ascending rows: part ``i`` has those from the i-th to the one after.
+        For each tensor ``parts + 1`` ascending rows: part ``i`` has the rows from the i-th bound to the next.
     """
     total, begin, bounds = sum(size for _, size in sizes), 0, []
     for rows, size in sizes:

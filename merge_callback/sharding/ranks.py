@@ -1,4 +1,4 @@
-"""The processes of a run, and the few things they tell each other."""
+"""The processes of a run, and their communication."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes that train one model together; by default this one, alone.
+    """The processes that train one model together; by default only this one.
 
-    What the ranks tell each other apart from training goes through a group of its own, over gloo: so it never
-    gets between the collectives of training, and needs no accelerator. All methods but ``start_sum`` wait for
-    the other ranks; each has to be called by all of them, in the same order, from one thread. A rank that
-    fails between two of them calls ``agree`` at once: whatever the others are waiting in then raises.
+    They communicate through a gloo group of their own, so that nothing gets between the collectives of
+    training, and no accelerator is needed. All methods except ``start_sum`` wait for the other ranks; all
+    ranks have to call each of them, in the same order, from one thread. A rank that fails between two calls
+    has to call ``agree`` at once: the call in which the others wait then raises.
 
     Args:
-        group: of the run's ranks, over gloo; ``None`` for a process that is alone.
+        group: the gloo group of the run's ranks; ``None`` for a single process.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -32,7 +32,7 @@ class Ranks:
 
     @classmethod
     def of_run(cls, timeout: timedelta | None = None) -> Ranks:
-        """All ranks of the default process group; this process alone if there is none, or one rank."""
+        """All ranks of the default process group; only this process if there is none, or a single rank."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return cls()
         return cls(dist.new_group(backend="gloo", timeout=timeout))
@@ -43,7 +43,7 @@ class Ranks:
         return self.rank == 0
 
     def exchange(self, value: T) -> list[T]:
-        """Every rank's value, by rank. Values are pickled: small ones, for decisions and errors."""
+        """Every rank's value, by rank. Values are pickled, so they should be small: decisions and errors."""
         if self.group is None:
             return [value]
         self._check()
@@ -69,10 +69,10 @@ class Ranks:
         """Begins to sum a tensor over all ranks, in place, in training's own group, and returns at once.
 
         Args:
-            numbers: on the device that training uses, so that its backend takes it.
+            numbers: a tensor on the device that training uses, so that its backend accepts it.
 
         Returns:
-            What to call before the sum is read. On CUDA that makes the current stream wait, not the host;
+            A function to call before the sum is read. On CUDA it makes the current stream wait, not the host;
             elsewhere it takes a ``timedelta`` after which it raises.
         """
         if self.group is None:
@@ -82,18 +82,18 @@ class Ranks:
         return wait
 
     def close(self) -> None:
-        """Gives the group back, once no rank needs it any more. All ranks have to."""
+        """Destroys the group once no rank needs it any more. All ranks have to call this."""
         if self.group is not None:
             self.exchange(None)
             dist.destroy_process_group(self.group)
             self.group = None
 
     def agree(self, error: BaseException | None) -> None:
-        """Makes an error of one rank every rank's.
+        """Raises on all ranks if one of them has an error.
 
         Args:
-            error: this rank's. A ``RemoteError`` that another method has raised here is known to all ranks
-                by then, and nothing is sent.
+            error: this rank's error, if any. If it is a ``RemoteError`` that another method has raised here,
+                all ranks know of it already, and nothing is sent.
 
         Raises:
             BaseException: this rank's own error.
@@ -109,10 +109,10 @@ class Ranks:
             raise error
 
     def agreed(self, action: Callable[[], T]) -> T:
-        """What an action gives on this rank, once it has gone well on all of them.
+        """The result of an action on this rank, once it has succeeded on all ranks.
 
         Raises:
-            Exception: what it raises here.
+            Exception: the action's own exception on this rank.
             RemoteError: if it raises on another rank.
         """
         problem: Exception | None = None
@@ -137,7 +137,7 @@ class Ranks:
         return bool(count.item())
 
     def _first_error(self, error: BaseException | None) -> str:
-        """What the first of the other ranks with an error says; empty if this rank has one itself."""
+        """The error of the first of the other ranks that has one; empty if this rank has one itself."""
         texts = self._all(None if error is None else f"{type(error).__name__}: {error}")
         if error is not None:
             return ""
@@ -145,11 +145,11 @@ class Ranks:
 
 
 class RemoteError(RuntimeError):
-    """What went wrong on another rank.
+    """An error on another rank.
 
     Args:
-        text: which rank, and what.
-        cut_short: whether this rank was in the middle of something that the other one has left.
+        text: the rank and its error.
+        cut_short: whether this rank was waiting in a call that the other one has not made.
     """
 
     def __init__(self, text: str, cut_short: bool = False) -> None:

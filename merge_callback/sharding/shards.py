@@ -1,4 +1,4 @@
-"""What PyTorch's ways of sharding leave of each tensor on a rank."""
+"""Finds the part of each tensor that PyTorch's sharding leaves on a rank."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from merge_callback.sharding.pieces import Piece
 
 
 def local_piece(tensor: Tensor, flat: Mapping[int, Piece]) -> tuple[Tensor, Piece]:
-    """What this rank holds of a live tensor, and which part of the whole that is.
+    """The local part of a live tensor, and which part of the whole that is.
 
     Args:
-        tensor: of a module; may be a DTensor.
-        flat: what ``flat_pieces`` found in the model.
+        tensor: a module's tensor; may be a DTensor.
+        flat: the result of ``flat_pieces`` for the model.
 
     Returns:
         A plain tensor that shares memory with the live one, but not its version counter: see ``capture``.
@@ -35,7 +35,7 @@ def local_piece(tensor: Tensor, flat: Mapping[int, Piece]) -> tuple[Tensor, Piec
 
 
 def flat_pieces(root: nn.Module) -> dict[int, Piece]:
-    """Which range of its tensor each parameter is that FSDP1 shards, by the parameter's ``id``."""
+    """The range of its tensor that each parameter sharded by FSDP1 holds, by the parameter's ``id``."""
     return {
         id(parameter): Piece.flat(shape, info.intra_param_start_idx, info.intra_param_end_idx + 1)
         if info.in_shard
@@ -46,10 +46,10 @@ def flat_pieces(root: nn.Module) -> dict[int, Piece]:
 
 
 def resharding(root: nn.Module) -> Callable[[], None]:
-    """A function that frees what FSDP gathered and keeps: modules show their shards, and gather them again.
+    """Returns a function that frees gathered parameters, so that FSDP modules show their shards again.
 
-    After a forward pass without a backward pass the root keeps its whole parameters, which would hide what is
-    written to the shards.
+    After a forward pass without a backward pass the root keeps its whole parameters, which would hide writes
+    to the shards.
     """
     modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
     return partial(_reshard, modules, _fsdp1_handles(root))

@@ -1,1 +1,1 @@
-"""What is read from a training run: step statistics, tokens, learning-rate phase, spikes."""
+"""Reads a training run: step statistics, tokens, learning-rate phase, spikes."""

@@ -1,4 +1,4 @@
-"""The learning rates an optimizer step is really taken with."""
+"""The learning rates that optimizer steps are really taken with."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.optim import Optimizer
 
 
 class AppliedLR:
-    """Notes each optimizer's rates just before its step, when the schedulers have not moved on yet.
+    """Notes each optimizer's rates just before its step, before the schedulers change them.
 
-    The rate of an optimizer that has none (parameter-free ones, Adafactor's relative steps) counts as
-    constant: 1.
+    An optimizer without a rate (a parameter-free one, Adafactor's relative steps) counts as having a constant
+    rate of 1.
 
-    A rate that is a tensor on an accelerator (``capturable`` optimizers) costs one wait a step: keep such
+    A rate that is a tensor on an accelerator (``capturable`` optimizers) costs one wait per step: keep such
     rates on the CPU, as ``torch.optim`` recommends.
 
     Args:
-        optimizers: all of the run's, in the trainer's order. They may take turns.
-        numel: elements of a parameter, over all ranks it is sharded over.
+        optimizers: all optimizers of the run, in the trainer's order. They may take turns.
+        numel: returns a parameter's number of elements, over all ranks that it is sharded over.
     """
 
     def __init__(
         self, optimizers: Sequence[Optimizer], numel: Callable[[Tensor], int] = Tensor.numel
     ) -> None:
-        self._optimizers, self._numel = list(optimizers), numel  # kept, so that no other takes its id
+        self._optimizers, self._numel = list(optimizers), numel  # held, so that no other object gets its id
         self._index = {id(optimizer): index for index, optimizer in enumerate(self._optimizers)}
         self._rates: dict[int, list[float]] = {}  # by optimizer
         self._sizes: dict[int, list[int]] = {}
@@ -48,13 +48,13 @@ class AppliedLR:
 
     @property
     def total(self) -> float:
-        """Those rates summed over all parameters."""
+        """The last noted rates, summed over all parameters."""
         rates = chain.from_iterable(self._rates.values())
         sizes = chain.from_iterable(self._sizes.values())
         return float(sum(map(mul, rates, sizes)))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        """What was last noted, as primitives."""
+        """The last noted rates, as primitives."""
         return {
             str(index): [[rate, n] for rate, n in zip(rates, self._sizes[index], strict=True)]
             for index, rates in self._rates.items()

@@ -1,4 +1,4 @@
-"""A few numbers on their way to the host, from the device and the other ranks: nothing waits for them yet."""
+"""Sends a few scalars from the device and the other ranks to the host, without waiting for them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from merge_callback.sharding import Ranks
 
 Read = Callable[[timedelta | None], list[float]]
-"""Waits for the numbers, for so long at most, and gives them.
+"""Waits for the numbers, at most for the given time, and returns them.
 
 Raises:
-    RuntimeError: where they do not come: another rank is gone, or late.
+    RuntimeError: if they do not arrive, because another rank is gone or late.
 """
 
 
@@ -24,7 +24,7 @@ def send(numbers: Sequence[float | Tensor]) -> Read:
     """Sends this rank's numbers: one small copy to pinned memory, if any of them is on CUDA.
 
     Args:
-        numbers: scalars; none of them is looked at later on.
+        numbers: scalars; they may be overwritten afterwards.
     """
     on_cuda = [n for n in numbers if isinstance(n, Tensor) and n.is_cuda]
     known = [n if isinstance(n, Tensor) and n.is_cuda else float(n) for n in numbers]
@@ -43,9 +43,9 @@ def send_sum(numbers: Sequence[float | Tensor], ranks: Ranks, device: torch.devi
     """Begins to sum the numbers over all ranks: one all-reduce in fp64.
 
     Args:
-        numbers: this rank's scalars; none of them is looked at later on.
-        ranks: of the run; each has to send as many.
-        device: that training uses.
+        numbers: this rank's scalars; they may be overwritten afterwards.
+        ranks: the run's ranks; each has to send the same number of scalars.
+        device: the device that training uses.
     """
     sums = _vector(numbers, device)
     wait = ranks.start_sum(sums)
@@ -75,7 +75,7 @@ def _vector(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
 
 
 def _copy(vector: Tensor) -> Read:
-    """Copies a CUDA vector behind what the current stream has to do; keeps it until that is done."""
+    """Queues the copy of a CUDA vector on the current stream; holds the vector until it is copied."""
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True, device="cpu")
     host.copy_(vector, non_blocking=True)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -85,7 +85,7 @@ def _copy(vector: Tensor) -> Read:
         end = None if within is None else time.monotonic() + within.total_seconds()
         while end is not None and not copied.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > end:
-                raise RuntimeError("the numbers of the other ranks do not come")
+                raise RuntimeError("the numbers of the other ranks did not arrive in time")
             time.sleep(0.001)
         copied.synchronize()
         return host.tolist()

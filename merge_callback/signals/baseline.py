@@ -1,4 +1,4 @@
-"""What is normal for a number that is watched, and when a new level has become the normal one."""
+"""The normal level of a watched number, and the tests for a new level."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from collections.abc import Iterable
 from merge_callback.spike_options import HISTORY
 
 ACTIVE_FROM = 64
-"""Values from which a baseline can tell an outlier."""
+"""Number of values from which a baseline can judge outliers."""
 
 _SIGMA = 1.4826  # the standard deviation of normal noise in units of its median absolute deviation
 
-_TAIL_SIGMAS = 1.2816  # how many standard deviations of normal noise the 90 % quantile lies up
+_TAIL_SIGMAS = 1.2816  # the 90 % quantile of normal noise, in standard deviations above its median
 
-_OF_START = 0.01  # of the level a run begins at: below that share of it nothing is far away
+_OF_START = 0.01  # the floor is a share of at least this much of the initial level
 
-_RECENT, _EVERY = 16, 8  # values whose median is looked at, and how often
+_RECENT, _EVERY = 16, 8  # values whose median is tested, and the steps between two tests
 
-_PAUSE, _LONGEST_PAUSE = 32, 512  # values between two questions about a rise
+_PAUSE, _LONGEST_PAUSE = 32, 512  # values between two reports of a rise, at first and at most
 
 _MOSTLY = 0.75  # the share of outliers that makes a shift
 
@@ -30,14 +30,14 @@ class Baseline:
 
     The limit is ``median + max(k · σ, floor · max(|median|, level / 100))``. σ is the standard deviation that
     normal noise of this spread would have: the larger of ``1.4826 · MAD`` and ``1.4826 · (75 % quantile -
-    median)``, the deviation of the upper half; where both are 0, ``(90 % quantile - median) / 1.28``. So a
-    skewed loss, or one of which many values are equal (a hinge loss that is often exactly 0), has a scale.
-    ``level`` is how large the values were at the start of the run.
+    median)``, the deviation of the upper half; if both are 0, ``(90 % quantile - median) / 1.28``. So a
+    skewed loss, or one with many equal values (a hinge loss that is often exactly 0), has a scale. ``level``
+    is the magnitude of the values at the start of the run.
 
     Args:
-        k: how many standard deviations above the median the limit lies.
-        floor: how far above the median it lies at least, as a share of the median.
-        values: to begin with, oldest first.
+        k: the limit's distance from the median, in standard deviations.
+        floor: the limit's least distance from the median, as a share of the median.
+        values: the initial values, oldest first.
 
     Example:
         >>> baseline = Baseline(6.0, 0.05, [2.0] * 100)
@@ -55,19 +55,19 @@ class Baseline:
 
     @property
     def median(self) -> float:
-        """NaN before there is a value."""
+        """The median of the values; NaN before there is one."""
         return middle(self._sorted) if self._sorted else math.nan
 
     def least_limit(self, level: float = 0.0) -> float:
-        """What the limit is at least. It takes no sorting, and most values lie below it."""
+        """The least possible limit. It needs no sorting, and most values lie below it."""
         median = self.median
         return median + self.floor * max(abs(median), _OF_START * level)
 
     def limit(self, level: float = 0.0) -> float:
-        """Above which a value is an outlier; NaN where all values are 0 and so was the level.
+        """The limit above which a value is an outlier; NaN if all values are 0, and the level, too.
 
         Args:
-            level: of the values at the start of the run.
+            level: the magnitude of the values at the start of the run.
         """
         median = self.median
         absolute = middle(sorted([abs(value - median) for value in self._sorted]))
@@ -83,7 +83,7 @@ class Baseline:
         return self._sorted[math.ceil(share * (len(self._sorted) - 1))]
 
     def admit(self, value: float) -> None:
-        """Takes a value in as the newest one."""
+        """Adds a value as the newest one."""
         self.values.append(value)
         insort(self._sorted, value)
         if len(self.values) > HISTORY:
@@ -91,16 +91,16 @@ class Baseline:
 
 
 class ShiftTest:
-    """Finds out whether outliers are the rule by now: three in four of the last 128 finite values.
+    """Tests whether outliers have become normal: three in four of the last 128 finite values.
 
-    A change of the data ends so, or a change of the loss itself.
+    That happens if the data change, or the loss itself.
     """
 
     def __init__(self, entries: Iterable[tuple[int, float]] = ()) -> None:
-        self.entries = [(step, value) for step, value in entries]  # from an outlier on, oldest first
+        self.entries = [(step, value) for step, value in entries]  # the first one is an outlier; oldest first
 
     def note(self, step: int, value: float, limit: float) -> None:
-        """Notes an outlier, or what came after one."""
+        """Notes an outlier, or a value after one."""
         if not math.isfinite(value):
             self.entries = []
             return
@@ -109,7 +109,7 @@ class ShiftTest:
             del self.entries[0]
 
     def outliers(self, limit: float) -> list[float]:
-        """The outliers, where they are the rule; else nothing."""
+        """The outliers, if they have become normal; else an empty list."""
         if len(self.entries) < HISTORY:
             return []
         outliers = [value for _, value in self.entries if value > limit]
@@ -117,21 +117,21 @@ class ShiftTest:
 
 
 class RiseTest:
-    """Finds a rise that is too small, or too slow, to make outliers in a row.
+    """Finds a rise that is too small, or too slow, to cause consecutive outliers.
 
-    Every 8 values the median of the last 16 is held against the older half of the baseline: a slow rise has
-    got into the other half by then. It must lie above ``median + max(k / 2 · σ, floor · max(|median|,
-    level))`` of that half. What is noise for one value is far off for a median of 16 of them.
+    Every 8 values the median of the last 16 is compared with the older half of the baseline, because a slow
+    rise has reached the newer half by then. It must lie above ``median + max(k / 2 · σ, floor · max(|median|,
+    level))`` of that half. A deviation that is noise for one value is large for a median of 16.
 
-    Data that become harder do the same: so a rise is only a reason to ask, and after each answer that it was
-    the data the next question waits twice as long, up to 512 values.
+    Harder data cause a rise, too. So a rise is only a reason to test the weights, and each report doubles the
+    pause before the next one, up to 512 values.
 
     Args:
-        k: of the baseline.
-        floor: of the baseline.
+        k: the baseline's.
+        floor: the baseline's.
         recent: the last steps and values.
-        pause: values until the next question may come.
-        asked: how long the last pause was.
+        pause: values until the next report may come.
+        asked: length of the last pause.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class RiseTest:
     def onset(
         self, step: int, value: float, baseline: Baseline, level: float
     ) -> tuple[int, float, float] | None:
-        """Reads a value; where there is a rise, gives its first step, the median before it and the limit."""
+        """Reads a value; if there is a rise, returns its first step, the median before it and the limit."""
         self.pause -= 1
         self.recent.append((step, value))
         if self.pause > 0 or step % _EVERY or len(self.recent) < _RECENT or len(baseline) < HISTORY:
@@ -167,6 +167,6 @@ class RiseTest:
 
 
 def middle(ordered: list[float]) -> float:
-    """The median of values that are in order; there is at least one."""
+    """The median of sorted values; there must be at least one."""
     half = len(ordered) // 2
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2

@@ -1,4 +1,4 @@
-"""What a rule for spikes can't see: a loss that creeps up, and how spiky a run has been."""
+"""Detects a loss that creeps up, which no rule for spikes sees, and scores how spiky a run is."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from merge_callback.signals.baseline import middle
 
-_BLOCK = 64  # losses whose median makes one point of the curve
+_BLOCK = 64  # losses whose median is one point of the curve
 _POINTS = 4  # points whose median is the level
 
 DRIFT_STEPS = _BLOCK * _POINTS
-"""Losses that make a level."""
+"""Number of losses that a level is computed from."""
 
-_SCORED = 10_000  # steps of the spike score
-_DEVIATIONS = 7.0  # from the mean of the last
-_AVERAGED = 1_000  # losses
+_SCORED = 10_000  # steps that the spike score covers
+_DEVIATIONS = 7.0  # distance from the mean at which a loss counts as a spike
+_AVERAGED = 1_000  # losses that the mean is taken over
 
 
 class Drift:
-    """Finds a slow rise: the level of the last 256 losses against the best level that the run has had.
+    """Finds a slow rise: compares the level of the last 256 losses with the best level of the run.
 
     The level is a median of medians, so that neither noise nor a spike moves it. A rise counts from
-    ``max(5 % of the best level, half of what makes an outlier)`` on; each further rise of as much is told
-    again. A change of the data is no drift: after it ``restart()`` forgets the best level.
+    ``max(5 % of the best level, half of what makes an outlier)`` on; each further rise by that much is
+    reported again. A change of the data is not a drift: after one, call ``restart()``.
 
     Args:
         floor: the share of the best level that makes a rise.
@@ -42,11 +42,11 @@ class Drift:
 
         Args:
             value: the loss.
-            margin: tells how far above the baseline an outlier lies; NaN where that is not known. It is asked
-                once in 64 steps, for it takes a sort.
+            margin: returns how far above the baseline an outlier lies; NaN if unknown. It is called once in
+                64 steps, because it needs a sort.
 
         Returns:
-            The best level and the present one, where the loss has drifted up.
+            The best level and the present one, if the loss has drifted up; else ``None``.
         """
         if not math.isfinite(value):
             return None
@@ -67,11 +67,11 @@ class Drift:
         return best, level
 
     def restart(self) -> None:
-        """Begins again: the data, or the learning rate, are not what they were."""
+        """Forgets all levels, after the data or the learning rate have changed."""
         self.best, self._block, self._points = math.inf, [], []
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, as primitives."""
+        """The state as primitives."""
         return {"best": self.best, "block": list(self._block), "points": list(self._points)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,20 +82,20 @@ class Drift:
 class SpikeScore:
     """The share of the last 10,000 steps whose loss lies 7 standard deviations or more off the mean.
 
-    Mean and standard deviation are of the 1,000 losses before it, as in OLMo 2 (arXiv 2501.00656, section
-    3.1) and AdaGC (arXiv 2502.11034). A loss that is not finite counts as off, and is left out of both.
+    Mean and standard deviation are taken over the 1,000 losses before it, as in OLMo 2 (arXiv 2501.00656,
+    section 3.1) and AdaGC (arXiv 2502.11034). A loss that is not finite counts, and is left out of both.
     """
 
     def __init__(self) -> None:
-        self._pending: list[float] = []  # not counted yet: many at once take half the time
+        self._pending: list[float] = []  # not counted yet; counting many at once takes half the time
         self._seen: deque[float] = deque()
         self._sum = self._squares = self._shift = 0.0
-        self._off: deque[int] = deque()  # which of the steps were off
+        self._off: deque[int] = deque()  # the steps that count
         self._steps = 0
 
     @property
     def value(self) -> float:
-        """0 to 1."""
+        """The score, 0 to 1."""
         self._count()
         return len(self._off) / min(self._steps, _SCORED) if self._steps else 0.0
 
@@ -119,7 +119,7 @@ class SpikeScore:
             return
         seen, n = self._seen, len(self._seen)
         if n == 0:
-            self._shift = value  # sums of small numbers lose no digits
+            self._shift = value  # keeps the sums small, so that they lose no digits
         value -= self._shift
         if n >= _BLOCK:
             mean = self._sum / n
@@ -133,11 +133,11 @@ class SpikeScore:
             oldest = seen.popleft()
             self._sum -= oldest
             self._squares -= oldest * oldest
-        if self._steps % _AVERAGED == 0:  # what rounding has left behind
+        if self._steps % _AVERAGED == 0:  # removes accumulated rounding errors
             self._sum, self._squares = math.fsum(seen), math.fsum(v * v for v in seen)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, as primitives."""
+        """The state as primitives."""
         self._count()
         sums = [self._sum, self._squares, self._shift]
         return {"seen": list(self._seen), "sums": sums, "off": list(self._off), "steps": self._steps}

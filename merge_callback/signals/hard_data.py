@@ -1,4 +1,4 @@
-"""Losses that are high because of the data, and what they look like."""
+"""The range of losses that are high because of the data."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from collections.abc import Iterable, Sequence
 
 from merge_callback.signals.baseline import Baseline
 
-_FEW = 16  # values below which their spread can't be told
+_FEW = 16  # with fewer values, their spread is unknown
 
 
 class HardData:
-    """The outliers of streaks that were not the weights' fault: they make a baseline of their own.
+    """The outliers of streaks that were not the weights' fault; they have a baseline of their own.
 
     Args:
-        k: how many standard deviations from their median such values lie at most.
-        floor: how far from it they may always lie, as a share of it.
-        values: that are known, oldest first.
-        longest: outliers of the longest such streak.
+        k: the largest distance of such values from their median, in standard deviations.
+        floor: the distance from it that is always allowed, as a share of it.
+        values: the known values, oldest first.
+        longest: number of outliers in the longest such streak.
     """
 
     def __init__(self, k: float, floor: float, values: Iterable[float] = (), longest: int = 0) -> None:
         self.baseline, self.longest = Baseline(k, floor, values), longest
 
     def range(self, clean: Baseline, level: float) -> tuple[float, float]:
-        """Where a value looks like these: between the two; nowhere, if none are known.
+        """The lowest and the highest value that count as hard data; an empty range if none are known.
 
-        What lies below is no longer hard data, and not clean either: it may be what they did to the weights.
+        Outliers below are no longer hard data, but not clean either: hard data may have harmed the weights.
 
         Args:
             clean: the baseline of the other values.
-            level: of the values at the start of the run.
+            level: the magnitude of the values at the start of the run.
         """
         hard = self.baseline
         if not hard.values:
@@ -43,7 +43,7 @@ class HardData:
         return min(hard.values) - margin, top + margin
 
     def note(self, outliers: Sequence[float], clean: Baseline, level: float) -> None:
-        """Takes outliers in: as further ones of the kind that is known, or as a kind of their own."""
+        """Adds outliers: to the known values, or as a new set if one lies above their range."""
         finite = list(filter(math.isfinite, outliers))
         if finite and max(finite) > self.range(clean, level)[1]:
             self.baseline = Baseline(self.baseline.k, self.baseline.floor)

@@ -1,4 +1,4 @@
-"""What a training loop must tell and do, so that its run can be merged and rescued."""
+"""The interface of a training loop, which the engine needs to merge and rescue its run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 
 class HeldBatch(NamedTuple):
-    """A micro-batch, and its place in the epoch."""
+    """A micro-batch, and its index in the epoch."""
 
     batch: Any
     batch_idx: int
@@ -25,7 +25,7 @@ LossOf = Callable[[Sequence[HeldBatch]], float]
 """The mean training loss of some batches, on this rank, with the weights that the module has now."""
 
 Rehearsal = AbstractContextManager[LossOf]
-"""A context within which losses can be computed with other weights in the module.
+"""A context in which losses can be computed with other weights in the module.
 
 On exit the module, its weights, metrics and logs, and all random generators are as they were, bit for bit.
 Each call of ``LossOf`` draws the same random numbers. Signals are deferred on entry and on exit.
@@ -37,26 +37,27 @@ class UnrepeatableStepError(RuntimeError):
 
 
 class Host(Protocol):
-    """One training run, as its training loop shows it to the engine.
+    """One training run, as its training loop presents it to the engine.
 
-    A new training framework supplies one of these and calls a ``MergeSession``. A subclass has to supply what
-    stands before ``# Defaults``; of the rest, what its framework can do.
+    To support a new training framework, write a subclass and call a ``MergeSession`` with it. A subclass has
+    to supply everything before ``# Defaults``, and of the rest what its framework can do.
 
     Attributes:
-        module: whose parameters and buffers are merged, under its own names.
-        root: the same as the loop calls it: wrapped for several devices (DDP, FSDP), or the module itself.
-        optimizers: all of the run's, in an order that stays.
-        device: that training uses.
-        default_folder: of what is published, if the user names none; a local path or a URL.
-        processes: of the run, on this machine.
-        scaler: of fp16 losses; ``None`` if there is none.
-        log_every: optimizer steps between the logs of what is known of spikes; 0 for no such logs.
-        counts_batches: whether this rank's batches are counted. Of tensor-parallel ranks, which share their
-            batches, one counts them.
-        further_files: contents, by name, of what a user of the model needs beside its weights: a tokenizer's.
-        is_manual: whether nobody knows in advance how many optimizer steps a batch takes.
-        will_validate: whether merged weights are going to be asked for, to be validated.
-        epoch: epochs that are over.
+        module: the module whose parameters and buffers are merged, under its own names.
+        root: the module as the loop calls it: wrapped for several devices (DDP, FSDP), or the module itself.
+        optimizers: all optimizers of the run, always in the same order.
+        device: the device that training uses.
+        default_folder: where merges are published if the user names no folder; a local path or a URL.
+        processes: number of the run's processes on this machine.
+        scaler: the scaler of fp16 losses; ``None`` if there is none.
+        log_every: optimizer steps between the logs of spike metrics; 0 for no such logs.
+        counts_batches: whether this rank counts its batches. Of tensor-parallel ranks, which share their
+            batches, only one does.
+        further_files: contents, by name, of the files that the model's users need besides its weights, such
+            as a tokenizer's.
+        is_manual: whether the number of optimizer steps per batch is not known in advance.
+        will_validate: whether the loop is going to validate merged weights.
+        epoch: number of completed epochs.
     """
 
     module: nn.Module
@@ -68,20 +69,20 @@ class Host(Protocol):
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken so far, of all optimizers; read after every batch, so it has to be cheap."""
+        """Optimizer steps taken so far by all optimizers; read after every batch, so it has to be cheap."""
         ...
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; ``None`` if it has no end, or nobody knows."""
+        """Optimizer steps of the whole run; ``None`` if it has no end, or if that is not known."""
         ...
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Sends scalars to the run's loggers; each rank when it has them."""
+        """Sends scalars to the run's loggers; each rank calls it when it has them."""
         ...
 
     def stop(self) -> None:
-        """Has the run end after this step."""
+        """Ends the run after this step."""
         ...
 
     # Defaults
@@ -102,7 +103,7 @@ class Host(Protocol):
 
     @property
     def total_batches(self) -> int | None:
-        """What ``total_steps`` would be with one optimizer step a batch."""
+        """The ``total_steps`` with one optimizer step per batch."""
         return self.total_steps
 
     @property
@@ -111,30 +112,30 @@ class Host(Protocol):
         return self.step
 
     def expose(self, metrics: Mapping[str, float]) -> None:
-        """Makes scalars known to whatever monitors them: all ranks have the same ones at the same time."""
+        """Makes scalars available to whatever monitors them; all ranks call it with the same ones at once."""
         return
 
     def log_text(self, text: str, step: int) -> None:
-        """Shows an event in every logger that takes text; none that fails may end the run."""
+        """Shows an event in every logger that takes text; a logger's failure must not end the run."""
         return
 
     def sample_indices(self, epoch: int, batch_idx: int) -> list[int] | None:
-        """The data set's indices of a batch on this rank; ``None`` if nobody knows."""
+        """The data set's indices of a batch on this rank; ``None`` if they are not known."""
         return None
 
     def logged_scalars(self, patterns: Sequence[str]) -> Callable[[], Mapping[str, Tensor | float]]:
-        """Gives what the module logs in training under names that match, each value once, unwaited for."""
+        """Returns a function that gives the scalars newly logged under matching names, without waiting."""
         return dict
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """A rehearsal of training batches (``"batch"``) or of the first validation ones (``"validation"``).
 
         Args:
-            source: which.
-            device: for the copy of the live weights.
+            source: ``"batch"`` or ``"validation"``.
+            device: the device of the copy of the live weights.
 
         Raises:
-            UnrepeatableStepError: if the loop can't do it; on entry at the latest.
+            UnrepeatableStepError: if the loop can't do it; raised on entry at the latest.
         """
         raise UnrepeatableStepError(f"this training loop can't compute the loss of a {source} again")
 
@@ -144,6 +145,6 @@ class Host(Protocol):
 
 
 def report(host: Host, metrics: Mapping[str, float]) -> None:
-    """Logs scalars now and exposes them: on all ranks at the same time."""
+    """Logs scalars now and exposes them; all ranks call it at the same time."""
     host.expose(metrics)
     host.log(metrics, host.log_step)

@@ -1,4 +1,4 @@
-"""The learning-rate phase (warmup, stable or decay), read from the rates that were really applied."""
+"""Infers the learning-rate phase (warmup, stable or decay) from the rates that were really applied."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 _EQUAL = 1e-10  # relative: below the first drop of a cosine over 100k steps (2.5e-10), above float64 noise
 _FLOOR = 1e-5  # of the peak: lower rates count as equal to it, so rounding noise around zero is no change
-_SPENT = 5e-4  # of the peak: a constant rate below it is the tail of a decay, no phase of its own
+_SPENT = 5e-4  # of the peak: a constant rate below it is the tail of a decay, not a phase of its own
 _FIRST_RISE = math.log(1.1)  # a smaller rise from the first level of the run is ripple
 _STEP = math.log(0.55)  # a deeper drop may be a step decay, as x0.5 is; five stairs of 1-sqrt start with less
 _NEAR_TOP = math.log(0.8)  # a step decay starts above this share of the segment's highest rate
-_STAIRS = 3  # a plateau is held this many times longer than the stairs beside it
+_STAIRS = 3  # a plateau is held this many times longer than the stairs next to it
 _SPACING = 1.05  # growth of the elapsed time between two measurements of the slope
 
 
@@ -34,7 +34,7 @@ class Phase(str, Enum):
 
 @dataclass
 class _Trace:
-    """All that is remembered. Levels are natural logs of the rate; times count observed steps."""
+    """The detector's state. Levels are natural logs of the rate; times count observed steps."""
 
     steps: int = 0
     phase: Phase = Phase.STABLE
@@ -42,16 +42,16 @@ class _Trace:
     rate: float = 0.0  # newest rate, not its log
     peak: float = 0.0  # highest rate of the run, not its log
     settled: float = 0.0  # highest rate outside warmups, once there was one; not its log
-    begun: bool = False  # whether there was a first rate
-    level: float = 0.0  # of the current hold, which is a run of equal rates
+    begun: bool = False  # whether a rate was observed
+    level: float = 0.0  # level of the current hold, which is a run of equal rates
     level_since: int = 0
-    change: float = 0.0  # by which the level was reached
+    change: float = 0.0  # the change by which the level was reached
     holds: list[int] = field(default_factory=list)  # lengths of the last three holds left in one direction
     high: float = 0.0  # highest level of the segment
     high_since: int = 0
     low: float = 0.0  # lowest level of the segment
     low_end: int = 0  # first step above it
-    mark: float = 0.0  # level where the slope was last measured
+    mark: float = 0.0  # level at the last measurement of the slope
     mark_at: int = 0
 
 
@@ -62,24 +62,24 @@ class LRPhaseDetector:
     scales do not matter. It never looks ahead. Its *patience* is 0.5 % of the run.
 
     * **Constant** is stable from the first step on.
-    * **Warmup** begins when the rate has risen 10 % from where the run began or, later on, 80 % above the
-      segment's lowest. It ends at the top, known as such when no new high came for one patience (on top of
-      a staircase, as of a schedule stepped per epoch: for one and a half stairs). A warm restart shows
+    * **Warmup** begins when the rate has risen by 10 % from its initial level or, later on, by 80 % above the
+      segment's lowest. It ends at the top, which is known once no new high came for one patience (on top of
+      a staircase, as of a schedule stepped per epoch: for one and a half stairs). A warm restart appears
       as a warmup of one patience, then a new stable segment since the restart.
-    * **A fall after a plateau** is decay from its first drop on, known after three drops in a row. A plateau
-      is held for the patience and three times as long as the stairs that follow it.
+    * **A fall after a plateau** is decay from its first drop on, which is known after three drops in a
+      row. A plateau is held for the patience and three times as long as the stairs that follow it.
     * **A fall without a plateau** (cosine, linear, inverse square root, exponential) is pseudo-stable while
       the rate falls slower than 1/t, t counted from the segment's start, and decay once it falls faster.
-      The sum of the rates diverges just if they fall no faster than 1/t (Robbins & Monro, 1951): until then
+      The sum of the rates diverges only if they fall no faster than 1/t (Robbins & Monro, 1951): until then
       the run can still travel any distance, afterwards it only settles. A cosine turns at 63 % of its
       peak, a straight line at half, an exponential at 1/e, an inverse square root never.
-    * **A new stable segment** begins where a fall ends in a plateau: after a decay, or at 55 % or less of
-      the segment's highest rate. A drop that deep at once, from near that rate, is a step decay and needs
-      the patience only. Shallower falls stay in their segment. A rate held below 1/2000 of the peak is
+    * **A new stable segment** begins when a fall ends in a plateau: after a decay, or at 55 % or less of
+      the segment's highest rate. A single drop of that depth, from near that rate, is a step decay and needs
+      only the patience. Shallower falls stay in their segment. A rate held below 1/2000 of the peak is
       decay.
 
     A segment is one pair (`phase`, `since`); only snapshots of the same segment belong in a merge. `since`
-    usually lies in the past: it names the step where the change began, which shows only later.
+    usually lies in the past: it names the step at which the change began, which is known only later.
 
     Limits: an inverse square root after a long constant stretch is called decay. A schedule stepped once per
     epoch cannot be read before the next epoch, and a decay of fewer than five stairs may pass for step
@@ -130,11 +130,11 @@ class LRPhaseDetector:
 
     @property
     def is_warming_up(self) -> bool:
-        """Whether the rate is rising, or just rose, to where it was before or for the first time.
+        """Whether the rate is rising, or just rose, for the first time or back to a former level.
 
-        Then the loss can't be judged by what it was. Not so where a rate rises a tenth above any since the
-        first warmup, or since a quarter of the run went by at one rate; nor where it fell back again: what
-        that does to the loss is no warmup's doing.
+        Then former losses can't be used to judge the loss. It is ``False`` if the rate rises by a tenth above
+        any since the first warmup, or since a quarter of the run went by at one rate, and if it fell back
+        again: the effect on the loss is not a warmup's then.
         """
         trace = self._trace
         uncharted = 0 < 1.1 * trace.settled < trace.rate
@@ -145,10 +145,10 @@ class LRPhaseDetector:
 
         Args:
             lrs: Learning rate of each parameter group. A step with a NaN or infinity is counted, not read.
-            weights: Number of parameters of each group, equal on every rank. One each where `None`.
+            weights: Number of parameters of each group, equal on every rank. `None`: one each.
 
         Returns:
-            The phase, as far as it can be known by now.
+            The phase, as far as it is known by now.
         """
         trace = self._trace
         now, rate = trace.steps, sum(lrs if weights is None else map(mul, lrs, weights))
@@ -162,19 +162,19 @@ class LRPhaseDetector:
         return trace.phase
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, as JSON types. Not the patience: a resumed run may be longer."""
+        """The state as JSON types, without the patience: a resumed run may be longer."""
         return {**asdict(self._trace), "phase": self._trace.phase.value}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict()` as if there had been no break."""
+        """Restores a `state_dict()` exactly."""
         self._trace = _Trace(**{**state, "phase": Phase(state["phase"])})
 
     def _read(self, now: int, level: float) -> None:
-        """Tell a hold from a rise and a fall; look for the end of a plateau's wait."""
+        """Distinguishes a hold, a rise and a fall, and checks whether a plateau was held long enough."""
         trace = self._trace
         if not trace.begun:
             trace.begun, trace.level, trace.level_since = True, level, now
-            # A rate of zero trains nothing: it can only be the foot of a warmup.
+            # A rate of zero trains nothing, so it can only be the start of a warmup.
             self._begin(Phase.STABLE if trace.peak > 0 else Phase.WARMUP, now, level)
         elif level > trace.level + _EQUAL:
             self._rise(now, level)
@@ -246,7 +246,7 @@ class LRPhaseDetector:
     def _outruns(self, now: int, level: float) -> bool:
         """Whether the rate fell faster than 1/t since it was last measured (drop to drop on a staircase)."""
         trace = self._trace
-        if self._stepped():  # How long this level is held will tell.
+        if self._stepped():  # How long this level is held decides.
             return False
         elapsed, before = now - trace.since, trace.mark_at - trace.since
         if elapsed < _SPACING * before:

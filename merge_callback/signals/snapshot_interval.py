@@ -1,4 +1,4 @@
-"""When a snapshot is due."""
+"""Decides when a snapshot is due."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from merge_callback.signals.token_clock import TokenClock, crossed
 
 
 class Interval:
-    """Says after which optimizer steps a snapshot is due, on all ranks alike.
+    """Says after which optimizer steps a snapshot is due, the same on all ranks.
 
-    In tokens, the steps are those of one process that sees all ranks' batches: where a step may have crossed
-    a multiple of the interval, its tokens are waited for. A step of more than twice the tokens of any before
-    it may be noticed one step late.
+    In tokens, the steps are the same as those of one process that sees all ranks' batches: if a step may have
+    crossed a multiple of the interval, its tokens are waited for. A step with more than twice the tokens of
+    any before it may be noticed one step late.
 
     Args:
-        every: optimizer steps, or tokens.
+        every: the interval, in optimizer steps or tokens.
         unit: ``"steps"`` or ``"tokens"``.
-        clock: of the run.
-        statistics: that tell the clock.
+        clock: the run's clock.
+        statistics: they advance the clock.
         step: optimizer steps taken so far.
 
     Attributes:
-        mark: how far the run had come after the last step, in ``unit``.
+        mark: the run's position after the last step, in ``unit``.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Interval:
         self.mark = clock.tokens if unit == "tokens" else step
 
     def is_over(self, step: int) -> bool:
-        """Whether it has passed with ``step``; the clock is exact then.
+        """Whether the interval has passed with ``step``; if so, the clock is exact.
 
-        To be called once after each step, when the statistics have ended it.
+        Call it once after each step, when the statistics have ended the step.
         """
         in_tokens = self.unit == "tokens"
         if in_tokens and self.clock.is_near(self.every):

@@ -1,4 +1,4 @@
-"""Tells a loss spike from noise, from hard data, from a spike that heals by itself, and from a shift."""
+"""Distinguishes a loss spike from noise, hard data, a spike that heals by itself, and a shift."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ from merge_callback.spike_options import HISTORY
 
 __all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]
 
-_RETURNED = 16  # values in a row, nearer to the baseline before a shift, that bring it back
+_RETURNED = 16  # consecutive values nearer to the baseline before a shift that restore it
 
-_FAR = 4.0  # while the rate rises: how many times as far above the baseline as usually an outlier lies,
-_TIMES = 2.0  # and how many times the baseline it lies above that,
-_AS_AT_FIRST = 0.5  # and the share of the level at the start of the run that it reaches
+# While the rate rises, an outlier has to exceed the baseline by
+_FAR = 4.0  # this many times the usual distance of the threshold,
+_TIMES = 2.0  # and by this many times the baseline,
+_AS_AT_FIRST = 0.5  # and to reach this share of the level at the start of the run.
 
 
 @dataclass(frozen=True)
 class SpikeEvent:
-    """What a detector has to say: a spike, a rise, or a shift that it now takes for the new normal.
+    """What a detector reports: a spike, a rise, or a shift to a level that is the new baseline from now on.
 
-    ``onset`` is the step of the first outlier, ``step`` the one whose value settled it, ``values`` are the
+    ``onset`` is the step of the first outlier, ``step`` the step whose value decided. ``values`` are the
     outliers (of a shift those among its 128 values, of a spike the last 128, of a rise the last 16 values).
-    ``baseline`` and ``threshold`` are those they were judged by, NaN where there were too few clean values.
+    ``baseline`` and ``threshold`` are those they were judged by, NaN if there were too few clean values.
     """
 
     kind: Literal["spike", "rise", "shift"]
@@ -40,21 +41,21 @@ class SpikeEvent:
 
     @property
     def trigger(self) -> str:
-        """What gave it away, e.g. ``"loss"`` or ``"non-finite loss"``."""
+        """What triggered the event, e.g. ``"loss"`` or ``"non-finite loss"``."""
         finite = all(map(math.isfinite, self.values))
         return self.watched if finite else f"non-finite {self.watched}"
 
 
 @dataclass
 class _Streak:
-    """Outliers in a row."""
+    """Consecutive outliers."""
 
     onset: int
     outliers: list[float] = field(default_factory=list)  # the last 128, oldest first
     length: int = 0
-    beyond: int = 0  # how many of the newest stand out of the hard data, too
-    ask_at: int | None = None  # the length at which it is reported though it looks like hard data
-    reported: bool = False  # and nobody answered
+    beyond: int = 0  # how many of the newest lie outside the hard data, too
+    ask_at: int | None = None  # the length at which it is reported although it looks like hard data
+    reported: bool = False  # and not answered yet
     answers: int = 0
 
 
@@ -62,18 +63,18 @@ class _Streak:
 class _AfterRestore:
     """The first values of restored weights, until it is known whether the data have changed, too."""
 
-    unmoved: int  # how many are of weights as they were restored
+    unmoved: int  # how many reflect the restored weights
     values: list[float] = field(default_factory=list)
 
 
 @dataclass
 class _BeforeShift:
-    """What was normal before the last shift."""
+    """The clean values before the last shift."""
 
-    onset: int  # of the shift
+    onset: int  # the shift's first step
     clean: list[float]
     median: float
-    low: int = 0  # values in a row that lie nearer to that than to the new baseline
+    low: int = 0  # consecutive values nearer to the old median than to the new baseline
 
 
 class SpikeDetector:
@@ -81,30 +82,31 @@ class SpikeDetector:
 
     It is in one of three states. *Calm*: a value above the limit of the last 128 clean values (see
     ``Baseline``) is an outlier; outliers never enter that baseline, so neither a spike nor a NaN can poison
-    it. *Streak*: outliers in a row.
+    it. *Streak*: consecutive outliers.
 
-    * A **spike** is ``patience`` outliers in a row: most spikes heal by themselves. A value that is not
-      finite is an outlier like others, unless the weights are broken: then it is a spike at once.
-    * The answer to a spike may be ``acquit()``: the weights are sound, it was **hard data**. Its values make
-      a baseline of their own, and what lies within that is no reason to report again but after 1, 2, 4, …
+    * A **spike** is ``patience`` consecutive outliers, because most shorter ones heal by themselves. A value
+      that is not finite is an outlier like others, except if the weights are broken: then it is a spike at
+      once.
+    * The answer to a spike may be ``acquit()``: the weights are sound, and the cause is **hard data**. Its
+      values get a baseline of their own, and further values within it are only reported after 1, 2, 4, …
       further outliers.
     * A streak that ends by itself after it was reported was hard data as well. A later one **like it** is
       reported when it is twice as long.
-    * A **rise** is none of these: the values of late lie clearly above those of before, though few are
-      outliers (see ``RiseTest``). By itself it proves nothing: it is a reason to ask the data.
-    * A **shift**: where three in four of 128 finite values are outliers, these are the new baseline. If the
+    * A **rise**: recent values lie clearly above earlier ones, although few are outliers (see ``RiseTest``).
+      It proves nothing by itself, but it is a reason to test the weights on the data.
+    * A **shift**: if three in four of 128 finite values are outliers, these are the new baseline. If the
       values come down again later, they are judged by the old one: hard data may have harmed the weights.
 
     *After a restore*, the first values are those of weights known to be good. If more than a quarter of them
-    are outliers all the same, the data are the cause: these values are hard data.
+    are outliers nevertheless, the data are the cause, and these values are hard data.
 
-    While the learning rate rises the loss can't be judged by what it was, unless it lies several times above
-    that, and is no better than at the start of the run.
+    While the learning rate rises, former losses can't be used to judge the loss, unless it lies several times
+    above them and is no better than at the start of the run.
 
     Args:
-        k: how many robust standard deviations above the median an outlier lies.
-        floor: how far above the median it lies at least, as a share of the median.
-        patience: outliers in a row that make a spike.
+        k: an outlier's distance from the median, in robust standard deviations.
+        floor: its least distance from the median, as a share of the median.
+        patience: consecutive outliers that make a spike.
         watched: the number's name, for the reports.
 
     Example:
@@ -129,12 +131,12 @@ class SpikeDetector:
 
     @property
     def onset(self) -> int | None:
-        """Step of the first outlier of the current streak; ``None`` while all is well."""
+        """Step of the first outlier of the current streak; ``None`` if there is none."""
         return self._streak.onset if self._streak else None
 
     @property
-    def calm(self) -> bool:
-        """Whether nothing speaks against the weights: no streak, or nothing in it but hard data."""
+    def is_within_baseline(self) -> bool:
+        """Whether nothing speaks against the weights: there is no streak, or only hard data in it."""
         return self._streak is None or (self._streak.beyond == 0 and self._after is None)
 
     @property
@@ -144,7 +146,7 @@ class SpikeDetector:
 
     @property
     def threshold(self) -> float:
-        """What a value must exceed to be an outlier; NaN before 64 clean values, or where all are 0."""
+        """What a value must exceed to be an outlier; NaN before 64 clean values, or if all are 0."""
         return self._clean.limit(self._level) if len(self._clean) >= ACTIVE_FROM else math.nan
 
     def observe(
@@ -153,16 +155,16 @@ class SpikeDetector:
         """Reads the value of one optimizer step.
 
         Args:
-            step: the optimizer step; only ever grows.
-            value: its loss, or gradient norm.
-            active: ``False`` while the learning rate warms up: those before, at another rate, are forgotten,
-                and only what lies several times above them is an outlier.
+            step: the optimizer step; it must grow from call to call.
+            value: the step's loss, or gradient norm.
+            active: ``False`` while the learning rate warms up: earlier values, at another rate, are
+                forgotten, and only a value several times above them is an outlier.
             skipped: whether the step was skipped because its scaled fp16 gradients overflowed. That is how
-                loss scaling works, and no spike.
+                loss scaling works, not a spike.
             broken: whether weights, gradients or optimizer state are known not to be finite.
 
         Returns:
-            What there is to report, as a rule nothing.
+            The event to report; usually ``None``.
         """
         finite = math.isfinite(value)
         if skipped and finite:
@@ -193,7 +195,7 @@ class SpikeDetector:
         return rise
 
     def acquit(self) -> bool:
-        """The answer to a spike: it was not the weights. Asks again after 1, 2, 4, … further outliers.
+        """Answers a spike: the weights are sound. It is reported again after 1, 2, 4, … further outliers.
 
         Returns:
             Whether it is the first answer to this streak.
@@ -207,10 +209,10 @@ class SpikeDetector:
         return streak.answers == 1
 
     def restored(self, unmoved: int) -> None:
-        """The answer to an event: the weights are now those of a merge of clean snapshots.
+        """Answers an event: the weights are now a merge of clean snapshots.
 
         Args:
-            unmoved: the coming values that are of these weights, but for the noise of a few small updates.
+            unmoved: how many upcoming values still reflect the restored weights.
         """
         if self._before_shift:
             self._clean = Baseline(self.k, self.floor, self._before_shift.clean)
@@ -219,7 +221,7 @@ class SpikeDetector:
         self._after = _AfterRestore(min(unmoved, self.patience))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, as JSON types (NaN and infinities as Python's ``json`` writes them)."""
+        """The state as JSON types (NaN and infinities as Python's ``json`` writes them)."""
         return {
             "clean": list(self._clean.values),
             "hard": list(self._hard.baseline.values),
@@ -235,7 +237,7 @@ class SpikeDetector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a ``state_dict`` as if there had been no break."""
+        """Restores a ``state_dict`` exactly."""
         state = copy.deepcopy(dict(state))
         self._clean = Baseline(self.k, self.floor, state["clean"])
         self._hard = HardData(self.k, self.floor, state["hard"], state["healed"])
@@ -248,7 +250,7 @@ class SpikeDetector:
         self._level = middle(sorted(map(abs, self._start))) if self._start else 0.0
 
     def _note_activity(self, active: bool) -> None:
-        """At the beginning of a warm-up a new baseline begins; the old one is kept until its end."""
+        """Starts a new baseline when a warm-up begins, and keeps the old one until its end."""
         if self._active and not active:
             known = len(self._clean) >= ACTIVE_FROM
             self._before = (self.baseline, self.threshold) if known else None
@@ -262,13 +264,13 @@ class SpikeDetector:
     def _is_outlier(self, value: float) -> bool:
         if not self._active:
             return value > self._far_off
-        # The spread takes a sort, which most values don't need.
+        # The threshold needs a sort, which most values can do without.
         known = len(self._clean) >= ACTIVE_FROM
         return known and value > self._clean.least_limit(self._level) and value > self.threshold
 
     @property
     def _far_off(self) -> float:
-        """What a value must exceed while the rate rises, to be an outlier all the same."""
+        """What a value must exceed to be an outlier while the rate rises."""
         if self._before is None or not math.isfinite(self._before[1]):
             return math.inf
         baseline, threshold = self._before
@@ -289,9 +291,9 @@ class SpikeDetector:
         return SpikeEvent("rise", self.watched, onset, step, values, baseline, (baseline + limit) / 2)
 
     def _note_outlier(self, step: int, value: float) -> _Streak:
-        """Adds an outlier to the streak, or begins one with it."""
+        """Adds an outlier to the streak, or starts one with it."""
         if self._streak is None:
-            # Without an answer from the data a change of them is all that hard data can turn out to be.
+            # A long streak that healed by itself was hard data, so a similar one is reported only later.
             longest = self._hard.longest
             ask_at = 2 * longest + self.patience if longest else None
             self._streak = _Streak(step, ask_at=ask_at)
@@ -308,7 +310,7 @@ class SpikeDetector:
         return streak
 
     def _is_hard(self, value: float) -> bool:
-        """Whether a value looks like the hard data that are known."""
+        """Whether a value lies in the range of the known hard data."""
         low, high = self._hard.range(self._clean, self._level)
         return low <= value <= high
 
@@ -319,7 +321,7 @@ class SpikeDetector:
         return is_due or streak.beyond >= self.patience
 
     def _note_restored(self, value: float) -> None:
-        """Notes one of the first values after a restore; the last one tells whether the data changed."""
+        """Notes one of the first values after a restore; the last one decides whether the data changed."""
         after = self._after
         assert after is not None
         if not math.isfinite(value):
@@ -340,7 +342,7 @@ class SpikeDetector:
             self._streak.reported, self._streak.beyond = False, 0
 
     def _end_streak(self) -> None:
-        """A streak that ended by itself was none of the weights' fault, if it was long enough to ask."""
+        """Ends a streak; if it was reported before it ended by itself, it was hard data."""
         streak, self._streak = self._streak, None
         if streak is None:
             return
@@ -351,7 +353,7 @@ class SpikeDetector:
         self._hard.longest = max(self._hard.longest, streak.length)
 
     def _accept_shift(self, step: int, outliers: list[float]) -> SpikeEvent:
-        """Takes the outliers for the new baseline: they are the rule by now."""
+        """Makes the outliers the new baseline."""
         event = self._event("shift", step, self._shift.entries[0][0], outliers)
         self._before_shift = _BeforeShift(event.onset, list(self._clean.values), self._clean.median)
         self._clean = Baseline(self.k, self.floor, outliers)
@@ -360,10 +362,10 @@ class SpikeDetector:
         return event
 
     def _note_return(self, value: float) -> None:
-        """Finds out whether the data are again what they were before the shift; then judges by those.
+        """Tests whether the data are back to what they were before a shift, and then restores that baseline.
 
-        What is still off then is no hard data any more: they have harmed the weights, and the streak began
-        with them.
+        Values that are still high then are no longer hard data: those have harmed the weights, and the streak
+        began with them.
         """
         before = self._before_shift
         assert before is not None

@@ -1,4 +1,4 @@
-"""The loss, gradient norm and tokens of every optimizer step, read one step late: nothing waits for them."""
+"""Collects loss, gradient norm and tokens of every optimizer step, one step late to avoid waiting."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _PATIENCE = timedelta(seconds=30)
 
 
 class Statistics(NamedTuple):
-    """What one optimizer step was like, on all ranks together.
+    """The statistics of one optimizer step, on all ranks together.
 
     Args:
         step: the optimizer step (the count after it).
-        loss: mean over its micro-batches, not divided for accumulation; ``None`` where none was returned.
+        loss: mean over its micro-batches, not divided for accumulation; ``None`` if none was returned.
         grad_norm: global 2-norm of its gradients before clipping; ``None`` unless it is watched.
         skipped: whether fp16 loss scaling skipped it.
-        tokens: in its micro-batches; 0 where they can't be counted.
-        scalars: mean over the ranks that had one, by name, of further numbers that are watched.
+        tokens: tokens in its micro-batches; 0 if they can't be counted.
+        scalars: further watched numbers by name; each is the mean over the ranks that had it.
         unknown_scalars: whether some rank had one under a name that is not among ``StepStatistics.names``.
     """
 
@@ -49,25 +49,25 @@ class Statistics(NamedTuple):
 
 
 class StepStatistics:
-    """Sums up micro-batches on their device and hands out each step's numbers when the next one ends.
+    """Sums up micro-batches on their device and returns each step's numbers when the next step ends.
 
-    On several ranks the sums are reduced over all of them, in one all-reduce of seven fp64 numbers a step
-    (and two for each further scalar that is watched). On CUDA they travel in one small copy to pinned memory.
-    Both are waited for one optimizer step later, when the device has the whole next step in its queue: the
+    With several ranks the sums are reduced over all of them, in one all-reduce of seven fp64 numbers per step
+    (and two for each further watched scalar). On CUDA they are copied to pinned memory in one small transfer.
+    Both are waited for one optimizer step later, when the whole next step is in the device's queue, so the
     device never idles for them.
 
     Args:
-        ranks: that end every step together; default: this process alone.
-        counts: whether this rank's batches are summed up. Tensor-parallel ranks share a batch, and one of
-            them counts it; the losses of the others only tell whether they are finite.
-        device: that training uses.
-        clock: told the tokens of every step once they are known: at its end, by a lone rank.
-        own_part: the part of a parameter's gradient that this rank answers for, as a plain tensor, so that
-            each gradient is summed up once; ``None`` where it has none. Default: the whole gradient, which
-            is right for a lone rank.
+        ranks: the ranks that end every step together; default: this process alone.
+        counts: whether this rank's batches are summed up. Tensor-parallel ranks share a batch, and only one
+            of them counts it; the losses of the others are only checked for being finite.
+        device: the device that training uses.
+        clock: advanced by the tokens of every step once they are known; with a single rank at its end.
+        own_part: returns the part of a parameter's gradient that this rank counts, as a plain tensor, so that
+            each gradient is summed up once; ``None`` if it has none. Default: the whole gradient, which is
+            right for a single rank.
 
     Attributes:
-        names: of further scalars, in an order that is the same on all ranks; ``None`` where none are watched.
+        names: names of further scalars, in the same order on all ranks; ``None`` if none are watched.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class StepStatistics:
         self._losses: list[float | Tensor] = []
         self._square_norms: list[float | Tensor] = []
         self._tokens = 0.0
-        self._on_device = False  # whether one of these is
+        self._on_device = False  # whether one of these is a tensor
         self.names: list[str] | None = None
         self._scalars: Mapping[str, Tensor | float] = {}
         self._own_losses: deque[tuple[int, float | Tensor]] = deque(maxlen=_REMEMBERED)
-        self._scale: float | None = None  # after the last step that was read; None where that is not known
+        self._scale: float | None = None  # the loss scale after the last step that was read; None if unknown
         self._last: _Pending | None = None
 
     def add_loss(self, outputs: Any, divided_by: int) -> None:
         """Notes the loss of a micro-batch.
 
         Args:
-            outputs: what Lightning hands to ``on_train_batch_end``; without a ``"loss"`` nothing is noted.
-            divided_by: what Lightning divided it by (``accumulate_grad_batches``; 1 in manual optimization).
+            outputs: what Lightning passes to ``on_train_batch_end``; without a ``"loss"`` nothing is noted.
+            divided_by: what Lightning divided the loss by (``accumulate_grad_batches``; 1 if manual).
         """
         loss = loss_in(outputs)
         if isinstance(loss, (Tensor, float)):
@@ -104,7 +104,7 @@ class StepStatistics:
             self._on_device |= isinstance(loss, Tensor)
 
     def add_tokens(self, tokens: float) -> None:
-        """Notes the tokens of a micro-batch: NaN where they can't be counted, which stops the clock."""
+        """Notes the tokens of a micro-batch; NaN if they can't be counted, which stops the clock."""
         self._tokens += tokens
 
     @torch.no_grad()
@@ -117,7 +117,7 @@ class StepStatistics:
             self._on_device |= isinstance(square, Tensor)
 
     def set_gradient_norm(self, norm: Tensor | float) -> None:
-        """Notes the global norm of the step's gradients, as all ranks know it, instead of summing it up."""
+        """Notes the global norm of the step's gradients, if the loop has computed it on all ranks already."""
         square = _own(norm, 1) ** 2
         self._square_norms = [square if self._ranks.is_first else 0.0]
         self._on_device |= isinstance(square, Tensor)
@@ -127,26 +127,26 @@ class StepStatistics:
         self._scalars = values
 
     def own_losses(self, steps: Iterable[int]) -> list[float | None]:
-        """This rank's own mean losses of some of the last steps, waited for; ``None`` where there is none."""
+        """This rank's own mean losses of some of the last steps; waits for them. ``None`` if unknown."""
         known = dict(self._own_losses)
         return [None if (loss := known.get(step)) is None else float(loss) for step in steps]
 
     @torch.no_grad()
     def gradient_norm(self, parameters: Iterable[Tensor]) -> float:
-        """The global 2-norm of the gradients as they are now; waits for it. All ranks have to ask."""
+        """The global 2-norm of the present gradients; waits for it. All ranks have to call this."""
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         square = float(torch.nn.utils.get_total_norm(gradients)) ** 2 if gradients else 0.0
         return math.sqrt(sum(self._ranks.exchange(square)))
 
     def end_step(self, step: int, scale: Tensor | None) -> Statistics | None:
-        """Ends optimizer step ``step``; all ranks have to.
+        """Ends optimizer step ``step``; all ranks have to call this.
 
         Args:
             step: the count after it.
-            scale: the loss scale after it, where fp16 needs one: it falls when a step is skipped.
+            scale: the loss scale after it, if fp16 needs one: it falls when a step is skipped.
 
         Returns:
-            The statistics of the step before; ``None`` at the first one.
+            The statistics of the previous step; ``None`` at the first one.
         """
         if losses := self._losses:
             self._own_losses.append((step, losses[0] if len(losses) == 1 else sum(losses) / len(losses)))
@@ -158,29 +158,29 @@ class StepStatistics:
         return None if last is None else self._read(last)
 
     def flush_to_clock(self) -> None:
-        """Has the clock count the step that has just ended: waits for its sum, where there is one."""
+        """Advances the clock by the step that has just ended; waits for the sum over the ranks, if any."""
         if self._last is not None:
             self._count(self._last)
 
     def forget(self) -> None:
-        """Drops what is not read yet: it is about weights, and a loss scale, that are no longer there.
+        """Drops numbers that are not read yet: they belong to replaced weights, and an old loss scale.
 
-        Tokens are not: those of the step that has just ended are counted first.
+        The tokens of the step that has just ended are counted first.
         """
         self.flush_to_clock()
         self._losses, self._square_norms, self._scalars = [], [], {}
         self._scale, self._last = None, None
 
     def close(self) -> None:
-        """Waits for a sum that is under way, unless the other ranks are gone."""
+        """Waits for a pending sum, unless the other ranks are gone."""
         if self._last is not None:
             with suppress(Exception):
                 self._last.read(_PATIENCE)
 
     def state_dict(self) -> dict[str, Any]:
-        """What is noted, as primitives: of the micro-batches since the last step this rank's.
+        """The state as primitives, including this rank's micro-batches since the last step.
 
-        The sum of that step is waited for, and left out where the other ranks are gone.
+        It waits for the sum of that step, and leaves it out if the other ranks are gone.
         """
         return {
             "losses": [float(loss) for loss in self._losses],
@@ -192,7 +192,7 @@ class StepStatistics:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from the first rank's ``state_dict``; its micro-batches are the first rank's again."""
+        """Restores the first rank's ``state_dict``; only the first rank gets its micro-batches back."""
         first = self._ranks.is_first
         self._losses = list(state["losses"]) if first else []
         self._square_norms = list(state["square_norms"]) if first else []
@@ -201,7 +201,7 @@ class StepStatistics:
         self._last = None
         if self.names is not None:
             self.names = list(state.get("names") or [])
-        if state["last"] is not None and "names" in state:  # that of an older version has other numbers
+        if state["last"] is not None and "names" in state:  # an older version saved other numbers
             step, names, *sums = state["last"]
             self._last = _Pending(step, names, _Sums(*sums))
             self._last.counted = True
@@ -211,13 +211,13 @@ class StepStatistics:
             return None
         try:
             self._count(self._last, _PATIENCE)
-        except Exception as error:  # of any backend
+        except Exception as error:  # errors differ between backends
             log.warning("merge: the statistics of step %s are not saved: %s", self._last.step, error)
             return None
         return [self._last.step, self._last.names, *self._last.read()]
 
     def _take(self, scale: Tensor | None) -> list[float | Tensor]:
-        """The sums of the step that ends; those of the next one begin."""
+        """The sums of the step that ends; resets them for the next one."""
         losses, squares, tokens = self._losses, self._square_norms, self._tokens
         self._losses, self._square_norms, self._tokens = [], [], 0.0
         loss = sum(losses)
@@ -227,7 +227,7 @@ class StepStatistics:
         return numbers if self.names is None else [*numbers, *self._take_scalars(self.names)]
 
     def _take_scalars(self, names: Sequence[str]) -> list[float | Tensor]:
-        """Whether there are unknown ones; then of each known one its value, and whether there is one."""
+        """Whether there are unknown scalars; then for each known name its value, and whether there is one."""
         found, self._scalars = self._scalars, {}
         numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
         for name in names:
@@ -246,7 +246,7 @@ class StepStatistics:
         return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
-        """Has the clock count a step, once."""
+        """Advances the clock by a step's tokens, unless that is done already."""
         if not pending.counted:
             self._clock.add(pending.read(within).tokens)
             pending.counted = True
@@ -266,23 +266,23 @@ class StepStatistics:
         return Statistics(pending.step, loss, norm, skipped, tokens, scalars, bool(unknown))
 
     def _was_skipped(self, loss: float | None, norm: float | None, scale: float) -> bool:
-        if self._scale is None:  # the first step, or the first after a restore: only an overflow can tell
+        if self._scale is None:  # the first step, or the first after a restore: only an overflow shows
             return not all(math.isfinite(number) for number in (loss, norm) if number is not None)
         return scale < self._scale
 
 
 class _Sums(NamedTuple):
-    """What all ranks' sums of a step come to."""
+    """The results of a step's sums over all ranks."""
 
     loss: float | None
     norm: float | None
     scale: float | None
     tokens: float
-    scalars: list[float] = []  # noqa: RUF012  # as ``_take_scalars`` lays them out; empty where none are watched
+    scalars: list[float] = []  # noqa: RUF012  # in the order of ``_take_scalars``; empty if none are watched
 
 
 class _Pending:
-    """A step that has ended, whose numbers may still be on their way."""
+    """A step that has ended, whose numbers may not have arrived yet."""
 
     def __init__(
         self,
@@ -292,8 +292,8 @@ class _Pending:
         wait: Callable[[timedelta | None], _Sums] | None = None,
     ) -> None:
         self.step, self.names = step, names
-        self.counted = False  # whether the clock knows its tokens
-        self.sums, self._wait = sums, wait  # they are known, or waited for
+        self.counted = False  # whether the clock has its tokens
+        self.sums, self._wait = sums, wait  # one of the two is given
 
     def read(self, within: timedelta | None = None) -> _Sums:
         if self.sums is None:
@@ -326,13 +326,13 @@ def _gradient(parameter: Tensor) -> Tensor | None:
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """The values that a gradient holds; of a sparse one those that are there."""
+    """The values of a gradient; of a sparse one only the stored values."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _own(value: Tensor | float, factor: int) -> Tensor | float:
-    """A copy that no later step writes over, times ``factor``: a number where that takes no waiting."""
-    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor's: to import the class takes a second
+    """A copy times ``factor`` that no later step overwrites; a plain number if that needs no waiting."""
+    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor; importing its class takes a second
         value = full_tensor()
     if isinstance(value, Tensor) and value.is_cuda:
         return value.detach().double().mean() * factor

@@ -1,4 +1,4 @@
-"""How many tokens the run has seen, and when an interval of them has passed."""
+"""Counts the tokens of a run, and tells when an interval of them has passed."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 _TOKEN_KEYS = ("input_ids", "tokens", "inputs", "input", "ids", "x")
-_SURE_KEYS = ("input_ids", "tokens")  # whatever the number of dimensions: choices, or codebooks
+_SURE_KEYS = ("input_ids", "tokens")  # with any number of dimensions: choices, or codebooks
 
 
 class TokenClock:
-    """Adds up the tokens of the optimizer steps, of all ranks.
+    """Adds up the tokens of the optimizer steps over all ranks.
 
     On several ranks the tokens of a step are known one step later, unless they are waited for.
 
     Args:
-        count: tokens of one batch; default: ``count_tokens``. Reads shapes only, never waits for a device.
+        count: returns the tokens of one batch; default: ``count_tokens``. It should only read shapes, and
+            never wait for a device.
 
     Attributes:
-        tokens: of all steps that are known.
-        largest: the most that one step had.
+        tokens: tokens of all steps that are known.
+        largest: the largest number of tokens of one step.
         countable: whether tokens can be counted; ``None`` before the first batch.
     """
 
@@ -33,7 +34,7 @@ class TokenClock:
         self.countable: bool | None = None
 
     def add(self, tokens: float) -> None:
-        """Advances the clock by one step; NaN stops it: no token count is better than a wrong one."""
+        """Advances the clock by one step; NaN stops it, since no token count is better than a wrong one."""
         if math.isnan(tokens):
             self.countable = False
         else:
@@ -49,11 +50,11 @@ def count_tokens(batch: Any) -> int:
     """Tokens in a batch: the elements of its token ids, padding included.
 
     Token ids are an integer tensor of two dimensions (batch × sequence): the batch itself, its ``input_ids``
-    (or ``tokens``, ``inputs``, ``input``, ``ids``, ``x``), or the first tensor it holds. One of more
+    (or ``tokens``, ``inputs``, ``input``, ``ids``, ``x``), or the first tensor it holds. A tensor of more
     dimensions is an image, a volume or a map of labels, unless it is called ``input_ids`` or ``tokens``.
 
     Raises:
-        ValueError: where that tensor is not one of token ids; the message names the ways out.
+        ValueError: if that tensor does not hold token ids; the message names the remedies.
     """
     tensor, named = _token_ids(batch)
     kind = None if tensor is None else tensor.dtype
@@ -64,8 +65,8 @@ def count_tokens(batch: Any) -> int:
     if tensor is None or not fits:
         found = "no tensor" if tensor is None else f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)}"
         raise ValueError(
-            f"cannot read the number of tokens off this batch ({type(batch).__name__}, which holds {found} "
-            "where token ids of shape (batch, sequence) were expected): pass count_tokens=, a function from "
+            f"cannot read the number of tokens off this batch ({type(batch).__name__}, which holds {found}, "
+            "while token ids of shape (batch, sequence) were expected): pass count_tokens=, a function from "
             "the batch to its number of tokens, or give the interval in steps with every_n_steps="
         )
     return tensor.numel()
@@ -77,7 +78,7 @@ def crossed(before: int, after: int, every: int) -> bool:
 
 
 def _token_ids(batch: Any, depth: int = 4, named: bool = False) -> tuple[Tensor | None, bool]:
-    """The first tensor inside ``batch``, those under a usual name first, and whether its name says it all.
+    """The first tensor inside ``batch``, usual names first, and whether its name alone identifies token ids.
 
     Looks ``depth`` levels in.
     """
@@ -85,7 +86,7 @@ def _token_ids(batch: Any, depth: int = 4, named: bool = False) -> tuple[Tensor 
         return batch, named
     if depth == 0 or isinstance(batch, str):
         return None, False
-    if isinstance(batch, (dict, Mapping)):  # a dict is told at once, a mapping by a search
+    if isinstance(batch, (dict, Mapping)):  # dict first: checking for a Mapping is slower
         usual = ((batch[key], key in _SURE_KEYS) for key in _TOKEN_KEYS if key in batch)
         return _first_token_ids((*usual, *((value, False) for value in batch.values())), depth - 1)
     if isinstance(batch, (list, tuple)):

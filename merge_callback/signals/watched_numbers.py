@@ -1,4 +1,4 @@
-"""The numbers of a run that are watched for spikes, each by a detector of its own."""
+"""The numbers of a run that are watched for spikes, each with its own detector."""
 
 from __future__ import annotations
 
@@ -13,64 +13,64 @@ from merge_callback.spike_options import SpikeOptions
 
 LOSS, GRAD_NORM = "loss", "gradient norm"
 
-_STALE = 16  # steps after which a number that is no longer read has nothing to say
+_STALE = 16  # steps after which a number that is no longer read is ignored
 
 _ORDER = {"spike": 0, "rise": 1, "shift": 2}
 
 
 class WatchedNumbers:
-    """The loss, the gradient norm and further scalars, each judged by what it was before.
+    """The loss, the gradient norm and further scalars, each judged by its own history.
 
-    Where several optimizers take turns (the two sides of a GAN), each has losses of a kind of its own: so
-    there is a detector for every number and every set of optimizers that stepped.
+    If several optimizers take turns (the two sides of a GAN), each has losses of its own kind. So there is a
+    detector for every number and every set of optimizers that stepped.
 
     Args:
-        options: what is a spike.
+        options: what counts as a spike.
     """
 
     def __init__(self, options: SpikeOptions) -> None:
         self.drift, self.score = Drift(options.floor), SpikeScore()
         self._rule = (options.threshold, options.floor, options.patience)
         self._detectors: dict[tuple[str, str], SpikeDetector] = {}
-        self._step = 0  # the last one that was read, and the last one of each number
+        self._step = 0  # the last step that was read, and the last one of each number
         self._read: dict[tuple[str, str], int] = {}
-        self._key = ""  # of the loss that was read last
+        self._key = ""  # optimizers of the last loss
         self._loss = self._detector(LOSS, "")
 
     def __getitem__(self, watched: str) -> SpikeDetector:
-        """The detector of a number, of the kind that was read last."""
+        """The detector of a number, for the optimizers that stepped last."""
         return self._detector(watched, self._key)
 
     @property
     def loss(self) -> SpikeDetector:
-        """That of the loss."""
+        """The detector of the loss."""
         return self._loss
 
     @property
-    def calm(self) -> bool:
+    def is_within_baseline(self) -> bool:
         """Whether nothing speaks against the weights."""
-        # A loop, since this is asked every step: a generator takes three times as long.
+        # A loop, since this is called every step, and a generator takes three times as long.
         for key, detector in self._detectors.items():
-            if not detector.calm and self._step - self._read.get(key, 0) < _STALE:
+            if not detector.is_within_baseline and self._step - self._read.get(key, 0) < _STALE:
                 return False
         return True
 
     @property
     def takes_turns(self) -> bool:
-        """Whether there are optimizers of which now these step and now others."""
+        """Whether different sets of optimizers step in turn."""
         return len({optimizers for watched, optimizers in self._read if watched == LOSS}) > 1
 
     def observe(
         self, seen: Statistics, active: bool, optimizers: str, is_broken: Callable[[], bool]
     ) -> list[SpikeEvent]:
-        """Reads the numbers of one optimizer step; returns what there is to report, spikes first.
+        """Reads the numbers of one optimizer step; returns the events to report, spikes first.
 
         Args:
             seen: the numbers.
             active: ``False`` while the learning rate warms up.
-            optimizers: which of them stepped, as a key.
-            is_broken: finds out whether weights, gradients or optimizer state are not finite; asked only
-                where a number is not.
+            optimizers: the optimizers that stepped, as a key.
+            is_broken: finds out whether weights, gradients or optimizer state are not finite; called only if
+                a number is not.
         """
         if optimizers != self._key:
             self._key, self._loss = optimizers, self._detector(LOSS, optimizers)
@@ -95,7 +95,7 @@ class WatchedNumbers:
         return sorted(events, key=lambda event: _ORDER[event.kind]) if events else events
 
     def drifted(self, seen: Statistics, active: bool) -> tuple[float, float] | None:
-        """The best level of the loss and the present one, where it has crept up from there."""
+        """The best level of the loss and the present one, if it has crept up from there."""
         if not active:
             self.drift.restart()
         elif seen.loss is not None and self._loss.onset is None:
@@ -106,13 +106,13 @@ class WatchedNumbers:
         return self.loss.threshold - self.loss.baseline
 
     def restored(self, unmoved: int) -> None:
-        """All numbers are those of restored weights from now on."""
+        """Notes that all numbers are those of restored weights from now on."""
         self.drift.restart()
         for detector in self._detectors.values():
             detector.restored(unmoved)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, as primitives."""
+        """The state as primitives."""
         return {
             "detectors": [[*key, d.state_dict(), self._read.get(key)] for key, d in self._detectors.items()],
             "step": self._step,
@@ -141,5 +141,5 @@ class WatchedNumbers:
 
 
 def logged_name(name: str) -> str:
-    """What a watched scalar is called: a module may log something as ``loss``."""
+    """The name of a watched scalar; it may not be ``loss``, though a module may log one as that."""
     return f"logged {name}" if name in (LOSS, GRAD_NORM) else name

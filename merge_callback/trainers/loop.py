@@ -96,6 +96,7 @@ class CheckpointMerger:
         self._session: MergeSession | None = None
         self._state: dict[str, Any] = {}
         self._is_begun = self._is_swapped = False
+        self._has_stepped = False  # whether an optimizer was seen to step since the last call of ``step``
         self._told: set[str] = set()
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
 
@@ -131,11 +132,11 @@ class CheckpointMerger:
             scalars: further numbers, for ``spike.watch``.
 
         Raises:
+            RuntimeError: within ``merged_weights``.
             ValueError: at the first step, if an option does not fit the model, or tokens can't be counted.
             TrainingDivergedError: if the run is to stop after a spike.
         """
-        if self._is_swapped:
-            raise RuntimeError("step() within merged_weights(): training would go on from a merge")
+        self._refuse_within_merge("step()")
         if (session := self._begin()) is None:
             return
         if session.clock.countable is None and batch is None and tokens is None:
@@ -145,6 +146,10 @@ class CheckpointMerger:
                     "them; or give the interval in steps with every_n_steps="
                 )
             session.clock.countable = False
+        if not self._has_stepped:  # it is stepped in some other way, such as in hooks of the backward pass
+            for optimizer in self._host.optimizers:
+                session.note_step(optimizer)
+        self._has_stepped = False
         self._host.steps_taken += 1
         self._host.scalars = dict(scalars or {})
         session.begin_batch(batch, self._host.steps_taken - 1, tokens)
@@ -208,8 +213,7 @@ class CheckpointMerger:
         Raises:
             HalfRestoredError: if a restore failed half way, so that the weights must not be saved.
         """
-        if self._is_swapped:
-            raise RuntimeError("state_dict() within merged_weights(): a checkpoint would save the merge")
+        self._refuse_within_merge("state_dict()")
         if self._session is None:
             return self._state
         if self._session.is_half_restored:
@@ -248,8 +252,14 @@ class CheckpointMerger:
             self._state = session.state_dict()
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
+        self._refuse_within_merge("an optimizer step")
+        self._has_stepped = True
         if session := self._begin():
             session.note_step(optimizer)
+
+    def _refuse_within_merge(self, what: str) -> None:
+        if self._is_swapped:
+            raise RuntimeError(f"{what} within merged_weights(): the model holds a merge there")
 
     def _begin(self) -> MergeSession | None:
         """The session; it begins with the first optimizer step, when the model is what it will be."""

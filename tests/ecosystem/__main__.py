@@ -1,7 +1,7 @@
-"""``python -m tests.ecosystem [NAME…] --page docs/ecosystem.md``: runs the libraries' scripts, each in a virtual environment of its own.
+"""Runs the libraries' scripts: ``python -m tests.ecosystem [NAME…] --page docs/ecosystem.md``.
 
-The environments are made on first use, from ``lock/NAME.txt`` if there is one. What comes out is kept in
-``benchmarks/results/ecosystem.json``, and the page's table is written from that.
+Each has a virtual environment of its own, made on first use from ``lock/NAME.txt`` if that is there. What
+comes out is kept in ``benchmarks/results/ecosystem.json``, and the page's table is written from that.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LIBRARIES = {
     "gluonts": ["gluonts[torch]"],
     "darts": ["darts"],
     "neuralforecast": ["neuralforecast"],
-    "pytorch-tabular": ["pytorch-tabular"],
+    "pytorch-tabular": ["pytorch-tabular", "requests"],
     "trl": ["trl", "transformers", "accelerate"],
     "peft": ["peft", "transformers"],
     "diffusers": ["diffusers", "transformers"],
@@ -58,9 +58,8 @@ def main() -> int:
             failed.append(name)
         else:
             results[name] = found
-    RESULTS.write_text(
-        json.dumps({name: results[name] for name in LIBRARIES if name in results}, indent=2) + "\n"
-    )
+            ordered = {name: results[name] for name in LIBRARIES if name in results}
+            RESULTS.write_text(json.dumps(ordered, indent=2) + "\n")
     if arguments.page:
         write_table(arguments.page, results)
     print(f"no outcome: {', '.join(failed)}" if failed else "all scripts came to their end")

@@ -1,4 +1,4 @@
-"""chemprop: a message-passing network on small molecules, with the library's warm-up and decay of the rate."""
+"""chemprop: a message-passing network on small molecules, with the library's own schedule."""
 
 import torch
 from chemprop import data, models, nn

@@ -18,8 +18,9 @@ def wave(start: int, count: int) -> TimeSeries:
 
 def model(**options) -> NHiTSModel:
     return NHiTSModel(
-        input_chunk_length=12, output_chunk_length=4, num_layers=1, layer_widths=16, batch_size=16, n_epochs=4,
-        random_state=0, pl_trainer_kwargs={"accelerator": "cpu", "enable_progress_bar": False, **options},
+        input_chunk_length=12, output_chunk_length=4, num_layers=1, layer_widths=16, batch_size=16,
+        n_epochs=4, random_state=0,
+        pl_trainer_kwargs={"accelerator": "cpu", "enable_progress_bar": False, **options},
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ def checked(
     load: Callable,
     validate: Callable | None = None,
     load_checkpoint: Callable | None = None,
+    exclude: str | None = None,
     **options: Any,
 ) -> Findings:
     """Trains with and without the callback and compares.
@@ -38,12 +39,13 @@ def checked(
     Args:
         library: its name on PyPI.
         namespace: ``lightning.pytorch`` or ``pytorch_lightning``, whichever the library trains with.
-        train: from a list of callbacks and a folder to whatever the library trains, always from the same seed.
-        load: from the folder of an emission to the state dict of a new object of the library's that has it.
-        validate: from what was trained, with the merged weights in it, to the metrics by name; default: by the
-            trainer of the fit, once it is over.
-        load_checkpoint: from the folder of a merge of Lightning checkpoints and the newest of them to a module
-            that the library has loaded. Without one no checkpoints are saved.
+        train: from a list of callbacks and a folder to whatever the library trains, always from one seed.
+        load: from the folder of an emission to the state dict of a new object that the library loads.
+        validate: from what was trained, with the merged weights in it, to the metrics by name; default:
+            by the trainer of the fit, once it is over.
+        load_checkpoint: from the folder of a merge of Lightning checkpoints and the newest of them to a
+            module that the library has loaded. Without one no checkpoints are saved.
+        exclude: tensors that a merge of those checkpoints copies from the newest.
         options: of the callback.
     """
     findings = Findings(library, namespace.__name__)
@@ -67,7 +69,8 @@ def checked(
         assert_same_weights(load(root / "merges/latest"), load_merge(root / "merges/latest"))
     if load_checkpoint:
         with findings.checking("merges load back", "the library's checkpoints, merged"):
-            merged = merge_files(root / "saved", root / "merged", "--as", "lightning")
+            left_out = ["--exclude", exclude] if exclude else []
+            merged = merge_files(root / "saved", root / "merged", "--as", "lightning", *left_out)
             snapshots = [probe.weights[step] for step in sorted(probe.weights)[-WINDOW:]]
             newest = root / "saved" / f"step={max(probe.weights)}.ckpt"
             assert_mean_weights(weights_of(load_checkpoint(merged, newest)), snapshots)

@@ -22,8 +22,8 @@ def waves() -> pd.DataFrame:
 def train(callbacks, folder):
     model = NHITS(
         h=4, input_size=12, max_steps=36, mlp_units=3 * [[16, 16]], batch_size=4, windows_batch_size=32,
-        val_check_steps=6, random_seed=1, callbacks=callbacks, default_root_dir=str(folder), accelerator="cpu",
-        enable_progress_bar=False, scaler_type="standard",
+        val_check_steps=6, random_seed=1, callbacks=callbacks, default_root_dir=str(folder),
+        accelerator="cpu", enable_progress_bar=False, scaler_type="standard",
     )  # fmt: skip
     forecast = NeuralForecast(models=[model], freq="D")
     forecast.fit(waves(), val_size=12)

@@ -1,4 +1,4 @@
-"""peft: LoRA adapters of a small Llama, trained in a LightningModule; and the adapters that peft saves, merged."""
+"""peft: LoRA adapters of a small Llama in a LightningModule; and the adapters that peft saves, merged."""
 
 import lightning.pytorch as pl
 import torch
@@ -59,13 +59,15 @@ def train(callbacks, folder):
 
 
 def load(folder):
-    """The line that is printed when the run begins, and what its result holds."""
-    merged = PeftModel.from_pretrained(llama(), folder)
-    run = merge_files(folder.parent.parent / "run/adapters", folder.parent.parent / "adapters")
-    files = PeftModel.from_pretrained(llama(), run)
-    for name, tensor in merged.state_dict().items():
-        torch.testing.assert_close(files.state_dict()[name], tensor, msg=name)
-    return merged.state_dict()
+    """An emission is an adapter, too; so is a merge of the adapters that peft has saved."""
+    merged = PeftModel.from_pretrained(llama(), folder).state_dict()
+    root = folder.parent.parent
+    files = PeftModel.from_pretrained(
+        llama(), merge_files(root / "run/adapters", root / "adapters")
+    ).state_dict()
+    for name, tensor in merged.items():
+        torch.testing.assert_close(files[name], tensor, msg=name)
+    return {f"model.{name}": tensor for name, tensor in merged.items()}
 
 
 torch.set_num_threads(1)

@@ -25,8 +25,8 @@ def train(callbacks, folder):
         model_config=CategoryEmbeddingModelConfig(task="regression", layers="16-8", dropout=0.1, seed=1),
         optimizer_config=OptimizerConfig(),
         trainer_config=TrainerConfig(
-            batch_size=16, max_epochs=5, accelerator="cpu", early_stopping=None, checkpoints=None, load_best=False,
-            progress_bar="none", seed=1, trainer_kwargs={"default_root_dir": str(folder)},
+            batch_size=16, max_epochs=5, accelerator="cpu", early_stopping=None, checkpoints=None,
+            load_best=False, progress_bar="none", seed=1, trainer_kwargs={"default_root_dir": str(folder)},
         ),
         verbose=False,
     )  # fmt: skip

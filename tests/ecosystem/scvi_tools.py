@@ -1,4 +1,4 @@
-"""scvi-tools: an SCVI on random counts, which the library trains in a Trainer and a training plan of its own."""
+"""scvi-tools: an SCVI on random counts, trained by the library's own Trainer and training plan."""
 
 import anndata
 import lightning.pytorch as pl

@@ -10,9 +10,10 @@ from sentence_transformers import (
     SentenceTransformerTrainingArguments,
     losses,
 )
-from sentence_transformers.models import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from transformers import BertConfig, BertModel
 
+from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.small_language import sentences, tokenizer
 from tests.ecosystem.transformers_runs import ARGUMENTS, checked, set_threads
@@ -26,7 +27,7 @@ def model() -> SentenceTransformer:
     BertModel(BertConfig(vocab_size=32, **size)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     words = Transformer(str(folder), max_seq_length=16)
-    return SentenceTransformer(modules=[words, Pooling(32)], device="cpu")
+    return SentenceTransformer(modules=[words, Pooling(32), Dense(32, 16)], device="cpu")
 
 
 def pairs(count: int) -> Dataset:
@@ -49,8 +50,11 @@ def train(callbacks, folder):
 
 
 def load(folder):
-    return SentenceTransformer(str(folder), device="cpu").state_dict()
+    merged = model()
+    merged.load_state_dict(load_merge(folder))
+    merged.save_pretrained(str(folder.parent / "saved"))
+    return SentenceTransformer(str(folder.parent / "saved"), device="cpu").state_dict()
 
 
 set_threads()
-checked("sentence-transformers", train, load, load).write(result_path())
+checked("sentence-transformers", train, load).write(result_path())

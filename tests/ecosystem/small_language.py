@@ -7,22 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.training_runs import seed
 
-WORDS = [
-    "the",
-    "a",
-    "cat",
-    "dog",
-    "bird",
-    "sees",
-    "hears",
-    "likes",
-    "small",
-    "big",
-    "red",
-    "old",
-    "tree",
-    "house",
-]
+WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "red", "old", "tree"]
 
 
 def sentences(count: int, length: int = 8) -> list[str]:

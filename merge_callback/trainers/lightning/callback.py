@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 else:
 
     class _Callback(*callback_bases()):
-        """What Lightning calls a callback, in all packages of it that are in use."""
+        """The ``Callback`` classes of all Lightning packages that are in use."""
 
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class CheckpointMergeCallback(_Callback):
     (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that were
     really applied. A merge never crosses phases and never holds snapshots of the warm-up.
 
-    Everything lands in ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its window
-    back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
+    Everything is written to ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its
+    window back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
     ``spikes.jsonl`` has one line for each spike and what was done about it.
 
     Under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each rank stores its own shards,
@@ -74,7 +74,7 @@ class CheckpointMergeCallback(_Callback):
     Args:
         window: Number of snapshots kept, and so the most that are merged. 10 is the paper's choice. Early in
             training fewer are better; late in training 15 beat 3 by about a point.
-        every_n_tokens: Tokens between snapshots. The default of all intervals is 4B tokens.
+        every_n_tokens: Tokens between snapshots. The default interval is 4B tokens.
         every_n_steps: Optimizer steps between snapshots; give this or ``every_n_tokens``. Works if tokens
             can't be counted.
         count_tokens: Function from a batch to its number of tokens. By default the size of its ``input_ids``,
@@ -89,34 +89,34 @@ class CheckpointMergeCallback(_Callback):
         snapshot_codec: ``"delta-fp16"`` stores every snapshot but the oldest as an fp16 difference from its
             predecessor: about half the bytes for fp32 weights, with errors relative to what moved, not to the
             weights. ``"delta-bf16"`` is coarser, for weights that move by 64 or more between snapshots.
-        dirpath: The folder that everything lands in. By default ``merges``, in the folder where Lightning has
-            its ``checkpoints``, or ``merges-1``, ``merges-2``, … if other runs were first; a resumed run goes
-            on where it was. To a URL that fsspec knows (``s3://…``) the emissions are uploaded, and all else
-            stays in a local folder, ``merge_scratch/…``.
-        emit_every: Snapshots between emissions; 0 emits at the end of training only.
+        dirpath: The folder that everything is written to. By default ``merges``, next to Lightning's
+            ``checkpoints``, or ``merges-1``, ``merges-2``, … if other runs were first; a resumed run keeps
+            its folder. If it is a URL that fsspec knows (``s3://…``), the emissions are uploaded to it, and
+            the rest stays in a local folder, ``merge_scratch/…``.
+        emit_every: Snapshots between emissions; 0 emits only at the end of training.
         format: Format of the emissions: ``"safetensors"``, which the first rank writes as one model, or
             ``"dcp"`` (``torch.distributed.checkpoint``), which all ranks write at once.
         keep_last: Number of emissions kept; ``None`` keeps all.
-        strip_prefix: Prefix that is taken off the published names, e.g. ``"model."``, so that the inner model
-            loads them. By default that of a wrapped Hugging Face model, which makes ``from_pretrained`` work.
+        strip_prefix: Prefix to remove from published names, e.g. ``"model."``, so that the inner model loads
+            them. By default that of a wrapped Hugging Face model, which makes ``from_pretrained`` work.
         max_shard_size: Larger models are published in several files with an index.
         evaluate: Validates the merged weights after each validation.
         evaluate_with: Classes, or their names, of callbacks that prepare batches or compute metrics in
             validation hooks. These run for the merged weights, too; all other callbacks do not.
-        diversity_lag: How many snapshots apart the two are whose distance is the diversity. In a smaller
-            window, the oldest and the newest.
+        diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
+            between the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied.
-        lower_is_better: ``fnmatch`` patterns of validation metrics that improve downwards, for the sign of
-            ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name tells it.
-        higher_is_better: The same for metrics that improve upwards.
+        lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
+            ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
+        higher_is_better: The same for metrics for which higher is better.
         spike: What counts as a loss spike, and what is done about it: a ``SpikeOptions``, a mapping of its
             options, or its action alone, ``spike="warn"``.
 
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the remedy.
         TrainingDivergedError: while training, if restores did not help and the options say to stop.
-        HalfRestoredError: while training, if a restore, or the return of the live weights after a merged
+        HalfRestoredError: while training, if a restore, or putting back the live weights after a merged
             validation, fails half way, twice. No checkpoint is saved then.
     """
 
@@ -154,7 +154,7 @@ class CheckpointMergeCallback(_Callback):
             window=self.options.window,
             codec=self.options.snapshot_codec,
             dtype=str(self.options.snapshot_dtype or ""),
-            folder=Path(self.options.dirpath or "").name,  # tells twins apart
+            folder=Path(self.options.dirpath or "").name,  # distinguishes callbacks with the same options
         )
         self.session: MergeSession | None = None
         self._host: LightningHost | None = None
@@ -163,9 +163,9 @@ class CheckpointMergeCallback(_Callback):
         self._loaded = self._half_restored = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy made in mid-fit is what a checkpoint would give back: the options and the state.
+        """A copy made during a fit holds what a checkpoint would: the options and the state.
 
-        It does not count as one: the files of the trainer's last two checkpoints stay.
+        It does not count as a checkpoint: the files of the trainer's last two checkpoints stay.
         """
         state = {**self.__dict__, "session": None, "_host": None, "_validation": None}
         if self.session is not None:
@@ -174,28 +174,29 @@ class CheckpointMergeCallback(_Callback):
 
     @property
     def state_key(self) -> str:
-        """Tells several callbacks of this kind apart."""
+        """Distinguishes several callbacks of this kind."""
         return self._state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what this callback can't do, before anything is set up."""
+        """Refuses unsupported trainers before anything is set up."""
         if stage == "fit":
             check_strategy(trainer)
             _check_folders(trainer)
-            # First in the list: what monitors merged/… or saves a checkpoint then finds this step's state.
+            # First in the list, so that callbacks that monitor merged/… or save a checkpoint find this step's
+            # state.
             others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
             trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
             self._loaded = self._half_restored = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Builds or restores the window: here every strategy has set up, moved and restored the model."""
+        """Builds or restores the window; by now every strategy has set up, moved and restored the model."""
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if all(isinstance(optimizer, names_of(trainer)._MockOptimizer) for optimizer in trainer.optimizers):
-            info("merge: the module has no optimizer, so no weights are trained, and none merged")
+            info("merge: the module has no optimizer, so no weights are trained or merged")
             return
         if trainer.global_step == 0 or (trainer.ckpt_path and not self._loaded):
-            self._resume = {}  # another run's, left from this callback's last fit
+            self._resume = {}  # the state is another run's, left from this callback's last fit
         options = beside_others(self.options, trainer.callbacks)  # type: ignore[attr-defined]
         self._host = LightningHost(trainer, pl_module)
         named = taking_part(trainer, options.evaluate_with)
@@ -208,14 +209,14 @@ class CheckpointMergeCallback(_Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Notes the batch; makes sure that batches can be counted, before the first step is spent."""
+        """Notes the batch; before the first step, checks that tokens can be counted."""
         if self.session:
             self.session.begin_batch(batch, batch_idx)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Notes the learning rates of this step; after it the schedulers have moved on."""
+        """Notes the learning rates of this step, before the schedulers change them."""
         if self.session:
             self.session.note_step(optimizer)
 
@@ -237,7 +238,7 @@ class CheckpointMergeCallback(_Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
-            self.session.pipeline.wait_until_merged()  # a monitor finds the same on all ranks
+            self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
             if self.options.evaluate and self._validation:
                 self._validation.update(self.session.current_merge())
 
@@ -249,9 +250,9 @@ class CheckpointMergeCallback(_Callback):
             self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Lets go of the folder: ``teardown`` does not come after an exception.
+        """Releases the folder, since ``teardown`` is not called after an exception.
 
-        Raises nothing itself: the next callback may have a checkpoint to rescue.
+        It raises nothing itself, because the next callback may have a checkpoint to rescue.
         """
         if self.session:
             session = self.session
@@ -259,12 +260,12 @@ class CheckpointMergeCallback(_Callback):
             try:
                 self._resume = self._state(session)
             except Exception:
-                log.exception("merge: the state of the run could not be taken")
+                log.exception("merge: the state of the run could not be saved")
             self._let_go()
             try:
                 session.close()
             except Exception:
-                log.exception("merge: the folder could not be given back")
+                log.exception("merge: the folder could not be released")
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -272,15 +273,15 @@ class CheckpointMergeCallback(_Callback):
         """Refuses to save weights that a failed restore has overwritten in part.
 
         Raises:
-            HalfRestoredError: instead of a checkpoint of a mixture.
+            HalfRestoredError: if the weights are such a mixture.
         """
         if self._half_restored or (self.session and self.session.is_half_restored):
             raise HalfRestoredError(
-                "a restore failed half way, and its weights are not saved; resume earlier"
+                "a restore failed half way, so its weights are not saved; resume from an earlier checkpoint"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Clock, phase, and the records of the window's snapshots, as primitives."""
+        """Token clock, phase, and the records of the window's snapshots, as primitives."""
         return self._state(self.session) if self.session else self._resume
 
     def _state(self, session: MergeSession, to_keep: bool = True) -> dict[str, Any]:
@@ -307,7 +308,7 @@ class CheckpointMergeCallback(_Callback):
             return
         others = {c.state_key for c in trainer.callbacks if c is not self}  # type: ignore[attr-defined]
         saved = [key for key in states if key.startswith(type(self).__qualname__) and key not in others]
-        # Those of older versions told callbacks apart by their dirpath.
+        # Older versions distinguished callbacks by their dirpath.
         similar = [key for key in saved if self._interval_and_methods in key]
         found = next(
             (k for k in (saved, similar, [k for k in similar if self._dirpath in k]) if len(k) == 1), []
@@ -316,8 +317,8 @@ class CheckpointMergeCallback(_Callback):
             self.load_state_dict(states[found[0]])
         elif saved:
             warn(
-                f"merge: the checkpoint holds the states of {saved}, and which of them is that of "
-                f"{self.state_key} can't be told: this window begins empty"
+                f"merge: the window begins empty: the checkpoint holds the states of {saved}, and it is "
+                f"unclear which of them belongs to {self.state_key}"
             )
 
     @property

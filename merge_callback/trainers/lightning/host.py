@@ -1,4 +1,4 @@
-"""A fit of Lightning's, as the engine sees it."""
+"""The ``Host`` of a Lightning fit."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_WALKED = 1_000_000  # samples of a rank; to walk through more would hold training up
+_WALKED = 1_000_000  # samples of a rank; iterating over more would delay training
 
 
 class LightningHost(Host):
-    """One fit.
+    """One Lightning fit.
 
     Args:
-        trainer: in fit, once the strategy has set up, moved and restored the model.
+        trainer: a trainer in fit, whose strategy has set up, moved and restored the model.
         module: its module.
     """
 
@@ -68,12 +68,12 @@ class LightningHost(Host):
 
     @property
     def optimizers(self) -> Sequence[Optimizer]:  # type: ignore[override]
-        """The trainer's."""
+        """The trainer's optimizers."""
         return self.trainer.optimizers
 
     @property
     def default_folder(self) -> str:  # type: ignore[override]
-        """``merges`` beside the folder that ``ModelCheckpoint`` saves in by default, by the same rule."""
+        """``merges`` next to the folder that ``ModelCheckpoint`` saves in by default, by the same rule."""
         root = self.trainer.default_root_dir
         if self.trainer.loggers:
             logger = self.trainer.loggers[0]
@@ -95,13 +95,13 @@ class LightningHost(Host):
 
     @property
     def total_steps(self) -> int | None:
-        """As ``trainer.global_step`` counts them; ``None`` if nobody knows how many a batch takes."""
+        """Steps as counted by ``trainer.global_step``; ``None`` if the steps per batch are unknown."""
         batches = self.total_batches
         return None if self.is_manual and batches != self.trainer.max_steps else batches
 
     @property
     def loss_divisor(self) -> int:
-        """What Lightning divides the loss by that it hands to ``on_train_batch_end``."""
+        """The divisor of the loss that Lightning passes to ``on_train_batch_end``."""
         return 1 if self.is_manual else self.trainer.accumulate_grad_batches
 
     @property
@@ -111,7 +111,7 @@ class LightningHost(Host):
 
     @property
     def epoch(self) -> int:
-        """Epochs that are over."""
+        """Number of completed epochs."""
         return int(self._epochs.processed)
 
     @property
@@ -145,14 +145,14 @@ class LightningHost(Host):
         self.trainer.should_stop = True
 
     def sample_indices(self, epoch: int, batch_idx: int) -> list[int] | None:
-        """The data set's indices of a batch on this rank, if the sampler gives the same ones each time."""
+        """The data set's indices of a batch on this rank, if the sampler is repeatable."""
         return sample_indices(self.trainer, epoch, batch_idx)
 
     def logged_scalars(self, patterns: Sequence[str]) -> Callable[[], Mapping[str, Tensor | float]]:
-        """What ``self.log`` was given since the last step.
+        """The values passed to ``self.log`` since the last step.
 
-        Only what is logged per step counts (``on_step=True``, the default in training): of the rest Lightning
-        keeps no single values.
+        Only values logged per step count (``on_step=True``, the default in training), because Lightning keeps
+        no single values of others.
         """
         matches: dict[str, bool] = {}
         last: dict[str, Tensor] = {}
@@ -174,13 +174,13 @@ class LightningHost(Host):
         return kind(self.trainer, self.lightning_module, device)
 
     def validation_loss(self) -> float:
-        """The last one that was logged."""
+        """The last logged validation loss; NaN if there is none."""
         name = validation_loss(self.trainer)
         return float(self.trainer.callback_metrics[name]) if name else math.nan
 
 
 def _counts_batches(trainer: Trainer) -> bool:
-    """Whether this rank counts its batches: of tensor-parallel ranks, which share theirs, the first does."""
+    """Whether this rank counts its batches; of tensor-parallel ranks, which share theirs, the first does."""
     strategy: Any = trainer.strategy
     if not isinstance(strategy, names_of(trainer).ModelParallelStrategy):
         return True
@@ -188,9 +188,9 @@ def _counts_batches(trainer: Trainer) -> bool:
 
 
 def sample_indices(trainer: Trainer, epoch: int, batch_idx: int) -> list[int] | None:
-    """The data set's indices of a batch on this rank, where the sampler gives the same ones each time.
+    """The data set's indices of a batch on this rank, if the sampler gives the same ones each time.
 
-    That is a sequential one, or a distributed one (which shuffles by seed and epoch), in batches of one size.
+    That is a sequential or a distributed sampler (which shuffles by seed and epoch), in batches of one size.
     """
     loaders = training_loader(trainer)
     loader = loaders.flattened[0] if loaders is not None and len(loaders.flattened) == 1 else None
@@ -202,7 +202,7 @@ def sample_indices(trainer: Trainer, epoch: int, batch_idx: int) -> list[int] | 
     first = batch_idx * size
     if type(sampler) is SequentialSampler:
         return list(range(first, min(first + size, len(sampler)))) or None
-    # Of this very type: a wrapper of another sampler would draw from it again.
+    # Exactly this type: a wrapper of another sampler would draw from that again.
     if type(sampler) is DistributedSampler and sampler.epoch == epoch and len(sampler) <= _WALKED:
         return list(islice(iter(sampler), first, first + size))
     return None

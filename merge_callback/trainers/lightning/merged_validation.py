@@ -1,8 +1,8 @@
-"""Validation with other weights, inside a running fit.
+"""Validates other weights inside a running fit.
 
-``trainer.validate()`` inside fit corrupts the loops' state, so this runs Lightning's own evaluation loop
-beside the trainer's: same dataloaders, limits, precision and module hooks, but its own results, and nobody
-hears of it.
+``trainer.validate()`` inside fit corrupts the loops' state, so this runs a second evaluation loop of
+Lightning's: with the same dataloaders, limits, precision and module hooks, but with its own results, and
+without loggers or other callbacks.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _MEASURING = [
 
 
 class MergedValidation:
-    """Validates each merge once and makes ``merged/…`` known to callbacks that monitor it."""
+    """Validates each merge once and exposes ``merged/…`` to callbacks that monitor it."""
 
     def __init__(
         self,
@@ -63,27 +63,28 @@ class MergedValidation:
     ) -> None:
         self._host, self.trainer, self.module = host, host.trainer, host.lightning_module
         self.sharding, self._taking_part = sharding or Sharding({}, {}), taking_part
-        self._directions, self._told = directions or MetricDirections(), False
+        self._directions, self._reported_unknown = directions or MetricDirections(), False
         self.step = -1
         self.metrics: dict[str, float] = {}
         self._random: RandomState | None = None
-        self._has_failed = self._told_of_missing = False
+        self._has_failed = self._reported_missing = False
 
     def note_random_state(self) -> None:
-        """Before a live validation: keeps the generators, so that the merged one draws the same numbers.
+        """Saves the generators before a live validation, so that the merged one draws the same numbers.
 
-        Else the gain would compare two weights on two samples wherever data is shuffled or masked at random.
+        If data is shuffled or masked at random, the gain would else compare two models on two samples.
         """
         self._random = random_state(self.trainer) if is_validation_next(self.trainer) else None
 
     def update(self, merge: Merge | None) -> None:
-        """Validates ``merge`` if it is new. A validation that fails is reported; the run goes on.
+        """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
 
-        Afterwards there is a ``merged/…`` value of what the merge was validated for, and of nothing else. A
-        monitor must find its key from the first validation on: until there is a merge, it is the model.
+        Afterwards there are ``merged/…`` values of exactly the metrics that the merge was validated with. A
+        monitor must find its key from the first validation on, so until there is a merge the live values are
+        repeated.
 
         Raises:
-            HalfRestoredError: where the live weights could not be put back, on any rank.
+            HalfRestoredError: if the live weights could not be put back, on any rank.
         """
         results = validation_results(self.trainer)
         live = epoch_metrics(results, self.trainer.callback_metrics)
@@ -98,7 +99,7 @@ class MergedValidation:
         for name in missing:
             shown.pop(name, None)
             shown.pop(name.replace("merged/", "merge/gain/", 1), None)
-        # A monitor that misses its key ends the run.
+        # A monitor that does not find its key ends the run.
         shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
         self._hold_stopping(missing)
 
@@ -121,21 +122,21 @@ class MergedValidation:
             self.sharding.ranks.agree(problem)
         except Exception:
             if any(self.sharding.ranks.exchange(isinstance(problem, HalfRestoredError))):
-                raise HalfRestoredError("after a merged validation the live weights are lost") from problem
-            log.exception("merge: validation with the merged weights failed; the live weights are back")
+                raise HalfRestoredError("a merged validation could not restore the live weights") from problem
+            log.exception("merge: validation with the merged weights failed; the live weights were restored")
             self.step, self.metrics, self._has_failed = -1, {}, True
             return
         self.step, self._has_failed = merge.step, False
         self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
         report(self._host, {**self.metrics, **self._gains(live, merged)})
-        self._tell_of_missing(sorted(live.keys() - merged.keys()))
+        self._report_missing(sorted(live.keys() - merged.keys()))
 
     def _monitored(self) -> set[str]:
         monitors = [getattr(c, "monitor", None) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
         return {str(m) for m in (*monitors, *(c.monitor for c in self.trainer.lr_scheduler_configs)) if m}
 
     def _hold_stopping(self, missing: Collection[str]) -> None:
-        """Lets early stopping pass over what has no value: NaN would stop the run."""
+        """Disables early stopping on missing values, since NaN would stop the run."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, names_of(self.trainer).EarlyStopping):
                 if callback.monitor in missing:
@@ -143,30 +144,31 @@ class MergedValidation:
                 elif vars(callback).get("_run_early_stopping_check") is nothing:
                     del vars(callback)["_run_early_stopping_check"]
 
-    def _tell_of_missing(self, missing: list[str]) -> None:
-        """Says once which callbacks take no part, if that may matter."""
+    def _report_missing(self, missing: list[str]) -> None:
+        """Reports once which callbacks take no part, if that may matter."""
         others = [c for c in self.trainer.callbacks if c not in self._taking_part]  # type: ignore[attr-defined]
         idle = [type(c).__name__ for c in others if _may_prepare_or_log(c, names_of(self.trainer).Callback)]
-        if (missing or idle) and not self._told_of_missing:
-            self._told_of_missing = True
+        if (missing or idle) and not self._reported_missing:
+            self._reported_missing = True
             named = [type(c).__name__ for c in self._taking_part] + idle
-            without = f"; so there is no merged/… value of {', '.join(missing)}" if missing else ""
+            without = f", so there is no merged/… value of {', '.join(missing)}" if missing else ""
             info(
                 f"merge: the hooks of {', '.join(idle) or 'callbacks'} are not called when a merge is "
-                f"validated{without}. Name those that prepare batches or measure in evaluate_with={named}"
+                f"validated{without}. Name those that prepare batches or compute metrics in "
+                f"evaluate_with={named}"
             )
 
     def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """The gains; says once of which metrics there are none, and how to tell."""
+        """The gains; reports once which metrics have none, and the remedy."""
         results = validation_results(self.trainer)
-        told = self._directions.lower_is_better
-        lower = {name: told(name, self.trainer, results, self.module) for name in merged if name in live}
+        is_lower = self._directions.lower_is_better
+        lower = {name: is_lower(name, self.trainer, results, self.module) for name in merged if name in live}
         unknown = sorted(name for name, direction in lower.items() if direction is None)
-        if unknown and not self._told:
-            self._told = True
+        if unknown and not self._reported_unknown:
+            self._reported_unknown = True
             info(
-                f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
-                f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
+                f"merge: no merge/gain/… is logged for {', '.join(unknown)}, since it is not known whether "
+                f"lower is better; pass lower_is_better={unknown[:1]}, or higher_is_better="
             )
         return gains(live, merged, lower)
 
@@ -189,22 +191,22 @@ def validate_with(
 ) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
 
-    To be called from ``on_validation_end``. Whatever happens inside, the live weights, the module's Python
-    state and torchmetrics, schedulers, and every random generator come back bit for bit.
+    Call it from ``on_validation_end``. Whatever happens inside, the live weights, the module's Python state
+    and torchmetrics, schedulers, and every random generator are restored bit for bit.
 
     Args:
-        trainer: in fit, at the end of a validation.
+        trainer: a trainer in fit, at the end of a validation.
         module: its module.
-        merged: weights in the model's layout and dtypes; with several ranks what this one keeps of them.
-        random: the generators to begin with; default: as they are.
-        sharding: what each rank keeps, where there are several.
+        merged: weights in the model's layout and dtypes; with several ranks, this rank's part of them.
+        random: the state of the generators to begin with; default: the present one.
+        sharding: what each rank keeps, if there are several.
         taking_part: the callbacks whose hooks are called.
 
     Returns:
         Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
 
     Raises:
-        Exception: whatever the module's validation raises.
+        Exception: any exception of the module's validation.
     """
     loop, sharding = validation_loop(trainer), sharding or Sharding({}, {})
     swap = undisturbed(trainer, module, merged.buffer.device, taking_part)
@@ -225,10 +227,10 @@ def validate_with(
 
 
 def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
-    """The trainer's callbacks of the classes that are named, and those that are parts of the module.
+    """The trainer's callbacks of the named classes, and those that are parts of the module.
 
     Raises:
-        ValueError: where a name is that of none of them.
+        ValueError: if no callback is of a named class.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     kinds = {callback: {kind.__name__ for kind in type(callback).__mro__} for callback in callbacks}
@@ -243,7 +245,7 @@ def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
 
 
 def _may_prepare_or_log(callback: Callback, base: type[Callback]) -> bool:
-    """Whether a callback of somebody's own has hooks that may change what a validation measures, or log."""
+    """Whether a user's callback has hooks that may change what a validation measures, or log."""
     if type(callback).__module__.partition(".")[0] in _WELL_KNOWN:
         return False
     return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _MEASURING)

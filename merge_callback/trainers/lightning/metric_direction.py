@@ -1,4 +1,4 @@
-"""Which way a metric improves."""
+"""Finds out whether lower or higher is better for a metric."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 class MetricDirections:
-    """Which way each metric of a validation improves, as far as anybody has said so.
+    """Whether lower is better for each metric of a validation, if that is known.
 
-    What counts, in this order: the options; what a callback or a scheduler monitors, by its ``mode``; the
-    torchmetrics object whose value was logged, be it itself, what its ``compute`` returned, or under the name
-    it has in the module or in a collection; a name that is a standard term, such as ``val_rmse``.
+    The sources, in this order: the options; the ``mode`` of a callback or scheduler that monitors it; the
+    torchmetrics object whose value was logged (as the object, as the result of its ``compute``, or under its
+    name in the module or a collection); a standard name, such as ``val_rmse``.
 
     Args:
-        lower: ``fnmatch`` patterns of names that improve downwards.
-        higher: the same for those that improve upwards.
+        lower: ``fnmatch`` patterns of names for which lower is better.
+        higher: the same for those for which higher is better.
     """
 
     def __init__(self, lower: Sequence[str] = (), higher: Sequence[str] = ()) -> None:
@@ -35,7 +35,7 @@ class MetricDirections:
 
     @contextmanager
     def listening(self, module: LightningModule) -> Iterator[None]:
-        """Within, notes whose values the module logs as plain numbers: ``log_dict(collection.compute())``."""
+        """In this context, notes which metrics' values are logged: ``log_dict(collection.compute())``."""
         kind, metrics = type(module), [part for part in module.modules() if isinstance(part, Metric)]
         log: Callable[..., None] = kind.log
         was_own = "log" in vars(kind)
@@ -58,13 +58,13 @@ class MetricDirections:
     def lower_is_better(
         self, name: str, trainer: Trainer, results: Mapping[str, Any], module: nn.Module | None = None
     ) -> bool | None:
-        """Whether a metric improves downwards; ``None`` where nothing says so.
+        """Whether lower is better for a metric; ``None`` if unknown.
 
         Args:
-            name: in ``trainer.callback_metrics``.
-            trainer: whose callbacks and schedulers may monitor it.
-            results: of the validation that logged it.
-            module: that may hold its metric object.
+            name: its name in ``trainer.callback_metrics``.
+            trainer: its callbacks and schedulers may monitor the metric.
+            results: the results of the validation that logged it.
+            module: the module, which may hold the metric object.
         """
         logged = name.split("/dataloader_idx_")[0]
         for known in (name, logged):
@@ -97,7 +97,7 @@ def _monitored(name: str, trainer: Trainer) -> bool | None:
 
 
 def _is_of(value: Any, metric: Metric) -> bool:
-    """Whether a value is what a metric object has just returned."""
+    """Whether a metric object has just returned this value."""
     for own in (metric._computed, metric._forward_cache):
         if own is not None and any(value is v for v in (own.values() if isinstance(own, dict) else (own,))):
             return True
@@ -105,7 +105,7 @@ def _is_of(value: Any, metric: Metric) -> bool:
 
 
 def _held_as(name: str, module: nn.Module) -> list[Metric]:
-    """The metric objects whose name in the module or in a collection is ``name``, or the last part of it."""
+    """The metric objects named ``name``, or its last part, in the module or in a collection."""
     held: list[tuple[str, Metric]] = []
     for path, part in module.named_modules():
         if isinstance(part, MetricCollection):
@@ -117,6 +117,6 @@ def _held_as(name: str, module: nn.Module) -> list[Metric]:
 
 def _higher_is_better(found: Any) -> bool | None:
     higher = getattr(found, "higher_is_better", None)
-    if higher is None and isinstance(found, WrapperMetric):  # it doesn't say so for the metric it wraps
+    if higher is None and isinstance(found, WrapperMetric):  # it lacks the attribute of the metric it wraps
         higher = getattr(getattr(found, "metric", None), "higher_is_better", None)
     return higher

@@ -1,4 +1,4 @@
-"""What is private to Lightning: all that may change with its next version stands here, and nowhere else.
+"""Everything private to Lightning: names that may change with its next version are used only here.
 
 Lightning is published twice, with the same code: as ``lightning`` and as ``pytorch_lightning``. An object of
 one is not an instance of the other's classes, so names are looked up for the trainer at hand.
@@ -46,7 +46,7 @@ _HOMES = {
 
 
 class Names:
-    """The names of one package.
+    """The names of one Lightning package.
 
     Args:
         package: ``"lightning"`` or ``"pytorch_lightning"``.
@@ -71,7 +71,7 @@ def _names(package: str) -> Names:
 
 
 def names_of(trainer: object) -> Names:
-    """The names of the package that a trainer is from."""
+    """The names of the package that a trainer belongs to."""
     roots = [kind.__module__.partition(".")[0] for kind in type(trainer).__mro__]
     return _names("pytorch_lightning" if "pytorch_lightning" in roots else "lightning")
 
@@ -80,32 +80,32 @@ def callback_bases() -> tuple[type[Callback], ...]:
     """``Callback`` of each package that is imported already, or else of the one that is installed.
 
     Raises:
-        ModuleNotFoundError: if neither is.
+        ModuleNotFoundError: if neither is installed.
     """
     packages = ("lightning.pytorch", "pytorch_lightning")
     known = [name for name in packages if name in sys.modules]
     known = known or [name for name in packages if find_spec(name.partition(".")[0]) is not None][:1]
     if not known:
         raise ModuleNotFoundError(
-            "CheckpointMergeCallback needs Lightning: pip install 'merge-callback[lightning]'. For loops of "
-            "your own there is merge_callback.CheckpointMerger"
+            "CheckpointMergeCallback needs Lightning: pip install 'merge-callback[lightning]'. For your "
+            "own training loop use merge_callback.CheckpointMerger"
         )
     return tuple(import_module(name).Callback for name in known)
 
 
 def callback_metrics(trainer: Trainer) -> dict[str, Tensor]:
-    """What callbacks find in ``trainer.callback_metrics``, to be read and added to; nothing is computed."""
+    """The dictionary behind ``trainer.callback_metrics``, to read from and add to; nothing is computed."""
     found: dict[str, Tensor] = trainer._logger_connector._callback_metrics
     return found
 
 
 def checkpoint_connector(trainer: Trainer) -> Any:
-    """What makes the trainer's checkpoints."""
+    """The object that makes the trainer's checkpoints."""
     return trainer._checkpoint_connector
 
 
 def validation_results(trainer: Trainer) -> Mapping[str, Any]:
-    """What the fit's last validation logged."""
+    """The results that the fit's last validation logged."""
     return trainer.fit_loop.epoch_loop.val_loop._results
 
 
@@ -120,25 +120,25 @@ def training_loader(trainer: Trainer) -> Any:
 
 
 def takes_from_iterator(trainer: Trainer) -> bool:
-    """Whether the training step is handed an iterator instead of batches."""
+    """Whether the training step gets an iterator instead of batches."""
     return isinstance(trainer.fit_loop._data_fetcher, names_of(trainer)._DataLoaderIterDataFetcher)
 
 
 def epoch_metrics(results: Mapping[str, Any], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of the ``known`` metrics that a validation logged for its epoch."""
+    """The ``known`` metrics that a validation logged for its epoch."""
     forked: Any = results
     names = [n for r in results.values() if r.meta.on_epoch for n in forked._forked_name(r, on_step=False)]
-    return {name: known[name] for name in names if name in known and name != "step"}  # an axis, no metric
+    return {name: known[name] for name in names if name in known and name != "step"}  # an axis, not a metric
 
 
 def is_validation_next(trainer: Trainer) -> bool:
-    """Whether the fit validates after this batch; Lightning knows, but takes ten times as long to say no."""
+    """Whether the fit validates after this batch; Lightning's own check takes ten times as long to say no."""
     loop = trainer.fit_loop
     progress, every = loop.epoch_loop.batch_progress, trainer.val_check_batch
     if every is not None and not progress.is_last_batch and not trainer.should_stop:
         if every == math.inf:  # the length of an epoch is not known
             every = trainer.limit_train_batches
-        # Depending on the options the batches of the epoch count, or those of the run.
+        # Depending on the options, the batches of the epoch or of the run count.
         if isinstance(every, float) or (progress.current.ready % every and progress.total.ready % every):
             return False
     return loop.epoch_loop._should_check_val_fx(loop._data_fetcher)  # type: ignore[arg-type]
@@ -147,7 +147,7 @@ def is_validation_next(trainer: Trainer) -> bool:
 def logged_step(trainer: Trainer) -> int:
     """The position of training on the axis that all curves share.
 
-    That is the step Lightning logs the module's metrics at, or what the module itself logs as ``step``.
+    That is the step at which Lightning logs the module's metrics, or what the module logs as ``step``.
     """
     results: Mapping[str, Any] = trainer._results or {}
     if any(r.meta.name == "step" and not r.has_reset for r in results.values()):  # of the loop that runs now
@@ -156,7 +156,7 @@ def logged_step(trainer: Trainer) -> int:
 
 
 def step_progress(trainer: Trainer) -> Any:
-    """Whose ``completed`` is ``trainer.global_step``, which takes seven properties to get there."""
+    """The progress whose ``completed`` is ``trainer.global_step``, without seven properties in between."""
     loop = trainer.fit_loop.epoch_loop
     if trainer.lightning_module.automatic_optimization:
         return loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -164,13 +164,13 @@ def step_progress(trainer: Trainer) -> Any:
 
 
 def logged_now(trainer: Trainer) -> list[tuple[str, str, Any]]:
-    """What the module has logged per step: key, name, and the newest value, as it was handed over."""
+    """What the module has logged per step: key, name, and the newest value, as it was passed."""
     results: Mapping[str, Any] = trainer._results or {}
     return [(k, r.meta.name, None if r.has_reset else r._forward_cache) for k, r in results.items()]
 
 
 def run_training_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
-    """What the module's ``training_step`` returns for a batch, called as Lightning does."""
+    """The result of the module's ``training_step`` for a batch, called as Lightning does."""
     loop, names = trainer.fit_loop.epoch_loop, names_of(trainer)
     loop._results.batch, loop._results.batch_size = batch, None
     arguments = loop._build_kwargs(OrderedDict(), batch, batch_idx)
@@ -178,8 +178,8 @@ def run_training_step(trainer: Trainer, batch: Any, batch_idx: int) -> Any:
 
 
 @lru_cache
-def _beside_loop(evaluation_loop: Any) -> Any:
-    class BesideLoop(evaluation_loop):  # type: ignore[misc]
+def _merged_evaluation_loop(evaluation_loop: Any) -> Any:
+    class MergedEvaluationLoop(evaluation_loop):  # type: ignore[misc]
         """An evaluation loop that shares the dataloaders of the trainer's validation loop."""
 
         def __init__(self, trainer: Trainer, names: Names, at_most: float) -> None:
@@ -199,15 +199,15 @@ def _beside_loop(evaluation_loop: Any) -> Any:
             self._max_batches = [min(n, self._at_most) for n in self._live._max_batches]
             self._seen_batches_per_dataloader: dict[int, int] = defaultdict(int)
 
-    return BesideLoop
+    return MergedEvaluationLoop
 
 
 def validation_loop(trainer: Trainer, at_most: float = math.inf) -> Any:
-    """Lightning's own evaluation loop, with results of its own, on the dataloaders of the fit's validation.
+    """A second evaluation loop of Lightning's, with its own results, on the validation's dataloaders.
 
     Args:
-        trainer: in fit.
-        at_most: batches of each dataloader.
+        trainer: a trainer in fit.
+        at_most: the most batches of each dataloader.
     """
     names = names_of(trainer)
-    return _beside_loop(names._EvaluationLoop)(trainer, names, at_most)
+    return _merged_evaluation_loop(names._EvaluationLoop)(trainer, names, at_most)

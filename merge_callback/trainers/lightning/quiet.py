@@ -1,4 +1,4 @@
-"""Loggers and callbacks that can be read as ever, and that nothing is written to."""
+"""Loggers and callbacks that can be read as usual, but that nothing is written to."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback
     from lightning.pytorch.loggers import Logger
 
-_READS = ("get", "is_", "has_")  # how a method is called that only tells something
+_READS = ("get", "is_", "has_")  # beginnings of the names of methods that only return something
 _VALUES = (str, bytes, int, float, complex, bool, type(None), os.PathLike, Tensor)
 _SAVING = {"on_save_checkpoint", "on_load_checkpoint", "on_exception"}
 
@@ -22,7 +22,7 @@ _SAVING = {"on_save_checkpoint", "on_load_checkpoint", "on_exception"}
 def quiet_logger(logger: Logger) -> Logger:
     """A logger of the same class, with the same folder, name and version, whose methods write nothing.
 
-    Its ``experiment`` tells what that of the logger does, and takes every call.
+    Its ``experiment`` returns the values of the logger's own, and ignores every call.
     """
     kind = type(logger)
     own: dict[str, Any] = {
@@ -38,12 +38,12 @@ def quiet_logger(logger: Logger) -> Logger:
 
 
 class QuietObject:
-    """Stands for an object: gives its values, and copies of its containers; whatever is called does nothing.
+    """A stand-in for an object: it returns its values, and copies of its containers, but calls do nothing.
 
-    Methods whose names begin with ``get``, ``is_`` or ``has_`` are called.
+    Only methods whose names begin with ``get``, ``is_`` or ``has_`` are really called.
 
     Args:
-        present: gives the object; not called before something is read.
+        present: returns the object; not called before something is read.
     """
 
     def __init__(self, present: Callable[[], Any] = lambda: None) -> None:
@@ -94,7 +94,7 @@ def _readable(value: Any) -> Any:
 
 @contextmanager
 def silenced(callbacks: Sequence[Callback], base: type[Callback]) -> Iterator[None]:
-    """Within, nothing reaches the hooks of callbacks that ``base`` has, except those that save and load."""
+    """In this context the callbacks' hooks of ``base`` are not called, except those that save and load."""
     hooks = [name for name in dir(base) if name.startswith("on_") and name not in _SAVING]
     with ExitStack() as stack:
         for callback in callbacks:
@@ -111,4 +111,4 @@ def _give_back(own: dict[str, Any], hooks: Sequence[str], kept: dict[str, Any]) 
 
 
 def nothing(*_: Any, **__: Any) -> None:
-    """Takes every call."""
+    """Accepts every call, and does nothing."""

@@ -1,4 +1,4 @@
-"""How losses are computed again inside a running Lightning fit: of training batches, or of the validation."""
+"""Computes losses of training batches or of the validation again, inside a running Lightning fit."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ _CALLED_LOSS = re.compile(r"(^|[^a-zA-Z])loss$|^loss([^a-zA-Z]|$)", re.IGNORECAS
 def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.device) -> Iterator[LossOf]:
     """A ``Rehearsal`` of the training step, as Lightning runs it, without gradients.
 
-    A step that asks for gradients itself (a penalty on them, an adversary) is run with them, in a process
-    that trains alone. Of a manual optimization only the loss is computed, nothing is trained.
+    A step that needs gradients itself (a penalty on them, an adversary) is run with them, but only in
+    single-process training. In a manual optimization only the loss is computed, and nothing is trained.
 
     Args:
-        trainer: in fit, between two training steps.
+        trainer: a trainer in fit, between two training steps.
         module: its module.
-        device: for the copy of the live weights.
+        device: the device of the copy of the live weights.
 
     Raises:
-        UnrepeatableStepError: for a step that takes from an iterator.
+        UnrepeatableStepError: if the step takes items from an iterator.
     """
     if takes_from_iterator(trainer):
         raise UnrepeatableStepError("it takes its batches from an iterator (dataloader_iter)")
@@ -71,7 +71,7 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
 
 @contextmanager
 def _no_training(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Within, a step of a manual optimization changes nothing: no backward pass, no update, no gradients."""
+    """In this context a step of a manual optimization has no backward pass, no update and no gradients."""
     kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in module.parameters()]
     strategy = trainer.strategy
     with (
@@ -99,9 +99,9 @@ class _TrainingLoss:
     """Computes the training loss of some batches, each time from the same state except for the weights.
 
     Args:
-        trainer: in fit.
-        module: its module; what a step counts or collects in it is put back before every pass.
-        restore: puts its Python state back.
+        trainer: a trainer in fit.
+        module: its module; whatever a step changes in it is restored before every pass.
+        restore: restores its Python state.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, restore: Callable[[], object]) -> None:
@@ -112,7 +112,7 @@ class _TrainingLoss:
 
     def __call__(self, batches: Sequence[HeldBatch]) -> float:
         if not batches:
-            raise UnrepeatableStepError("no batch of it is left")
+            raise UnrepeatableStepError("its batches are no longer held")
         if not self._needs_gradients:
             try:
                 return self._mean(batches)
@@ -144,15 +144,15 @@ class _TrainingLoss:
 
 @contextmanager
 def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torch.device) -> Iterator[LossOf]:
-    """A ``Rehearsal`` of the first batches of the validation, whatever batches it is asked for.
+    """A ``Rehearsal`` of the first batches of the validation; the batches passed to it are ignored.
 
     Args:
-        trainer: in fit, between two training steps.
+        trainer: a trainer in fit, between two training steps.
         module: its module.
-        device: for the copy of the live weights.
+        device: the device of the copy of the live weights.
 
     Raises:
-        UnrepeatableStepError: where there was no validation yet that logged a loss.
+        UnrepeatableStepError: if no validation has logged a loss yet.
     """
     name = validation_loss(trainer)
     if validation_loader(trainer) is None or name is None:
@@ -175,7 +175,7 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
 
 
 def validation_loss(trainer: Trainer) -> str | None:
-    """The name of the validation's loss: one that is monitored, or else called a loss; no part of one."""
+    """The name of the validation's loss: a monitored one, else one named loss, but not a part of a loss."""
     results = validation_results(trainer)
     names = epoch_metrics(results, trainer.callback_metrics)
     monitored = [getattr(callback, "monitor", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Which strategies of Lightning's can be merged under."""
+"""The strategies of Lightning that are supported."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuses what is not supported.
+    """Refuses unsupported strategies.
 
     Raises:
-        MisconfigurationException: says why.
+        MisconfigurationException: if the strategy is not supported; says why.
     """
     if reason := _unsupported_reason(trainer):
         raise names_of(trainer).MisconfigurationException(
@@ -24,7 +24,7 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def _unsupported_reason(trainer: Trainer) -> str:
-    """What keeps a strategy's model from being merged; empty if nothing does."""
+    """Why a strategy's model can't be merged; empty if it can."""
     strategy, names = trainer.strategy, names_of(trainer)
     if isinstance(strategy, names.DeepSpeedStrategy):
         return "its optimizer keeps master weights of its own, which a restore would have to write, too"
@@ -37,4 +37,4 @@ def _unsupported_reason(trainer: Trainer) -> str:
         strategy, (names.SingleDeviceXLAStrategy, names.XLAStrategy)
     ):
         return ""
-    return "which part of the weights is where is not known"
+    return "it is not known which rank holds which part of the weights"

@@ -1,4 +1,4 @@
-"""Running a live module on anything, with other weights, as if nothing had been run."""
+"""Runs a live module on any data, with other weights, without leaving a trace."""
 
 from __future__ import annotations
 
@@ -36,21 +36,22 @@ def undisturbed(
     device: torch.device,
     taking_part: Sequence[Callback] = (),
 ) -> Iterator[dict[str, Tensor]]:
-    """Within, the module may be run on anything, with other weights, and nobody hears of it.
+    """In this context the module may be run on any data, with other weights, without any effect on the run.
 
     On exit, also by an exception, the live weights, the module's Python state and torchmetrics, schedulers,
     and every random generator are as they were, bit for bit. Gradients are off; the torchmetrics begin empty;
-    callbacks and loggers can be read as ever, but no hook of a callback is called, and nothing is logged.
+    callbacks and loggers can be read as usual, but no hook of a callback is called, and nothing is logged.
 
-    What is saved within by a hook is the run as it was: by ``trainer.save_checkpoint``, by the connector's
-    ``dump_checkpoint``, or by the ``state_dict`` of the module itself. That of a part of it shows the other
-    weights. The handler of a signal finds the run as it was, and what it sets there stays.
+    If a hook saves the run in this context, the run is saved as it was before: by
+    ``trainer.save_checkpoint``, by the connector's ``dump_checkpoint``, or by the module's ``state_dict``.
+    But the ``state_dict`` of a submodule shows the other weights. A signal's handler finds the run as it was
+    before, and its changes to it stay.
 
     Args:
-        trainer: in fit. Signals have to be deferred on entry and on exit.
+        trainer: a trainer in fit. Signals have to be deferred on entry and on exit.
         module: its module.
-        device: for the copy of the live weights.
-        taking_part: the callbacks whose hooks are called; their state is kept like the module's.
+        device: the device of the copy of the live weights.
+        taking_part: the callbacks whose hooks are called; their state is restored like the module's.
 
     Yields:
         The live tensors (or shards) by name.
@@ -58,7 +59,7 @@ def undisturbed(
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     loop = trainer.fit_loop.epoch_loop
     connector = names_of(trainer)._LoggerConnector(trainer)
-    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that look at them
+    connector._callback_metrics = dict(trainer.callback_metrics)  # for modules that read them
     others: list[Replacement] = [
         (trainer, "callbacks", list(callbacks)),
         (trainer, "loggers", [quiet_logger(logger) for logger in trainer.loggers]),
@@ -67,7 +68,7 @@ def undisturbed(
         (loop, "val_loop", loop.val_loop),
     ]
     with ExitStack() as stack:
-        # A hook of the validation runs under its inference mode, whose tensors could never be trained on.
+        # Hooks of the validation run in its inference mode, whose tensors could never be trained on.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         tensors, state, restore = stack.enter_context(_kept(trainer, module, device, taking_part))
@@ -103,7 +104,7 @@ def undisturbed(
 
 
 def random_state(trainer: Trainer) -> RandomState:
-    """The global random generators and those that the validation dataloaders own, as they are now."""
+    """The present state of the global random generators, and of those that the validation dataloaders own."""
     loader = validation_loader(trainer)
     return RandomState(loader.flattened if loader is not None else ())
 
@@ -111,7 +112,7 @@ def random_state(trainer: Trainer) -> RandomState:
 def python_state(
     trainer: Trainer, module: LightningModule, taking_part: Sequence[Callback] = ()
 ) -> PythonState:
-    """All Python state of a module, its optimizers and schedulers, and of the callbacks, as it is now."""
+    """The present Python state of a module, its optimizers and schedulers, and of the callbacks."""
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     others = [c for c in trainer.callbacks if c not in taking_part]  # type: ignore[attr-defined]
     return PythonState(module, trainer.optimizers, schedulers, taking_part, others)
@@ -121,7 +122,7 @@ def python_state(
 def _kept(
     trainer: Trainer, module: LightningModule, device: torch.device, taking_part: Sequence[Callback]
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
-    """Hands out the live tensors, the Python state, and what sets both back, as on exit."""
+    """Yields the live tensors, the Python state, and a function that restores both, as exit does."""
     random, state = random_state(trainer), python_state(trainer, module, taking_part)
     model = trainer.strategy.model or module
     with ExitStack() as stack:
@@ -140,9 +141,9 @@ def _kept(
 def _saving(
     trainer: Trainer, module: LightningModule, as_it_was: Callable[[], AbstractContextManager[None]]
 ) -> list[Replacement]:
-    """The functions that a run is saved by, so that they save it as it was.
+    """Replacements of the functions that save a run, which save it as it was.
 
-    A state dict only refers to the weights, which are others again when it is returned: it is copied.
+    A state dict only refers to the weights, which change back when it is returned, so it is copied.
     """
     connector, kind = checkpoint_connector(trainer), type(module)
     present = kind.state_dict
@@ -165,19 +166,19 @@ def _saving(
     return [
         (trainer, "save_checkpoint", save_checkpoint),
         (connector, "dump_checkpoint", dump_checkpoint),
-        (kind, "state_dict", state_dict),  # of the class: a module that has a function can't be pickled
+        (kind, "state_dict", state_dict),  # on the class: a module that has a function can't be pickled
     ]
 
 
 @contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Within, an attribute has another value."""
+    """In this context an attribute has another value."""
     kept, was_own = getattr(owner, name), name in vars(owner)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if name in vars(owner) and not was_own:  # the class's shows again
+        if name in vars(owner) and not was_own:  # the class's attribute is visible again
             delattr(owner, name)
         else:
             setattr(owner, name, kept)

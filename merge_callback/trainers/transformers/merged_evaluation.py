@@ -145,8 +145,9 @@ class MergedEvaluation:
 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of an evaluation without how long it took."""
-    return {name: value for name, value in metrics.items() if not name.endswith("_model_preparation_time")}
+    """The metrics of an evaluation that are numbers, without how long it took."""
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
+    return {name: value for name, value in numbers.items() if not name.endswith("_model_preparation_time")}
 
 
 def _merged(name: str, prefix: str) -> str:
