@@ -20,7 +20,8 @@ import pytest
 real = importlib.util.find_spec
 library = types.SimpleNamespace(origin=sys.argv[1])
 importlib.util.find_spec = lambda name, *more: library if name.endswith("._kernels") else real(name, *more)
-sys.exit(pytest.main(["-qxs", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "library", *sys.argv[2:]]))
+alone = ["-qxs", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", "-k", "library"]
+sys.exit(pytest.main([*alone, *sys.argv[2:]]))
 """
 
 
