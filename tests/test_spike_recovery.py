@@ -264,7 +264,7 @@ def test_a_function_resets_what_nobody_else_knows_how_to(tmp_path, form):
 
 
 def test_an_optimizer_nobody_knows_how_to_reset_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match=r"Own.*SpikeOptions\(optimizer=….*action='warn'"):
+    with pytest.raises(ValueError, match=r"Own.*SpikeOptions\(optimizer=fn.*action='warn'"):
         spiking(tmp_path, module=lambda: Line(optimizer=own_step(torch.optim.Adam)), steps=3)
 
 
