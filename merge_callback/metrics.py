@@ -37,7 +37,7 @@ METRICS: tuple[Metric, ...] = (
         "that of the metric",
     ),
     Metric(
-        "eval_merged_<name>",
+        "merged_eval_<name>",
         "The same, as the Hugging Face Trainer names it.",
         _VALIDATION,
         "that of the metric",

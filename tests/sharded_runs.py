@@ -288,6 +288,7 @@ class SaveAt(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.callbacks[0].session.background.drain()  # a merge being published would change names
             trainer.strategy.barrier()
             if trainer.is_global_zero:
                 copy_folder(self.folder, self.copy)

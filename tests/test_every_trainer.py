@@ -111,7 +111,7 @@ def through_transformers(folder):
     seed(1)
     trainer.train()
     metrics = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    names = {"eval_merged_loss": "merged/val_loss", "merge/gain/eval_loss": "merge/gain/val_loss"}
+    names = {"merged_eval_loss": "merged/val_loss", "merge/gain/eval_loss": "merge/gain/val_loss"}
     return net.net.state_dict(), {names.get(name, name): value for name, value in metrics.items()}
 
 

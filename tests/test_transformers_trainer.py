@@ -129,7 +129,7 @@ def timeless(entry):
 
 def own_log(run):
     """What the trainer has logged by itself."""
-    ours = ("merge/", "eval_merged_")
+    ours = ("merge/", "merged_eval_")
     return [timeless(entry) for entry in history(run) if not any(k.startswith(ours) for k in entry)]
 
 
@@ -174,7 +174,7 @@ def test_merges_are_means_of_the_window_and_load_by_from_pretrained(unbroken):
 def test_the_merge_is_evaluated_on_the_same_data(unbroken, tmp_path):
     run, folder = unbroken.run, unbroken.folder
     found = {
-        entry["step"]: entry["eval_merged_loss"] for entry in history(run) if "eval_merged_loss" in entry
+        entry["step"]: entry["merged_eval_loss"] for entry in history(run) if "merged_eval_loss" in entry
     }
     live = {entry["step"]: entry["eval_loss"] for entry in history(run) if "eval_loss" in entry}
     gains = [entry["merge/gain/eval_loss"] for entry in history(run) if "merge/gain/eval_loss" in entry]
@@ -211,7 +211,7 @@ def test_a_checkpoint_without_the_state_begins_an_empty_window(unbroken, tmp_pat
 def test_best_model_and_early_stopping_follow_the_merge(tmp_path):
     stopping = EarlyStoppingCallback(early_stopping_patience=1)
     best = {
-        "metric_for_best_model": "merged_loss",
+        "metric_for_best_model": "merged_eval_loss",
         "load_best_model_at_end": True,
         "greater_is_better": False,
     }
@@ -221,7 +221,7 @@ def test_best_model_and_early_stopping_follow_the_merge(tmp_path):
         CheckpointMergeTrainerCallback(**OPTIONS),
         **{**SAVED, **best, "save_steps": 2, "eval_steps": 2, "learning_rate": 1.0},
     )
-    found = [entry["eval_merged_loss"] for entry in history(run) if "eval_merged_loss" in entry]
+    found = [entry["merged_eval_loss"] for entry in history(run) if "merged_eval_loss" in entry]
     first = next(entry["eval_loss"] for entry in history(run) if "eval_loss" in entry)
     assert run.state.best_metric == min(first, *found)
     assert run.state.global_step < 12
@@ -237,8 +237,8 @@ def test_several_evaluation_sets_have_each_their_merged_metrics(tmp_path):
     callback = CheckpointMergeTrainerCallback(**OPTIONS)
     run = train(tmp_path, callback, trainer=Evaluating, **EVALUATED)
     last = [entry for entry in history(run) if entry["step"] == 12]
-    assert sum("eval_near_merged_loss" in entry for entry in last) == 1
-    assert sum("eval_far_merged_loss" in entry for entry in last) == 1
+    assert sum("merged_eval_near_loss" in entry for entry in last) == 1
+    assert sum("merged_eval_far_loss" in entry for entry in last) == 1
 
 
 def test_a_merged_evaluation_that_fails_leaves_no_value_and_no_trace(tmp_path):
@@ -255,14 +255,14 @@ def test_a_merged_evaluation_that_fails_leaves_no_value_and_no_trace(tmp_path):
 
     class Look(TrainerCallback):
         def on_evaluate(self, args, state, control, metrics=None, **_):
-            seen.append(metrics["eval_merged_loss"])
+            seen.append(metrics["eval_merged_loss"])  # by the name that the trainer looks for
 
     options = {**EVALUATED, "metric_for_best_model": "merged_loss"}
     Brittle.is_failing = True
     callback = CheckpointMergeTrainerCallback(**OPTIONS)
     run = train(tmp_path / "failing", callback, Look(), trainer=Brittle, **options)
     assert all(map(math.isnan, seen))
-    assert not any("eval_merged_loss" in entry for entry in history(run))
+    assert not any("merged_eval_loss" in entry for entry in history(run))
     Brittle.is_failing = False
     alone = train(tmp_path / "alone", trainer=Brittle, **EVALUATED)
     assert_same_bits(weights_of(run.model), weights_of(alone.model))
@@ -426,7 +426,7 @@ def run_on_ranks(folder, sharded=False):
         runs["resumed"] = train(f"{folder}/with", callback(), resume=checkpoint, **options)
     states = {name: run.model.state_dict().items() for name, run in runs.items()}
     weights = {name: {k: own_part(v).clone() for k, v in state} for name, state in states.items()}
-    merged = [entry for entry in history(runs["with"]) if "eval_merged_loss" in entry]
+    merged = [entry for entry in history(runs["with"]) if "merged_eval_loss" in entry]
     never = {"eval_strategy": "no", "save_strategy": "no"}
     spiking = {**options, **LONG, **never, "model": language_model(), "max_steps": 90}
     spike = CheckpointMergeTrainerCallback(every_n_steps=5, window=4, spike={**SPIKE, "grad_norm": True})
@@ -465,7 +465,7 @@ def test_two_ranks_merge_and_are_restored_like_one(sharded, tmp_path):
     model = GPT2LMHeadModel.from_pretrained(tmp_path / "with" / "merges" / "latest")
     assert model.config.architectures == ["GPT2LMHeadModel"]
     live = trainer_of(tmp_path / "evaluated", model=model).evaluate()["eval_loss"]
-    assert first[1][-1]["eval_merged_loss"] == pytest.approx(live, rel=1e-5)
+    assert first[1][-1]["merged_eval_loss"] == pytest.approx(live, rel=1e-5)
     (event,) = map(json.loads, (tmp_path / "spike" / "merges" / "spikes.jsonl").read_text().splitlines())
     assert event["event"] == "restore"
     assert event["evidence"]["source"] == "batch"

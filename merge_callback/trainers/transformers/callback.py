@@ -36,8 +36,8 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
     ``SFTTrainer``; on one device, with DDP, and with FSDP 2.
 
     A merge is published as a folder that ``from_pretrained`` loads, tokenizer or processor included. After
-    each evaluation the merge is evaluated on the same data: ``eval_merged_loss`` stands beside ``eval_loss``
-    in what ``evaluate`` returns, so that with ``metric_for_best_model="merged_loss"`` early stopping and the
+    each evaluation the merge is evaluated on the same data: ``merged_eval_loss`` stands beside ``eval_loss``
+    in what ``evaluate`` returns. With ``metric_for_best_model="merged_eval_loss"`` early stopping and the
     best checkpoint follow the merge. Scalars go to the loggers of ``report_to`` and to ``state.log_history``.
 
     The state is saved with each of the trainer's checkpoints, and ``train(resume_from_checkpoint=…)``

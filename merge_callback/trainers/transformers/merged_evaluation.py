@@ -30,7 +30,7 @@ _PARAMETERS = [*signature(Trainer.evaluation_loop).parameters][1:]
 
 
 class MergedEvaluation:
-    """Evaluates each merge once, and puts ``eval_merged_…`` beside ``eval_…``.
+    """Evaluates each merge once, and puts ``merged_eval_…`` beside ``eval_…``.
 
     Args:
         host: the training.
@@ -71,10 +71,10 @@ class MergedEvaluation:
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
-            metrics |= {_merged(name, prefix): value for name, value in evaluated.metrics.items()}
+            metrics |= {_merged(name): value for name, value in evaluated.metrics.items()}
         best = self._best
-        if _live(best, prefix) in evaluated.metrics and best not in metrics:
-            metrics[best] = math.nan  # the trainer misses its key otherwise, which ends the run
+        if (live := _live(best, prefix)) in evaluated.metrics:  # a key that is missing would end the run
+            metrics[best] = metrics.get(_merged(live), math.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """The last merges that were evaluated and their metrics, as primitives."""
@@ -102,7 +102,7 @@ class MergedEvaluation:
             self._failed.add(prefix)
             return
         self._failed.discard(prefix)
-        self._found[prefix] = (merge.step, {_merged(name, prefix): value for name, value in found.items()})
+        self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
         report(self._host, {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)})
 
     def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
@@ -150,11 +150,17 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in numbers.items() if not name.endswith("_model_preparation_time")}
 
 
-def _merged(name: str, prefix: str) -> str:
-    return f"{prefix}_merged_{name.removeprefix(f'{prefix}_')}"
+def _merged(name: str) -> str:
+    return f"merged_{name}"
 
 
 def _live(name: str, prefix: str) -> str:
-    """The live metric that a merged one belongs to; empty for any other."""
+    """The live metric behind the merged one that the trainer looks for; empty for any other.
+
+    >>> _live("eval_merged_loss", "eval"), _live("eval_merged_eval_loss", "eval"), _live("eval_loss", "eval")
+    ('eval_loss', 'eval_loss', '')
+    """
+    if name.startswith(f"eval_merged_{prefix}_"):
+        return name.removeprefix("eval_merged_")
     start = f"{prefix}_merged_"
     return f"{prefix}_{name.removeprefix(start)}" if name.startswith(start) else ""
