@@ -44,7 +44,9 @@ class Probe(TrainerCallback):
             self.weights[state.global_step] = weights_of(model)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        merged = {name.replace("merged_", ""): v for name, v in metrics.items() if "_merged_" in name}
+        merged = {
+            name.removeprefix("merged_"): v for name, v in metrics.items() if name.startswith("merged_")
+        }
         self.merged = {name: value for name, value in merged.items() if "_per_second" not in name}
 
 
