@@ -14,7 +14,6 @@ import sys
 import tempfile
 import threading
 import warnings
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -69,7 +68,7 @@ class Part:
         (self.first, self.last, self.left), self.at = PARTS[name], at
         self.signals, self.delay = signals, delay
         self.count, self.active, self.owner = 0, False, None
-        self.is_sending = False
+        self.is_sending = self.is_over = False
 
     def __enter__(self):
         threading.settrace(self.enter_frame)
@@ -77,6 +76,7 @@ class Part:
         return self
 
     def __exit__(self, *_):
+        self.is_over = True  # a second signal that comes only now must not interrupt the judging
         sys.settrace(None)
         threading.settrace(None)
 
@@ -110,6 +110,11 @@ class Part:
             self.is_sending = True
             print(os.getpid(), int(number), self.delay, file=SEND.stdin, flush=True)
         os.kill(os.getpid(), first)
+
+    def interrupt(self, number, frame):
+        """The handler of Ctrl-C."""
+        if not self.is_over:
+            raise KeyboardInterrupt
 
     def wait(self):
         """Waits until the second signal was sent."""
@@ -192,16 +197,14 @@ def fit(folder, part, in_hook=False, **traced):
         callbacks=[callback, Damage({SPIKE - 1: wreck}), states, rescue],
     )
     how = "finished"
+    place = Part(part, **traced)
     signal.signal(signal.SIGTERM, ignore)  # what Lightning's handler calls, and what it leaves behind
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, place.interrupt)
     try:
-        with Part(part, **traced) as place:
+        with place:
             trainer.fit(module, Batches(), Batches())
     except BaseException as error:
         how = type(error).__name__
-    while signal.getsignal(signal.SIGINT) is not ignore:
-        with suppress(KeyboardInterrupt):
-            signal.signal(signal.SIGINT, ignore)
     place.wait()
     rescued = Path(folder) / "rescued.ckpt"
     saved = torch.load(rescued, weights_only=False) if rescued.exists() else None
