@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import pairwise
@@ -31,9 +30,9 @@ class NonFiniteMergeError(ValueError):
 class Merge:
     """A merge of part of the window: its tensors in the model's dtypes, and how they came about.
 
-    It owns its arena until it is ``published``, if it is to be: whoever hands it in for that says so by an
-    event. The next merge is written to the same memory. ``weights`` are the snapshots' if the method is
-    linear, else ``None``.
+    It owns its arena until it is published, if it is to be: whoever hands it in for that leaves ``published``,
+    which waits for it. The next merge is written to the same memory. ``weights`` are the snapshots' if the
+    method is linear, else ``None``.
     """
 
     arena: Arena
@@ -41,12 +40,12 @@ class Merge:
     snapshots: list[Snapshot]
     weights: list[float] | None
     copied: list[str]
-    published: threading.Event | None = field(default=None, repr=False, compare=False)
+    published: Callable[[], object] | None = field(default=None, repr=False, compare=False)
 
     def wait(self) -> None:
         """Waits until nobody reads the arena any more."""
         if self.published is not None:
-            self.published.wait()
+            self.published()
 
     @cached_property
     def step(self) -> int:
