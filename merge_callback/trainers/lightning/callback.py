@@ -107,6 +107,8 @@ class CheckpointMergeCallback(_Callback):
             between the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied.
+        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
+            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
             ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
@@ -141,6 +143,7 @@ class CheckpointMergeCallback(_Callback):
         evaluate_with: Sequence[str | type[Callback]] = (),
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
+        lora: str = "delta",
         lower_is_better: Sequence[str] = (),
         higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | str | bool | dict[str, Any] | None = None,
