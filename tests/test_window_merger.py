@@ -23,12 +23,13 @@ def merger_of(*values):
 def test_a_merge_keeps_its_memory_until_it_is_published():
     merger = merger_of(1, 2)
     first = merger.current(ModelTensors())
-    first.published = threading.Event()
+    published = threading.Event()
+    first.published = published.wait
     found = []
 
     def publish():
         found.append(first.arena.tensor("weight").clone())
-        first.published.set()
+        published.set()
 
     take(merger.window, 3, {"weight": torch.full((8,), 3.0)})
     threading.Timer(0.1, publish).start()
