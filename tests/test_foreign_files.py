@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_files import few_tensors, sharded_folder
+from checkpoint_files import few_tensors, save_distributed, sharded_folder
 from training_runs import assert_same_bits
 
 import merge_callback.cli.main as command_line
+from merge_callback.checkpoints.load_merge import load_merge
 from merge_callback.checkpoints.open import is_checkpoint_folder, open_checkpoint
 
 ADAM = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -145,6 +146,19 @@ def test_a_lightning_merge_carries_the_plain_hyperparameters(tmp_path):
         assert command_line.main([*arguments, "--output", str(tmp_path / "m")]) == 0
     merged = torch.load(tmp_path / "m" / "merged.ckpt", weights_only=True)
     assert_same_bits(merged["hyper_parameters"], {"lr": 0.1, "size": {"width": 4, "t": torch.ones(2)}})
+
+
+def test_a_lightning_merge_of_sharded_checkpoints_loads_into_the_module(tmp_path):
+    for step in (1, 2):
+        folder = save_distributed(tmp_path / f"step={step}.ckpt", {"state_dict": few_tensors()})
+        meta = {"global_step": step, "pytorch-lightning_version": "2.6.1", "hyper_parameters": {"width": 4}}
+        torch.save(meta, folder / "meta.pt")
+    arguments = [str(tmp_path / f"step={step}.ckpt") for step in (1, 2)]
+    assert command_line.main(["merge", *arguments, "--as", "lightning", "--output", str(tmp_path / "m")]) == 0
+    merged = torch.load(tmp_path / "m" / "merged.ckpt", weights_only=True)
+    assert merged["state_dict"].keys() == few_tensors().keys()
+    assert (merged["hyper_parameters"], merged["global_step"]) == ({"width": 4}, 2)
+    assert load_merge(tmp_path / "m").keys() == few_tensors().keys()
 
 
 class Call:
