@@ -153,7 +153,9 @@ def test_snapshots_that_only_a_checkpoint_needs_or_of_a_spike_are_left_out(merge
     content["snapshots"][1]["in_spike"] = True
     del content["snapshots"][0]
     manifest.write_text(json.dumps(content))
-    assert names(merges) == files[2:]
+    assert names(merges) == names(merges / "window" / "step=*") == files[2:]
+    older = merges / "window" / files[0]
+    assert names(older) == [older.name]
 
 
 def test_manifest_of_files_elsewhere_is_refused(merges):
