@@ -57,12 +57,16 @@ def downloaded(tmp_path):
 
 def run(folder, *arguments):
     """Runs the command in a folder, as its script does: without that folder in the search path."""
-    paths = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", COMMAND] if sys.version_info >= (3, 11) else None
     if command is None:  # what -P does: "" stands for the current folder
         command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {COMMAND}"]
-    return subprocess.run([*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    return started(folder, *command, *arguments)
+
+
+def started(folder, *command):
+    paths = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def run_forked(folder, *arguments):
@@ -91,6 +95,13 @@ def print_to_files(folder, arguments):
 )
 def test_a_merge_imports_nothing_of_the_current_folder(downloaded, arguments):
     done = run(downloaded, "merge", *arguments, "--output", "out", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert not (downloaded / "RAN").exists()
+
+
+def test_run_as_a_module_of_python_it_does_not_either(downloaded):
+    command = [sys.executable, "-m", "merge_callback", "merge", "step=1", "step=2"]
+    done = started(downloaded, *command, "--output", "out", "--quiet")
     assert done.returncode == 0, done.stderr
     assert not (downloaded / "RAN").exists()
 

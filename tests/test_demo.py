@@ -487,6 +487,55 @@ def test_fit_takes_any_module_and_data(capsys):
     assert printed_config(capsys)["model"]["class_path"] == "merge_callback.demo.DemoModule"
 
 
+OWN_MODULE = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+class Own(BoringModel):
+    def __init__(self, fails: bool = False):
+        super().__init__()
+        self.fails = fails
+
+    def on_train_start(self):
+        if self.fails:
+            raise ValueError("of the module's own")
+"""
+
+
+def test_fit_finds_modules_of_the_current_folder_and_tells_wrong_options_in_a_line(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("own_module_of_fit.py").write_text(OWN_MODULE)
+    own = [
+        "--model",
+        "own_module_of_fit.Own",
+        "--data",
+        "lightning.pytorch.demos.boring_classes.BoringDataModule",
+    ]
+    quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_progress_bar", "enable_checkpointing")]
+    options = ["fit", *own, *quiet, "--trainer.max_steps=2", "--trainer.callbacks=CheckpointMergeCallback"]
+    every = "--trainer.callbacks.every_n_steps=1"
+
+    assert main([*options, every]) == 0
+    assert Path("merges/latest/model.safetensors").is_file()
+    for path in Path().glob("*.yaml"):
+        path.unlink()
+    for wrong, said in {
+        "--trainer.callbacks.window=0": "window=0 must be a positive whole number",
+        "--trainer.max_steps=-5": "`max_steps` must be a non-negative integer",
+    }.items():
+        capsys.readouterr()
+        assert main([*options, every, wrong]) == 1
+        assert [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith(f"merge-callback: {said}")
+        ]
+    with pytest.raises(ValueError, match="of the module's own"):
+        main([*options, every, "--model.fails=true"])
+    assert str(tmp_path) not in sys.path
+
+
 @pytest.mark.parametrize("command", ["demo", "fit"])
 def test_missing_extras_are_named_with_the_command_that_installs_them(command, capsys, monkeypatch):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None)
