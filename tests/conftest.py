@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import json
 
 import pytest
@@ -13,6 +14,15 @@ torch.set_num_threads(1)
 # The same examples every time, however slow the machine.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what stays to the end: all modules, and the tests themselves."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else some libraries complain of leaks
 
 
 @pytest.fixture(scope="module")
