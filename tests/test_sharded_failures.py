@@ -99,9 +99,7 @@ def failing(folder, rank, where, error, match="", nth=1, strategy="ddp", module=
     if on_rank(rank):
         setattr(owner, name, fails)
     try:
-        outcome = merged_fit(
-            strategy, folder, notes, module=module or Steady(), **{**UNVALIDATED, **options}
-        )
+        outcome = merged_fit(strategy, folder, notes, module=module or Steady(), **{**UNVALIDATED, **options})
     finally:
         setattr(owner, name, real)
     if on_rank(rank):
