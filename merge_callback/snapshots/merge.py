@@ -30,7 +30,7 @@ class NonFiniteMergeError(ValueError):
 class Merge:
     """A merge of part of the window: its tensors in the model's dtypes, and how they came about.
 
-    It owns its arena until it is published, if it is to be: whoever hands it in for that leaves ``published``,
+    It owns its arena until it is published, if it is to be. Whoever hands it in for that sets ``published``,
     which waits for it. The next merge is written to the same memory. ``weights`` are the snapshots' if the
     method is linear, else ``None``.
     """
