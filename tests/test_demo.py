@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from checkpoint_files import ROOT
 from distributed_runs import fit, run_ranks
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -28,7 +29,7 @@ from merge_callback.demo.record import Row, format_table
 from merge_callback.demo.run import DemoPlan, run_demo
 from merge_callback.demo.text import SKIPPED_FOLDERS, split_files
 
-CONFIGS = Path(__file__).parent.parent / "example_configs"
+CONFIGS = ROOT / "example_configs"
 DENSE, MOE = GPTConfig(), GPTConfig(experts=4)
 EXPERT = {"width": 8, "hidden": 16, "experts": 4, "experts_per_token": 2}
 

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from itertools import groupby
-from pathlib import Path
 
 import pytest
+from checkpoint_files import ROOT
 
-PACKAGE = Path(__file__).parent.parent / "merge_callback"
+PACKAGE = ROOT / "merge_callback"
 TOP = [
     "transformers",
     "cli",
