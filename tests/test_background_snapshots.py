@@ -177,7 +177,10 @@ def test_a_validation_finds_the_numbers_of_the_snapshot_of_its_own_step(tmp_path
 # --- a slow disk --------------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_that_is_due_before_the_last_is_kept_waits_for_it_and_says_so_once(tmp_path, unbroken):
+def test_a_snapshot_that_is_due_before_the_last_is_kept_waits_for_it_and_says_so_once(
+    tmp_path, unbroken, monkeypatch
+):
+    monkeypatch.setattr(snapshot_pipeline, "_NOTICEABLE", 0.5)
     gates, timers = {6: Gate(), 8: Gate()}, []
 
     def close(trainer, module):

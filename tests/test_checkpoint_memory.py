@@ -15,14 +15,6 @@ from merge_callback.checkpoints.open import open_checkpoint
 # What it costs
 
 
-def test_opening_files_does_not_import_lightning():
-    code = (
-        "import sys, merge_callback.checkpoints.open, merge_callback.offline.selection\n"
-        "print([m for m in ('lightning', 'torchmetrics', 'transformers') if m in sys.modules])"
-    )
-    assert in_subprocess(code).strip() == "[]"
-
-
 PEAKS = """
 import sys, pathlib, threading, torch, torch.distributed.checkpoint
 from merge_callback.checkpoints.open import open_checkpoint

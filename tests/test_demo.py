@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from distributed_runs import fit, run_jobs
+from checkpoint_files import ROOT
+from distributed_runs import fit, run_ranks
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
@@ -28,7 +29,7 @@ from merge_callback.demo.record import Row, format_table
 from merge_callback.demo.run import DemoPlan, run_demo
 from merge_callback.demo.text import SKIPPED_FOLDERS, split_files
 
-CONFIGS = Path(__file__).parent.parent / "example_configs"
+CONFIGS = ROOT / "example_configs"
 DENSE, MOE = GPTConfig(), GPTConfig(experts=4)
 EXPERT = {"width": 8, "hidden": 16, "experts": 4, "experts_per_token": 2}
 
@@ -321,16 +322,18 @@ def fit_demo(strategy: str, experts: int):
     return fit(strategy, module, data=data, max_steps=8, gradient_clip_val=1.0, val_check_interval=4)
 
 
-@pytest.fixture(scope="module")
-def on_two_processes():
-    jobs = [(strategy, experts) for strategy in ("ddp", "fsdp2") for experts in (0, 4)]
-    return run_jobs(2, {job: (fit_demo, {"strategy": job[0], "experts": job[1]}) for job in jobs})
-
-
-@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "moe"])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_train_like_one(on_two_processes, strategy, experts):
-    alone, ranks = fit_demo("alone", experts), on_two_processes[strategy, experts]
+@pytest.mark.parametrize(
+    ("strategy", "experts"),
+    [
+        pytest.param("ddp", 4, id="ddp-moe"),
+        pytest.param("fsdp2", 0, id="fsdp2-dense"),
+        pytest.param("ddp", 0, id="ddp-dense", marks=pytest.mark.slow),
+        pytest.param("fsdp2", 4, id="fsdp2-moe", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_like_one(strategy, experts):
+    alone = fit_demo("alone", experts)
+    ranks = run_ranks(2, fit_demo, strategy=strategy, experts=experts)
     losses = torch.tensor([rank.losses for rank in ranks]).mean(0)
     # Sums over half a batch round differently, and training amplifies that; by 1e-6 in so few steps.
     torch.testing.assert_close(losses, torch.tensor(alone.losses), rtol=1e-5, atol=0)

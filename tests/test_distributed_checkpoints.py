@@ -10,7 +10,7 @@ import pytest
 import sharded_save
 import torch
 from checkpoint_files import Evil, few_tensors, save_distributed
-from forked import Forked
+from distributed_runs import run_ranks
 from torch.distributed.checkpoint.metadata import Metadata
 from training_runs import assert_same_bits
 
@@ -22,12 +22,7 @@ from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 def test_distributed_checkpoint_of_two_processes_is_put_together(tmp_path):
     folder = tmp_path / "step-9"
-    both = [Forked(sharded_save.main, rank, tmp_path / "meet", folder) for rank in range(2)]
-    try:
-        assert [process.wait(200) for process in both] == [0, 0]
-    finally:
-        for process in both:
-            process.kill()
+    run_ranks(2, sharded_save.save, folder=folder)
     checkpoint = open_checkpoint(folder, spool=tmp_path)
     model = sharded_save.build()
     model.train()(torch.ones(4, 5))  # moves the running statistics of the batch norm

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from checkpoint_files import ROOT
 from safetensors.torch import save_file
 from training_runs import loader, train
 
@@ -25,8 +26,6 @@ from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.merging import METHODS
 from merge_callback.metrics import METRICS, described
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_generator():

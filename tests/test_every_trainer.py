@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import ROOT
 from torch import nn
 from training_runs import QUIET, assert_same_bits, one_thread, seed
 
@@ -252,6 +252,6 @@ def test_pytorch_lightning_alone_is_enough(tmp_path):
 def run_alone(script, *arguments):
     command = [sys.executable, "-W", "ignore", "-c", script, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT / "tests")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()[-1]

@@ -8,14 +8,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
-from interrupted_run import PARTS
+from forked import Forked
+from interrupted_run import PARTS, answer_all
 from killed_run import wait_for_snapshots
 from training_runs import Classifier, assert_same_bits, is_beside, loader, seed, train, weights_of
 
@@ -24,15 +23,16 @@ from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.snapshots import arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
 
-SCRIPT = Path(__file__).with_name("interrupted_run.py")
 
-
-def answers(cases):
+def answers(cases, folder):
     """What `interrupted_run` finds wrong after each case."""
-    lines = "".join(json.dumps(case) + "\n" for case in cases)
-    done = subprocess.run([sys.executable, SCRIPT], input=lines, capture_output=True, text=True, check=True)
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"wrong"')]
-    assert len(found) == len(cases), done.stderr[-2000:]
+    process = Forked(answer_all, cases, folder / "answers", log=folder / "log")
+    try:
+        assert process.wait() == 0, (folder / "log").read_text()[-2000:]
+    finally:
+        process.kill()
+    found = json.loads((folder / "answers").read_text())
+    assert len(found) == len(cases)
     return found
 
 
@@ -46,11 +46,11 @@ TWICE = [(BACK, 0.3), (BACK, 0.7)]
 
 
 @pytest.fixture(scope="module")
-def interrupted():
+def interrupted(tmp_path_factory):
     """What is wrong after each of these cases."""
     once = [{"part": part, "where": where, "signals": ["SIGINT"]} for part, where in ONCE]
     twice = [{"part": part, "where": where, "signals": ["SIGINT"], "in_hook": True} for part, where in TWICE]
-    found = answers([*once, *twice])
+    found = answers([*once, *twice], tmp_path_factory.mktemp("interrupted"))
     return {"once": found[: len(once)], "twice": found[len(once) :]}
 
 
@@ -61,7 +61,7 @@ def test_ctrl_c_while_weights_are_put_back_or_restored_leaves_and_saves_no_mixtu
 
 
 @pytest.mark.slow
-def test_two_hundred_signals_at_random_instructions_leave_and_save_no_mixture():
+def test_two_hundred_signals_at_random_instructions_leave_and_save_no_mixture(tmp_path):
     drawn = random.Random(14)
     cases = []
     for number in range(200):
@@ -75,7 +75,7 @@ def test_two_hundred_signals_at_random_instructions_leave_and_save_no_mixture():
             }
         )
 
-    found = answers(cases)
+    found = answers(cases, tmp_path)
 
     assert [(case, each) for case, each in zip(cases, found, strict=True) if each["wrong"]] == []
     assert sum(each["saved"] for each in found) > 150

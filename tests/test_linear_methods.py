@@ -2,10 +2,10 @@
 
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import ROOT
 
 from merge_callback import METHODS, merge_state_dicts, register_method
 from merge_callback.merging import Ema, LinearMethod, Sma, Weighted, Wma, Wsm, resolve_method
@@ -177,7 +177,7 @@ def test_a_method_is_registered_under_a_name():
 
 def test_the_own_method_of_the_readme_runs(monkeypatch):
     monkeypatch.setattr("merge_callback.merging.method.METHODS", dict(METHODS))
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     code = re.search(r"<!-- own method -->\n```python\n(.*?)```", readme, re.DOTALL)[1]
     names: dict = {}
     exec(code, names)

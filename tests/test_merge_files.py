@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 import yaml
+from forked import Forked
 from lightning.pytorch import LightningModule, Trainer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -18,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from merge_callback import load_merge, merge_state_dicts
 from merge_callback.cli.main import main
 from merge_callback.offline import merge_files as merging
-from merge_callback.offline import output
+from merge_callback.offline import output, workers
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +61,23 @@ def merge(*arguments):
     return main(["merge", "--quiet", *map(str, arguments)])
 
 
+def merge_in_processes(count, arguments, killed=False):
+    """Merges in so many processes, ``killed`` if asked; the exit status, and all that was printed."""
+    with TemporaryDirectory() as folder:
+        process = Forked(_merge_in_processes, count, arguments, killed, log=Path(folder, "log"))
+        try:
+            return process.wait(), Path(folder, "log").read_text()
+        finally:
+            process.kill()
+
+
+def _merge_in_processes(count, arguments, killed):
+    workers.available = lambda: count
+    if killed:
+        merging._Merging._merge = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    return main(arguments)
+
+
 def files(folder):
     return sorted(path.name for path in Path(folder).rglob("*"))
 
@@ -81,34 +102,22 @@ def test_files_merge_to_the_very_bits_that_state_dicts_do(tmp_path, checkpoints,
 def test_processes_side_by_side_merge_to_the_same_bits(tmp_path, checkpoints):
     paths, _ = checkpoints
     assert merge(*paths, "--method", "dare", "--output", tmp_path / "one") == 0
-    program = (
-        "import sys; from merge_callback.offline import workers; workers.available = lambda: 3;"
-        "from merge_callback.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
     command = ["merge", *map(str, paths), "--method", "dare", "--quiet", "--output", str(tmp_path / "three")]
-    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    status, said = merge_in_processes(3, command)
+    assert status == 0, said
     one, three = (json.loads((tmp_path / name / "merge.json").read_text()) for name in ("one", "three"))
     assert one["files"] == three["files"]
     change(paths[1], model_scale=torch.tensor(torch.nan))
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command, "--force"], capture_output=True, text=True
-    )
-    assert (done.returncode, "'model.scale'" in done.stderr) == (1, True)  # what one raises reaches the user
+    status, said = merge_in_processes(3, [*command, "--force"])
+    assert (status, "'model.scale'" in said) == (1, True)  # what one raises reaches the user
 
 
 def test_a_process_that_is_killed_is_an_error_and_leaves_nothing(tmp_path, checkpoints):
     paths, _ = checkpoints
-    program = (
-        "import os, sys; from merge_callback.offline import merge_files, workers;"
-        "workers.available = lambda: 2;"
-        "merge_files._Merging._merge = lambda *_: os.kill(os.getpid(), 9);"
-        "from merge_callback.cli.main import main; sys.exit(main(sys.argv[1:]))"
-    )
     command = ["merge", *map(str, paths), "--quiet", "--output", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "a process was killed while it merged" in done.stderr
+    status, said = merge_in_processes(2, command, killed=True)
+    assert status == 1
+    assert "a process was killed while it merged" in said
     assert files(tmp_path) == sorted(["run", *(path.name for path in paths)])
 
 

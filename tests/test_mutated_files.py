@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mutated_files
 import pytest
+from checkpoint_files import ROOT
 
 PROGRAM = Path(mutated_files.__file__)
 
@@ -15,7 +16,7 @@ PROGRAM = Path(mutated_files.__file__)
 def read_mutated(folder, count, seed=0):
     """Has that many mutated files read; returns what went wrong, in words, and how many were read."""
     wrong, begin, read = [], 0, 0
-    environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent.parent), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     while begin < count:
         formats = ",".join(mutated_files.FORMATS)
         command = [sys.executable, str(PROGRAM), str(folder), formats, str(seed), str(begin), str(count)]

@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -200,13 +198,3 @@ def test_what_cannot_be_compared_is_refused():
         pairwise_distances([one])
     with pytest.raises(ValueError, match="no floating-point tensor"):
         pairwise_distances([{"n": torch.tensor(1)}] * 2)
-
-
-def test_the_measures_of_files_import_neither_torchmetrics_nor_lightning():
-    code = (
-        "import sys, merge_callback.analysis.pairwise, merge_callback.analysis.interference, "
-        "merge_callback.cli.measures; "
-        "print(sorted({'torchmetrics', 'lightning', 'matplotlib'} & sys.modules.keys()))"
-    )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"

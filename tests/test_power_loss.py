@@ -5,10 +5,10 @@ import json
 import os
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import ROOT
 from codec_windows import new_window, take
 from power_loss.checks import MERGES, Promises, Verdict, judge_folder
 from power_loss.commands import Commands, called
@@ -241,8 +241,7 @@ def test_bytes_that_were_not_synced_may_be_anything(tmp_path):
 
 
 def test_the_documentation_has_the_counts_of_the_study():
-    repository = Path(__file__).parents[1]
-    counts = json.loads((repository / "benchmarks/results/power_loss.json").read_text())["kinds"]
+    counts = json.loads((ROOT / "benchmarks/results/power_loss.json").read_text())["kinds"]
     assert counts.keys() == KINDS.keys()
-    assert table(counts) in (repository / "docs/assumptions.md").read_text()
+    assert table(counts) in (ROOT / "docs/assumptions.md").read_text()
     assert not any(counts[name][model][what] for name in counts for model in MODELS for what in WRONG)

@@ -41,22 +41,39 @@ from merge_callback import CheckpointMergeCallback
 # --- stopped ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=kept_id)
+def kept_at(number):
+    """Ways to keep a window; every other stop in memory, every fourth on a device is of the default run."""
+    every = {"disk": 1, "cpu": 2, "device": 4}
+    return [
+        pytest.param(kept, id=kept_id(kept), marks=[pytest.mark.slow] * bool(number % every[kept["storage"]]))
+        for kept in KEPT
+    ]
+
+
+STOPS = {
+    "at a snapshot": (14, 14, False),
+    "between snapshots": (13, 13, False),
+    # Lightning does not make up for a validation due after the checkpoint, so let it come before.
+    "at a snapshot and before a validation": (12, 17, False),
+    "at the end of an epoch": (10, 10, False),
+    "from before the newest snapshots": (9, 17, False),
+    "after a validation": (12, 12, True),
+    "before the first snapshot": (1, 2, False),
+    "in the decay": (22, 23, False),
+}
+"""The batches after which a checkpoint is saved and the run stops, and whether after a validation."""
+
+
 @pytest.mark.parametrize(
-    ("saved", "stop", "after_validation"),
+    ("when", "kept"),
     [
-        pytest.param(14, 14, False, id="at a snapshot"),
-        pytest.param(13, 13, False, id="between snapshots"),
-        # Lightning does not make up for a validation due after the checkpoint, so let it come before.
-        pytest.param(12, 17, False, id="at a snapshot and before a validation"),
-        pytest.param(10, 10, False, id="at the end of an epoch"),
-        pytest.param(12, 12, True, id="after a validation"),
-        pytest.param(9, 17, False, id="from before the newest snapshots"),
-        pytest.param(1, 2, False, id="before the first snapshot"),
-        pytest.param(22, 23, False, id="in the decay"),
+        pytest.param(when, *kept.values, id=f"{when}-{kept.id}", marks=kept.marks)
+        for n, when in enumerate(STOPS)
+        for kept in kept_at(n)
     ],
 )
-def test_a_stopped_run_resumes_bit_for_bit(tmp_path, unbroken, kept, saved, stop, after_validation):
+def test_a_stopped_run_resumes_bit_for_bit(tmp_path, unbroken, when, kept):
+    saved, stop, after_validation = STOPS[when]
     checkpoint = stopped(tmp_path, saved, stop, after_validation=after_validation, **kept)
 
     _, module, _ = fit(tmp_path, checkpoint, **kept)

@@ -27,6 +27,9 @@ AT = 6
 AT_ONCE = 60
 """Seconds; gloo gives up after 1800."""
 
+UNVALIDATED = {"evaluate": False, "trainer": {"limit_val_batches": 0}}
+"""Half the time of such a fit goes into validations."""
+
 
 def own(parameter):
     """This rank's part of a parameter, to be written to."""
@@ -96,7 +99,7 @@ def failing(folder, rank, where, error, match="", nth=1, strategy="ddp", module=
     if on_rank(rank):
         setattr(owner, name, fails)
     try:
-        outcome = merged_fit(strategy, folder, notes, module=module or Steady(), **options)
+        outcome = merged_fit(strategy, folder, notes, module=module or Steady(), **{**UNVALIDATED, **options})
     finally:
         setattr(owner, name, real)
     if on_rank(rank):
@@ -106,11 +109,11 @@ def failing(folder, rank, where, error, match="", nth=1, strategy="ddp", module=
 
 
 def spoilt(folder, strategy, rank):
-    return merged_fit(strategy, folder, module=Spoilt(rank))
+    return merged_fit(strategy, folder, module=Spoilt(rank), **UNVALIDATED)
 
 
 def plain(folder):
-    return merged_fit("ddp", folder, module=Steady())
+    return merged_fit("ddp", folder, module=Steady(), **UNVALIDATED)
 
 
 def writing(folder, rank, **options):
@@ -163,7 +166,8 @@ def swapping(folder):
     """Fails before the other rank spreads the merged weights, in which it would wait for this one."""
     from merge_callback.trainers.lightning import undisturbed
 
-    return failing(folder, 1, (undisturbed, "kept_weights"), MemoryError("on purpose"), nth=2)
+    memory = MemoryError("on purpose")
+    return failing(folder, 1, (undisturbed, "kept_weights"), memory, nth=2, evaluate=True, trainer={})
 
 
 def preparing(folder):

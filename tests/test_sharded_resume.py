@@ -96,7 +96,7 @@ def resumed_on_a_full_disk(**options):
 
 def beside_another(strategy, folder):
     """A new run where another one has been."""
-    return merged_fit(strategy, folder, module=Steady())
+    return merged_fit(strategy, folder, module=Steady(), trainer={"limit_val_batches": 0})
 
 
 def locked(strategy, folder):
@@ -151,14 +151,15 @@ def on_two(folder, unbroken):
     jobs["ddp to fsdp2"] = job("fsdp2", "2-ddp", "2-ddp to 2-fsdp2")
     jobs["alone to ddp"] = job("ddp", "1-alone", "1-alone to 2-ddp")
     jobs["alone to fsdp2"] = job("fsdp2", "1-alone", "1-alone to 2-fsdp2")
-    jobs["smaller"] = job("ddp", "2-ddp", "smaller", window=2)
+    unvalidated = {"trainer": {"limit_val_batches": 0}}
+    jobs["smaller"] = job("ddp", "2-ddp", "smaller", window=2, **unvalidated)
     jobs["codec"] = job("ddp", "2-codec", "2-codec to 2-ddp", **CODEC)
     jobs["codec resharded"] = job("fsdp2", "2-codec", "2-codec to 2-fsdp2", **CODEC)
     jobs["codec from one"] = job("fsdp2", "1-codec", "1-codec to 2-fsdp2", **CODEC)
-    jobs["codec smaller"] = job("ddp", "2-codec", "codec smaller", window=2, **CODEC)
+    jobs["codec smaller"] = job("ddp", "2-codec", "codec smaller", window=2, **unvalidated, **CODEC)
     damaged = {"damage": "flipped", "trainer": {"max_steps": 8, "limit_val_batches": 0}}
     jobs["codec damaged"] = job("ddp", "2-codec", "codec damaged", **damaged, **CODEC)
-    jobs["memory"] = job("ddp", "2-ddp", "memory", storage="cpu")
+    jobs["memory"] = job("ddp", "2-ddp", "memory", storage="cpu", **unvalidated)
     short = {"max_steps": 8, "limit_val_batches": 0}
     for damage, how in DAMAGES:
         place = f"{damage}{how}"

@@ -19,7 +19,7 @@ from merge_callback.snapshots import live_merge
 
 pytestmark = pytest.mark.timeout(600)
 
-STEPS = 90
+STEPS = FIRES + 2
 
 
 class Spiking(Line):
@@ -132,7 +132,7 @@ def spiking_fit(strategy, folder, spike, data, steps, **options):
         states,
         module=Spiking(**(data or {"bad": BURST})),
         raises=True,
-        trainer={"max_steps": steps, "every": 5, "val_check_interval": None},
+        trainer={"max_steps": steps, "every": FIRES, "val_check_interval": None},
         spike=SpikeOptions(**{**RULES, "cooldown": 1000, **(spike or {})}),
         **given,
     )
@@ -145,7 +145,7 @@ EARLY = {"spike": {"no_snapshot": "stop"}, "data": {"broken": [5]}, "steps": 20}
 CASES = {
     "outliers": {},
     "NaN": {"data": NAN},
-    "gradient norm": {"spike": {"grad_norm": True, "threshold": 1e6, "floor": 1e6}},
+    "gradient norm": {"spike": {"grad_norm": True}, "steps": 40},
     "reset": {"spike": {"optimizer": "reset"}},
     "scale": {"spike": {"optimizer": "scale"}},
     "nothing to restore": EARLY,
@@ -172,7 +172,8 @@ def under(case, default, slow):
 
 
 RESTORED = [
-    *under("outliers", "fsdp2", "ddp"),
+    # The default run has it as the restore that fails once.
+    *(pytest.param(strategy, "outliers", marks=pytest.mark.slow) for strategy in ("fsdp2", "ddp")),
     *under("reset", "ddp", "fsdp2"),
     *under("scale", "fsdp2", "ddp"),
 ]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import shared_statistics
-from forked import Forked
+from distributed_runs import run_ranks
 from shared_statistics import BAD, SCENARIOS, STEPS
 
 from merge_callback.sharding import Ranks
@@ -17,18 +17,8 @@ ALONE = Ranks()
 def both(tmp_path_factory):
     """What each of the two ranks found."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "alone.json").write_text(json.dumps(shared_statistics.state_at(ALONE)))
-    where = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
-    started = []
-    for rank in range(2):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), **where}
-        started.append(Forked(shared_statistics.main, rank, folder / "meeting", folder, **own))
-    try:
-        assert [process.wait(200) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    alone = json.dumps(shared_statistics.state_at(ALONE))
+    return run_ranks(2, shared_statistics.all_of_them, folder=folder, alone=alone)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -38,14 +39,27 @@ def slow():
 # --- the learning rate --------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The run without a spike, by its schedule."""
+
+    @cache
+    def run_of(name):
+        return spiking(
+            tmp_path_factory.mktemp("calm"), Batches(), 150, lambda: Line(schedule=SCHEDULES[name])
+        )
+
+    return run_of
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_learning_rate_warms_up_again_and_then_is_the_schedule_s_to_the_bit(tmp_path, name):
+def test_the_learning_rate_warms_up_again_and_then_is_the_schedule_s_to_the_bit(tmp_path, calm, name):
     def build():
         return Line(schedule=SCHEDULES[name])
 
     run = spiking(tmp_path, module=build, steps=150)
 
-    undisturbed = plain(Batches(), 150, build).module.applied
+    undisturbed = calm(name).module.applied
     ramp = [(i + 1) / REWARM for i in range(REWARM)]
     assert run.watch.scheduled == undisturbed
     assert run.module.applied[:FIRES] == undisturbed[:FIRES]
@@ -56,15 +70,14 @@ def test_the_learning_rate_warms_up_again_and_then_is_the_schedule_s_to_the_bit(
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_the_phase_does_not_notice_the_second_warm_up(tmp_path, name):
+def test_the_phase_does_not_notice_the_second_warm_up(tmp_path, calm, name):
     def build():
         return Line(schedule=SCHEDULES[name])
 
-    run = spiking(tmp_path / "a", module=build, steps=150, spike={"lr_factor": 0.1})
-    calm = spiking(tmp_path / "b", Batches(), 150, build)
+    run = spiking(tmp_path, module=build, steps=150, spike={"lr_factor": 0.1})
 
     assert run.restores
-    known = {s["step"]: (s["phase"], s["since"], s["lr_ratio"]) for s in calm.window}
+    known = {s["step"]: (s["phase"], s["since"], s["lr_ratio"]) for s in calm(name).window}
     assert {s["step"]: (s["phase"], s["since"], s["lr_ratio"]) for s in run.window} == known
 
 
@@ -174,7 +187,7 @@ def test_a_second_spike_is_survived_though_the_window_has_rolled_on_since_the_fi
 
 
 def test_bad_data_now_and_then_never_stops_a_run(tmp_path):
-    spike = SpikeOptions(**RULES)
+    spike = SpikeOptions(cooldown=40, **RULES)
     every = spike.rewarm_steps + spike.cooldown + 20
     data = Batches(bad=bursts(*range(80, 80 + 7 * every, every)))
     run = spiking(tmp_path, data, 90 + 6 * every, slow, spike=spike)

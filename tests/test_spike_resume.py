@@ -89,7 +89,7 @@ def test_a_stopped_run_resumes_bit_for_bit(tmp_path, unbroken, batch):
     assert_same(remains(tmp_path, module), unbroken())
 
 
-@pytest.mark.parametrize("batch", [82, 85, 90, 103])
+@pytest.mark.parametrize("batch", [82, 85, *(pytest.param(k, marks=pytest.mark.slow) for k in (90, 103))])
 def test_a_stopped_run_with_its_window_in_memory_resumes_bit_for_bit(tmp_path, unbroken, batch):
     checkpoint = stopped(tmp_path, batch, storage="cpu")
 

@@ -5,17 +5,17 @@ import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import ROOT
 
 from merge_callback.reduce import dispatch
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-HERE = Path(__file__).parent
+SUPPORT = ROOT / "tests/support"
 
 
 def outcome(arguments, **environment):
@@ -43,7 +43,7 @@ ONE_OF_EVERY_KERNEL = [
 def assert_cases_hold(interpreted, *cases):
     """Triton chooses when a kernel is defined, for a whole process: hence one of its own for each way."""
     pytest_alone = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    chosen = [f"{HERE / 'triton_cases.py'}::{case}" for case in cases] or [HERE / "triton_cases.py"]
+    chosen = [f"{SUPPORT / 'triton_cases.py'}::{case}" for case in cases] or [SUPPORT / "triton_cases.py"]
     run = outcome([*pytest_alone, *chosen], TRITON_INTERPRET=interpreted)
     if interpreted == "1" and "only 0-dimensional arrays can be converted" in run.stdout:
         pytest.skip("this Triton's interpreter cannot loop under NumPy 2.4; Triton 3.9 can")
@@ -71,7 +71,9 @@ def test_every_case_holds(interpreted):
 @needs_triton
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
     """For sm_90, without one: with types and pointers that the interpreter would take as they come."""
-    run = outcome([HERE / "compiled_kernels.py", "90"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
+    run = outcome(
+        [SUPPORT / "compiled_kernels.py", "90"], TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0"
+    )
     assert run.returncode == 0, run.stderr
     compiled = json.loads(run.stdout)
     wide = {kernel["name"] for kernel in compiled if kernel["wide"]}

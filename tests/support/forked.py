@@ -3,6 +3,7 @@
 To import them takes seconds, which each of pytest's workers pays for once: with its first `Forked`.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -72,6 +73,7 @@ def _ensure_server() -> None:
 def _run(
     function: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str], log: Path | None
 ) -> None:
+    gc.freeze()  # the garbage collector need not look at all that has been imported
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)

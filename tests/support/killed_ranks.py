@@ -4,16 +4,13 @@ A process of its own forks every attempt's ranks; see `live`.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
-import time
-from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from distributed_worker import run
+from distributed_worker import fork_ranks
 from forked import Forked
 from killed_run import damage
 from lightning.pytorch import Callback
@@ -69,7 +66,8 @@ def lived(case):
         options = {**case, "dies": dies}
         with TemporaryDirectory() as place:
             run_case = options.pop("run", attempt)
-            codes, took = forked({"attempt": (run_case, options)}, Path(place))
+            job = {"attempt": (run_case, options)}
+            codes, took = fork_ranks(2, job, Path(place), patience=PATIENCE)
             logs = [log.read_text()[-2000:] for log in sorted(Path(place).glob("*.log"))]
             done = [Path(place, f"rank{rank}.pt") for rank in range(2)]
             if all(path.exists() for path in done):
@@ -78,23 +76,6 @@ def lived(case):
         seconds.append(took)
         torn += half_written(case["folder"])
     return {"ends": ends, "seconds": seconds, "torn": torn, "results": results, "logs": logs}
-
-
-def forked(jobs, place):
-    """Forks two ranks; their exit codes (``None``: had to be killed) and the seconds until all had ended."""
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run, args=(rank, 2, jobs, place)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    start = time.monotonic()
-    while (alive := [rank for rank in ranks if rank.is_alive()]) and time.monotonic() - start < PATIENCE:
-        wait([rank.sentinel for rank in alive], timeout=1)
-    took = time.monotonic() - start
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-        rank.join()
-    return codes, took
 
 
 def live(cases, timeout=500):

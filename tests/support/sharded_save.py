@@ -1,7 +1,8 @@
-"""One process of two that save a sharded model and its optimizer; see `main`."""
+"""A sharded model and its optimizer, which two ranks save together."""
+
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -18,9 +19,8 @@ def columns() -> torch.Tensor:
     return torch.arange(15, dtype=torch.bfloat16).reshape(3, 5)
 
 
-def main(rank: int, meeting: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+def save(folder: Path) -> None:
+    """What each of the two ranks does."""
     model = build()
     mesh = DeviceMesh("cpu", [0, 1])
     fully_shard(model, mesh=mesh)
@@ -30,4 +30,3 @@ def main(rank: int, meeting: str, folder: str) -> None:
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optim": moments, "columns": distribute_tensor(columns(), mesh, [Shard(1)])}
     dcp.save(state, checkpoint_id=folder)
-    dist.destroy_process_group()

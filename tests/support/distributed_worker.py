@@ -6,6 +6,7 @@ import os
 import sys
 import time
 import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,46 @@ import torch.distributed as dist
 def main(nprocs: int, folder: Path) -> int:
     # This imports the jobs' modules, which the ranks inherit.
     jobs = torch.load(folder / "jobs", weights_only=False)
+    codes, _ = fork_ranks(nprocs, jobs, folder)
+    if any(codes):
+        print(f"exit codes: {codes}", flush=True)
+    return int(any(codes))
+
+
+def fork_ranks(
+    nprocs: int, jobs: dict[str, Any], folder: Path, patience: float | None = None
+) -> tuple[list[int | None], float]:
+    """Forks ranks that run all jobs; their exit codes, and the seconds until they had ended.
+
+    Args:
+        nprocs: how many.
+        jobs: as `distributed_runs.run_jobs` takes them.
+        folder: of what they print and return.
+        patience: seconds in which all have to end by themselves, whatever happens to one of them; the code of
+            one that does not is ``None``. Without it, all end with the first that fails.
+    """
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=run, args=(rank, nprocs, jobs, folder)) for rank in range(nprocs)]
     for rank in ranks:
         rank.start()
+    start = time.monotonic()
+
+    def goes_on() -> bool:
+        if patience is None:
+            return not any(rank.exitcode for rank in ranks)
+        return time.monotonic() - start < patience
+
     # The list is made once a turn: to wait for an empty one, all having ended meanwhile, would last for ever.
-    while (alive := [rank for rank in ranks if rank.is_alive()]) and not any(r.exitcode for r in ranks):
-        multiprocessing.connection.wait([rank.sentinel for rank in alive])
-    failed = any(rank.exitcode for rank in ranks)
-    if failed:  # the others would wait for that rank for ever; where all fail, all may say why
+    while (alive := [rank for rank in ranks if rank.is_alive()]) and goes_on():
+        wait([rank.sentinel for rank in alive], timeout=patience and 1)
+    took = time.monotonic() - start
+    if patience is None and alive:  # they would wait for ever; where all fail, all may say why
         time.sleep(0.5)
-        print(f"exit codes: {[rank.exitcode for rank in ranks]}", flush=True)
+    codes = [rank.exitcode for rank in ranks]
     for rank in ranks:
         rank.kill()
-    return int(failed)
+        rank.join()
+    return codes, took
 
 
 def run(rank: int, nprocs: int, jobs: dict[str, Any], folder: Path) -> None:

@@ -3,7 +3,6 @@
 As a script it lives through runs whose processes are killed, as `killed_run` does.
 """
 
-import copy
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ import torch
 from killed_run import Tokens
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
+from torch.utils._pytree import tree_map_only
 from training_runs import seed, train, weights_of
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
@@ -140,7 +140,8 @@ class Watch(Callback):
         self.batches.append(batch)
         self.weights[step] = weights_of(module)
         self.gradients[step] = [p.grad.clone() for p in module.parameters() if p.grad is not None]
-        self.states[step] = copy.deepcopy([o.state_dict()["state"] for o in trainer.optimizers])
+        states = [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
+        self.states[step] = tree_map_only(torch.Tensor, torch.clone, states)
         if isinstance(outputs, dict) and "loss" in outputs:
             self.losses[step] = float(outputs["loss"])
         self.metrics[step] = {k: float(v) for k, v in trainer.callback_metrics.items()}

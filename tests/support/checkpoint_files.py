@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+"""The repository's folder."""
 
 
 def few_tensors() -> dict[str, Tensor]:
