@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,12 +19,23 @@ from distributed_runs import fit, run_ranks
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from training_runs import seed
+from training_runs import QUIET, seed
 
+from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli import main as command_line
 from merge_callback.cli.main import main
-from merge_callback.demo import GPT, DemoData, DemoModule, GPTConfig, WSDSchedule, load_corpus, wsd_factor
+from merge_callback.demo import (
+    GPT,
+    DemoData,
+    DemoModule,
+    GPTConfig,
+    TokenKindModule,
+    WSDSchedule,
+    load_corpus,
+    wsd_factor,
+)
 from merge_callback.demo.crops import RandomCrops
+from merge_callback.demo.expert import KINDS, token_kinds
 from merge_callback.demo.experts import BIAS_STEP, Experts
 from merge_callback.demo.record import Row, format_table
 from merge_callback.demo.run import DemoPlan, run_demo
@@ -468,6 +480,31 @@ def test_example_configs_train(name, tmp_path, monkeypatch):
     small = ["--data.validation_batches=1", "--model.schedule.warmup=1"]
     assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *short, *small]) == 0
     assert (tmp_path / f"demo_run/{name}/version_0/merges/latest/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["expert_v0", "expert_v1", "expert_adaptive"])
+def test_example_configs_of_experts_train(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--data.max_bytes=60_000"]
+    assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *short]) == 0
+    (expert,) = (tmp_path / f"demo_run/{name}/version_0/checkpoints").iterdir()
+    assert re.fullmatch(r"step=(5|10)-val_acc=0\.\d{4}\.ckpt", expert.name)
+
+
+def test_every_byte_of_source_has_the_kind_of_its_token():
+    source = "def f(x):  # no\n    return '''a\nb''' + 10\n"
+    found = "".join(KINDS[kind][0] for kind in token_kinds(source))
+    assert found == "kkksnonoosscccc" + "sssss" + "kkkkkk" + "s" + "sssssssss" + "sosnns"
+
+
+def test_an_expert_begins_with_a_merge_of_the_demo(tmp_path):
+    merging = CheckpointMergeCallback(every_n_steps=1, dirpath=tmp_path, evaluate=False)
+    demo = DemoModule(schedule=WSDSchedule(warmup=0)), DemoData(max_bytes=2_000_000)
+    Trainer(**QUIET, max_steps=2, callbacks=[merging]).fit(*demo)
+    merge = load_merge(tmp_path / "latest")
+    module = TokenKindModule(base=str(tmp_path / "latest"))
+    assert torch.equal(module.model.tokens.weight, merge["model.tokens.weight"])
+    assert module(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, len(KINDS))
 
 
 @pytest.mark.parametrize(("name", "gpt"), [("wsd_gpt", DENSE), ("moe_gpt", MOE)])
