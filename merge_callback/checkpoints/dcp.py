@@ -28,8 +28,10 @@ class DistributedReader(Reader):
         """The tensors, put together in a temporary file under the spool."""
         from merge_callback.checkpoints.dcp_tensors import read_dcp  # takes 0.7 s to import
 
-        tensors, files = read_dcp(path, options.spool)
-        stored = Checkpoint(path, tensors, {}, step=self.step(path), files=files, format="dcp")
+        tensors, files, state = read_dcp(path, options.spool)
+        stored = Checkpoint(
+            path, tensors, {}, step=self.step(path), files=files, format="dcp", training_state=state
+        )
         if (path / PROVENANCE).exists():
             stored = replace(stored, tied=read_record(path).tied(tensors))
         return with_plain_weights(under_key(stored, options.state_key), options)

@@ -39,7 +39,7 @@ _MOST_CELLS = 10_000_000
 _BROKEN = (RuntimeError, AssertionError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
-def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor], list[Path]]:
+def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor], list[Path], list[str]]:
     """The tensors of a distributed checkpoint, put together in a temporary file under ``spool``.
 
     Only one saved chunk at a time is in memory. The names are those that DCP gives to nested state
@@ -53,7 +53,7 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
         spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
 
     Returns:
-        The tensors by name, and the files that were read.
+        The tensors by name, the files that were read, and the names of the tensors that were left out.
 
     Raises:
         ValueError: if ``.metadata`` would run code, or holds no weights.
@@ -67,7 +67,9 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
     shapes = {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
     tensors = map_tensors(spool or default_spool(), shapes)
     _fill(folder, metadata, entries, tensors)
-    return tensors, [folder / METADATA, *files]
+    every = metadata.state_dict_metadata.items()
+    state = sorted(n for n, e in every if isinstance(e, TensorStorageMetadata) and n not in entries)
+    return tensors, [folder / METADATA, *files], state
 
 
 def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from merge_callback.checks import matches_any
 from merge_callback.sharding import Sharding, local
 from merge_callback.snapshots.capture import ModelTensors
 
@@ -76,7 +77,7 @@ def check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
         ValueError: for a pattern that matches no tensor.
     """
     for pattern in patterns:
-        if not model.matching([pattern]):
+        if not model.matching([pattern]) and not any(matches_any(name, [pattern]) for name in model.unfit):
             raise ValueError(
                 f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
                 f"names look like {next(iter(model.tensors), None)!r}"

@@ -23,6 +23,7 @@ from merge_callback.engine.plan import Plan
 from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.run_window import new_window, note_publishing, restore_window
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
+from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
@@ -39,6 +40,7 @@ from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.unfit import check_unfit
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 
@@ -81,6 +83,13 @@ class MergeSession:
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
         check_exclude(options.exclude, model)
+        if line := check_unfit(model.unfit, options.exclude):
+            info(line)
+        if self.ranks.size > 1 and (vectors := vectors_of(model.tensors)):
+            info(
+                f"merge: in merges of several ranks, spectral norm's vectors ({min(vectors)}, …) are "
+                "the newest snapshot's; a forward pass in training mode fits them to the merged weights"
+            )
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names, self._shapes = model.names, shapes_of(model)
         self.clock = TokenClock(options.count_tokens)
