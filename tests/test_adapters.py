@@ -1,7 +1,6 @@
 """Adapters of peft: a merge of them, from training or from files, is loaded by peft itself."""
 
 import json
-import warnings
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from merge_callback.cli.main import main
 
 NEW = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
 CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+OTHER = {"peft_type": "FOURIERFT", "n_frequency": 4, "target_modules": ["q_proj", "v_proj"]}
 TOKENS = torch.arange(16).view(2, 8)
 
 
@@ -35,13 +35,13 @@ def save_adapters(root, *configs):
 def test_adapters_of_a_run_are_merged_into_an_adapter(given, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
     save_adapters(tmp_path / "run")
-    with pytest.warns(UserWarning, match="factors A and B of the adapters are averaged apart"):
-        assert main(["merge", "--quiet", str(tmp_path / given), "--output", str(tmp_path / "out")]) == 0
+    assert main(["merge", "--quiet", str(tmp_path / given), "--output", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"adapter_model.safetensors", "adapter_config.json", "merge.json"}
     merged = load_file(tmp_path / "out/adapter_model.safetensors")
-    assert merged[NEW.format("A")].unique() == 1.5
-    assert merged[NEW.format("B")].unique() == 4.5
+    product = merged[NEW.format("B")] @ merged[NEW.format("A")]
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (product * config["lora_alpha"] / config["r"]).unique() == (2 * 2 * 3 + 2 * 2 * 12) / 2
     assert load_merge(tmp_path / "out").keys() == merged.keys()
     record = json.loads((tmp_path / "out/merge.json").read_text())
     assert record["step"] == 2
@@ -50,11 +50,11 @@ def test_adapters_of_a_run_are_merged_into_an_adapter(given, tmp_path, capsys, m
 
 def test_adapters_of_different_kinds_are_refused_by_what_differs(tmp_path, capsys):
     folders = save_adapters(
-        tmp_path, CONFIG, {**CONFIG, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}
+        tmp_path, OTHER, {**OTHER, "n_frequency": 8, "target_modules": ["v_proj", "q_proj"]}
     )
     assert main(["merge", *map(str, folders), "--output", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().err
-    assert "lora_alpha is 4 and 8" in told
+    assert "n_frequency is 4 and 8" in told
     assert "target_modules" not in told
 
 
@@ -161,22 +161,3 @@ def test_learned_prompts_are_published_as_the_module_alone(peft, tmp_path):
     module, merge = trained(peft.get_peft_model(base, prompts), tmp_path)
     assert {path.name for path in merge.iterdir()} == {"model.safetensors", "merge.json"}
     module.load_state_dict(load_merge(merge))
-
-
-def test_a_merge_of_peft_s_checkpoints_is_loaded_by_peft(peft, tmp_path, monkeypatch):
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
-    llama().save_pretrained(tmp_path / "base")
-    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    states = []
-    for step in (100, 200):
-        for name, parameter in model.named_parameters():
-            if "lora" in name:
-                parameter.data.normal_()
-        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        assert main(["merge", "--quiet", str(tmp_path / "run"), "--output", str(tmp_path / "out")]) == 0
-    model.load_state_dict({name: (states[0][name] + states[1][name]) / 2 for name in states[0]})
-    loaded = peft.PeftModel.from_pretrained(llama(), tmp_path / "out")
-    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)

@@ -53,7 +53,7 @@ class Checkpoint:
     """
 
     path: Path
-    tensors: dict[str, Tensor] = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
     tied: dict[str, str]
     step: int | None = None
     tokens: int | None = None

@@ -192,9 +192,9 @@ class _Merging:
         return {
             "format": 1,
             "method": {"name": method.name, "options": method.options(), "reference": method.reference},
-            "inputs": [_described(checkpoint) for checkpoint in self.checkpoints],
+            "inputs": [described(checkpoint) for checkpoint in self.checkpoints],
             "weights": method.normalised_weights(positions) if linear else None,  # type: ignore[attr-defined]
-            "base": None if self.base is None else _described(self.base),
+            "base": None if self.base is None else described(self.base),
             "positions": list(positions),
             "step": self.newest.step,
             "tokens": self.newest.tokens,
@@ -273,7 +273,8 @@ def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str
     return {alias: tensors[kept] for alias, kept in tied.items()}
 
 
-def _described(checkpoint: Checkpoint) -> dict[str, Any]:
+def described(checkpoint: Checkpoint) -> dict[str, Any]:
+    """An input of a merge, as ``merge.json`` names it."""
     files = {path.name: path.stat().st_size for path in checkpoint.files}
     return {
         "path": str(checkpoint.path),
