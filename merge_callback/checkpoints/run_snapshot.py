@@ -73,7 +73,7 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
         raise CorruptFileError(f"{path}: does not say in a known way how merges are published")
     return replace(
         snapshot,
-        tensors=snapshot.tensors | _complex(path, snapshot.tensors, paired or ()),
+        tensors={**snapshot.tensors, **_complex(path, snapshot.tensors, paired or ())},
         tied=MergeRecord(path, published, {}).tied(snapshot.tensors),
         segment=segment_of(manifest.record_of(file.name)) or snapshot.segment,
         prefix=prefix or "",

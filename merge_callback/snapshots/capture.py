@@ -33,7 +33,7 @@ class ModelTensors:
     the whole that is. ``tied`` maps every further name of a shared tensor to the name it is kept under.
     ``frozen`` names the parameters that take no gradient now, ``buffers`` the persistent buffers;
     ``transient`` holds the buffers that are not saved (caches and masks). ``unfit`` says of tensors that no
-    snapshot can hold why not.
+    snapshot can hold why not, ``has_lazy`` whether some have no shape yet (``nn.LazyLinear``).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -43,6 +43,7 @@ class ModelTensors:
     buffers: set[str] = field(default_factory=set)
     transient: list[Tensor] = field(default_factory=list)
     unfit: dict[str, Unfit] = field(default_factory=dict)
+    has_lazy: bool = False
     names: dict[int, str] = field(default_factory=dict)
     """By the ``id`` of the module's own tensors, as its optimizers know them."""
 
@@ -62,13 +63,16 @@ class ModelTensors:
             root: what a strategy has wrapped it in, if that is another module.
 
         Raises:
-            ValueError: if a tensor has no values yet (lazy, or on the meta device).
+            ValueError: if a tensor has no values (on the meta device).
         """
         found, local_piece = cls(), _local_pieces(root or module)
         for name, tensor in _saved_tensors(module):
-            if tensor.is_meta or is_lazy(tensor):
+            if is_lazy(tensor):
+                found.has_lazy = True  # the first forward pass gives it a shape
+                continue
+            if tensor.is_meta:
                 raise ValueError(
-                    f"tensor {name!r} holds no values yet (lazy or meta); "
+                    f"tensor {name!r} has no values (it is on the meta device); "
                     "materialise the model before training starts"
                 )
             if reason := why_unfit(tensor):
@@ -118,7 +122,8 @@ class LiveModel:
             ValueError: as ``ModelTensors.of``.
         """
         self._reshard()
-        if self._found is None or not self._is_as_found():
+        # A lazy parameter gets its values in place.
+        if self._found is None or self._found.has_lazy or not self._is_as_found():
             self._found = None  # in case that what follows raises
             self._find(found := ModelTensors.of(self._module, self._root))
             if self._found is None:

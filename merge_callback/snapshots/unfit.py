@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from merge_callback.checks import matches_any
 from merge_callback.snapshots.layout import DTYPE_NAMES
 
+LOADING = "load a merge with model.load_state_dict({**model.state_dict(), **load_merge(path)})"
+"""How a merge is loaded that lacks something of the model, into one that has it."""
+
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -75,8 +78,7 @@ def check_unfit(unfit: Mapping[str, Unfit], exclude: Sequence[str]) -> str:
         return ""
     names = list(unfit)
     return (
-        f"merge: no snapshot or merge has the excluded {_told(names)}: it {unfit[names[0]].reason}; load "
-        "merges into a model that has it, with load_state_dict(…, strict=False)"
+        f"merge: no snapshot or merge has the excluded {_told(names)}: it {unfit[names[0]].reason}; {LOADING}"
     )
 
 
