@@ -29,6 +29,8 @@ from merge_callback.offline.workers import each
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
 
+_FEW = 4096  # elements, which tell most tensors that differ
+
 
 @torch.no_grad()
 def merge_files(job: Job, output: Path) -> dict[str, Any]:
@@ -175,7 +177,10 @@ class _Merging:
         linear = isinstance(self.job.method, LinearMethod)
         if not linear:  # elsewhere a value that is not finite shows in the sum
             self._check_finite(inputs)
-        self.job.method.merge(inputs, out.view(-1), self.trajectory, survey)
+        if linear and _are_same(inputs.tensors):  # what did not train stays what it is, to the last bit
+            out.view(-1).copy_(inputs.tensors[-1])
+        else:
+            self.job.method.merge(inputs, out.view(-1), self.trajectory, survey)
         if not all_finite(out):
             self._check_finite(inputs)
             raise ValueError(
@@ -208,6 +213,11 @@ class _Model:
                 inputs = self.merging.inputs(name)
                 self.merging._check_finite(inputs)
                 yield inputs
+
+
+def _are_same(tensors: Sequence[Tensor]) -> bool:
+    pairs = list(pairwise(tensors))
+    return all(torch.equal(a[:_FEW], b[:_FEW]) for a, b in pairs) and all(torch.equal(a, b) for a, b in pairs)
 
 
 def trajectory_of(checkpoints: Sequence[Checkpoint]) -> Trajectory:
