@@ -153,7 +153,9 @@ def test_snapshots_that_only_a_checkpoint_needs_or_of_a_spike_are_left_out(merge
     content["snapshots"][1]["in_spike"] = True
     del content["snapshots"][0]
     manifest.write_text(json.dumps(content))
-    assert names(merges) == files[2:]
+    assert names(merges) == names(merges / "window" / "step=*") == files[2:]
+    older = merges / "window" / files[0]
+    assert names(older) == [older.name]
 
 
 def test_manifest_of_files_elsewhere_is_refused(merges):
@@ -221,6 +223,26 @@ def test_recorded_steps_and_thousands_order_single_paths(tmp_path):
     found = select([str(path) for path in sorted(tmp_path.iterdir())])
     assert found.steps == [900, 950, 1000, 1500, 2000]
     assert found.is_reordered
+
+
+@pytest.mark.parametrize(
+    "record", [{"iter_num": 900}, {"iteration": 900}, {"optimizer_history": [{"num_updates": 900}]}]
+)
+def test_a_recorded_step_comes_before_a_number_that_may_be_an_epoch_s(tmp_path, record):
+    checkpoints(tmp_path, "checkpoint_3.pt", **record)
+    checkpoints(tmp_path, "ckpt7.pt", global_steps=700)
+    (tmp_path / "checkpoint-800.pt").write_bytes(b"whatever it is, its name tells")
+    found = select([str(tmp_path / "*.pt")])
+    assert [(path.name, step) for path, step in zip(found.chosen, found.steps, strict=True)] == [
+        ("ckpt7.pt", 700),
+        ("checkpoint-800.pt", 800),
+        ("checkpoint_3.pt", 900),
+    ]
+
+
+def test_fairseq_s_names_tell_the_epoch_before_the_step(tmp_path):
+    checkpoints(tmp_path, "checkpoint_1_900.pt", "checkpoint_2_1000.pt")
+    assert select([str(tmp_path / "*.pt")]).steps == [900, 1000]
 
 
 def test_a_run_named_like_a_step_orders_nothing(tmp_path):
@@ -322,6 +344,66 @@ def test_a_range_without_steps_or_without_checkpoints_is_refused(tmp_path):
         ValueError, match=r"--from and --to need every step: that of .*final\.pt is not known"
     ):
         select([str(tmp_path / "step=1.ckpt"), str(tmp_path / "final.pt")], last_step=5)
+
+
+@pytest.mark.parametrize("pattern", ["", "/*", "/step*/"])
+def test_folders_of_steps_stand_for_the_one_checkpoint_in_each(tmp_path, pattern):
+    for step in (900, 1000):
+        checkpoints(tmp_path, f"step{step}/model_and_optim/")
+        checkpoints(tmp_path, f"step{step}/optimizer_0/", f"step{step}/train/rank0.pt")
+    found = select([f"{tmp_path}{pattern}"])
+    assert [path.parent.name for path in found.chosen] == ["step900", "step1000"]
+    assert {path.name for path in found.chosen} == {"model_and_optim"}
+    assert found.steps == [900, 1000]
+
+
+def test_runs_and_steps_with_several_checkpoints_are_a_question(tmp_path):
+    checkpoints(tmp_path, "seed-a/last.ckpt", "seed-b/last.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"give '.*/seed-a' or '.*/seed-b'$"):
+        select([str(tmp_path)])
+    checkpoints(tmp_path, "steps/step=1/generator/", "steps/step=1/critic/")
+    with pytest.raises(FileNotFoundError, match=r"give '.*/steps/step=1'$"):
+        select([str(tmp_path / "steps")])
+
+
+def test_training_state_beside_the_weights_is_no_match_of_a_glob(tmp_path):
+    beside = "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "optimizer_1.bin"
+    checkpoints(tmp_path, "step=1.pt", *beside)
+    assert names(tmp_path / "*") == ["step=1.pt"]
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ("iter_0000001/mp_rank_00/model_optim_rng.pt", "iter_0000001/mp_rank_01/model_optim_rng.pt"),
+        ("global_step1/mp_rank_00_model_states.pt", "global_step2/mp_rank_01_model_states.pt"),
+        ("step1/consolidated.00.pth", "step1/consolidated.01.pth"),
+        ("step1/model_world_size_2_rank_0.pt", "step2/model_world_size_2_rank_1.pt"),
+        ("step1/model-00001-of-00002.safetensors", "step1/model-00002-of-00002.safetensors"),
+    ],
+)
+def test_parts_of_different_ranks_are_no_checkpoints_of_one_model(tmp_path, pair):
+    for name in pair:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    checkpoints(tmp_path, *pair)
+    with pytest.raises(
+        ValueError, match="are parts of checkpoints, of different ranks or shards; give whole"
+    ):
+        select([str(tmp_path / name) for name in pair])
+    same = [str(tmp_path / pair[0].replace("1/", f"{step}/", 1)) for step in (1, 3)]
+    Path(same[1]).parent.mkdir(parents=True)
+    checkpoints(tmp_path, str(Path(same[1]).relative_to(tmp_path)))
+    assert len(select(same).chosen) == 2
+
+
+def test_what_the_options_leave_out_is_named(tmp_path):
+    checkpoints(tmp_path, *(f"step={step}.ckpt" for step in range(1, 8)))
+    lines = select([str(tmp_path)], last=2, every=2, first_step=2).lines()
+    assert lines[1:] == [
+        "left out by --from and --to: step=1.ckpt",
+        "left out by --every 2: step=2.ckpt, step=4.ckpt, step=6.ckpt",
+        "left out by --last 2: step=3.ckpt",
+    ]
 
 
 # Globs

@@ -75,6 +75,10 @@ def test_a_snapshot_of_another_timeline_is_not_taken_for_the_one_before(window, 
         (window / first["file"]).read_bytes()
     )
     open_checkpoint(window / second["file"], tmp_path)  # the manifest tells which
+    manifest = json.loads((window / "manifest.json").read_text())
+    files = [record["file"] for record in manifest["snapshots"]]
+    (window / "manifest.json").write_text(json.dumps({**manifest, "snapshots": [], "saved": [files]}))
+    open_checkpoint(window / second["file"], tmp_path)  # and for the window of a checkpoint, too
     (window / "manifest.json").unlink()
     with pytest.raises(CorruptFileError, match="holds 2; which is not known"):
         open_checkpoint(window / second["file"], tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -18,12 +19,23 @@ from distributed_runs import fit, run_ranks
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
-from training_runs import seed
+from training_runs import QUIET, seed
 
+from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli import main as command_line
 from merge_callback.cli.main import main
-from merge_callback.demo import GPT, DemoData, DemoModule, GPTConfig, WSDSchedule, load_corpus, wsd_factor
+from merge_callback.demo import (
+    GPT,
+    DemoData,
+    DemoModule,
+    GPTConfig,
+    TokenKindModule,
+    WSDSchedule,
+    load_corpus,
+    wsd_factor,
+)
 from merge_callback.demo.crops import RandomCrops
+from merge_callback.demo.expert import KINDS, token_kinds
 from merge_callback.demo.experts import BIAS_STEP, Experts
 from merge_callback.demo.record import Row, format_table
 from merge_callback.demo.run import DemoPlan, run_demo
@@ -470,6 +482,31 @@ def test_example_configs_train(name, tmp_path, monkeypatch):
     assert (tmp_path / f"demo_run/{name}/version_0/merges/latest/model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", ["expert_v0", "expert_v1", "expert_adaptive"])
+def test_example_configs_of_experts_train(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--data.max_bytes=60_000"]
+    assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *short]) == 0
+    (expert,) = (tmp_path / f"demo_run/{name}/version_0/checkpoints").iterdir()
+    assert re.fullmatch(r"step=(5|10)-val_acc=0\.\d{4}\.ckpt", expert.name)
+
+
+def test_every_byte_of_source_has_the_kind_of_its_token():
+    source = "def f(x):  # no\n    return '''a\nb''' + 10\n"
+    found = "".join(KINDS[kind][0] for kind in token_kinds(source))
+    assert found == "kkksnonoosscccc" + "sssss" + "kkkkkk" + "s" + "sssssssss" + "sosnns"
+
+
+def test_an_expert_begins_with_a_merge_of_the_demo(tmp_path):
+    merging = CheckpointMergeCallback(every_n_steps=1, dirpath=tmp_path, evaluate=False)
+    demo = DemoModule(schedule=WSDSchedule(warmup=0)), DemoData(max_bytes=2_000_000)
+    Trainer(**QUIET, max_steps=2, callbacks=[merging]).fit(*demo)
+    merge = load_merge(tmp_path / "latest")
+    module = TokenKindModule(base=str(tmp_path / "latest"))
+    assert torch.equal(module.model.tokens.weight, merge["model.tokens.weight"])
+    assert module(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, len(KINDS))
+
+
 @pytest.mark.parametrize(("name", "gpt"), [("wsd_gpt", DENSE), ("moe_gpt", MOE)])
 def test_example_configs_are_the_demo(name, gpt, capsys):
     config = printed_config(capsys, "--config", str(CONFIGS / f"{name}.yaml"))
@@ -488,6 +525,55 @@ def test_fit_takes_any_module_and_data(capsys):
     assert config["model"]["class_path"] == classes[0]
     assert config["data"]["class_path"].endswith(classes[1])
     assert printed_config(capsys)["model"]["class_path"] == "merge_callback.demo.DemoModule"
+
+
+OWN_MODULE = """
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+class Own(BoringModel):
+    def __init__(self, fails: bool = False):
+        super().__init__()
+        self.fails = fails
+
+    def on_train_start(self):
+        if self.fails:
+            raise ValueError("of the module's own")
+"""
+
+
+def test_fit_finds_modules_of_the_current_folder_and_tells_wrong_options_in_a_line(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("own_module_of_fit.py").write_text(OWN_MODULE)
+    own = [
+        "--model",
+        "own_module_of_fit.Own",
+        "--data",
+        "lightning.pytorch.demos.boring_classes.BoringDataModule",
+    ]
+    quiet = [f"--trainer.{name}=false" for name in ("logger", "enable_progress_bar", "enable_checkpointing")]
+    options = ["fit", *own, *quiet, "--trainer.max_steps=2", "--trainer.callbacks=CheckpointMergeCallback"]
+    every = "--trainer.callbacks.every_n_steps=1"
+
+    assert main([*options, every]) == 0
+    assert Path("merges/latest/model.safetensors").is_file()
+    for path in Path().glob("*.yaml"):
+        path.unlink()
+    for wrong, said in {
+        "--trainer.callbacks.window=0": "window=0 must be a positive whole number",
+        "--trainer.max_steps=-5": "`max_steps` must be a non-negative integer",
+    }.items():
+        capsys.readouterr()
+        assert main([*options, every, wrong]) == 1
+        assert [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if line.startswith(f"merge-callback: {said}")
+        ]
+    with pytest.raises(ValueError, match="of the module's own"):
+        main([*options, every, "--model.fails=true"])
+    assert str(tmp_path) not in sys.path
 
 
 @pytest.mark.parametrize("command", ["demo", "fit"])

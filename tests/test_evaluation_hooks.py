@@ -1,20 +1,23 @@
 """Hooks, data, failures and interrupts around a validation of the merge."""
 
 import math
+import random
 import signal
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from evaluation_runs import Case, Curves, Tally, Watching, fit, merging, shuffled
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchmetrics.classification import (
     MulticlassAccuracy,
 )
@@ -25,6 +28,7 @@ from training_runs import (
     assert_same_bits,
     loader,
     rows,
+    seed,
     train,
     weights_of,
 )
@@ -150,6 +154,78 @@ def test_generators_of_samplers_are_left_where_they_were(kind, tmp_path):
     case = Case(val=val, trainer={"limit_val_batches": 2})
     plain, merged = fit(case), fit(case, merging(tmp_path))
     assert merged.curves.live() == plain.curves.rows
+
+
+class Reshuffling(Sampler):
+    """Counts its epochs itself, and shuffles each in another way."""
+
+    def __init__(self, data) -> None:
+        self.data, self.epoch = data, 0
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        self.epoch += 1
+        yield from torch.randperm(len(self.data), generator=generator).tolist()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Jittered(Dataset):
+    """Moves each row as a transform with a generator of its own says."""
+
+    def __init__(self) -> None:
+        self.rows, self.transforms = rows(32), [partial(self.moved, np.random.default_rng(0))]
+
+    @staticmethod
+    def moved(generator, x):
+        return x + generator.normal()
+
+    def __getitem__(self, index):
+        x, y = self.rows[index]
+        return self.transforms[0](x), y
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+class Collator:
+    """Masks a part of each batch, as its own generator says."""
+
+    def __init__(self) -> None:
+        self.generator = random.Random(0)
+
+    def __call__(self, items):
+        x, y = default_collate(items)
+        x[:, self.generator.randrange(8)] = 0
+        return x, y
+
+
+@pytest.mark.parametrize("kind", ["sampler", "data set", "collator"])
+def test_what_data_draw_from_and_count_is_the_same_for_live_and_merged_weights(kind, tmp_path):
+    def fitted(*callbacks):
+        given: dict[int, list[torch.Tensor]] = {}
+
+        class Noting(Classifier):
+            def validation_step(self, batch, batch_idx):
+                given.setdefault(self.trainer.global_step, []).append(batch[0])
+                super().validation_step(batch, batch_idx)
+
+        seed()
+        data = Jittered() if kind == "data set" else rows(32)
+        options = {"batch_size": 8, "collate_fn": Collator() if kind == "collator" else None}
+        validated = DataLoader(data, sampler=Reshuffling(data) if kind == "sampler" else None, **options)
+        module = Noting()
+        train(module, *callbacks, data=DataLoader(data, **options), val=validated, max_epochs=4)
+        return weights_of(module), given
+
+    weights, batches = fitted(merging(tmp_path))
+    for given in batches.values():
+        assert len(given) == 8
+        assert_same_bits(given[:4], given[4:])
+    plain, live = fitted()
+    assert_same_bits(weights, plain)
+    assert_same_bits([given[:4] for given in batches.values()], [*live.values()])
 
 
 # Failures

@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_files import few_tensors, sharded_folder
+from checkpoint_files import few_tensors, save_distributed, sharded_folder
 from training_runs import assert_same_bits
 
 import merge_callback.cli.main as command_line
+from merge_callback.checkpoints.load_merge import load_merge
 from merge_callback.checkpoints.open import is_checkpoint_folder, open_checkpoint
+from merge_callback.offline.selection import select
 
 ADAM = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
 OTHER = {"w": torch.zeros(2)}
@@ -147,6 +149,19 @@ def test_a_lightning_merge_carries_the_plain_hyperparameters(tmp_path):
     assert_same_bits(merged["hyper_parameters"], {"lr": 0.1, "size": {"width": 4, "t": torch.ones(2)}})
 
 
+def test_a_lightning_merge_of_sharded_checkpoints_loads_into_the_module(tmp_path):
+    for step in (1, 2):
+        folder = save_distributed(tmp_path / f"step={step}.ckpt", {"state_dict": few_tensors()})
+        meta = {"global_step": step, "pytorch-lightning_version": "2.6.1", "hyper_parameters": {"width": 4}}
+        torch.save(meta, folder / "meta.pt")
+    arguments = [str(tmp_path / f"step={step}.ckpt") for step in (1, 2)]
+    assert command_line.main(["merge", *arguments, "--as", "lightning", "--output", str(tmp_path / "m")]) == 0
+    merged = torch.load(tmp_path / "m" / "merged.ckpt", weights_only=True)
+    assert merged["state_dict"].keys() == few_tensors().keys()
+    assert (merged["hyper_parameters"], merged["global_step"]) == ({"width": 4}, 2)
+    assert load_merge(tmp_path / "m").keys() == few_tensors().keys()
+
+
 class Call:
     """Calls a function when it is unpickled."""
 
@@ -268,6 +283,23 @@ OTHERS = {
 }
 
 
+BY_ENDING = {
+    "a.onnx": "is a program of ONNX; merge the checkpoints that it was exported from",
+    "flax_model.msgpack": "holds weights of Flax; load it with what wrote it",
+    "ckpt-1.index": "is of a checkpoint of TensorFlow",
+    "saved_model.pb": "is of TensorFlow",
+}
+
+
+@pytest.mark.parametrize("name", BY_ENDING)
+def test_a_format_that_has_no_first_bytes_is_called_by_its_ending(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x08\x0e\x3a\x8d")
+    with pytest.raises(ValueError, match=f"{name}: {BY_ENDING[name]}"):
+        open_checkpoint(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=f"no checkpoints in it .*; {name} {BY_ENDING[name]}"):
+        select([str(tmp_path)])
+
+
 @pytest.mark.parametrize("said", OTHERS)
 def test_another_format_is_called_by_its_name(tmp_path, said):
     (tmp_path / "a.pt").write_bytes(OTHERS[said])
@@ -276,13 +308,16 @@ def test_another_format_is_called_by_its_name(tmp_path, said):
 
 
 def test_another_archive_is_called_by_its_name(tmp_path):
-    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+    layer = torch.nn.Linear(2, 2)
+    torch.jit.script(layer).save(tmp_path / "a.pt")
+    torch.export.save(torch.export.export(layer, (torch.ones(1, 2),)), tmp_path / "d.pt2")
     np.savez(tmp_path / "b.npz", w=np.ones(2))
     with zipfile.ZipFile(tmp_path / "c.zip", "w") as archive:
         archive.writestr("run/model.ckpt", "x")
     for file, said in {
         "a.pt": "TorchScript",
         "b.npz": "NumPy",
+        "d.pt2": r"a program of torch\.export; load it with torch\.export\.load",
         "c.zip": r"run/model\.ckpt, …\); unpack",
     }.items():
         with pytest.raises(ValueError, match=rf"{file}: .*{said}"):
@@ -298,3 +333,7 @@ def test_weights_that_lie_in_other_files_are_refused(tmp_path):
         open_checkpoint(tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(ValueError, match=r"DeepSpeed.s ranks hold parts of it: run its zero_to_fp32\.py"):
         open_checkpoint(tmp_path)
+    with pytest.raises(
+        FileNotFoundError, match=r"DeepSpeed.s ranks hold parts of it: run its zero_to_fp32\.py"
+    ):
+        select([str(tmp_path)])

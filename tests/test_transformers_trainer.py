@@ -241,6 +241,51 @@ def test_several_evaluation_sets_have_each_their_merged_metrics(tmp_path):
     assert sum("merged_eval_far_loss" in entry for entry in last) == 1
 
 
+class Masking:
+    """A collator that replaces a part of each batch, as its own generator says."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, rows):
+        ids = torch.stack([row["input_ids"] for row in rows])
+        masked = torch.rand(ids.shape, generator=self.generator) < 0.2
+        return {"input_ids": ids.masked_fill(masked, 0), "labels": ids}
+
+
+def test_the_merge_is_given_the_batches_of_the_live_model(tmp_path):
+    # As in sentence-transformers, whose evaluation is in an order of its own in each pass over a dataloader.
+    given = []
+
+    class Shuffling(Trainer):
+        def get_eval_dataloader(self, eval_dataset=None):
+            sampler = torch.utils.data.RandomSampler(range(16), generator=torch.Generator())
+            loader = torch.utils.data.DataLoader(
+                texts(16, 5), 4, sampler=sampler, collate_fn=self.data_collator
+            )
+            sampler.set_epoch = lambda epoch: sampler.generator.manual_seed(epoch)
+            return self.accelerator.prepare(loader)
+
+        def prediction_step(self, model, inputs, *args, **kwargs):
+            given.append(inputs["input_ids"])
+            return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def fitted(*callbacks):
+        given.clear()
+        run = trainer_of(tmp_path, *callbacks, trainer=Shuffling, **EVALUATED)
+        run.data_collator = Masking()
+        seed(1)
+        run.train()
+        return weights_of(run.model), [*given]
+
+    weights, twice = fitted(CheckpointMergeTrainerCallback(**OPTIONS))
+    plain, live = fitted()
+    assert_same_bits(weights, plain)
+    for first in range(0, 24, 8):
+        assert_same_bits(twice[first : first + 4], live[first // 2 : first // 2 + 4])
+        assert_same_bits(twice[first + 4 : first + 8], twice[first : first + 4])
+
+
 def test_a_merged_evaluation_that_fails_leaves_no_value_and_no_trace(tmp_path):
     class Brittle(Trainer):
         calls, is_failing = 0, False

@@ -144,6 +144,7 @@ class Exporter:
             merge.weights,
             record.pop("diversity", None),
             copied=merge.copied,
+            **({"lora": {"products": merge.lora_products}} if merge.lora_products else {}),
             stripped_prefix=self._naming.prefix,
             **record,
         )

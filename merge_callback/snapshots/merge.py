@@ -18,6 +18,7 @@ from merge_callback.snapshots.arena_merge import in_common, merge_arenas, merge_
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors
 from merge_callback.snapshots.live_merge import HalfRestoredError, merge_into_all
+from merge_callback.snapshots.lora_merge import factor_pairs, merge_factors
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError, Snapshot
 from merge_callback.snapshots.window import Window
 
@@ -32,7 +33,8 @@ class Merge:
 
     It owns its arena until it is published, if it is to be. Whoever hands it in for that sets ``published``,
     which waits for it. The next merge is written to the same memory. ``weights`` are the snapshots' if the
-    method is linear, else ``None``.
+    method is linear, else ``None``. ``lora_products`` counts the pairs of LoRA factors that were merged by
+    their product.
     """
 
     arena: Arena
@@ -40,6 +42,7 @@ class Merge:
     snapshots: list[Snapshot]
     weights: list[float] | None
     copied: list[str]
+    lora_products: int = 0
     published: Callable[[], object] | None = field(default=None, repr=False, compare=False)
 
     def wait(self) -> None:
@@ -61,6 +64,7 @@ class WindowMerger:
         methods: the method of each phase, by the phase's name.
         diversity_lag: how many snapshots apart the pair lies whose distance is measured.
         exclude: patterns of names that are copied, not averaged.
+        lora: ``"delta"`` merges the factors of LoRA adapters by their product, ``"factors"`` each for itself.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class WindowMerger:
         methods: Mapping[str, MergeMethod],
         diversity_lag: int,
         exclude: Sequence[str] = (),
+        lora: str = "delta",
     ) -> None:
         self.window, self.methods, self.lag, self.exclude = window, methods, diversity_lag, exclude
         self.sharding, self.ranks = window.store.sharding, window.ranks
@@ -78,6 +83,7 @@ class WindowMerger:
         self._merge: Merge | None = None
         self._made: Merge | None = None  # the last one, which may still be published, though forgotten
         self._out: Arena | None = None
+        self._pairs = factor_pairs(self._numel) if lora == "delta" else []
 
     def measure(self, model: ModelTensors, merge: bool) -> None:
         """Reads the window once after an append: the newest pair's diversity and, if asked, the merge.
@@ -170,7 +176,7 @@ class WindowMerger:
             self._made.wait()
         self._out = self._room(snapshots[-1].arena, copied)
         trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
-        weights = None
+        weights, products = None, 0
         if isinstance(method, LinearMethod):
             weights = method.normalised_weights(trajectory.positions)
             squares = merge_arenas(
@@ -181,13 +187,28 @@ class WindowMerger:
                 self._factors(pair, (-1.0, 1.0)) if pair else None,
                 self.window.snapshots.index(snapshots[-1]),
             )
+            if self.merges_products(method):
+                given = [partial(flat_tensors, self._arenas(snapshot)) for snapshot in snapshots]
+                products = merge_factors(given, weights, self._out.own_tensors(), copied)
         else:
             chains = [self._arenas(snapshot) for snapshot in snapshots]
             merge_tensors(method, chains, self._out, copied, trajectory, self.sharding)
             squares = self._distance(pair) if pair else {}
         self._check_finite(self._out, snapshots)
-        self._merge = self._made = Merge(self._out, method, snapshots, weights, sorted(copied))
+        self._merge = self._made = Merge(
+            self._out, method, snapshots, weights, sorted(copied), lora_products=products
+        )
         return squares
+
+    def merges_products(self, method: MergeMethod) -> bool:
+        """Whether a method merges LoRA adapters by their products: if it is linear, and this rank has all."""
+        return bool(self._pairs) and self.ranks.size == 1 and isinstance(method, LinearMethod)
+
+    @property
+    def merged_apart(self) -> list[str]:
+        """The methods that merge the factors of LoRA adapters apart, though products are wanted."""
+        methods = {method.name for method in self.methods.values() if not self.merges_products(method)}
+        return sorted(methods) if self._pairs else []
 
     def _room(self, newest: Arena, copied: Collection[str]) -> Arena:
         """Room for the merge. What the newest snapshot gives, out of what it has in common, stays there."""
