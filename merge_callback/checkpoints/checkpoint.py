@@ -50,6 +50,7 @@ class Checkpoint:
         left_out: the names of what else lies there, each with the reason why no merge takes it along.
         prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
             files it then writes, and ``copied`` the names it does not average.
+        training_state: names of the tensors that were found to be no weights, and are not in ``tensors``.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Checkpoint:
     prefix: str = ""
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
+    training_state: Sequence[str] = field(default=(), repr=False)
 
 
 def step_in_name(path: Path, by_word: bool = False) -> int | None:
