@@ -22,7 +22,8 @@ _COUNT = r"(\d+(?:\.\d+)?(?=[km](?![a-z0-9]))|\d+)([km](?![a-z0-9]))?"  # also 1
 _STEP = re.compile(
     rf"(?:(?:^|[^a-z])(?:global_?step|step|iteration|iter)s?[=_-]?|^ep\d+-ba){_COUNT}", re.IGNORECASE
 )
-_NUMBERED = re.compile(rf"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?{_COUNT}", re.IGNORECASE)
+_NUMBERED = re.compile(rf"(?:^|[^a-z])(?:checkpoint|ckpt)[=_-]?(?:\d+_(?=\d+\.pt$))?{_COUNT}", re.IGNORECASE)
+"""Also fairseq's ``checkpoint_3_1200.pt``; others may count epochs."""
 
 
 @dataclass
@@ -49,10 +50,11 @@ class Checkpoint:
         left_out: the names of what else lies there, each with the reason why no merge takes it along.
         prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
             files it then writes, and ``copied`` the names it does not average.
+        training_state: names of the tensors that were found to be no weights, and are not in ``tensors``.
     """
 
     path: Path
-    tensors: dict[str, Tensor] = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
     tied: dict[str, str]
     step: int | None = None
     tokens: int | None = None
@@ -70,16 +72,21 @@ class Checkpoint:
     prefix: str = ""
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
+    training_state: Sequence[str] = field(default=(), repr=False)
 
 
-def step_in_name(path: Path) -> int | None:
+def step_in_name(path: Path, by_word: bool = False) -> int | None:
     """The optimizer step that a name tells: ``step=500``, ``checkpoint-500``, ``iter-2k`` and the like.
 
     ``model.safetensors`` and its like are asked for their folder's name, symlinks for their target's.
+
+    Args:
+        path: of the checkpoint.
+        by_word: take no number that isn't called a step: that of ``checkpoint_5.pt`` may be an epoch's.
     """
     for place in (path, path.resolve()):
         name = place.parent.name if place.stem in WEIGHTS_ALONE else place.name
-        if (step := _step_in(name)) is not None:
+        if (step := _step_in(name, by_word)) is not None:
             return step
     return None
 
@@ -90,8 +97,8 @@ def step_above(path: Path) -> int | None:
     return next((step for folder in folders if (step := _step_in(folder.name)) is not None), None)
 
 
-def _step_in(name: str) -> int | None:
-    if not (found := _STEP.search(name) or _NUMBERED.search(name)):
+def _step_in(name: str, by_word: bool = False) -> int | None:
+    if not (found := _STEP.search(name) or (None if by_word else _NUMBERED.search(name))):
         return None
     return round(float(found[1]) * _TIMES[found[2].lower()]) if found[2] else int(found[1])
 

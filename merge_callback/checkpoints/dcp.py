@@ -25,14 +25,20 @@ class DistributedReader(Reader):
         return (path / METADATA).is_file()
 
     def open(self, path: Path, options: OpenOptions) -> Checkpoint:
-        """The tensors, put together in a temporary file under the spool."""
+        """The tensors, put together in a temporary file under the spool; without the keys of nested state
+        that lead to all of them.
+        """
         from merge_callback.checkpoints.dcp_tensors import read_dcp  # takes 0.7 s to import
 
-        tensors, files = read_dcp(path, options.spool)
-        stored = Checkpoint(path, tensors, {}, step=self.step(path), files=files, format="dcp")
+        found = read_dcp(path, options.spool)
+        tensors, files = found.tensors, found.files
+        stored = Checkpoint(
+            path, tensors, {}, step=self.step(path), files=files, format="dcp", training_state=found.left_out
+        )
         if (path / PROVENANCE).exists():
             stored = replace(stored, tied=read_record(path).tied(tensors))
-        return with_plain_weights(under_key(stored, options.state_key), options)
+        key = options.state_key if options.state_key is not None else found.place or None
+        return with_plain_weights(under_key(stored, key), options)
 
     def step(self, path: Path) -> int | None:
         """The step in Lightning's part of a sharded checkpoint, if safely read; else in the folder's name."""

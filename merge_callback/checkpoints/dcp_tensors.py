@@ -6,7 +6,7 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,24 @@ _MOST_CELLS = 10_000_000
 _BROKEN = (RuntimeError, AssertionError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
-def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor], list[Path]]:
+class Read(NamedTuple):
+    """What was read of a distributed checkpoint.
+
+    Args:
+        tensors: by name.
+        files: that were read.
+        place: the keys that lead to the one state dict in it, with dots between; empty if names are flat, or
+            of several state dicts.
+        left_out: the names of the tensors that are training state.
+    """
+
+    tensors: dict[str, Tensor]
+    files: list[Path]
+    place: str
+    left_out: list[str]
+
+
+def read_dcp(folder: Path, spool: Path | None = None) -> Read:
     """The tensors of a distributed checkpoint, put together in a temporary file under ``spool``.
 
     Only one saved chunk at a time is in memory. The names are those that DCP gives to nested state
@@ -53,7 +70,7 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
         spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
 
     Returns:
-        The tensors by name, and the files that were read.
+        The tensors and what was found beside them.
 
     Raises:
         ValueError: if ``.metadata`` would run code, or holds no weights.
@@ -67,7 +84,10 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
     shapes = {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
     tensors = map_tensors(spool or default_spool(), shapes)
     _fill(folder, metadata, entries, tensors)
-    return tensors, [folder / METADATA, *files]
+    every = metadata.state_dict_metadata.items()
+    state = sorted(n for n, e in every if isinstance(e, TensorStorageMetadata) and n not in entries)
+    place = _place(tensors, metadata.planner_data)
+    return Read(tensors, [folder / METADATA, *files], place, state)
 
 
 def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:
@@ -87,9 +107,23 @@ def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadat
 
 def _is_beside(name: str, paths: Any) -> bool:
     """Whether one of the keys that lead to an entry is named like training state."""
-    path = paths.get(name) if isinstance(paths, Mapping) else None
-    keys = path[:-1] if isinstance(path, tuple) else name.split(".")[:1] if "." in name else ()
+    keys = _keys_to(name, paths)
+    if keys is None:
+        keys = tuple(name.split(".")[:1]) if "." in name else ()
     return any(is_container(key) for key in keys)
+
+
+def _keys_to(name: str, paths: Any) -> tuple[Any, ...] | None:
+    """The keys of nested state that lead to an entry, without its own; ``None`` if that is not recorded."""
+    path = paths.get(name) if isinstance(paths, Mapping) else None
+    return path[:-1] if isinstance(path, tuple) else None
+
+
+def _place(names: Iterable[str], paths: Any) -> str:
+    places = [_keys_to(name, paths) for name in names]
+    place = ".".join(map(str, places[0] or ()))
+    one = all(keys == places[0] for keys in places) and all(name.startswith(f"{place}.") for name in names)
+    return place if one else ""
 
 
 def _check_entries(
@@ -134,10 +168,15 @@ def _check_part(
     end, size = place.offset + place.length, sizes[str(place.relative_path)]
     packed = bool(getattr(place, "transform_descriptors", None))  # e.g. compressed, by an extension of DCP
     fits = packed or place.length >= math.prod(chunk.sizes) * entry.properties.dtype.itemsize
-    if place.offset < 0 or end > size or not fits:
+    if place.offset < 0 or end > size:
         raise CorruptFileError(
             f"{where}: {place.relative_path} has {size} bytes, expected its part up to byte {end}; "
             "the file is cut or altered: fetch it again"
+        )
+    if not fits:
+        raise CorruptFileError(
+            f"{where}: {place.length} bytes are recorded for its part of shape {list(chunk.sizes)}, which "
+            "has more; .metadata is altered: fetch it again"
         )
 
 
@@ -200,4 +239,7 @@ def _fill(
                 with short_reasons():
                     reader.read_data(LoadPlan([item]), planner)
             except _BROKEN as error:
-                raise CorruptFileError(f"{folder}: tensor {name!r} cannot be read ({error!r:.200})") from None
+                reason = " ".join(str(error).split())
+                raise CorruptFileError(
+                    f"{folder}: tensor {name!r} cannot be read ({type(error).__name__}: {reason:.120})"
+                ) from None

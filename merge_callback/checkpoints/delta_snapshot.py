@@ -62,16 +62,15 @@ def _of_step(step: int, after: Checkpoint, spool: Path | None) -> Checkpoint:
 
 
 def _candidates(step: int, path: Path) -> Iterator[Path]:
-    """What the window lists of a step; of a snapshot that it no longer holds, the only one there is."""
+    """What the window, or that of a checkpoint, lists of a step; of others the only one there is."""
     folder = path.resolve().parent
-    listed = {
-        record["step"]: record["file"]
-        for record in read_manifest(folder).snapshots
-        if isinstance(record.get("step"), int) and isinstance(record.get("file"), str)
-    }
-    if path.resolve().name in listed.values() and step in listed:
-        yield contained(folder, listed[step])
-        return
+    manifest = read_manifest(folder)
+    listed = [str(record.get("file")) for record in manifest.snapshots]
+    for files in (listed, *manifest.saved):
+        earlier = [file for file in files if file.startswith(f"step={step:08d}-")]
+        if path.resolve().name in files and earlier:
+            yield contained(folder, earlier[0])
+            return
     found = sorted(folder.glob(f"step={step:08d}-*"))
     if len(found) > 1:
         raise CorruptFileError(

@@ -71,7 +71,12 @@ def recorded_step(path: Path) -> int | None:
     Raises:
         ValueError: for a file that has to be opened for it and can't be.
     """
-    if (step := step_in_name(path)) is not None:
+    if (step := step_in_name(path, by_word=True)) is not None:
         return step
-    reader = reader_of(path)
-    return reader.step(path) if reader else folder_step(path)
+    step, reader, number = None, reader_of(path), step_in_name(path)
+    try:
+        step = reader.step(path) if reader else folder_step(path)
+    except (ValueError, OSError):
+        if number is None:
+            raise
+    return number if step is None else step

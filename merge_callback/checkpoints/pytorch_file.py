@@ -27,6 +27,7 @@ from merge_callback.checkpoints.training_state import without_training_state
 from merge_callback.snapshots.files import CorruptFileError, open_regular
 
 _CALLBACK = "CheckpointMergeCallback"
+_STEPS = ("global_step", "global_steps", "step", "iteration", "iter_num")
 _DEEPEST = 1000  # values within values
 _MANY_MARKS = 100_000  # below that many, a pickle loads in a fraction of a second
 
@@ -52,8 +53,7 @@ class PytorchReader(Reader):
         """What the records of its folder's model tell, if it is that model; else what is in it."""
         if (step := step_beside(path)) is not None:
             return step
-        content = load_mapped(path)
-        return next((content[k] for k in ("global_step", "step") if isinstance(content.get(k), int)), None)
+        return _step(load_mapped(path))
 
 
 def open_pytorch(path: Path, state_key: str | None = None) -> Checkpoint:
@@ -83,7 +83,7 @@ def open_pytorch(path: Path, state_key: str | None = None) -> Checkpoint:
         path=path,
         tensors={name: t.detach() for name, t in named.items() if name not in tied},
         tied=tied,
-        step=_first(content, "global_step", "step", fallback=step_in_name(path)),
+        step=step_in_name(path) if (step := _step(content)) is None else step,
         tokens=_tokens(content),
         files=[path],
         extras=[],
@@ -159,7 +159,7 @@ def check_archive(path: Path) -> None:
     """
     with open_regular(path) as file:
         if not (head := file.read(512)).startswith(b"PK\x03\x04"):
-            raise ValueError(f"{path}: {what_else(head)}")
+            raise ValueError(f"{path}: {what_else(path.name, head)}")
         try:
             with zipfile.ZipFile(file) as archive:
                 other = what_archive(archive.namelist())
@@ -272,9 +272,14 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.itemsize
 
 
-def _first(content: Mapping[Any, Any], *keys: str, fallback: int | None) -> int | None:
-    counts = [content[key] for key in keys if isinstance(content.get(key), int)]
-    return next((parse_count(count) for count in counts), fallback)
+def _step(content: Mapping[Any, Any]) -> int | None:
+    """The optimizer step, under the name that a trainer has for it."""
+    history = content.get("optimizer_history")  # fairseq's, the newest last
+    newest = history[-1] if isinstance(history, list) and history else None
+    counts = [content.get(key) for key in _STEPS] + [
+        newest.get("num_updates") if isinstance(newest, dict) else None
+    ]
+    return next((parse_count(count) for count in counts if type(count) is int), None)
 
 
 def _tokens(content: Mapping[Any, Any]) -> int | None:

@@ -145,9 +145,12 @@ def _demo(parsed: argparse.Namespace) -> int:
 def _fit(arguments: list[str]) -> int:
     if not _has_demo_extra("jsonargparse", "tensorboard"):
         return 1
-    from merge_callback.demo.fit import fit
+    from merge_callback.demo.fit import FitOptionsError, fit
 
-    fit(arguments)
+    try:
+        fit(arguments)
+    except FitOptionsError as error:
+        return _refuse(str(error))
     return 0
 
 

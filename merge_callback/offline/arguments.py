@@ -5,20 +5,25 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merge_callback.checkpoints.checkpoint import read_manifest
+from merge_callback.checkpoints.checkpoint import read_manifest, step_in_name
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import MANIFEST, PROVENANCE, WINDOW
 from merge_callback.checkpoints.model_folder import check_whole
 from merge_callback.checkpoints.open import is_checkpoint_folder
+from merge_callback.checkpoints.other_formats import what_in_folder
 from merge_callback.checkpoints.registry import glob_suffixes, run_suffixes
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
-_NO_CHECKPOINT = re.compile(r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|~)$", re.DOTALL)
+_NO_CHECKPOINT = re.compile(
+    r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|~)$"
+    r"|(optim(izer)?|scheduler|scaler|sampler|rng_state|random_states|training_args)(_\d+)*(\.\w+)?$",
+    re.DOTALL,
+)
 _OF_MERGES = (PROVENANCE, "mergekit_config.yml")
 
 
@@ -46,10 +51,19 @@ def expand(given: str) -> Argument:
     if not glob.has_magic(given):
         raise FileNotFoundError(f"{path}: there is no such file or folder")
     matches = [Path(match) for match in sorted(glob.glob(os.path.expanduser(given), recursive=True))]
-    candidates = [match for match in matches if _is_checkpoint(match, glob_suffixes())]
+    candidates = [found for match in matches for found in _of_match(match)]
     if not candidates:
-        raise FileNotFoundError(f"{given!r}: none of its {len(matches)} matches is a checkpoint")
+        endings = ", ".join(sorted(glob_suffixes()))
+        raise FileNotFoundError(
+            f"{given!r}: none of its {len(matches)} matches is a checkpoint (a folder of one, or a file that "
+            f"ends in {endings})"
+        )
     return Argument(given, candidates)
+
+
+def _of_match(match: Path) -> list[Path]:
+    """What a match of a glob stands for."""
+    return [match] if _is_checkpoint(match, glob_suffixes()) else _of_step(match)
 
 
 def _of_folder(given: str, folder: Path) -> Argument:
@@ -58,7 +72,7 @@ def _of_folder(given: str, folder: Path) -> Argument:
     check_whole(folder)
     itself = is_checkpoint_folder(folder)
     suffixes = frozenset[str]() if itself else run_suffixes()
-    inside = [path for path in sorted(folder.iterdir()) if _is_checkpoint(path, suffixes)]
+    inside = _inside(folder, suffixes)
     if not itself:
         return Argument(given, _of_run(folder, inside))
     if others := [path for path in inside if not is_merge(path)]:
@@ -77,19 +91,36 @@ def _of_run(folder: Path, inside: list[Path]) -> list[Path]:
             f"{folder}: holds checkpoints ({others[0].name}, …) and a window of snapshots; "
             f"say which: '{folder}/*{others[0].suffix}' or {folder / WINDOW}"
         )
-    if not snapshots and not inside:
-        below = [f"'{p}'" for p in sorted(folder.iterdir()) if p.is_dir() and _holds_some(p)]
-        remedy = (
-            f"give {' or '.join(below)}" if below else f"for other files give a glob, e.g. '{folder}/*.pt'"
-        )
+    below = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = snapshots or inside or [path for place in below for path in _of_step(place)]
+    if not found:
         raise FileNotFoundError(
-            f"{folder}: no checkpoints in it (.ckpt or .safetensors files, or folders of one); {remedy}"
+            f"{folder}: no checkpoints in it (.ckpt or .safetensors files, or folders of one); "
+            f"{_where_else(folder, below)}"
         )
-    return snapshots or inside
+    return found
 
 
-def _holds_some(folder: Path) -> bool:
-    return any(_is_checkpoint(path, run_suffixes()) for path in folder.iterdir())
+def _of_step(folder: Path) -> list[Path]:
+    """The checkpoint in the folder of a step, if there is one alone: OLMo-core's and Accelerate's lie so."""
+    if not folder.is_dir() or step_in_name(folder) is None:
+        return []
+    inside = _inside(folder, run_suffixes())
+    return inside if len(inside) == 1 else []
+
+
+def _where_else(folder: Path, below: Sequence[Path]) -> str:
+    """What to give instead of a folder without checkpoints."""
+    if places := [f"'{path}'" for path in below if _inside(path, run_suffixes())]:
+        return f"give {' or '.join(places)}"
+    if other := what_in_folder(folder):
+        return other
+    found = sorted(path.suffix for path in folder.iterdir() if path.suffix in glob_suffixes())
+    return f"for other files give a glob, e.g. '{folder}/*{next(iter(found), '.pt')}'"
+
+
+def _inside(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if _is_checkpoint(path, suffixes)]
 
 
 def _of_window(window: Path) -> list[Path]:

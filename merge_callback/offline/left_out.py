@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from merge_callback.checkpoints.file_names import MANIFEST
 from merge_callback.offline.arguments import is_merge, listed_snapshots
@@ -18,9 +18,11 @@ T = TypeVar("T")
 
 def left_out(found: Sequence[Path], steps: Mapping[Path, int | None]) -> dict[Path, str]:
     """The checkpoints that are no part of a merge, each with the reason."""
-    out = {path: "what snapshots have in common" for path in found if path.name.startswith("frozen-step=")}
-    spikes = _of_spikes({path.parent for path in found})
-    out |= {path: "a snapshot of a loss spike" for path in found if path.absolute() in spikes}
+    out: dict[Path, str] = {}
+    for folder in {path.parent for path in found}:
+        if (folder / MANIFEST).is_file():
+            out |= _of_window([path for path in found if path.parent == folder], listed_snapshots(folder))
+    out |= {path: "what snapshots have in common" for path in found if path.name.startswith("frozen-step=")}
     merges = [path for path in found if is_merge(path)]
     if len(merges) < len(found):
         out |= dict.fromkeys(merges, "a merge already; --keep-all takes it in")
@@ -43,9 +45,20 @@ def left_out(found: Sequence[Path], steps: Mapping[Path, int | None]) -> dict[Pa
     return out
 
 
-def _of_spikes(folders: Iterable[Path]) -> set[Path]:
-    windows = [folder.absolute() for folder in folders if (folder / MANIFEST).is_file()]
-    return {w / str(r.get("file")) for w in windows for r in listed_snapshots(w) if r.get("in_spike")}
+def _of_window(found: Sequence[Path], records: Sequence[Mapping[str, Any]]) -> dict[Path, str]:
+    """What of a window's folder is no part of a merge.
+
+    Args:
+        found: snapshots in it.
+        records: those that its manifest lists.
+    """
+    spikes = {record.get("file") for record in records if record.get("in_spike")}
+    listed = {record.get("file") for record in records}
+    out = {path: "a snapshot of a loss spike" for path in found if path.name in spikes}
+    others = [path for path in found if path.name not in listed]
+    if len(others) < len(found):  # not if they are what was asked for
+        out |= dict.fromkeys(others, "no longer in the window, which a checkpoint may still need")
+    return out
 
 
 def grouped(reasons: Mapping[T, str]) -> dict[str, list[T]]:

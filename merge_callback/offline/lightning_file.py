@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
-from merge_callback.checkpoints.file_names import MERGED_CKPT
+from merge_callback.checkpoints.containment import contained
+from merge_callback.checkpoints.file_names import LIGHTNING_META, MERGED_CKPT
 from merge_callback.checkpoints.pytorch_file import load_mapped
 from merge_callback.checkpoints.stand_ins import holds_stand_in, without_stand_ins
 from merge_callback.messages import warn
@@ -54,8 +55,9 @@ def write_lightning(folder: Path, tensors: Mapping[str, Tensor], newest: Checkpo
 def _carried(newest: Checkpoint) -> dict[str, Any]:
     """What a Lightning checkpoint says besides its tensors."""
     content: dict[str, Any] = {"epoch": 0, "global_step": newest.step or 0}
-    if newest.format == "lightning":
-        source = load_mapped(newest.path)
+    sharded = newest.format == "dcp" and (newest.path / LIGHTNING_META).exists()
+    if newest.format == "lightning" or sharded:
+        source = load_mapped(contained(newest.path, LIGHTNING_META) if sharded else newest.path)
         carried = {key: source[key] for key in _CARRIED if key in source}
         if holds_stand_in(carried):
             warn(

@@ -74,9 +74,13 @@ def _by_number(found: Sequence[Path]) -> list[Path] | None:
 
 
 def distinct_names(found: Sequence[Path]) -> list[str]:
-    """The names, with their folders' if those are what they differ in."""
-    names = [path.name for path in found]
-    return names if len(set(names)) == len(names) else [f"{p.parent.name}/{p.name}" for p in found]
+    """The names, with those of as many folders above as it takes to tell them apart."""
+    parts = [path.parts for path in found]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len({*names}) == len({*parts}):
+            return names
+    return [str(path) for path in found]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

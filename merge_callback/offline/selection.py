@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,10 @@ from merge_callback.offline.left_out import grouped, left_out
 from merge_callback.offline.order import distinct_names, in_order, put_together, steps_of
 
 _MOST_TOLD = 12
+_RANK = re.compile(r"mp_rank_([\d_]+)|[-_]rank_?(\d+)$|^consolidated\.(\d+)$|-(\d+)-of-\d+$")
+"""In the names of Megatron's and DeepSpeed's files, FSDP's, Llama's and those of shards."""
+
+_OF_RANK = re.compile(r"^mp_rank_([\d_]+)$")
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,7 @@ class Selection:
         """The choice, for people."""
         names = distinct_names(self.chosen)
         told = [n if s is None else f"{n} (step {s})" for n, s in zip(names, self.steps, strict=True)]
-        if len(told) > _MOST_TOLD:
-            told[_MOST_TOLD // 2 : -_MOST_TOLD // 2] = ["…"]
-        return [f"{len(self.chosen)} checkpoints, oldest first: {', '.join(told)}", *self.notes]
+        return [f"{len(self.chosen)} checkpoints, oldest first: {_shortened(told)}", *self.notes]
 
 
 def select(
@@ -88,7 +91,7 @@ def select(
     steps = steps_of(everything)
     unfit = {} if keep_all else left_out(everything, steps)
     out = grouped(unfit).items()
-    notes = [f"left out: {', '.join(distinct_names(found)[:6])}: {reason}" for reason, found in out]
+    notes = [f"left out: {_shown(found)}: {reason}" for reason, found in out]
     arguments = [replace(a, found=[p for p in a.found if p not in unfit]) for a in arguments]
     given = [path for argument in arguments for path in in_order(argument, steps)]
     if len(set(given)) < len(given) and not keep_all:
@@ -102,12 +105,49 @@ def select(
         elif ordered != given:
             notes.insert(0, "they were put in the order of their steps; --keep-order keeps the order given")
     within = _in_range(ordered, steps, first_step, last_step)
-    chosen = within[::-1][::every][:last][::-1]
+    sparse = within[::-1][::every][::-1]
+    chosen = sparse[-last:] if last else sparse
     if last is not None and len(chosen) < last:
         notes.append(f"fewer than --last {last} were found: {len(chosen)}")
-    if dropped := len(ordered) - len(chosen):
-        notes.append(f"left out: {dropped} more, by --from, --to, --every or --last")
+    for option, before, kept in (
+        ("--from and --to", ordered, {*within}),
+        (f"--every {every}", within, {*sparse}),
+        (f"--last {last}", sparse, {*chosen}),
+    ):
+        if gone := [path for path in before if path not in kept]:
+            notes.append(f"left out by {option}: {_shown(gone)}")
+    _check_ranks(chosen)
     return Selection(chosen, [steps[path] for path in chosen], notes, ordered != given)
+
+
+def _shown(found: Sequence[Path]) -> str:
+    return _shortened(distinct_names(found))
+
+
+def _shortened(names: list[str]) -> str:
+    if len(names) > _MOST_TOLD:
+        names = [*names[: _MOST_TOLD // 2], f"… ({len(names)})", *names[-_MOST_TOLD // 2 :]]
+    return ", ".join(names)
+
+
+def _check_ranks(chosen: Sequence[Path]) -> None:
+    """Makes sure that no two are the parts of different ranks, whose tensors may have the same shapes.
+
+    Raises:
+        ValueError: if there are.
+    """
+    ranks = {rank: path for path in chosen if (rank := _rank(path))}
+    if len(ranks) > 1:
+        one, other = list(ranks.values())[:2]
+        raise ValueError(
+            f"{one} and {other} are parts of checkpoints, of different ranks or shards; give whole "
+            "checkpoints, or merge the parts of each rank by themselves"
+        )
+
+
+def _rank(path: Path) -> str | None:
+    found = _RANK.search(path.stem) or _OF_RANK.search(path.parent.name)
+    return next(filter(None, found.groups()), None) if found else None
 
 
 def _in_range(
