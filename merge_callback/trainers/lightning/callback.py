@@ -231,7 +231,21 @@ class CheckpointMergeCallback(LightningCallback):
             self._validation.sharding = self.session.sharding
             self.session.take_snapshot()
         if self.options.evaluate:
-            self._validation.note_random_state()
+            self._validation.note_beginning()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Notes the weights that the module is validated with: it may keep an average of its own."""
+        is_first = batch_idx == dataloader_idx == 0 and not trainer.sanity_checking
+        if is_first and self._validation and self.options.evaluate:
+            self._validation.note_first_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""
