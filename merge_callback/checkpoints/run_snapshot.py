@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest, segment_of
 from merge_callback.checkpoints.checksums import Recorded, checksums_of_snapshot
 from merge_callback.checkpoints.delta_snapshot import decode_snapshot
@@ -14,8 +16,10 @@ from merge_callback.checkpoints.frozen_part import with_frozen_part
 from merge_callback.checkpoints.merge_record import MergeRecord
 from merge_callback.checkpoints.reader import OpenOptions, Reader
 from merge_callback.checkpoints.stored_snapshot import open_sharded
+from merge_callback.checks import DTYPES
 from merge_callback.snapshots.files import CorruptFileError
 
+_DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 _CONFIGURATIONS = {CONFIG, GENERATION_CONFIG}
 
 
@@ -64,7 +68,13 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
     if not isinstance(published, dict):
         raise CorruptFileError(f"{path}: 'published' is {published!r:.100}, expected names and their values")
     prefix, texts, copied = (published.get(key) for key in ("stripped_prefix", "files", "copied"))
-    if not isinstance(prefix, str | None) or not _are_texts(texts) or not _are_names(copied):
+    dtypes = _dtypes(published.get("dtypes", {}))
+    if (
+        not isinstance(prefix, str | None)
+        or not _are_texts(texts)
+        or not _are_names(copied)
+        or dtypes is None
+    ):
         raise CorruptFileError(f"{path}: does not say in a known way how merges are published")
     return replace(
         snapshot,
@@ -73,7 +83,16 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
         prefix=prefix or "",
         texts=texts or {},
         copied=frozenset(copied or ()),
+        dtypes=dtypes,
     )
+
+
+def _dtypes(found: object) -> dict[torch.dtype, torch.dtype] | None:
+    if not isinstance(found, dict):
+        return None
+    pairs = {_DTYPES.get(str(stored)): _DTYPES.get(str(merged)) for stored, merged in found.items()}
+    known = {stored: merged for stored, merged in pairs.items() if stored is not None and merged is not None}
+    return known if len(known) == len(found) else None
 
 
 def _are_texts(found: object) -> bool:
