@@ -243,7 +243,9 @@ class _Merging:
         out.copy_(own[name])
 
     def _dtype(self, tensor: Tensor) -> torch.dtype:
-        return self.job.dtype if self.job.dtype and tensor.is_floating_point() else tensor.dtype
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return self.job.dtype or self.newest.dtypes.get(tensor.dtype, tensor.dtype)
 
 
 class _Model:
