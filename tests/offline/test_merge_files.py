@@ -110,6 +110,15 @@ def test_what_is_the_same_in_all_checkpoints_stays_to_the_last_bit(tmp_path):
     torch.testing.assert_close(merged["head"], head + 2)
 
 
+def test_what_is_the_same_in_all_checkpoints_but_not_in_the_base_is_merged(tmp_path):
+    for name, value in (("base", 1.0), ("step=1", 3.0), ("step=2", 3.0)):
+        save_file({"weight": torch.full((5,), value)}, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"step={step}.safetensors" for step in (1, 2)]
+    options = ["--base", tmp_path / "base.safetensors", "--method", "task_arithmetic", "--scale", "0.5"]
+    assert merge(*paths, *options, "--output", tmp_path / "out") == 0
+    assert load_file(tmp_path / "out/model.safetensors")["weight"].tolist() == [2.0] * 5
+
+
 def test_processes_side_by_side_merge_to_the_same_bits(tmp_path, checkpoints):
     paths, _ = checkpoints
     assert merge(*paths, "--method", "dare", "--output", tmp_path / "one") == 0
