@@ -100,7 +100,8 @@ class CheckpointMergeCallback(LightningCallback):
         diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
             between the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
-            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied.
+            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
+            train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
         lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
             they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
