@@ -220,7 +220,8 @@ class _Merging:
         linear = isinstance(self.job.method, LinearMethod)
         if linear and _are_same(inputs) and all_finite(inputs.tensors[-1]):
             out.copy_(self.newest.tensors[name])  # what did not train stays what it is, to the last bit
-            return
+            if all_finite(out):
+                return
         # In a linear merge a value that is not finite shows in the sum.
         if linear or not self.is_constant(inputs):
             self.job.method.merge(inputs, flat_numbers(out), self.trajectory, survey)
