@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
     from merge_callback.recovery.spike_policy import TrainingDivergedError
     from merge_callback.spike_options import SpikeOptions
+    from merge_callback.trainers.lightning.adaptive_decay import WarmupAdaptiveDecay
     from merge_callback.trainers.lightning.callback import CheckpointMergeCallback
     from merge_callback.trainers.loop import CheckpointMerger
 
@@ -22,6 +23,7 @@ __all__ = [
     "RMSDiversity",
     "SpikeOptions",
     "TrainingDivergedError",
+    "WarmupAdaptiveDecay",
     "load_merge",
     "merge_state_dicts",
     "register_method",
@@ -34,6 +36,7 @@ _HOMES = {
     "RMSDiversity": "diversity",
     "SpikeOptions": "spike_options",
     "TrainingDivergedError": "recovery.spike_policy",
+    "WarmupAdaptiveDecay": "trainers.lightning.adaptive_decay",
     "load_merge": "checkpoints.load_merge",
     "merge_state_dicts": "merging",
     "register_method": "merging",

@@ -56,14 +56,15 @@ def true_or_false(option: str, value: bool) -> bool:
     return value
 
 
-def one_of(option: str, value: str, choices: Sequence[str]) -> None:
-    """Makes sure that ``value`` is one of ``choices``.
+def one_of(option: str, value: str, choices: Sequence[str]) -> str:
+    """``value``, which has to be one of ``choices``.
 
     Raises:
         ValueError: otherwise.
     """
     if value not in choices:
         raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, choices))}")
+    return value
 
 
 def patterns(option: str, value: str | Sequence[str]) -> tuple[str, ...]:

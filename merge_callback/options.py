@@ -14,6 +14,7 @@ import torch
 
 from merge_callback.checks import (
     not_negative,
+    one_of,
     patterns,
     positive,
     resolve_dtype,
@@ -55,6 +56,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate_with": (),
         "diversity_lag": 2,
         "exclude": (),
+        "lora": "delta",
         "lower_is_better": (),
         "higher_is_better": (),
         "spike": None,
@@ -89,6 +91,7 @@ class Options:
     evaluate_with: tuple[str, ...]
     diversity_lag: int
     exclude: tuple[str, ...]
+    lora: str
     lower_is_better: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     spike: SpikeOptions
@@ -127,6 +130,7 @@ class Options:
             evaluate_with=resolve_classes(given["evaluate_with"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             exclude=patterns("exclude", given["exclude"]),
+            lora=one_of("lora", given["lora"], ("delta", "factors")),
             lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"], given["window"]),

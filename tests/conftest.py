@@ -1,18 +1,33 @@
 """What all tests share."""
 
+import gc
 import json
+from functools import lru_cache
 
 import pytest
 import torch
 from hypothesis import settings
 from killed_run import fit, killable_runs, outcome
+from lightning.fabric.utilities import registry
 
 # The models here are tiny: a second thread only waits, ten times as long where another process has the core.
 torch.set_num_threads(1)
 
+# Every new Trainer searches all installed packages for callbacks.
+registry.entry_points = lru_cache(registry.entry_points)
+
 # The same examples every time, however slow the machine.
 settings.register_profile("suite", deadline=None, derandomize=True, database=None)
 settings.load_profile("suite")
+
+
+def pytest_collection_finish():
+    """Spares the garbage collector what stays to the end: all modules, and the tests themselves."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # else some libraries complain of leaks
 
 
 @pytest.fixture(scope="module")

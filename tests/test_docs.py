@@ -2,6 +2,7 @@
 
 import glob
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from checkpoint_files import ROOT
 from safetensors.torch import save_file
 from training_runs import loader, train
 
@@ -24,8 +26,6 @@ from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.merging import METHODS
 from merge_callback.metrics import METRICS, described
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_generator():
@@ -128,10 +128,26 @@ def write_checkpoints() -> list[Path]:
             torch.save({"state_dict": state, "global_step": step, "pytorch-lightning_version": "2.6.6"}, path)
             written.append(path)
     shutil.copy("run/first.ckpt", "base.ckpt")
+    write_adapters()
     for folder in ("run-a/final", "run-b/final"):
         Path(folder).mkdir(parents=True)
         save_file({"layer.weight": torch.randn(4, 4)}, f"{folder}/model.safetensors")
     return written
+
+
+def write_adapters() -> None:
+    """Three adapters and their base, by the names of their page."""
+    name = "layers.0.q_proj"
+    for index, task in enumerate(("law", "code", "math")):
+        folder = Path("experts") / task
+        folder.mkdir(parents=True)
+        factors = {"A": torch.randn(4, 8), "B": torch.randn(6, 4) + index}
+        tensors = {f"base_model.model.{name}.lora_{f}.weight": t for f, t in factors.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    Path("model").mkdir()
+    save_file({f"{name}.weight": torch.randn(6, 8)}, "model/model.safetensors")
 
 
 MY_METHODS = """

@@ -1,11 +1,16 @@
 """Which rooms of the package may know which: every import points down, and none leads back."""
 
 import ast
+import json
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from itertools import groupby
-from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "merge_callback"
+import pytest
+from checkpoint_files import ROOT
+
+PACKAGE = ROOT / "merge_callback"
 TOP = [
     "transformers",
     "cli",
@@ -86,3 +91,47 @@ def test_frameworks_stay_at_the_rim():
         and not any(str(path.relative_to(PACKAGE)).startswith(f"{place}/") for place in places)
     ]
     assert not strange
+
+
+IMPORTED_WITH_TORCH = """
+import json, os, sys, torch
+for number, names in enumerate(json.loads(sys.argv[1])):
+    if os.fork() == 0:
+        for name in names:
+            __import__(name)
+        print(json.dumps([number, sorted(sys.modules)]), flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0, names
+"""
+"""Imports each list of modules in a process that has imported torch alone."""
+
+NEEDS = {
+    "opening files": ["merge_callback.checkpoints.open", "merge_callback.offline.selection"],
+    "measures of files": [
+        "merge_callback.analysis.pairwise",
+        "merge_callback.analysis.interference",
+        "merge_callback.cli.measures",
+    ],
+    "a window": [name for name in MODULES if room_of(name) == "snapshots"],
+}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The modules that are loaded afterwards, by what is needed."""
+    command = [sys.executable, "-c", IMPORTED_WITH_TORCH, json.dumps([*NEEDS.values()])]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {[*NEEDS][number]: {*names} for number, names in map(json.loads, printed)}
+
+
+@pytest.mark.parametrize("what", NEEDS)
+def test_what_is_slow_to_import_is_not_imported_for(what, loaded):
+    assert loaded[what] >= {*NEEDS[what]}
+    assert not loaded[what] & {
+        "lightning",
+        "pytorch_lightning",
+        "torchmetrics",
+        "transformers",
+        "matplotlib",
+        "triton",
+    }

@@ -51,7 +51,7 @@ def open_bin_folder(folder: Path) -> Checkpoint:
             folder,
             folder / file,
             expected,
-            shard.tensors | {a: shard.tensors[k] for a, k in shard.tied.items()},
+            {**shard.tensors, **{a: shard.tensors[k] for a, k in shard.tied.items()}},
         )
         tensors |= shard.tensors
         tied |= shard.tied

@@ -52,10 +52,11 @@ class Checkpoint:
         prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
             files it then writes, ``copied`` the names it does not average, and ``dtypes`` those of its merges
             by the dtype they are stored in, if it is another.
+        training_state: names of the tensors that were found to be no weights, and are not in ``tensors``.
     """
 
     path: Path
-    tensors: dict[str, Tensor] = field(repr=False)
+    tensors: Mapping[str, Tensor] = field(repr=False)
     tied: dict[str, str]
     step: int | None = None
     tokens: int | None = None
@@ -74,6 +75,7 @@ class Checkpoint:
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
     dtypes: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
+    training_state: Sequence[str] = field(default=(), repr=False)
 
 
 def step_in_name(path: Path, by_word: bool = False) -> int | None:

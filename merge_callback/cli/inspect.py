@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.lora import LoraAdapter
 from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint, verify
 from merge_callback.snapshots.files import printable
@@ -49,6 +50,13 @@ def _layout(checkpoint: Checkpoint) -> list[str]:
         f"files        {', '.join(path.name for path in checkpoint.files)}",
         f"tensors      {len(checkpoint.tensors)} with {count:,} values: {sizes}",
     ]
+    if adapter := LoraAdapter.of(checkpoint):
+        ranks = sorted({layer.matrix.rank for layer in adapter.layers.values()})
+        scales = sorted({layer.matrix.scale for layer in adapter.layers.values()})
+        lines.append(
+            f"adapter      LoRA of {len(adapter.layers)} layers, rank {', '.join(map(str, ranks))}, scale "
+            f"{', '.join(f'{scale:g}' for scale in scales)}; {len(adapter.whole)} tensors replace the base's"
+        )
     if checkpoint.tied:
         lines.append(f"shared       {', '.join(f'{a} = {kept}' for a, kept in checkpoint.tied.items())}")
     if checkpoint.step is not None:

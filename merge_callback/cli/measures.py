@@ -30,6 +30,7 @@ from merge_callback.analysis.tables import (
     source_table,
     write_csv,
 )
+from merge_callback.checkpoints.lora import as_deltas
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
 from merge_callback.offline.alignment import aligned
 from merge_callback.offline.selection import select
@@ -127,7 +128,8 @@ def _lags(asked: int | None, count: int) -> list[int]:
 
 def _interference(parsed: argparse.Namespace) -> int:
     base = open_checkpoint(parsed.base, state_key=parsed.state_key) if parsed.base else None
-    checkpoints = [c for c in _open_all(parsed) if base is None or c.path.resolve() != base.path.resolve()]
+    found = _open_all(parsed, has_base=base is None)
+    checkpoints = [c for c in found if base is None or c.path.resolve() != base.path.resolve()]
     base, *checkpoints = aligned([*([base] if base else []), *checkpoints])
     if len(checkpoints) < 2:
         raise ValueError(
@@ -173,11 +175,13 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
     return f"{name:20}{pair_mean(measure):>10.2f}{cells}{by_chance:>12}".rstrip()
 
 
-def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
+def _open_all(parsed: argparse.Namespace, has_base: bool = False) -> list[Checkpoint]:
+    """The checkpoints to measure; of adapters what they add, and ``has_base`` puts a base of zeros first."""
     selection = select(parsed.checkpoints, parsed.last, parsed.every, keep_order=parsed.keep_order)
     for note in selection.notes:
         print(printable(note), file=sys.stderr)
-    return aligned([open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen])
+    opened = [open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen]
+    return aligned(as_deltas(opened, has_base))
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:

@@ -23,6 +23,7 @@ from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_metho
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames
 from merge_callback.offline.left_out import grouped
+from merge_callback.offline.merge_adapters import merge_adapters, opened_adapters
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.offline.selection import Selection, select
 from merge_callback.snapshots.files import printable
@@ -38,6 +39,7 @@ _KINDS = {
     "every": int,
     "first_step": int,
     "last_step": int,
+    "rank": int,
     "keep_order": bool,
     "keep_all": bool,
     "force": bool,
@@ -63,11 +65,13 @@ _DEFAULTS: dict[str, Any] = {
     "prefix": "",
     "shard_size": None,
     "kind": "safetensors",
+    "rank": None,
     "force": False,
     "quiet": False,
     "imports": [],
 }
 
+_FORMATS = ("safetensors", "lightning", "lora", "model")
 _CHOICE = ("last", "every", "first_step", "last_step", "keep_order", "keep_all")
 _IMPORT_HELP = "modules that register methods of your own"
 _EXAMPLES = """\
@@ -107,7 +111,13 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     )
     add("--prefix", metavar="P", help="put before the names")
     add("--shard-size", metavar="SIZE", help="a larger model is split (as the last checkpoint is, or 5GB)")
-    add("--as", dest="kind", choices=("safetensors", "lightning"), help="format")
+    add("--as", dest="kind", choices=_FORMATS, help="format; of LoRA adapters lora, or model with --base")
+    add(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="of a merged LoRA adapter (the sum of all ranks, which is exact)",
+    )
     add("--force", action="store_true", help="replace the output folder if it is there")
     add("--quiet", action="store_true", help="no progress bar")
     add("--import", dest="imports", nargs="+", metavar="MODULE", help=_IMPORT_HELP)
@@ -149,7 +159,7 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 def _merge(parsed: argparse.Namespace) -> int:
     explicit = vars(parsed)
     given = {**_DEFAULTS, **(_read_config(parsed.config) if "config" in parsed else {}), **explicit}
-    one_of("--as", given["kind"], ("safetensors", "lightning"))
+    one_of("--as", given["kind"], _FORMATS)
     if not given["checkpoints"] or given["output"] is None:
         raise ValueError("name the checkpoints to merge, and the folder to make with --output")
     method = _method(given)
@@ -159,7 +169,7 @@ def _merge(parsed: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of the workers
     try:
-        record = merge_files(job, Path(given["output"]))
+        record = _merged(job, Path(given["output"]))
     except Exception as error:
         if isinstance(error, (ValueError, OSError)) or not (place := _own_line(error, method)):
             raise
@@ -168,14 +178,42 @@ def _merge(parsed: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     left_out = grouped(record["left_out"]).items()
     more = [f"not taken along: {', '.join(names)}: {reason}" for reason, names in left_out]
+    if state := record.get("training_state", []):
+        shown = ", ".join(state[:3]) + " …" * (len(state) > 3)
+        more.append(f"left out as training state: {len(state)} tensors ({shown})")
+    if held := record.get("not_finite", []):
+        more.append(f"copied, as it holds the same NaN or Inf in all checkpoints: {', '.join(held)}")
     _tell(
         [
             *(told if is_quiet else []),
             *more,
+            *_told_error(record.get("lora", {}).get("relative_error", {})),
             f"{given['output']}: {method.name} of {len(record['inputs'])} checkpoints",
         ]
     )
     return 0
+
+
+def _merged(job: Job, output: Path) -> dict[str, Any]:
+    """Merges models, or LoRA adapters if that is what the checkpoints are."""
+    if adapters := opened_adapters(job.checkpoints):
+        return merge_adapters(job, adapters, output)
+    if job.kind in ("lora", "model") or job.rank is not None:
+        option = f"--as {job.kind}" if job.rank is None else "--rank"
+        raise ValueError(f"{option} is for LoRA adapters, and {job.checkpoints[-1]} is none")
+    return merge_files(job, output)
+
+
+def _told_error(errors: Mapping[str, float]) -> list[str]:
+    """What cutting or rounding a merged adapter has changed, if it has."""
+    if not any(errors.values()):
+        return []
+    worst = max(errors, key=lambda layer: errors[layer])
+    mean = sum(errors.values()) / len(errors)
+    return [
+        f"relative error of ΔW: {mean:.3g} in the mean of {len(errors)} layers, {errors[worst]:.3g} at most, "
+        f"in {worst}; all are in merge.json"
+    ]
 
 
 def _tell(lines: Iterable[str]) -> None:
@@ -251,6 +289,7 @@ def _job(
         naming=OutputNames(given["strip_prefix"], given["prefix"]),
         max_shard_bytes=None if size is None else resolve_size("--shard-size", size),
         kind=given["kind"],
+        rank=given["rank"],
         force=given["force"],
         progress=not given["quiet"],
         workers=workers.available(),

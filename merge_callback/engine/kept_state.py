@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
-import random
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import (
@@ -27,6 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
+from merge_callback.engine.random_state import Restore, generator_restore, is_the_run
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
@@ -42,36 +42,8 @@ _CONTAINERS_OF_LIGHTNING = {"AttributeDict"}  # hyperparameters
 
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy"}
 _LIBRARIES |= sys.stdlib_module_names
-_TRAINERS = {"lightning", "lightning_fabric", "pytorch_lightning", "transformers"}
 
 _NO_STATE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
-
-Restore = Callable[[], object]
-
-
-class RandomState:
-    """The present state of the global random generators, and of those that some dataloaders own.
-
-    Args:
-        dataloaders: those of the validation.
-    """
-
-    def __init__(self, dataloaders: Iterable[Any] = ()) -> None:
-        self._python, self._numpy = random.getstate(), np.random.get_state()
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        owners = [owner for dataloader in dataloaders for owner in _owners(dataloader)]
-        self._restores = [r for o in owners if (r := _generator_restore(getattr(o, "generator", None)))]
-
-    def restore(self) -> None:
-        """Restores all of them."""
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
-        for restore in self._restores:
-            restore()
 
 
 @contextmanager
@@ -215,7 +187,7 @@ class _Keeper:
             value: of any type; values that can't be restored are skipped.
             tensors: whether tensors are copied, too.
         """
-        if id(value) in self._seen or isinstance(value, nn.Parameter) or _is_the_run(value):
+        if id(value) in self._seen or isinstance(value, nn.Parameter) or is_the_run(value):
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
@@ -226,7 +198,7 @@ class _Keeper:
         elif isinstance(value, np.ndarray):
             if value.size <= _PLAIN_TENSOR:
                 self.restores.append(_array_restore(value))
-        elif restore := _generator_restore(value):
+        elif restore := generator_restore(value):
             self.restores.append(restore)
         elif _is_container(value):
             self._keep_container(value, tensors)
@@ -277,16 +249,6 @@ def _is_container(value: Any) -> bool:
     return type(value) in _CONTAINERS or type(value).__name__ in _CONTAINERS_OF_LIGHTNING or own
 
 
-def _is_the_run(value: Any) -> bool:
-    """Whether a value leads to the whole run: a trainer (of any subclass), or a part of this package.
-
-    Restoring that would undo what other threads have done meanwhile.
-    """
-    kinds = [(kind.__module__.partition(".")[0], kind.__name__) for kind in type(value).__mro__]
-    is_ours = kinds[0][0] == "merge_callback" and not isinstance(value, nn.Module)
-    return is_ours or any(owner in _TRAINERS and name in ("Trainer", "Fabric") for owner, name in kinds)
-
-
 def _is_of_users(value: Any) -> bool:
     """Whether a value is an object of the user's own class: an environment, a buffer of past steps."""
     if isinstance(value, SimpleNamespace):
@@ -335,22 +297,6 @@ def _container_restore(container: Any) -> Restore:
     return restore
 
 
-def _generator_restore(value: Any) -> Restore | None:
-    if isinstance(value, torch.Generator):
-        state = value.get_state()
-        return lambda: value.set_state(state)
-    if isinstance(value, random.Random):
-        internal = value.getstate()
-        return lambda: value.setstate(internal)
-    if isinstance(value, np.random.RandomState):
-        legacy = value.get_state()
-        return lambda: value.set_state(legacy)
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator.state
-        return lambda: setattr(value.bit_generator, "state", bits)
-    return None
-
-
 def _array_restore(array: np.ndarray) -> Restore:
     kept = array.copy()
     return lambda: np.copyto(array, kept) if array.flags.writeable else None
@@ -368,8 +314,3 @@ def put_back(tensor: Tensor, kept: Tensor) -> None:
     if not torch.equal(tensor, kept):
         with torch.inference_mode(tensor.is_inference()):
             tensor.copy_(kept)
-
-
-def _owners(dataloader: Any) -> list[Any]:
-    sampler, batches = getattr(dataloader, "sampler", None), getattr(dataloader, "batch_sampler", None)
-    return [dataloader, sampler, batches, getattr(batches, "sampler", None)]

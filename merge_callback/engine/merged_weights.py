@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from merge_callback.engine.kept_state import RandomState, kept_weights
+from merge_callback.engine.kept_state import kept_weights
+from merge_callback.engine.random_state import RandomState
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import as_before, in_mode_of_evaluation
 from merge_callback.sharding import Sharding

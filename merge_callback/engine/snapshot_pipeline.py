@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from merge_callback.engine.advice import advice
-from merge_callback.engine.background import Background
+from merge_callback.engine.background import Background, Done
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
@@ -70,7 +69,12 @@ class SnapshotPipeline:
         self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
-        self._merger = WindowMerger(window, options.methods, lag, options.exclude)
+        self._merger = WindowMerger(window, options.methods, lag, options.exclude, options.lora)
+        if apart := self._merger.merged_apart:
+            info(
+                f"merge: {', '.join(apart)} merges the factors A and B of LoRA adapters each for itself; a "
+                "linear method (method='sma') in a run of one process merges what they add together"
+            )
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
@@ -78,7 +82,7 @@ class SnapshotPipeline:
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
         self._advised: list[str] = []
-        self._pending: threading.Event | None = None  # set when the last snapshot is in the window
+        self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
         self._warned_of_waiting = False
@@ -281,7 +285,8 @@ class SnapshotPipeline:
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
             prepared = self._prepared(merge, model.tied)
-            merge.published = self.background.submit(partial(self._publish, merge.step, prepared))
+            done = self.background.submit(partial(self._publish, merge.step, prepared))
+            merge.published = done.wait
 
     def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
         """A function that publishes a merge, or the error that keeps this rank from it."""

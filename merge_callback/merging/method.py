@@ -142,6 +142,10 @@ class LinearMethod(MergeMethod):
             raise ValueError(f"method {self.name!r} needs at least one snapshot to merge, got none")
         return normalised(self.raw_weights(positions))
 
+    def task_vector_weights(self, positions: Sequence[float]) -> list[float]:
+        """What multiplies each task vector, if θ_init is none of the snapshots; they need not sum to 1."""
+        return self.normalised_weights(positions)
+
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
         """The weighted sum, in fp32 (fp64 for fp64 tensors)."""
         one_pass(inputs.tensors, self.normalised_weights(trajectory.positions), out)

@@ -54,6 +54,10 @@ class TaskArithmetic(LinearMethod):
         """The weights of the snapshots; the first one is θ_init."""
         return self._weights(len(positions) - 1)
 
+    def task_vector_weights(self, positions: Sequence[float]) -> list[float]:
+        """λ w_i of every snapshot."""
+        return self._weights(len(positions))[1:]
+
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:
         """The weighted sum, including the base if one is given."""
         if inputs.base is None:

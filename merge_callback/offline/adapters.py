@@ -1,4 +1,4 @@
-"""Whether adapters of peft belong together: their configurations say what their numbers mean."""
+"""Whether adapters of other kinds than LoRA belong together: their configurations say what they mean."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SAYS_NOTHING = {_BASE, "inference_mode", "revision", "auto_mapping", "peft_vers
 
 
 def check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
-    """Makes sure that checkpoints which are adapters are of one kind; says how they are averaged.
+    """Makes sure that checkpoints which are adapters are of one kind. LoRA is merged by ``merge_adapters``.
 
     Args:
         checkpoints: oldest first.
@@ -40,11 +40,6 @@ def check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
             )
     if len(bases := {str(config.get(_BASE)) for config in configs}) > 1:
         warn(f"the adapters are of different base models: {', '.join(sorted(bases))}")
-    if any(".lora_A." in name for name in newest.tensors):
-        warn(
-            "the factors A and B of the adapters are averaged apart, which suits checkpoints of one run: the "
-            "product is not the mean of the products; for that, merge models with the adapters merged in"
-        )
 
 
 def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:

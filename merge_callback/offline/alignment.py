@@ -95,6 +95,8 @@ def _renamed(
 
 def _with_names(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """A checkpoint of the tensors that have a new name."""
+    if all(names.get(name) == name for name in _names(checkpoint)):
+        return checkpoint  # whose tensors may be formed only when they are asked for
     return replace(
         checkpoint,
         tensors={names[name]: tensor for name, tensor in checkpoint.tensors.items() if name in names},

@@ -56,7 +56,9 @@ class Job:
         max_shard_bytes: a larger model is written in several files with an index; default: the files of the
             last checkpoint, if that is a model's folder, else 5 GB.
         state_key: where in the checkpoints the weights are, if there is more than one place.
-        kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint.
+        kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint. Of adapters:
+            ``lora`` for an adapter, as by default, or ``model`` for the base with what they add.
+        rank: of the merged adapter, if it is to be of less than the sum of the ranks, which is exact.
         force: replace what is there.
         progress: show a bar.
         workers: processes that merge, one tensor each at a time; 1: this one.
@@ -71,7 +73,8 @@ class Job:
     naming: OutputNames = field(default_factory=OutputNames)
     max_shard_bytes: int | None = None
     state_key: str | None = None
-    kind: Literal["safetensors", "lightning"] = "safetensors"
+    kind: Literal["safetensors", "lightning", "lora", "model"] = "safetensors"
+    rank: int | None = None
     force: bool = False
     progress: bool = False
     workers: int = 1

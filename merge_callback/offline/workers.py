@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_all_start_methods, get_context
+
+import torch
+from torch import Tensor
 
 _MOST = 8  # beyond that, the memory is busy
 
@@ -54,6 +57,14 @@ def each(job: Callable[[str], None], sizes: Mapping[str, int], workers: int) -> 
     finally:
         pool.shutdown(cancel_futures=True)
         _job = None
+
+
+def numbers(names: Iterable[str]) -> dict[str, Tensor]:
+    """An fp64 number for each name, 0 at first, that the processes of ``each`` can set."""
+    known = list(names)
+    shared = torch.zeros(len(known), dtype=torch.float64)
+    shared.share_memory_()  # type: ignore[no-untyped-call]
+    return dict(zip(known, shared, strict=True))
 
 
 def _run(name: str) -> None:

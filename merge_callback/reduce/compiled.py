@@ -238,12 +238,16 @@ def _in_threads(job: Callable[..., object], work: ctypes.Structure, most: int) -
     """
     arguments = ctypes.byref(work), instructions()
     count = min(torch.get_num_threads(), most)
-    others = [threading.Thread(target=job, args=arguments, name="reduce") for _ in range(1, count)]
-    for thread in others:
-        thread.start()
-    job(*arguments)
-    for thread in others:
-        thread.join()
+    others: list[threading.Thread] = []
+    try:
+        for _ in range(1, count):
+            others.append(threading.Thread(target=job, args=arguments, name="reduce"))
+            others[-1].start()
+        job(*arguments)
+    finally:  # a Ctrl-C comes after the call: the threads must not outlive what they read
+        for thread in others:
+            if thread.ident is not None:  # it was started
+                thread.join()
 
 
 def _combined(work: _Pass) -> Tensor:

@@ -18,9 +18,10 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from merge_callback.engine.advice import gains
-from merge_callback.engine.kept_state import PythonState, RandomState, kept_weights, put_back, reset_metrics
+from merge_callback.engine.kept_state import PythonState, kept_weights, put_back, reset_metrics
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
+from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
 from merge_callback.options import Options

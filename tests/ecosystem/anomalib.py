@@ -16,7 +16,7 @@ from PIL import Image
 from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.lightning_runs import checked
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 def pictures() -> Path:

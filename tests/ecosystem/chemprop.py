@@ -7,7 +7,7 @@ from lightning import pytorch as pl
 from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.lightning_runs import checked
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 def model() -> models.MPNN:

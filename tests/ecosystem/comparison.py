@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tests.training_runs import assert_mean, emissions
+from tests.support.training_runs import assert_mean, emissions
 
 EVERY, WINDOW = 6, 3
 MERGING = {"every_n_steps": EVERY, "window": WINDOW, "keep_last": None, "method": "sma"}

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from merge_callback import load_merge
 from tests.ecosystem.comparison import merge_files, result_path
 from tests.ecosystem.lightning_runs import checked
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 class Denoiser(pl.LightningModule):

@@ -11,7 +11,7 @@ from gluonts.torch import DeepAREstimator
 from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.lightning_runs import checked
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 def waves(count: int) -> ListDataset:

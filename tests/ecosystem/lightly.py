@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.lightning_runs import checked
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 class SimCLR(pl.LightningModule):

@@ -21,7 +21,7 @@ from tests.ecosystem.comparison import (
     assert_same_weights,
     merge_files,
 )
-from tests.training_runs import weights_of
+from tests.support.training_runs import weights_of
 
 
 def checked(

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from tests.ecosystem.comparison import merge_files, result_path
 from tests.ecosystem.lightning_runs import checked
 from tests.ecosystem.small_language import llama, sentences, tokenizer
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 class LoRA(pl.LightningModule):

@@ -10,7 +10,7 @@ from pytorch_forecasting.metrics import QuantileLoss
 from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.lightning_runs import checked
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 def series() -> TimeSeriesDataSet:

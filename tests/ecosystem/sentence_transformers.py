@@ -17,7 +17,7 @@ from merge_callback import load_merge
 from tests.ecosystem.comparison import result_path
 from tests.ecosystem.small_language import sentences, tokenizer
 from tests.ecosystem.transformers_runs import ARGUMENTS, checked, set_threads
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 
 def model() -> SentenceTransformer:

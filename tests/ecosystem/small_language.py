@@ -5,7 +5,7 @@ import random
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.training_runs import seed
+from tests.support.training_runs import seed
 
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "hears", "likes", "small", "big", "red", "old", "tree"]
 

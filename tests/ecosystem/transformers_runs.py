@@ -22,7 +22,7 @@ from tests.ecosystem.comparison import (
     assert_same_weights,
     merge_files,
 )
-from tests.training_runs import weights_of
+from tests.support.training_runs import weights_of
 
 ARGUMENTS = {
     "max_steps": 36, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2 * EVERY,

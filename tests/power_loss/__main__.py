@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent)]  # the modules beside this package, by the names that tests use
+sys.path[:0] = [str(TESTS / "support"), str(TESTS), str(TESTS.parent)]  # as pytest has them
 
 from power_loss.study import run  # noqa: E402
 

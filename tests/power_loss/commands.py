@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from merge_callback.cli.main import main
 
 TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS)] * (str(TESTS) not in sys.path)
+sys.path[:0] = [path for path in (str(TESTS / "support"), str(TESTS)) if path not in sys.path]
 
 from power_loss.checks import Verdict, inspected  # noqa: E402 - found by the line before
 from power_loss.log import Log, Recorder  # noqa: E402

@@ -18,27 +18,21 @@ from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.spike_options import SpikeOptions
+from merge_callback.trainers.lightning.base import LightningCallback
 from merge_callback.trainers.lightning.host import LightningHost
 from merge_callback.trainers.lightning.merged_validation import MergedValidation, taking_part
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
-from merge_callback.trainers.lightning.private import callback_bases, names_of
+from merge_callback.trainers.lightning.private import names_of
 from merge_callback.trainers.lightning.strategies import check_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 
-    class _Callback(Callback): ...
-
-else:
-
-    class _Callback(*callback_bases()):
-        """The ``Callback`` classes of all Lightning packages that are in use."""
-
 
 log = logging.getLogger(__name__)
 
 
-class CheckpointMergeCallback(_Callback):
+class CheckpointMergeCallback(LightningCallback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
     At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one
@@ -107,6 +101,8 @@ class CheckpointMergeCallback(_Callback):
             between the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied.
+        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
+            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
             ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
@@ -141,6 +137,7 @@ class CheckpointMergeCallback(_Callback):
         evaluate_with: Sequence[str | type[Callback]] = (),
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
+        lora: str = "delta",
         lower_is_better: Sequence[str] = (),
         higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | str | bool | dict[str, Any] | None = None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.engine.advice import gains
-from merge_callback.engine.kept_state import RandomState
+from merge_callback.engine.random_state import RandomState
 from merge_callback.messages import info
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation

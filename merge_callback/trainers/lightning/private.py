@@ -87,8 +87,8 @@ def callback_bases() -> tuple[type[Callback], ...]:
     known = known or [name for name in packages if find_spec(name.partition(".")[0]) is not None][:1]
     if not known:
         raise ModuleNotFoundError(
-            "CheckpointMergeCallback needs Lightning: pip install 'merge-callback[lightning]'. For your "
-            "own training loop use merge_callback.CheckpointMerger"
+            "CheckpointMergeCallback and WarmupAdaptiveDecay need Lightning: pip install "
+            "'merge-callback[lightning]'. For your own training loop use merge_callback.CheckpointMerger"
         )
     return tuple(import_module(name).Callback for name in known)
 

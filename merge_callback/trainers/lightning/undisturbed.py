@@ -13,11 +13,10 @@ from torch import Tensor
 
 from merge_callback.engine.kept_state import (
     PythonState,
-    RandomState,
-    Restore,
     kept_weights,
     reset_metrics,
 )
+from merge_callback.engine.random_state import RandomState, Restore
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.trainers.lightning.private import (
     LOGGER_CONNECTOR,

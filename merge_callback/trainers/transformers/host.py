@@ -23,7 +23,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
-from merge_callback.engine.kept_state import PythonState, RandomState, kept_weights, put_back
+from merge_callback.engine.kept_state import PythonState, kept_weights, put_back
+from merge_callback.engine.random_state import RandomState
 from merge_callback.recovery.evidence import copied
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError
 

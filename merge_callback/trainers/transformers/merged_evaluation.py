@@ -12,9 +12,9 @@ from typing import Any
 from transformers import Trainer
 
 from merge_callback.engine.advice import gains
-from merge_callback.engine.kept_state import RandomState
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
+from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
 from merge_callback.options import Options

@@ -1,0 +1,313 @@
+"""Merges of LoRA adapters are those of what they add to the base, and peft loads them."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from training_runs import seed
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from merge_callback import load_merge, merge_state_dicts
+from merge_callback.cli.main import main
+
+peft = pytest.importorskip("peft", reason="needs the extra 'lora'")
+
+COUNT = 3
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+
+
+def llama():
+    seed()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 32}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+
+
+def gpt2():
+    seed()
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        seed()
+        self.embedding = nn.Embedding(11, 6)
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.narrow = nn.Conv2d(4, 4, 1)
+        self.linear = nn.Linear(4, 5)
+
+    def forward(self, input_ids):
+        found = self.narrow(self.conv(self.embedding(input_ids)[:, None]))
+        return self.linear(found.mean((2, 3)))
+
+
+KINDS = {
+    "plain": (llama, {"target_modules": ["q_proj", "v_proj"]}),
+    "rank-stabilised": (llama, {"target_modules": ["q_proj"], "use_rslora": True, "lora_alpha": 3}),
+    "patterns": (
+        llama,
+        {
+            "target_modules": ["q_proj", "down_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 3},
+            "alpha_pattern": {"down_proj": 5},
+        },
+    ),
+    "whole modules": (llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "fan in, fan out": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+    "embedding and convolutions": (Mixed, {"target_modules": ["embedding", "conv", "narrow", "linear"]}),
+}
+IDS = torch.arange(16).view(2, 8) % 11
+
+
+def save_adapters(root, kind, **options):
+    """The base, and adapters with weights of their own as peft saves them; and what each adds, by peft."""
+    make, config = KINDS[kind]
+    base = make()
+    base_state = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    if hasattr(base, "save_pretrained"):
+        base.save_pretrained(root / "base")
+    else:
+        (root / "base").mkdir()
+        save_file(base_state, root / "base/model.safetensors")
+    folders, merged = [], []
+    for index in range(COUNT):
+        model = peft.get_peft_model(make(), peft.LoraConfig(r=2, **config, **options))
+        generator = torch.Generator().manual_seed(index)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+        folders.append(root / f"expert-{'abc'[index]}")
+        model.save_pretrained(folders[-1])
+        merged.append({name: t.clone() for name, t in model.merge_and_unload().state_dict().items()})
+    return make, base_state, folders, merged
+
+
+def merge(folders, output, *options):
+    assert main(["merge", "--quiet", *map(str, folders), "--output", str(output), *map(str, options)]) == 0
+    return json.loads((output / "merge.json").read_text())
+
+
+def loaded(make, folder):
+    """The state of the base with an adapter merged in, by peft."""
+    return peft.PeftModel.from_pretrained(make(), folder).merge_and_unload().state_dict()
+
+
+def assert_close(found, expected, base=None):
+    """Equal to 1e-6 of what was added to the base; of the weights themselves where they were replaced."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        scale = torch.linalg.vector_norm(tensor - (0 if base is None else base[name])).clamp(min=1.0)
+        assert torch.linalg.vector_norm(found[name] - tensor) <= 2e-6 * scale, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("sma", []), ("weighted", ["--weights", "0.5", "0.2", "0.3"]), ("task_arithmetic", ["--scale", "0.7"])],
+    ids=["mean", "weights", "task arithmetic"],
+)
+def test_a_linear_merge_is_that_of_the_models_with_the_adapters_merged_in(kind, method, options, tmp_path):
+    make, base, folders, models = save_adapters(tmp_path, kind)
+    if method == "weighted":
+        expected = merge_state_dicts(models, weights=[0.5, 0.2, 0.3])
+    else:
+        given = {"base": base, "scale": 0.7} if method == "task_arithmetic" else {}
+        expected = merge_state_dicts(models, method, **given)
+    options = ["--method", method, *options] if method != "weighted" else options
+
+    record = merge(folders, tmp_path / "adapter", "--base", tmp_path / "base", *options)
+    merge(folders, tmp_path / "model", "--base", tmp_path / "base", "--as", "model", *options)
+
+    assert_close(loaded(make, tmp_path / "adapter"), expected)
+    model = make()
+    model.load_state_dict(load_merge(tmp_path / "model"), strict=False)
+    assert_close(model.state_dict(), expected)
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert config["r"] == COUNT * 2
+    assert max(record["lora"]["relative_error"].values()) < 1e-6
+
+
+@pytest.mark.parametrize("method", ["ties", "slerp", "dare"])
+def test_a_method_that_is_not_linear_is_applied_to_what_is_added(method, tmp_path):
+    make, base, folders, models = save_adapters(tmp_path, "plain")
+    names = [name for name, tensor in base.items() if not torch.equal(tensor, models[0][name])]
+    deltas = [{name: model[name] - base[name] for name in names} for model in models]
+    zero = {"base": {name: torch.zeros_like(base[name]) for name in names}} if method != "slerp" else {}
+    added = merge_state_dicts(deltas, method, **zero)
+    expected = {name: t + added[name] if name in added else t for name, t in base.items()}
+
+    merge(folders, tmp_path / "model", "--base", tmp_path / "base", "--as", "model", "--method", method)
+    record = merge(folders, tmp_path / "adapter", "--method", method, "--rank", 16)
+
+    assert_close(load_merge(tmp_path / "model"), expected)
+    cut = loaded(make, tmp_path / "adapter")
+    for name in names:
+        rank = 6  # no more than the adapters have together
+        u, values, v = torch.linalg.svd(added[name].double())
+        nearest = (u[:, :rank] * values[:rank]) @ v[:rank] + base[name]
+        torch.testing.assert_close(cut[name], nearest.float(), rtol=1e-5, atol=1e-5)
+        off = float(torch.linalg.vector_norm(values[rank:]) / torch.linalg.vector_norm(values))
+        assert record["lora"]["relative_error"][name.removesuffix(".weight")] == pytest.approx(off, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["plain", "embedding and convolutions", "patterns"])
+def test_an_adapter_of_the_old_rank_is_the_nearest_one_and_its_error_is_told(kind, tmp_path, capsys):
+    make, base, folders, models = save_adapters(tmp_path, kind)
+    mean = merge_state_dicts(models)
+
+    record = merge(folders, tmp_path / "adapter", "--rank", 2)
+
+    found, told = loaded(make, tmp_path / "adapter"), record["lora"]["relative_error"]
+    assert told
+    for module, error in told.items():
+        name = f"{module}.weight"
+        expected, stored = mean[name] - base[name], found[name] - base[name]
+        flat = expected.flatten(1).double()
+        values = torch.linalg.svdvals(flat)
+        off = float(torch.linalg.vector_norm(values[2:]) / torch.linalg.vector_norm(values))
+        assert error == pytest.approx(off, abs=1e-5)
+        size = torch.linalg.vector_norm(expected)
+        assert float(torch.linalg.vector_norm(stored - expected) / size) == pytest.approx(off, abs=1e-5)
+    assert f"{max(told.values()):.3g}" in capsys.readouterr().err
+
+
+def test_adapters_of_other_ranks_scales_and_layers_are_merged_with_zero_where_one_has_none(tmp_path):
+    make, _, folders, models = save_adapters(tmp_path, "plain")
+    other = peft.get_peft_model(
+        make(), peft.LoraConfig(r=3, lora_alpha=1, target_modules=["q_proj", "o_proj"], use_rslora=True)
+    )
+    for name, parameter in other.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    other.save_pretrained(tmp_path / "other")
+    models = [*models, {n: t.clone() for n, t in other.merge_and_unload().state_dict().items()}]
+
+    merge([*folders, tmp_path / "other"], tmp_path / "adapter", "--keep-order")
+
+    assert_close(loaded(make, tmp_path / "adapter"), merge_state_dicts(models))
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert set(config["rank_pattern"].values()) | {config["r"]} == {3, 6, 9}
+
+
+def test_bf16_adapters_of_one_scale_are_merged_without_rounding(tmp_path):
+    _, _, folders, _ = save_adapters(tmp_path, "plain")
+    for folder in folders:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file({n: t.bfloat16() for n, t in tensors.items()}, folder / "adapter_model.safetensors")
+    record = merge(folders, tmp_path / "mean")
+    assert set(record["lora"]["relative_error"].values()) == {0.0}
+    merged = load_file(tmp_path / "mean/adapter_model.safetensors")
+    given = [load_file(folder / "adapter_model.safetensors") for folder in folders]
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, torch.cat([each[name] for each in given], int("lora_B" in name)))
+    record = merge(folders, tmp_path / "weighted", "--weights", 0.5, 0.3, 0.2)
+    assert 0 < max(record["lora"]["relative_error"].values()) < 2**-8
+
+
+# --- what is measured ---------------------------------------------------------------------------------------
+
+
+def test_interference_diversity_and_inspect_look_at_what_adapters_add(tmp_path, capsys):
+    _, base, folders, models = save_adapters(tmp_path, "plain")
+    names = [name for name, tensor in base.items() if not torch.equal(tensor, models[0][name])]
+    for index, model in enumerate([base, *models]):
+        (tmp_path / f"full-{index}").mkdir()
+        save_file({n: model[n] - base[n] for n in names}, tmp_path / f"full-{index}/model.safetensors")
+    full = [tmp_path / f"full-{index}" for index in range(COUNT + 1)]
+
+    def told(command, paths):
+        assert main([command, *map(str, paths)]) == 0
+        return capsys.readouterr().out
+
+    adapters, dense = told("interference", folders), told("interference", full)
+    for measure in ("sign conflict", "overlap", "magnitude ratio", "variance"):
+        (found,), (expected,) = (
+            [line.split() for line in text.splitlines() if line.startswith(measure)]
+            for text in (adapters, dense)
+        )
+        assert found == expected
+    apart, dense = told("diversity", folders), told("diversity", full[1:])
+    assert apart.splitlines()[-3:] == dense.splitlines()[-3:]
+    assert "LoRA of 4 layers, rank 2, scale 4; 0 tensors" in told("inspect", folders[:1])
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    assert main(["merge", "--quiet", *map(str, arguments)]) == 1
+    return capsys.readouterr().err
+
+
+def changed(folder, **config):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"target_parameters": ["w"]}, "mixtures of experts"),
+        ({"lora_alpha": math.nan}, "lora_alpha"),
+        ({"lora_alpha": "9"}, "lora_alpha"),
+        ({"alpha_pattern": {"(q+)+": 4}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(": 4}}, "alpha_pattern"),
+    ],
+)
+def test_adapters_that_mean_something_else_are_refused_by_name(config, told, tmp_path, capsys):
+    _, _, folders, _ = save_adapters(tmp_path, "plain")
+    changed(folders[1], **config)
+    assert told in refused(capsys, *folders, "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_the_base_or_the_other_adapters_is_refused(tmp_path, capsys):
+    _, _, folders, _ = save_adapters(tmp_path, "plain")
+    out = ["--output", tmp_path / "out"]
+    gpt2().save_pretrained(tmp_path / "gpt2")
+    assert "has no 'model.layers.0" in refused(
+        capsys, *folders, "--base", tmp_path / "gpt2", "--as", "model", *out
+    )
+    assert "give --base" in refused(capsys, *folders, "--as", "model", *out)
+    assert "is none" in refused(capsys, tmp_path / "base", tmp_path / "gpt2", "--as", "lora", *out)
+    assert "is no LoRA adapter" in refused(capsys, tmp_path / "base", *folders, *out)
+    assert "--rank" in refused(capsys, *folders, "--rank", 0, *out)
+    changed(folders[0], init_lora_weights="pissa")
+    assert "pissa" in refused(capsys, *folders, "--base", tmp_path / "base", "--as", "model", *out)
+    tensors = load_file(folders[0] / "adapter_model.safetensors")
+    name = next(iter(tensors))
+    save_file(
+        {**tensors, name: torch.full_like(tensors[name], math.nan)}, folders[0] / "adapter_model.safetensors"
+    )
+    assert "NaN" in refused(capsys, *folders, *out)
+    save_file({n: t for n, t in tensors.items() if n != name}, folders[0] / "adapter_model.safetensors")
+    assert "has no lora_" in refused(capsys, *folders, *out)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_an_embedding_that_may_be_the_output_layer_too_is_told(tmp_path, capsys):
+    gpt2().save_pretrained(tmp_path / "base")
+    for index in range(2):
+        model = peft.get_peft_model(gpt2(), peft.LoraConfig(r=2, target_modules=["wte"]))
+        model.save_pretrained(tmp_path / f"{index}", save_embedding_layers=False)
+    folders = [tmp_path / "0", tmp_path / "1"]
+    with pytest.warns(UserWarning, match="output layer shares its weight"):
+        merge(folders, tmp_path / "out", "--base", tmp_path / "base", "--as", "model")
+    names = ["transformer.wte.weight", "lm_head.weight"]
+    tied = gpt2().state_dict()
+    save_file(
+        {n: t for n, t in tied.items() if n != names[1]},
+        tmp_path / "base/model.safetensors",
+        {names[1]: names[0]},
+    )
+    options = ["--base", tmp_path / "base", "--as", "model", "--output", tmp_path / "tied"]
+    assert "one tensor with another" in refused(capsys, *folders, *options)
