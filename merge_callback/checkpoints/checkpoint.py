@@ -74,8 +74,8 @@ class Checkpoint:
     prefix: str = ""
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
-    dtypes: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
     training_state: Sequence[str] = field(default=(), repr=False)
+    dtypes: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
 
 
 def step_in_name(path: Path, by_word: bool = False) -> int | None:

@@ -86,14 +86,6 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
     )
 
 
-def _dtypes(found: object) -> dict[torch.dtype, torch.dtype] | None:
-    if not isinstance(found, dict):
-        return None
-    pairs = {_DTYPES.get(str(stored)): _DTYPES.get(str(merged)) for stored, merged in found.items()}
-    known = {stored: merged for stored, merged in pairs.items() if stored is not None and merged is not None}
-    return known if len(known) == len(found) else None
-
-
 def _complex(path: Path, tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """The complex tensors, which a window keeps as real and imaginary parts.
 
@@ -106,6 +98,14 @@ def _complex(path: Path, tensors: Mapping[str, Tensor], names: Collection[str]) 
         raise CorruptFileError(
             f"{path}: a snapshot does not have the complex tensors it should: {error}"
         ) from None
+
+
+def _dtypes(found: object) -> dict[torch.dtype, torch.dtype] | None:
+    if not isinstance(found, dict):
+        return None
+    pairs = {_DTYPES.get(str(stored)): _DTYPES.get(str(merged)) for stored, merged in found.items()}
+    known = {stored: merged for stored, merged in pairs.items() if stored is not None and merged is not None}
+    return known if len(known) == len(found) else None
 
 
 def _are_texts(found: object) -> bool:

@@ -218,20 +218,17 @@ class _Merging:
             return
         inputs = self.inputs(name)
         linear = isinstance(self.job.method, LinearMethod)
-        if linear and _are_same(inputs) and all_finite(inputs.tensors[-1]):
-            out.copy_(self.newest.tensors[name])  # what did not train stays what it is, to the last bit
-            if all_finite(out):  # else it does not fit the output's dtype
-                return
-        # In a linear merge a value that is not finite shows in the sum.
-        if linear or not self.is_constant(inputs):
+        # What did not train stays as it is, to the last bit. A linear sum shows what is not finite.
+        if _are_same(inputs) if linear else self.is_constant(inputs):
+            out.copy_(self.newest.tensors[name])
+        else:
             self.job.method.merge(inputs, flat_numbers(out), self.trajectory, survey)
-            if all_finite(out):
-                return
+        if not all_finite(out):
             if not self.is_constant(inputs):
                 raise ValueError(
                     f"tensor {inputs.name!r}: the merge does not fit {out.dtype}; choose a wider --dtype"
                 )
-        out.copy_(self.newest.tensors[name])
+            out.copy_(self.newest.tensors[name])
 
     def _merge_vectors(self, name: str, out: Tensor, survey: Any) -> None:
         """Finds a singular vector of spectral norm again, for the merged weight; each of a pair by itself."""
