@@ -99,6 +99,13 @@ def test_files_merge_to_the_very_bits_that_state_dicts_do(tmp_path, checkpoints,
         assert torch.equal(found[name], tensor), name
 
 
+def test_what_is_the_same_in_all_checkpoints_has_to_fit_the_dtype_too(tmp_path, capsys):
+    for step in (1, 2):
+        save_file({"base": torch.full((3,), 1e6)}, tmp_path / f"step={step}.safetensors")
+    assert merge(tmp_path, "--dtype", "fp16", "--output", tmp_path / "out") == 1
+    assert "'base': the merge does not fit torch.float16" in capsys.readouterr().err
+
+
 def test_what_is_the_same_in_all_checkpoints_stays_to_the_last_bit(tmp_path):
     generator = torch.Generator().manual_seed(0)
     base, head = torch.randn(3, 5000, generator=generator), torch.randn(3, 9, generator=generator)
