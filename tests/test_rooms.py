@@ -22,6 +22,7 @@ TOP = [
     "publish",
     "recovery",
     "offline",
+    "moerge",
     "checkpoints",
     "analysis",
 ]

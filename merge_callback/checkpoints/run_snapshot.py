@@ -17,8 +17,10 @@ from merge_callback.checkpoints.frozen_part import with_frozen_part
 from merge_callback.checkpoints.merge_record import MergeRecord
 from merge_callback.checkpoints.reader import OpenOptions, Reader
 from merge_callback.checkpoints.stored_snapshot import open_sharded
+from merge_callback.checks import DTYPES
 from merge_callback.snapshots.files import CorruptFileError
 
+_DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 _CONFIGURATIONS = {CONFIG, GENERATION_CONFIG}
 
 
@@ -68,8 +70,9 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
         raise CorruptFileError(f"{path}: 'published' is {published!r:.100}, expected names and their values")
     keys = ("stripped_prefix", "files", "copied", "complex")
     prefix, texts, copied, paired = (published.get(key) for key in keys)
+    dtypes = _dtypes(published.get("dtypes", {}))
     names = _are_names(copied) and _are_names(paired)
-    if not isinstance(prefix, str | None) or not _are_texts(texts) or not names:
+    if not isinstance(prefix, str | None) or not _are_texts(texts) or not names or dtypes is None:
         raise CorruptFileError(f"{path}: does not say in a known way how merges are published")
     return replace(
         snapshot,
@@ -79,6 +82,7 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
         prefix=prefix or "",
         texts=texts or {},
         copied=frozenset(copied or ()),
+        dtypes=dtypes,
     )
 
 
@@ -94,6 +98,14 @@ def _complex(path: Path, tensors: Mapping[str, Tensor], names: Collection[str]) 
         raise CorruptFileError(
             f"{path}: a snapshot does not have the complex tensors it should: {error}"
         ) from None
+
+
+def _dtypes(found: object) -> dict[torch.dtype, torch.dtype] | None:
+    if not isinstance(found, dict):
+        return None
+    pairs = {_DTYPES.get(str(stored)): _DTYPES.get(str(merged)) for stored, merged in found.items()}
+    known = {stored: merged for stored, merged in pairs.items() if stored is not None and merged is not None}
+    return known if len(known) == len(found) else None
 
 
 def _are_texts(found: object) -> bool:

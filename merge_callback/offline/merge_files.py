@@ -32,6 +32,8 @@ from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.frozen import same_bytes
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
 
+_FEW = 4096  # elements, which tell most tensors that differ
+
 
 @torch.no_grad()
 def merge_files(job: Job, output: Path) -> dict[str, Any]:
@@ -216,16 +218,17 @@ class _Merging:
             return
         inputs = self.inputs(name)
         linear = isinstance(self.job.method, LinearMethod)
-        # In a linear merge a value that is not finite shows in the sum.
-        if linear or not self.is_constant(inputs):
+        # What did not train stays as it is, to the last bit. A linear sum shows what is not finite.
+        if _are_same(inputs) if linear else self.is_constant(inputs):
+            out.copy_(self.newest.tensors[name])
+        else:
             self.job.method.merge(inputs, flat_numbers(out), self.trajectory, survey)
-            if all_finite(out):
-                return
+        if not all_finite(out):
             if not self.is_constant(inputs):
                 raise ValueError(
                     f"tensor {inputs.name!r}: the merge does not fit {out.dtype}; choose a wider --dtype"
                 )
-        out.copy_(self.newest.tensors[name])
+            out.copy_(self.newest.tensors[name])
 
     def _merge_vectors(self, name: str, out: Tensor, survey: Any) -> None:
         """Finds a singular vector of spectral norm again, for the merged weight; each of a pair by itself."""
@@ -238,7 +241,9 @@ class _Merging:
         out.copy_(own[name])
 
     def _dtype(self, tensor: Tensor) -> torch.dtype:
-        return self.job.dtype if self.job.dtype and tensor.is_floating_point() else tensor.dtype
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return self.job.dtype or self.newest.dtypes.get(tensor.dtype, tensor.dtype)
 
 
 class _Model:
@@ -253,6 +258,14 @@ class _Model:
                 inputs = self.merging.inputs(name)
                 if not self.merging.is_constant(inputs):
                     yield inputs
+
+
+def _are_same(inputs: Inputs) -> bool:
+    """Whether a tensor is the same everywhere, also in the base."""
+    first, *others = [*inputs.tensors, *([] if inputs.base is None else [inputs.base])]
+    return all(torch.equal(first[:_FEW], other[:_FEW]) for other in others) and all(
+        torch.equal(first, other) for other in others
+    )
 
 
 def trajectory_of(checkpoints: Sequence[Checkpoint]) -> Trajectory:

@@ -99,6 +99,17 @@ def test_files_merge_to_the_very_bits_that_state_dicts_do(tmp_path, checkpoints,
         assert torch.equal(found[name], tensor), name
 
 
+def test_what_is_the_same_in_all_checkpoints_stays_to_the_last_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base, head = torch.randn(3, 5000, generator=generator), torch.randn(3, 9, generator=generator)
+    for step in (1, 2, 3):
+        save_file({"base": base, "head": head + step}, tmp_path / f"step={step}.safetensors")
+    assert merge(tmp_path, "--output", tmp_path / "out") == 0
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert merged["base"].equal(base)
+    torch.testing.assert_close(merged["head"], head + 2)
+
+
 def test_processes_side_by_side_merge_to_the_same_bits(tmp_path, checkpoints):
     paths, _ = checkpoints
     assert merge(*paths, "--method", "dare", "--output", tmp_path / "one") == 0

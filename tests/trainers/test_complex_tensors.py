@@ -8,6 +8,7 @@ from checkpoint_files import save_distributed
 from distributed_runs import UnevenModule, fit, run_jobs
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file, save_file
+from spiking_runs import FIRES, USED, Line, spiking
 from torch.distributed.fsdp import fully_shard
 from training_runs import Classifier, Probe, assert_same_bits, emissions, loader, seed, train, weights_of
 
@@ -129,6 +130,25 @@ def test_a_merge_of_the_snapshots_files_has_the_complex_tensors_of_the_emission(
     window = sorted((tmp_path / "merges" / "window").glob("step=*.safetensors"))
     assert main(["merge", *map(str, window), "--output", str(tmp_path / "m"), "--quiet"]) == 0
     assert_close(load_merge(tmp_path / "m"), load_merge(tmp_path / "merges" / "latest"))
+
+
+class Turned(Line):
+    """Its features go through a complex filter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = torch.nn.Parameter(torch.ones(5, dtype=torch.complex64))
+
+    def loss(self, batch):
+        filtered = torch.fft.irfft(torch.fft.rfft(batch[0]) * self.spectrum, n=8)
+        return torch.nn.functional.mse_loss(self.net(filtered), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore:merge:")
+def test_complex_weights_are_restored_after_a_spike(tmp_path):
+    run = spiking(tmp_path, module=Turned, steps=FIRES)
+    assert len(run.restores) == 1
+    assert_close(run.watch.weights[FIRES], merge_state_dicts([run.watch.weights[step] for step in USED]))
 
 
 def test_a_trained_tensor_that_safetensors_has_no_dtype_for_is_refused_at_the_start(tmp_path):
