@@ -10,6 +10,8 @@ from hypothesis import settings
 from killed_run import fit, killable_runs, outcome
 from lightning.fabric.utilities import registry
 
+from merge_callback import METHODS
+
 # The models here are tiny: a second thread only waits, ten times as long where another process has the core.
 torch.set_num_threads(1)
 
@@ -57,3 +59,12 @@ def live():
 def survivor(tmp_path_factory, live):
     """The outcome of a run like the killed ones that nobody killed."""
     return live(tmp_path_factory.mktemp("survivor"))["outcome"]
+
+
+@pytest.fixture(autouse=True)
+def same_methods():
+    """Methods that a test registers are gone after it."""
+    known = dict(METHODS)
+    yield
+    for name in METHODS.keys() - known.keys():
+        del METHODS[name]

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merge_callback.analysis.tensor_blocks import BLOCK, one_thread, shared_names, side_by_side
+from merge_callback.analysis.tensor_blocks import BLOCK, as_reals, one_thread, shared_names, side_by_side
 from merge_callback.analysis.top_magnitude import keep_top, thresholds
 from merge_callback.merging.threshold import Part
 
@@ -79,7 +79,7 @@ def interference(
             shape, a task vector that is 0 everywhere or not finite.
     """
     _check(len(checkpoints), top, scope)
-    models = [base, *checkpoints]
+    base, *checkpoints = models = as_reals([base, *checkpoints])
     labels = labels or ["the base", *(f"checkpoint {i + 1}" for i in range(len(checkpoints)))]
     names = shared_names(models, labels)
     tensors = {name: [m[name] for m in models] for name in names if base[name].numel()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.analysis.layer_groups import layer_groups
-from merge_callback.analysis.tensor_blocks import BLOCK, one_thread, shared_names, side_by_side
+from merge_callback.analysis.tensor_blocks import BLOCK, as_reals, one_thread, shared_names, side_by_side
 from merge_callback.diversity.distance import rms_per_tensor
 
 
@@ -62,6 +62,7 @@ def pairwise_distances(
     """
     if len(checkpoints) < 2:
         raise ValueError(f"distances need at least two checkpoints, got {len(checkpoints)}")
+    checkpoints = as_reals(checkpoints)
     names = shared_names(checkpoints, labels or [f"checkpoint {i + 1}" for i in range(len(checkpoints))])
     return PairwiseDistances({name: _distances([c[name] for c in checkpoints], block) for name in names})
 

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from merge_callback.sharding.live import as_real
+
 BLOCK = 1 << 16
 """Elements of each checkpoint read at once: in fp64, ten checkpoints take 5 MiB."""
 
@@ -25,6 +27,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def as_reals(checkpoints: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """The tensors of checkpoints; complex numbers as pairs of real ones."""
+    return [{name: as_real(tensor) for name, tensor in checkpoint.items()} for checkpoint in checkpoints]
 
 
 def shared_names(checkpoints: Sequence[Mapping[str, Tensor]], labels: Sequence[object]) -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merge_callback.checkpoints.containment import contained
@@ -49,7 +50,9 @@ class Checkpoint:
         shards: of a model's folder, the names in each file, and the name of the ``index`` of them.
         left_out: the names of what else lies there, each with the reason why no merge takes it along.
         prefix: of a snapshot, what its run takes off the names it publishes; ``texts`` are the configuration
-            files it then writes, and ``copied`` the names it does not average.
+            files it then writes, ``copied`` the names it does not average, and ``dtypes`` those of its merges
+            by the dtype they are stored in, if it is another.
+        training_state: names of the tensors that were found to be no weights, and are not in ``tensors``.
     """
 
     path: Path
@@ -71,6 +74,8 @@ class Checkpoint:
     prefix: str = ""
     texts: Mapping[str, str] = field(default_factory=dict, repr=False)
     copied: frozenset[str] = frozenset()
+    training_state: Sequence[str] = field(default=(), repr=False)
+    dtypes: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
 
 
 def step_in_name(path: Path, by_word: bool = False) -> int | None:

@@ -30,11 +30,14 @@ class DistributedReader(Reader):
         """
         from merge_callback.checkpoints.dcp_tensors import read_dcp  # takes 0.7 s to import
 
-        tensors, files, place = read_dcp(path, options.spool)
-        stored = Checkpoint(path, tensors, {}, step=self.step(path), files=files, format="dcp")
+        found = read_dcp(path, options.spool)
+        tensors, files = found.tensors, found.files
+        stored = Checkpoint(
+            path, tensors, {}, step=self.step(path), files=files, format="dcp", training_state=found.left_out
+        )
         if (path / PROVENANCE).exists():
             stored = replace(stored, tied=read_record(path).tied(tensors))
-        key = options.state_key if options.state_key is not None else place or None
+        key = options.state_key if options.state_key is not None else found.place or None
         return with_plain_weights(under_key(stored, key), options)
 
     def step(self, path: Path) -> int | None:

@@ -6,7 +6,7 @@ import math
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,24 @@ _MOST_CELLS = 10_000_000
 _BROKEN = (RuntimeError, AssertionError, LookupError, TypeError, ValueError, EOFError, pickle.UnpicklingError)
 
 
-def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor], list[Path], str]:
+class Read(NamedTuple):
+    """What was read of a distributed checkpoint.
+
+    Args:
+        tensors: by name.
+        files: that were read.
+        place: the keys that lead to the one state dict in it, with dots between; empty if names are flat, or
+            of several state dicts.
+        left_out: the names of the tensors that are training state.
+    """
+
+    tensors: dict[str, Tensor]
+    files: list[Path]
+    place: str
+    left_out: list[str]
+
+
+def read_dcp(folder: Path, spool: Path | None = None) -> Read:
     """The tensors of a distributed checkpoint, put together in a temporary file under ``spool``.
 
     Only one saved chunk at a time is in memory. The names are those that DCP gives to nested state
@@ -53,8 +70,7 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
         spool: a folder on a disk with room for all weights; default: ``$TMPDIR``, else ``/var/tmp``.
 
     Returns:
-        The tensors by name, the files that were read, and the keys that lead to the one state dict in it,
-        with dots between; empty if names are flat, or of several state dicts.
+        The tensors and what was found beside them.
 
     Raises:
         ValueError: if ``.metadata`` would run code, or holds no weights.
@@ -68,7 +84,10 @@ def read_dcp(folder: Path, spool: Path | None = None) -> tuple[dict[str, Tensor]
     shapes = {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
     tensors = map_tensors(spool or default_spool(), shapes)
     _fill(folder, metadata, entries, tensors)
-    return tensors, [folder / METADATA, *files], _place(tensors, metadata.planner_data)
+    every = metadata.state_dict_metadata.items()
+    state = sorted(n for n, e in every if isinstance(e, TensorStorageMetadata) and n not in entries)
+    place = _place(tensors, metadata.planner_data)
+    return Read(tensors, [folder / METADATA, *files], place, state)
 
 
 def _weights(folder: Path, metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -62,7 +62,7 @@ def _of_step(step: int, after: Checkpoint, spool: Path | None) -> Checkpoint:
 
 
 def _candidates(step: int, path: Path) -> Iterator[Path]:
-    """What the window, or that of a checkpoint, lists of a step; for one in neither, the only one there is."""
+    """What the window, or that of a checkpoint, lists of a step; of others the only one there is."""
     folder = path.resolve().parent
     manifest = read_manifest(folder)
     listed = [str(record.get("file")) for record in manifest.snapshots]

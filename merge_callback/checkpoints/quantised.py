@@ -30,7 +30,7 @@ _EIGHT_BITS = {
     dtype for name in dir(torch) if name.startswith("float8_e") for dtype in [getattr(torch, name)]
 }
 _CODES = _EIGHT_BITS - {getattr(torch, "float8_e8m0fnu", None)}  # a power of two: always a scale
-_PACKED = (torch.int8, torch.uint8, torch.int16, torch.int32)
+_PACKED = {torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32}
 _SCALES = ("{}_scale_inv", "{}_scale", "{}.scale", "{}_qscale")
 _SCALES_OF_WEIGHT = ("scale_weight", "qscale_weight", "scale")
 _BESIDE = re.compile(
@@ -41,7 +41,7 @@ _BESIDE = re.compile(
 
 _PARTS = re.compile(
     r"(.+\.)?(absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..+)?|SCB|CB|weight_format|qweight"
-    r"|qzeros|g_idx|(\w+_)?qdata|\w+_packed|W_q|weight_zero_point|_packed_params(\..+)?|\w+_blocks|Qidxs(_\d)?)"
+    r"|qzeros|g_idx|(\w+_)?qdata|\w+_packed|W_q|trellis|q_weight|weight_zero_point|_packed_params(\..+)?|\w+_blocks|Qidxs(_\d)?)"
 )
 """Names of codes, and of what they are read with: bitsandbytes, GPTQ, AWQ, HQQ, MXFP4, torchao, …"""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_manifest, segment_of
 from merge_callback.checkpoints.checksums import Recorded, checksums_of_snapshot
@@ -14,8 +17,10 @@ from merge_callback.checkpoints.frozen_part import with_frozen_part
 from merge_callback.checkpoints.merge_record import MergeRecord
 from merge_callback.checkpoints.reader import OpenOptions, Reader
 from merge_callback.checkpoints.stored_snapshot import open_sharded
+from merge_callback.checks import DTYPES
 from merge_callback.snapshots.files import CorruptFileError
 
+_DTYPES = {str(dtype): dtype for dtype in DTYPES.values()}
 _CONFIGURATIONS = {CONFIG, GENERATION_CONFIG}
 
 
@@ -63,17 +68,44 @@ def as_published(snapshot: Checkpoint) -> Checkpoint:
     path, published = manifest.path, manifest.content.get("published", {})
     if not isinstance(published, dict):
         raise CorruptFileError(f"{path}: 'published' is {published!r:.100}, expected names and their values")
-    prefix, texts, copied = (published.get(key) for key in ("stripped_prefix", "files", "copied"))
-    if not isinstance(prefix, str | None) or not _are_texts(texts) or not _are_names(copied):
+    keys = ("stripped_prefix", "files", "copied", "complex")
+    prefix, texts, copied, paired = (published.get(key) for key in keys)
+    dtypes = _dtypes(published.get("dtypes", {}))
+    names = _are_names(copied) and _are_names(paired)
+    if not isinstance(prefix, str | None) or not _are_texts(texts) or not names or dtypes is None:
         raise CorruptFileError(f"{path}: does not say in a known way how merges are published")
     return replace(
         snapshot,
+        tensors={**snapshot.tensors, **_complex(path, snapshot.tensors, paired or ())},
         tied=MergeRecord(path, published, {}).tied(snapshot.tensors),
         segment=segment_of(manifest.record_of(file.name)) or snapshot.segment,
         prefix=prefix or "",
         texts=texts or {},
         copied=frozenset(copied or ()),
+        dtypes=dtypes,
     )
+
+
+def _complex(path: Path, tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The complex tensors, which a window keeps as real and imaginary parts.
+
+    Raises:
+        CorruptFileError: if one can't be complex.
+    """
+    try:
+        return {name: torch.view_as_complex(tensors[name]) for name in names}
+    except (KeyError, RuntimeError) as error:
+        raise CorruptFileError(
+            f"{path}: a snapshot does not have the complex tensors it should: {error}"
+        ) from None
+
+
+def _dtypes(found: object) -> dict[torch.dtype, torch.dtype] | None:
+    if not isinstance(found, dict):
+        return None
+    pairs = {_DTYPES.get(str(stored)): _DTYPES.get(str(merged)) for stored, merged in found.items()}
+    known = {stored: merged for stored, merged in pairs.items() if stored is not None and merged is not None}
+    return known if len(known) == len(found) else None
 
 
 def _are_texts(found: object) -> bool:

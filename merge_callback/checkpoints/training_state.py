@@ -69,7 +69,7 @@ def without_training_state(checkpoint: Checkpoint) -> Checkpoint:
         raise ValueError(f"{checkpoint.path}: {only_state(state)}")
     check_no_repeats(checkpoint.path, {name: tensor.shape for name, tensor in kept.items()})
     tied = {alias: name for alias, name in checkpoint.tied.items() if name in kept}
-    return replace(checkpoint, tensors=kept, tied=tied)
+    return replace(checkpoint, tensors=kept, tied=tied, training_state=sorted(state))
 
 
 def only_state(names: Iterable[str]) -> str:

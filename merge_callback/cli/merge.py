@@ -178,6 +178,11 @@ def _merge(parsed: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     left_out = grouped(record["left_out"]).items()
     more = [f"not taken along: {', '.join(names)}: {reason}" for reason, names in left_out]
+    if state := record.get("training_state", []):
+        shown = ", ".join(state[:3]) + " …" * (len(state) > 3)
+        more.append(f"left out as training state: {len(state)} tensors ({shown})")
+    if held := record.get("not_finite", []):
+        more.append(f"copied, as it holds the same NaN or Inf in all checkpoints: {', '.join(held)}")
     _tell(
         [
             *(told if is_quiet else []),

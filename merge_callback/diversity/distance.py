@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from merge_callback.reduce import one_pass
+from merge_callback.sharding.live import as_real
 
 
 def squared_distances(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> dict[str, float]:
-    """Σ (θ₁ − θ₂)² of every floating-point tensor, summed in fp32 blocks and fp64.
+    """Σ (θ₁ − θ₂)² of every floating-point or complex tensor, summed in fp32 blocks and fp64.
 
     Args:
         theta_1: tensors by name, any shapes and float dtypes.
@@ -24,7 +25,7 @@ def squared_distances(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tenso
     return {
         name: _squared_distance(name, t, theta_2[name])
         for name, t in theta_1.items()
-        if t.is_floating_point()
+        if t.is_floating_point() or t.is_complex()
     }
 
 
@@ -41,7 +42,7 @@ def rms_per_tensor(squares: Tensor, numel: Tensor) -> Tensor:
 def _squared_distance(name: str, a: Tensor, b: Tensor) -> float:
     if a.shape != b.shape:
         raise ValueError(f"tensor {name!r}: shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
-    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
+    a, b = as_real(a.detach()).reshape(-1), as_real(b.detach()).reshape(-1)
     squares = one_pass([a, b], contrast=[-1.0, 1.0], bounds=[a.numel()])
     assert squares is not None
     return float(squares[0])

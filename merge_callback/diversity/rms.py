@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.diversity.distance import rms_per_tensor, squared_distances
+from merge_callback.sharding.live import as_real
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -26,7 +27,8 @@ else:
 
 def rms_diversity(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> float:
     """The model's RMS diversity: the mean of ``rms_per_tensor`` over its tensors (eq. 5)."""
-    metric = RMSDiversity({name: t.numel() for name, t in theta_1.items() if t.is_floating_point()})
+    real = ((name, as_real(tensor)) for name, tensor in theta_1.items())
+    metric = RMSDiversity({name: tensor.numel() for name, tensor in real if tensor.is_floating_point()})
     metric.update(squared_distances(theta_1, theta_2))
     return float(metric.compute())
 

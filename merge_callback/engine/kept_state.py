@@ -6,7 +6,7 @@ import io
 import logging
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from types import (
@@ -146,17 +146,45 @@ def is_metric(part: nn.Module, kind: str = "Metric") -> bool:
     return torchmetrics is not None and isinstance(part, getattr(torchmetrics, kind))
 
 
-def reset_metrics(module: nn.Module, *taking_part: object) -> None:
-    """Resets the torchmetrics of the module, and those that other objects hold."""
-    held = [value for owner in taking_part for value in vars(owner).values()]
-    held += [item for value in held if isinstance(value, (list, tuple)) for item in value]
-    held += [item for value in held if isinstance(value, dict) for item in value.values()]
-    owners = [module, *(value for value in held if isinstance(value, nn.Module))]
-    for part in (part for owner in owners for part in owner.modules()):
-        if is_metric(part):
+def tracker_lengths(module: nn.Module, *taking_part: object) -> dict[nn.Module, int]:
+    """How many metrics each ``MetricTracker`` of the module and of other objects has begun."""
+    parts = _parts(module, *taking_part)
+    return {part: part.n_steps for part in parts if is_metric(part, "MetricTracker")}  # type: ignore[misc]
+
+
+def reset_metrics(
+    module: nn.Module, *taking_part: object, trackers: Mapping[nn.Module, int] | None = None
+) -> None:
+    """Resets the torchmetrics of the module, and those that other objects hold.
+
+    The past metrics of a ``MetricTracker`` stay.
+
+    Args:
+        module: the module.
+        taking_part: the other objects.
+        trackers: their lengths before the last validation. If it began a new metric, so will the next one;
+            else that resets the newest. By default their present lengths.
+    """
+    before = tracker_lengths(module, *taking_part)
+    past = set[nn.Module]()
+    for tracker, length in before.items():
+        count = length - (trackers is None or trackers.get(tracker) == length)
+        for metric in list(tracker)[1 : 1 + count]:  # type: ignore[call-overload]  # the first is the pattern
+            past.update(metric.modules())
+    for part in _parts(module, *taking_part):
+        if is_metric(part) and part not in past:
             part.reset()  # type: ignore[operator]
         if is_metric(part, "MetricCollection"):
             part._state_is_copy = True  # type: ignore[assignment]  # links its compute groups again
+
+
+def _parts(module: nn.Module, *others: object) -> list[nn.Module]:
+    """All modules in a module and in what other objects hold."""
+    held = [value for owner in others for value in vars(owner).values()]
+    held += [item for value in held if isinstance(value, (list, tuple)) for item in value]
+    held += [item for value in held if isinstance(value, dict) for item in value.values()]
+    owners = [module, *(value for value in held if isinstance(value, nn.Module))]
+    return [part for owner in owners for part in owner.modules()]
 
 
 def first_iterator(module: nn.Module) -> object | None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from merge_callback.checks import matches_any
 
 _LOWER = re.compile(
-    r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|entropy|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"
+    r"loss(es)?|errors?|err|ce|bce|xent|crossentropy|nll|perplexity|ppl|bp[bct]|bits_|n?r?mse|r?msle"
     r"|rmsd|mae|s?mape|mdape|w?mape|wape|mase|[wce]er|fid|kid|kld?|divergence|distance|brier|crps|pinball"
     r"|(a|sm)?ece|mce|au(g)?rc|lpips|hausdorff|hd95|chamfer|(min)?[af]de|epe|hinge|logloss|fpr95|regret"
 )
@@ -17,8 +17,16 @@ _HIGHER = re.compile(
     r"|rouge|meteor|map|recall|precision|spearman|pearson|kendall|reward|ndcg|mrr|dice|mcc|kappa|likelihood"
     r"|sensitivity|specificity"
 )
-_TURNED = re.compile(r"neg|negative|negated|minus|inv|inverse|inverted|without|no|free|vs|ratio|gain")
-_FIXED = {"negative_log_likelihood": "nll", "neg_log_likelihood": "nll", "bits_per": "bits_"}
+_TURNED = re.compile(
+    r"neg|negative|negated|minus|inv|inverse|inverted|without|no|free|vs|ratio|gain"
+    r"|gap|drop|std|var|variance|delta|change|count|weight|coef|coeff|coefficient|scale|threshold"
+)
+_FIXED = {
+    "negative_log_likelihood": "nll",
+    "neg_log_likelihood": "nll",
+    "bits_per": "bits_",
+    "cross_entropy": "ce",
+}
 """Terms of several words, each with a single word that means the same."""
 
 
@@ -41,7 +49,7 @@ def sounds_lower(name: str) -> bool | None:
             text = text.replace(term, f"{word} ")
         words += re.findall(r"[a-z0-9]+_?(?= )|[a-z0-9]+", text)
     words += [word.rstrip("0123456789") for word in words]
-    words += [end for word in words for end in ("loss", "error", "entropy") if word.endswith(end)]
+    words += [end for word in words for end in ("loss", "error", "crossentropy") if word.endswith(end)]
     lower, higher, turned = (any(map(p.fullmatch, words)) for p in (_LOWER, _HIGHER, _TURNED))
     lost = re.search(r"(loss(es)?|errors?)$", name.lower()) is not None  # a dice_loss is a loss
     return None if turned or (lower == higher and not lost) else lower

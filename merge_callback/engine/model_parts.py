@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from merge_callback.checks import matches_any
 from merge_callback.sharding import Sharding, local
-from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.capture import ModelTensors, clean_name
+from merge_callback.snapshots.unfit import LOADING
 
 Kind = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a tensor."""
@@ -69,6 +73,32 @@ def global_tensors(model: ModelTensors) -> dict[str, Tensor]:
     }
 
 
+def entries_beside(module: nn.Module, model: ModelTensors) -> str:
+    """What the module's ``state_dict`` has beside parameters and persistent buffers; empty if nothing.
+
+    These are extra states, and what layers save in their own way: the packed weights of quantised ones.
+
+    Returns:
+        One line that says that merges lack it.
+    """
+    found: list[str] = []
+    for prefix, part in module.named_modules():
+        kind, start = type(part), f"{prefix}." if prefix else ""
+        if kind.get_extra_state is not nn.Module.get_extra_state:
+            found.append(f"{start}_extra_state")
+        if kind._save_to_state_dict is not nn.Module._save_to_state_dict:
+            entries: dict[str, Any] = {}
+            with suppress(Exception):  # somebody's own code
+                part._save_to_state_dict(entries, start, True)
+            found += entries
+    known = model.tensors.keys() | model.tied.keys() | model.unfit.keys()
+    names = [name for name in map(clean_name, found) if name not in known]
+    if not names:
+        return ""
+    more = f" and {len(names) - 1} more entries" if len(names) > 1 else ""
+    return f"merge: merges lack {names[0]!r}{more} of state_dict(), no tensors of the model; {LOADING}"
+
+
 def check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
     """Checks that every pattern matches a tensor.
 
@@ -76,7 +106,7 @@ def check_exclude(patterns: Sequence[str], model: ModelTensors) -> None:
         ValueError: for a pattern that matches no tensor.
     """
     for pattern in patterns:
-        if not model.matching([pattern]):
+        if not model.matching([pattern]) and not any(matches_any(name, [pattern]) for name in model.unfit):
             raise ValueError(
                 f"exclude={list(patterns)!r}: {pattern!r} matches no tensor of this model; "
                 f"names look like {next(iter(model.tensors), None)!r}"

@@ -103,8 +103,8 @@ class Plan:
     def counted(self, per_batch: float) -> list[str]:
         """One more line for such a plan."""
         return [
-            f"merge: {per_batch:.3g} optimizer steps per batch (of all optimizers), so a snapshot about "
-            f"every {self.every / per_batch:,.3g} batches" + self._in_this_run(self.every)
+            f"merge: {per_batch:.3g} optimizer step{'s' * (per_batch != 1)} per batch (of all optimizers), "
+            f"so a snapshot about every {self.every / per_batch:,.3g} batches" + self._in_this_run(self.every)
         ]
 
     def warnings(self, tokens_per_step: float | None = None) -> list[str]:

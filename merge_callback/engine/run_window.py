@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from merge_callback.checks import DTYPES
 from merge_callback.engine.model_parts import global_tensors
 from merge_callback.engine.run_folder import RunFolder
 from merge_callback.messages import warn
@@ -66,9 +67,19 @@ def note_publishing(window: Window, naming: Naming, model: ModelTensors, exclude
     if window.store.folder is None or not window.ranks.is_first:
         return
     try:
-        window.folder.published = naming.record(model.tied, model.matching(exclude))
+        published = naming.record(model.tied, model.matching(exclude))
+        window.folder.published = {**published, "dtypes": _dtypes_of_merges(window.store.whole)}
     except Exception as error:  # a foreign configuration, or a full disk: merging the files then needs flags
         log.info("merge: the snapshots do not record how merges are published: %r", error)
+
+
+def _dtypes_of_merges(layout: Layout) -> dict[str, str]:
+    """The dtype of merges by the one that tensors are stored in, if it is one alone and another."""
+    found: dict[torch.dtype, set[torch.dtype]] = {}
+    for group in layout.groups:
+        found.setdefault(group.stored, set()).add(group.dtype)
+    single = {stored: dtypes.pop() for stored, dtypes in found.items() if len(dtypes) == 1}
+    return {str(s): str(d) for s, d in single.items() if s != d and d in DTYPES.values()}
 
 
 def stored_natively(

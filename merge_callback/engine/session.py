@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from merge_callback.engine.background import Background
 from merge_callback.engine.model_parts import (
     check_exclude,
+    entries_beside,
     global_numel,
     own_gradient,
     shapes_of,
@@ -23,6 +24,7 @@ from merge_callback.engine.plan import Plan
 from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.run_window import new_window, note_publishing, restore_window
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
+from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
@@ -39,6 +41,7 @@ from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.unfit import check_unfit
 from merge_callback.snapshots.window import Window
 from merge_callback.spike_options import DEFAULT
 
@@ -48,6 +51,10 @@ _UNSEEN = 256  # batches without a step, after which the user is warned
 
 _PATIENCE = 600.0  # seconds that uploads may take after an exception
 _LAST_UPLOADS = 1500.0  # same at the end of a run with several ranks; the others give up after half an hour
+
+_IF_IT_KEEPS_CHANGING = (
+    ". If a buffer keeps changing its shape, leave it out with register_buffer(persistent=False)"
+)
 
 _MEASURED_OVER = 3  # optimizer steps after which the tokens per step are reported
 _COUNTED_OVER = 8  # batches after which the steps per batch of a manual optimization are reported
@@ -81,6 +88,14 @@ class MergeSession:
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
         check_exclude(options.exclude, model)
+        for line in (check_unfit(model.unfit, options.exclude), entries_beside(host.module, model)):
+            if line:
+                info(line)
+        if self.ranks.size > 1 and (vectors := vectors_of(model.tensors)):
+            info(
+                f"merge: in merges of several ranks, spectral norm's vectors ({min(vectors)}, …) are "
+                "the newest snapshot's; a forward pass in training mode fits them to the merged weights"
+            )
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
         self._names, self._shapes = model.names, shapes_of(model)
         self.clock = TokenClock(options.count_tokens)
@@ -251,8 +266,7 @@ class MergeSession:
             return self
         warn(
             f"merge: the model's tensors have changed since training began: at step {self.step} {change}. "
-            "A new window begins here. If a buffer keeps changing its shape, exclude it from the window with "
-            "register_buffer(persistent=False)"
+            f"A new window begins here{_IF_IT_KEEPS_CHANGING * (' changed ' in f' {change}')}"
         )
         try:
             return MergeSession(self.options, self.host, self._hand_over(), self.folder)

@@ -175,6 +175,11 @@ class SnapshotPipeline:
         """Why there is no merge after ``step`` optimizer steps, and what to do."""
         options, snapshots = self.options, self._window.snapshots
         shorter = f"choose a shorter interval than every_n_{options.unit}={options.every}"
+        if not step:
+            return (
+                "no optimizer step was counted; in a manual optimization, step the optimizers that "
+                "self.optimizers() returns"
+            )
         if not snapshots:
             failed = f"no snapshot was kept in {step} steps"
             return f"{failed}; {shorter}, if no warning above says more"

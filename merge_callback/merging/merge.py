@@ -11,6 +11,7 @@ from torch import Tensor
 from merge_callback.checks import matches_any
 from merge_callback.merging.linear import Weighted
 from merge_callback.merging.method import Inputs, MergeMethod, Trajectory, resolve_method
+from merge_callback.sharding.live import as_real
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def merge_state_dicts(
     if base is not None and "task vectors" not in resolved.needs:
         raise ValueError(f"method {resolved.name!r} uses no base; leave it out")
     newest = state_dicts[-1]
-    kept = {n for n, t in newest.items() if not _averaged(t) or matches_any(n, exclude)}
+    kept = {n for n, t in newest.items() if not is_averaged(t) or matches_any(n, exclude)}
     merged = {
         n: t.clone() if n in kept else torch.empty(t.shape, dtype=t.dtype, device=t.device)
         for n, t in newest.items()
@@ -70,7 +71,7 @@ def merge_state_dicts(
     model = [_inputs(name, state_dicts, base) for name in newest if name not in kept]
     survey = resolved.survey(model, trajectory)
     for inputs in model:
-        resolved.merge(inputs, _flat(merged[inputs.name]), trajectory, survey)
+        resolved.merge(inputs, flat_numbers(merged[inputs.name]), trajectory, survey)
     return merged
 
 
@@ -100,7 +101,8 @@ def _trajectory(
     return Trajectory(positions or even.positions, steps or even.steps)
 
 
-def _averaged(tensor: Tensor) -> bool:
+def is_averaged(tensor: Tensor) -> bool:
+    """Whether a tensor's values have a mean: not those of integers and truth values."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
@@ -108,13 +110,13 @@ def _inputs(
     name: str, state_dicts: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None
 ) -> Inputs:
     device = state_dicts[-1][name].device
-    tensors = [_flat(state_dict[name].detach().to(device)) for state_dict in state_dicts]
-    return Inputs(name, tensors, None if base is None else _flat(base[name].detach().to(device)))
+    tensors = [flat_numbers(state_dict[name].detach().to(device)) for state_dict in state_dicts]
+    return Inputs(name, tensors, None if base is None else flat_numbers(base[name].detach().to(device)))
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat_numbers(tensor: Tensor) -> Tensor:
     """A flat view of a tensor; a complex number counts as two real ones."""
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    return as_real(tensor).reshape(-1)
 
 
 def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:

@@ -169,11 +169,13 @@ def register_method(name: str, reference: str = "") -> Callable[[M], M]:
 
     Raises:
         ValueError: if the name is taken, or is not a string.
-        TypeError: if the class is not a method's or lacks its computation, or if it has an ``__init__`` of
-            its own, which would hide the options that every merge records.
+        TypeError: if it is not used as a decorator; if the class is not a method's or lacks its computation;
+            if it has an ``__init__`` of its own, which would hide the options that every merge records.
     """
     if not isinstance(name, str) or not name:
         raise ValueError(f"a method needs a name, e.g. @register_method('newest'), got {name!r}")
+    if not isinstance(reference, str):  # register_method("newest", Newest) would register nothing
+        raise TypeError(f"register_method is a decorator: @register_method({name!r}) before the class")
 
     def register(method: M) -> M:
         if not (isinstance(method, type) and issubclass(method, MergeMethod)):

@@ -11,6 +11,7 @@ import torch
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checks import matches_any
 from merge_callback.merging import Sma, Weighted, check_alike
+from merge_callback.merging.merge import is_averaged
 from merge_callback.offline.adapters import check_adapters
 from merge_callback.offline.job import Job
 from merge_callback.snapshots.capture import clean_name
@@ -51,7 +52,7 @@ def check_mergeable(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoin
     check_adapters(checkpoints)
     for name, tensor in checkpoints[-1].tensors.items():
         check_storable(name, tensor)
-        if not tensor.is_floating_point() and not matches_any(name, job.exclude):
+        if not is_averaged(tensor) and not matches_any(name, job.exclude):
             _check_equal(name, checkpoints)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.file_names import ADAPTER_CONFIG, PROVENANCE
 from merge_callback.checkpoints.lora import LoraAdapter, plain
 from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.offline.adapter_merge import AdapterMerge
@@ -29,7 +29,8 @@ def opened_adapters(paths: Sequence[Path]) -> list[LoraAdapter]:
         ValueError: if only some are, or one can't be merged.
         OSError: if a file can't be read.
     """
-    if LoraAdapter.of(open_checkpoint(paths[-1])) is None:
+    # Only then are they opened: what is put together from many files, or dequantised, takes minutes.
+    if not (paths[-1] / ADAPTER_CONFIG).exists() or LoraAdapter.of(open_checkpoint(paths[-1])) is None:
         return []
     found = []
     for path in paths:

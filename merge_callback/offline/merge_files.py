@@ -19,6 +19,8 @@ from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
 from merge_callback.checkpoints.safetensors_shards import shard_names
 from merge_callback.checks import matches_any
 from merge_callback.merging import Inputs, LinearMethod, Trajectory
+from merge_callback.merging.merge import flat_numbers, is_averaged
+from merge_callback.merging.power_iteration import recompute, vectors_of
 from merge_callback.offline.alignment import aligned, published_name
 from merge_callback.offline.compatibility import check_mergeable, check_patterns
 from merge_callback.offline.job import Job
@@ -27,7 +29,10 @@ from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, writ
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each
 from merge_callback.snapshots.arena import all_finite
+from merge_callback.snapshots.frozen import same_bytes
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
+
+_FEW = 4096  # elements, which tell most tensors that differ
 
 
 @torch.no_grad()
@@ -107,11 +112,20 @@ class _Merging:
             [name for checkpoint in reversed(given) for name in checkpoint.tensors],
             [self.published(name) for name in (*self.newest.tensors, *self.newest.tied)],
         )
+        self.recomputed = {
+            name: names
+            for name, names in vectors_of(self.newest.tensors).items()
+            if not any(n in self.newest.copied or matches_any(n, job.exclude) for n in (name, names[0]))
+        }
         self.copied = {
             name
             for name, tensor in self.newest.tensors.items()
-            if not tensor.is_floating_point() or name in self.newest.copied or matches_any(name, job.exclude)
-        }
+            if not is_averaged(tensor) or name in self.newest.copied or matches_any(name, job.exclude)
+        } - self.recomputed.keys()
+        # Of each tensor, whether it is not finite and the same everywhere; workers are other processes.
+        self._constant = torch.zeros(len(self.newest.tensors), dtype=torch.bool)
+        self._constant.share_memory_()  # type: ignore[no-untyped-call]
+        self._places = {name: place for place, name in enumerate(self.newest.tensors)}
 
     def published(self, name: str) -> str:
         """A tensor's name in the output."""
@@ -142,16 +156,41 @@ class _Merging:
                 files.done(published)
                 bar.update(len(self.checkpoints) * self.newest.tensors[names[published]].nbytes)
 
+    @property
+    def not_finite(self) -> set[str]:
+        """What holds NaN or Inf, the same in all checkpoints, and is copied therefore: buffers and masks."""
+        return {name for name, place in self._places.items() if self._constant[place]}
+
+    def is_constant(self, inputs: Inputs) -> bool:
+        """Whether a tensor is not finite, but has the same bits everywhere.
+
+        Raises:
+            ValueError: if it is not finite, and differs.
+        """
+        sources = [*self.checkpoints, *([self.base] if self.base else [])]
+        tensors = [*inputs.tensors, *([inputs.base] if inputs.base is not None else [])]
+        spoilt = [s for s, tensor in zip(sources, tensors, strict=True) if not all_finite(tensor)]
+        if not spoilt:
+            return False
+        if len(spoilt) == len(tensors) and all(same_bytes(tensors[0], other) for other in tensors[1:]):
+            self._constant[self._places[inputs.name]] = True
+            return True
+        raise ValueError(
+            f"tensor {inputs.name!r} of {spoilt[0].path} holds NaN or Inf; leave that checkpoint "
+            "out, or copy the tensor with --exclude"
+        )
+
     def inputs(self, name: str) -> Inputs:
         """One tensor of all checkpoints."""
-        tensors = [checkpoint.tensors[name].reshape(-1) for checkpoint in self.checkpoints]
-        return Inputs(name, tensors, None if self.base is None else self.base.tensors[name].reshape(-1))
+        tensors = [flat_numbers(checkpoint.tensors[name]) for checkpoint in self.checkpoints]
+        return Inputs(name, tensors, None if self.base is None else flat_numbers(self.base.tensors[name]))
 
     def record(self) -> dict[str, Any]:
         """The provenance."""
         method = self.job.method
         linear = isinstance(method, LinearMethod) and self.base is None
         positions = self.trajectory.positions
+        state = {name for checkpoint in self.checkpoints for name in checkpoint.training_state}
         return {
             "format": 1,
             "method": {"name": method.name, "options": method.options(), "reference": method.reference},
@@ -161,7 +200,10 @@ class _Merging:
             "positions": list(positions),
             "step": self.newest.step,
             "tokens": self.newest.tokens,
-            "copied": sorted(self.copied),
+            "copied": sorted(self.copied.union(self.not_finite)),
+            **({"not_finite": sorted(self.not_finite)} if self.not_finite else {}),
+            **({"recomputed": sorted(self.recomputed)} if self.recomputed else {}),
+            **({"training_state": sorted(state)} if state else {}),
             "stripped_prefix": self.job.naming.strip or "",
             "prefix": self.job.naming.prefix,
             "versions": versions(),
@@ -171,29 +213,37 @@ class _Merging:
         if name in self.copied:
             out.copy_(self.newest.tensors[name])
             return
+        if name in self.recomputed:
+            self._merge_vectors(name, out, survey)
+            return
         inputs = self.inputs(name)
         linear = isinstance(self.job.method, LinearMethod)
-        if not linear:  # elsewhere a value that is not finite shows in the sum
-            self._check_finite(inputs)
-        self.job.method.merge(inputs, out.view(-1), self.trajectory, survey)
+        # What did not train stays as it is, to the last bit. A linear sum shows what is not finite.
+        if _are_same(inputs) if linear else self.is_constant(inputs):
+            out.copy_(self.newest.tensors[name])
+        else:
+            self.job.method.merge(inputs, flat_numbers(out), self.trajectory, survey)
         if not all_finite(out):
-            self._check_finite(inputs)
-            raise ValueError(
-                f"tensor {inputs.name!r}: the merge does not fit {out.dtype}; choose a wider --dtype"
-            )
-
-    def _check_finite(self, inputs: Inputs) -> None:
-        sources = [*self.checkpoints, *([self.base] if self.base else [])]
-        tensors = [*inputs.tensors, *([inputs.base] if inputs.base is not None else [])]
-        for checkpoint, tensor in zip(sources, tensors, strict=True):
-            if not all_finite(tensor):
+            if not self.is_constant(inputs):
                 raise ValueError(
-                    f"tensor {inputs.name!r} of {checkpoint.path} holds NaN or Inf; leave that checkpoint "
-                    "out, or copy the tensor with --exclude"
+                    f"tensor {inputs.name!r}: the merge does not fit {out.dtype}; choose a wider --dtype"
                 )
+            out.copy_(self.newest.tensors[name])
+
+    def _merge_vectors(self, name: str, out: Tensor, survey: Any) -> None:
+        """Finds a singular vector of spectral norm again, for the merged weight; each of a pair by itself."""
+        weight, *vectors = self.recomputed[name]
+        own = {n: self.newest.tensors[n].to(self._dtype(self.newest.tensors[n]), copy=True) for n in vectors}
+        stored = self.newest.tensors[weight]
+        own[weight] = torch.empty(stored.shape, dtype=self._dtype(stored))
+        self._merge(weight, own[weight], survey)
+        recompute([self.recomputed[name]], own.__getitem__)
+        out.copy_(own[name])
 
     def _dtype(self, tensor: Tensor) -> torch.dtype:
-        return self.job.dtype if self.job.dtype and tensor.is_floating_point() else tensor.dtype
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        return self.job.dtype or self.newest.dtypes.get(tensor.dtype, tensor.dtype)
 
 
 class _Model:
@@ -204,10 +254,18 @@ class _Model:
 
     def __iter__(self) -> Iterator[Inputs]:
         for name in self.merging.newest.tensors:
-            if name not in self.merging.copied:
+            if name not in self.merging.copied and name not in self.merging.recomputed:
                 inputs = self.merging.inputs(name)
-                self.merging._check_finite(inputs)
-                yield inputs
+                if not self.merging.is_constant(inputs):
+                    yield inputs
+
+
+def _are_same(inputs: Inputs) -> bool:
+    """Whether a tensor is the same everywhere, also in the base."""
+    first, *others = [*inputs.tensors, *([] if inputs.base is None else [inputs.base])]
+    return all(torch.equal(first[:_FEW], other[:_FEW]) for other in others) and all(
+        torch.equal(first, other) for other in others
+    )
 
 
 def trajectory_of(checkpoints: Sequence[Checkpoint]) -> Trajectory:

@@ -19,7 +19,7 @@ from merge_callback.publish.hugging_face import find_pretrained, write_config
 from merge_callback.publish.provenance import emission_name, provenance
 from merge_callback.sharding import Ranks, Sharding
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.capture import tensor_names
+from merge_callback.snapshots.capture import complex_names, tensor_names
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.mapped_tensors import map_safetensors
 from merge_callback.snapshots.merge import Merge
@@ -31,13 +31,15 @@ _PIECE = 1 << 26  # bytes of an emission that are read out of a device at once
 class Naming:
     """The prefix taken off published names, and what else a model's loader needs beside the weights.
 
-    ``adapter`` is that of peft, if the module trains one.
+    ``adapter`` is that of peft, if the module trains one. ``complex`` names the complex tensors, which a
+    window keeps as real and imaginary parts.
     """
 
     prefix: str = ""
     add_files: Callable[[Path], None] | None = None
     further_files: Mapping[str, bytes] = field(default_factory=dict)
     adapter: Adapter | None = None
+    complex: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -69,7 +71,7 @@ class Naming:
                 )
             prefix = ""  # a second head beside the Hugging Face model's own, say
         add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
-        return cls(prefix, add_files, further_files or {}, Adapter.of(module))
+        return cls(prefix, add_files, further_files or {}, Adapter.of(module), complex_names(module))
 
     def published(self, name: str) -> str:
         """A tensor's name in the emission."""
@@ -94,7 +96,17 @@ class Naming:
             with tempfile.TemporaryDirectory() as folder:
                 self.add_files(Path(folder))
                 texts = {path.name: path.read_text() for path in sorted(Path(folder).iterdir())}
-        return {"tied": dict(tied), "stripped_prefix": self.prefix, "copied": sorted(copied), "files": texts}
+        return {
+            "tied": dict(tied),
+            "stripped_prefix": self.prefix,
+            "copied": sorted(copied),
+            "files": texts,
+            **({"complex": sorted(self.complex)} if self.complex else {}),
+        }
+
+    def as_they_are(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A window's tensors with the dtypes and shapes that the model's have."""
+        return {n: torch.view_as_complex(t) if n in self.complex else t for n, t in tensors.items()}
 
 
 def _names_that_meet(names: Sequence[str], prefix: str) -> list[str]:
@@ -145,6 +157,7 @@ class Exporter:
             record.pop("diversity", None),
             copied=merge.copied,
             **({"lora": {"products": merge.lora_products}} if merge.lora_products else {}),
+            **({"recomputed": merge.recomputed} if merge.recomputed else {}),
             stripped_prefix=self._naming.prefix,
             **record,
         )
@@ -188,9 +201,12 @@ class Exporter:
     def _write_distributed(self, arena: Arena, publish: Callable[..., Path]) -> Path | None:
         from merge_callback.publish.distributed import write_distributed  # costs most of a second
 
-        own, outside, ranks = arena.tensors(), self._naming.published, self._ranks
-        parts = {outside(name): tensor for name, tensor in own.items()}
-        pieces = {outside(name): self._sharding.kept[name] for name in own}
+        outside, ranks = self._naming.published, self._ranks
+        parts, pieces = {}, {}
+        for name, tensor in arena.tensors().items():
+            piece, is_complex = self._sharding.kept[name], name in self._naming.complex
+            parts[outside(name)] = torch.view_as_complex(tensor.view(-1, 2)) if is_complex else tensor
+            pieces[outside(name)] = piece.of_complex if is_complex else piece
         folder: Path | None = None
 
         def write(draft: Path) -> dict[str, str]:
@@ -219,7 +235,9 @@ class _Model:
         self._sharding, self._layout, self._frozen = sharding, arena.layout, _frozen_layout(arena)
         places = {n: p for n, p in self._frozen.places.items() if n in arena.shared} if self._frozen else {}
         dtypes = {n: group.dtype for n, (group, _) in (*arena.layout.places.items(), *places.items())}
-        whole = {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
+        whole = naming.as_they_are(
+            {n: torch.empty(sharding.wholes[n], dtype=d, device="meta") for n, d in dtypes.items()}
+        )
         self.files = ModelFiles({naming.published(n): t for n, t in whole.items()}, max_shard_bytes)
         self.inside = {naming.published(name): name for name in whole}
         self._names = [[self.inside[name] for name in shard] for shard in self.files.shards]

@@ -8,8 +8,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """A DTensor's local part, which shares its memory; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # importing its class is costly
+    """A DTensor's local part, which shares its memory; any other tensor itself. Complex ones ``as_real``."""
+    return as_real(tensor.to_local() if hasattr(tensor, "to_local") else tensor)  # its class is costly
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of real and imaginary parts, in its own memory; any other tensor itself."""
+    is_pairs = tensor.is_complex() and tensor.layout == torch.strided
+    return torch.view_as_real(tensor) if is_pairs else tensor
 
 
 def overwrite(tensor: Tensor, values: Tensor) -> None:

@@ -58,6 +58,19 @@ class Piece:
         """Elements ``start`` to ``stop`` of the flattened tensor."""
         return cls(tuple(whole), tuple(_boxes(tuple(whole), start, stop)), start)
 
+    @classmethod
+    def of_pairs(cls, complex_one: Piece) -> Piece:
+        """The part of a tensor of real and imaginary parts that is a part of the complex one."""
+        boxes = tuple(Box((*box.offset, 0), (*box.shape, 2)) for box in complex_one.boxes)
+        start = None if complex_one.start is None else 2 * complex_one.start
+        return cls((*complex_one.whole, 2), boxes, start)
+
+    @property
+    def of_complex(self) -> Piece:
+        """The inverse of ``of_pairs``; a piece that splits no pair."""
+        boxes = tuple(Box(box.offset[:-1], box.shape[:-1]) for box in self.boxes)
+        return Piece(self.whole[:-1], boxes, None if self.start is None else self.start // 2)
+
     @property
     def numel(self) -> int:
         """Elements in the piece."""

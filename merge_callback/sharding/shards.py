@@ -30,8 +30,10 @@ def local_piece(tensor: Tensor, flat: Mapping[int, Piece]) -> tuple[Tensor, Piec
         shape, offset = compute_local_shape_and_global_offset(
             tensor.shape, tensor.device_mesh, tensor.placements
         )
-        return local(tensor).data, Piece.box(tensor.shape, offset, shape)
-    return tensor.data, flat.get(id(tensor)) or Piece.all_of(tensor.shape)
+        piece = Piece.box(tensor.shape, offset, shape)
+    else:
+        piece = flat.get(id(tensor)) or Piece.all_of(tensor.shape)
+    return local(tensor).data, Piece.of_pairs(piece) if tensor.is_complex() else piece
 
 
 def flat_pieces(root: nn.Module) -> dict[int, Piece]:

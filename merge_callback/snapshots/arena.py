@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from merge_callback.sharding.live import overwrite
+from merge_callback.sharding.live import as_real, overwrite
 from merge_callback.snapshots.layout import Group, Layout
 
 
@@ -231,7 +231,7 @@ def all_finite(tensor: Tensor, block: int = 1 << 24) -> bool:
     # float8 tensor, whose reductions want another dtype.
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return True
-    flat = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
+    flat = as_real(tensor).reshape(-1)
     for start in range(0, flat.numel(), block):
         piece = flat[start : start + block]
         piece = piece.float() if piece.dtype.itemsize == 1 else piece

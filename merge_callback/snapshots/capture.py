@@ -8,7 +8,6 @@ from functools import partial
 from operator import is_
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -16,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from merge_callback.checks import matches_any
 from merge_callback.sharding.live import local
 from merge_callback.sharding.pieces import Piece
+from merge_callback.snapshots.unfit import Unfit, is_plain_array, why_unfit
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Name parts that ``torch.compile``, activation checkpointing and FSDP put in: no part of the model."""
@@ -28,10 +28,12 @@ _HOLDERS = ("_parameters", "_buffers", "_modules")
 class ModelTensors:
     """The tensors of a module that are saved: parameters and persistent buffers, each once.
 
-    ``tensors`` maps a clean name to the live tensor, if it is sharded to this rank's shard (a plain
-    tensor); ``pieces`` says which part of the whole that is. ``tied`` maps every further name of a shared
-    tensor to the name it is kept under. ``frozen`` names the parameters that take no gradient now,
-    ``buffers`` the persistent buffers; ``transient`` holds the buffers that are not saved (caches and masks).
+    ``tensors`` maps a clean name to the live tensor: if it is sharded, to this rank's shard (a plain tensor);
+    if it is complex, to its real and imaginary parts (a last dimension of 2). ``pieces`` says which part of
+    the whole that is. ``tied`` maps every further name of a shared tensor to the name it is kept under.
+    ``frozen`` names the parameters that take no gradient now, ``buffers`` the persistent buffers;
+    ``transient`` holds the buffers that are not saved (caches and masks). ``unfit`` says of tensors that no
+    snapshot can hold why not, ``has_lazy`` whether some have no shape yet (``nn.LazyLinear``).
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -40,6 +42,8 @@ class ModelTensors:
     frozen: set[str] = field(default_factory=set)
     buffers: set[str] = field(default_factory=set)
     transient: list[Tensor] = field(default_factory=list)
+    unfit: dict[str, Unfit] = field(default_factory=dict)
+    has_lazy: bool = False
     names: dict[int, str] = field(default_factory=dict)
     """By the ``id`` of the module's own tensors, as its optimizers know them."""
 
@@ -59,20 +63,23 @@ class ModelTensors:
             root: what a strategy has wrapped it in, if that is another module.
 
         Raises:
-            ValueError: if a tensor is sparse, or has no values yet (lazy, or on the meta device).
+            ValueError: if a tensor has no values (on the meta device).
         """
         found, local_piece = cls(), _local_pieces(root or module)
         for name, tensor in _saved_tensors(module):
-            if tensor.is_meta or is_lazy(tensor):
+            if is_lazy(tensor):
+                found.has_lazy = True  # the first forward pass gives it a shape
+                continue
+            if tensor.is_meta:
                 raise ValueError(
-                    f"tensor {name!r} holds no values yet (lazy or meta); "
+                    f"tensor {name!r} has no values (it is on the meta device); "
                     "materialise the model before training starts"
                 )
-            if tensor.layout != torch.strided:
-                raise ValueError(
-                    f"tensor {name!r} has the layout {tensor.layout}, which snapshots can't hold; "
-                    "register it with persistent=False, or make it dense"
-                )
+            if reason := why_unfit(tensor):
+                found.unfit[name] = Unfit(reason, tensor.requires_grad)
+                if not isinstance(tensor, nn.Parameter) and is_plain_array(tensor):
+                    found.transient.append(tensor)
+                continue
             first = found.names.setdefault(id(tensor), name)
             if first != name:
                 found.tied[name] = first
@@ -82,7 +89,7 @@ class ModelTensors:
                 found.frozen.add(name)
             if not isinstance(tensor, nn.Parameter):
                 found.buffers.add(name)
-        found.transient = [b for part in module.modules() for b in _transient_buffers(part)]
+        found.transient += [b for part in module.modules() for b in _transient_buffers(part)]
         return found
 
 
@@ -115,7 +122,8 @@ class LiveModel:
             ValueError: as ``ModelTensors.of``.
         """
         self._reshard()
-        if self._found is None or not self._is_as_found():
+        # A lazy parameter gets its values in place.
+        if self._found is None or self._found.has_lazy or not self._is_as_found():
             self._found = None  # in case that what follows raises
             self._find(found := ModelTensors.of(self._module, self._root))
             if self._found is None:
@@ -133,7 +141,8 @@ class LiveModel:
         if not all(isinstance(part.get(name), dict) for part in self._parts for name in _HOLDERS):
             return  # TorchScript makes up what a module holds at each look
         self._content, self._reshard = _content(self._parts), _resharding(self._root)
-        own = {found.names[id(tensor)]: tensor for _, tensor in _saved_tensors(self._module)}
+        saved = (tensor for _, tensor in _saved_tensors(self._module) if id(tensor) in found.names)
+        own = {found.names[id(tensor)]: tensor for tensor in saved}
         self._parameters = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
         self._sharded = {name: tensor for name, tensor in own.items() if local(tensor) is not tensor}
         self._found = replace(found, tensors=own, pieces={})
@@ -164,6 +173,11 @@ def tensor_names(module: nn.Module) -> list[str]:
     return list(names.values())
 
 
+def complex_names(module: nn.Module) -> frozenset[str]:
+    """The names of the complex tensors of ``module``."""
+    return frozenset(name for name, tensor in _saved_tensors(module) if tensor.is_complex())
+
+
 def clean_name(name: str) -> str:
     """``name`` without the parts that wrappers put into it.
 
@@ -178,7 +192,7 @@ def _local_pieces(root: nn.Module) -> Callable[[Tensor], tuple[Tensor, Piece]]:
     if not _is_distributed():
         # Not detach(): that one shares the version counter, and a graph kept across a merged validation would
         # no longer run backward, though every bit is back.
-        return lambda tensor: (tensor.data, Piece.all_of(tensor.shape))
+        return lambda tensor: ((own := local(tensor).data), Piece.all_of(own.shape))
     from merge_callback.sharding.shards import flat_pieces, local_piece  # costs most of a second
 
     _resharding(root)()

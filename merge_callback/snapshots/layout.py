@@ -26,8 +26,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.complex64: "C64",
 }
-"""The dtypes a snapshot can hold, by their names in a safetensors header."""
+"""The dtypes a file can hold, by their names in a safetensors header; a snapshot has pairs for complex64."""
 
 _FP16_UNIT = 2.0**-10
 
@@ -289,9 +290,10 @@ def check_storable(name: str, tensor: Tensor) -> None:
         ValueError: for a dtype that it can't, or the name ``__metadata__``.
     """
     if tensor.dtype not in DTYPE_NAMES:
+        other = torch.complex64 if tensor.is_complex() else torch.float32
         raise ValueError(
-            f"tensor {name!r} has dtype {tensor.dtype}, which a snapshot cannot hold; "
-            f"register it as a non-persistent buffer, or keep it as {torch.float32} "
+            f"tensor {name!r} has dtype {tensor.dtype}, which a safetensors file cannot hold; "
+            f"register it as a non-persistent buffer, or keep it as {other} "
             f"(supported: {', '.join(str(d).removeprefix('torch.') for d in DTYPE_NAMES)})"
         )
     if name == "__metadata__":

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merge_callback.diversity import rms_per_tensor
 from merge_callback.merging import LinearMethod, MergeMethod, Trajectory
-from merge_callback.snapshots.arena import Arena
+from merge_callback.merging.power_iteration import recompute, vectors_of
+from merge_callback.snapshots.arena import Arena, all_finite
 from merge_callback.snapshots.arena_merge import in_common, merge_arenas, merge_tensors
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors
@@ -33,8 +34,9 @@ class Merge:
 
     It owns its arena until it is published, if it is to be. Whoever hands it in for that sets ``published``,
     which waits for it. The next merge is written to the same memory. ``weights`` are the snapshots' if the
-    method is linear, else ``None``. ``lora_products`` counts the pairs of LoRA factors that were merged by
-    their product.
+    method is linear, else ``None``. ``copied`` names what is the newest snapshot's, ``recomputed`` the
+    singular vectors of spectral norm that were found again for the merged weights. ``lora_products`` counts
+    the pairs of LoRA factors that were merged by their product.
     """
 
     arena: Arena
@@ -44,6 +46,7 @@ class Merge:
     copied: list[str]
     lora_products: int = 0
     published: Callable[[], object] | None = field(default=None, repr=False, compare=False)
+    recomputed: list[str] = field(default_factory=list)
 
     def wait(self) -> None:
         """Waits until nobody reads the arena any more."""
@@ -80,6 +83,7 @@ class WindowMerger:
         self.first_rms: float | None = None  # what the diversity is compared with
         self.diversity: dict[str, Any] | None = None
         self._numel = {name: s.numel for name, (_, s) in window.store.whole.places.items()}
+        self._vectors = vectors_of(self._numel)
         self._merge: Merge | None = None
         self._made: Merge | None = None  # the last one, which may still be published, though forgotten
         self._out: Arena | None = None
@@ -110,7 +114,9 @@ class WindowMerger:
 
         All ranks have to ask.
         """
-        return self._copied(model, self.window.snapshots[0], self.window.snapshots[-1])
+        return (
+            self._copied(model, [self.window.snapshots[0], self.window.snapshots[-1]]) - self._vectors.keys()
+        )
 
     def current(self, model: ModelTensors) -> Merge | None:
         """The merge of the window as it is; ``None`` with fewer than two snapshots to merge."""
@@ -137,7 +143,7 @@ class WindowMerger:
             own = self.sharding.own(model.tensors)
             snapshots[-1].arena.check(own)
             weights = method.normalised_weights(positions(snapshots))
-            return own, weights, self._copied(model, snapshots[0], snapshots[-1])
+            return own, weights, self._copied(model, snapshots)
 
         own, weights, copied = self.ranks.agreed(prepare)
         arenas = self._arenas(snapshots[-1])
@@ -162,7 +168,7 @@ class WindowMerger:
         if made is not None and (made.snapshots[0], made.snapshots[-1]) == pair:
             ignored = model.buffers.union(made.copied)
         else:
-            ignored = self._copied(model, *pair) | model.buffers
+            ignored = self._copied(model, pair) | model.buffers
         return {n: squares[n] for n in self._numel if n in squares and n not in ignored}
 
     def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
@@ -170,7 +176,7 @@ class WindowMerger:
         snapshots = self.window.segment()
         if len(snapshots) < 2:
             return None
-        copied = self._copied(model, snapshots[0], snapshots[-1])  # first: all ranks have a say in it
+        copied = self._copied(model, snapshots)  # first: all ranks have a say in it
         method = self.methods[snapshots[-1].phase]
         if self._made is not None:
             self._made.wait()
@@ -194,9 +200,16 @@ class WindowMerger:
             chains = [self._arenas(snapshot) for snapshot in snapshots]
             merge_tensors(method, chains, self._out, copied, trajectory, self.sharding)
             squares = self._distance(pair) if pair else {}
+        recomputed = self._recompute(self._out, copied, model.matching(self.exclude))
         self._check_finite(self._out, snapshots)
         self._merge = self._made = Merge(
-            self._out, method, snapshots, weights, sorted(copied), lora_products=products
+            self._out,
+            method,
+            snapshots,
+            weights,
+            sorted(copied.difference(recomputed)),
+            lora_products=products,
+            recomputed=recomputed,
         )
         return squares
 
@@ -209,6 +222,17 @@ class WindowMerger:
         """The methods that merge the factors of LoRA adapters apart, though products are wanted."""
         methods = {method.name for method in self.methods.values() if not self.merges_products(method)}
         return sorted(methods) if self._pairs else []
+
+    def _recompute(self, merged: Arena, copied: Collection[str], excluded: Collection[str]) -> list[str]:
+        """Finds spectral norm's vectors for the merged weights; on several ranks, none has a whole weight."""
+        if self.ranks.size > 1:
+            return []
+        vectors = [
+            names
+            for name, names in self._vectors.items()
+            if name not in excluded and names[0] not in copied and name not in merged.shared
+        ]
+        return recompute(vectors, merged.tensor)
 
     def _room(self, newest: Arena, copied: Collection[str]) -> Arena:
         """Room for the merge. What the newest snapshot gives, out of what it has in common, stays there."""
@@ -245,24 +269,33 @@ class WindowMerger:
             every[steps.index(snapshot.step)] = factor
         return every
 
-    def _copied(self, model: ModelTensors, oldest: Snapshot, newest: Snapshot) -> set[str]:
-        """Names of the tensors that are taken from the newest snapshot: the excluded and the constant ones.
+    def _copied(self, model: ModelTensors, snapshots: Sequence[Snapshot]) -> set[str]:
+        """Names of the tensors that are taken from the newest snapshot.
 
-        Frozen parameters and buffers that do not change keep their bits: the mean of equal values is not
-        always that value in floating point, and a mask of infinities has none.
+        They are the excluded ones; frozen parameters and buffers that do not change, which keep their bits
+        (the mean of equal values is not always that value in floating point, and a mask of infinities has
+        none); buffers that hold NaN or Inf in some snapshot, as they have no mean (a threshold before the
+        first validation); and the singular vectors of spectral norm.
         """
+        oldest, newest = snapshots[0], snapshots[-1]
         shared = in_common([oldest.arena, newest.arena])
         static = [n for n in self._numel if n in model.frozen or n in model.buffers]
         if not static:
-            return model.matching(self.exclude)
+            return model.matching(self.exclude)  # nor is there a vector, which is a buffer
         asked = [name for name in static if name not in shared]
         before = flat_tensors(self._arenas(oldest), asked)
         after = flat_tensors(self._arenas(newest), asked)
         changed = [name not in shared and not torch.equal(before[name], after[name]) for name in static]
-        # A part may be constant though the whole is not.
-        counts = self.ranks.total(torch.tensor(changed).int()).tolist()
-        constant = {name for name, count in zip(static, counts, strict=True) if not count}
-        return constant | model.matching(self.exclude)
+        averaged = {n for n, is_other in zip(static, changed, strict=True) if is_other and n in model.buffers}
+        unbounded = set[str]()
+        for snapshot in snapshots if averaged else ():
+            values = flat_tensors(self._arenas(snapshot), averaged)
+            unbounded |= {name for name, tensor in values.items() if not all_finite(tensor[:])}
+        # A part may be constant, or finite, though the whole is not.
+        told = torch.tensor([changed, [name in unbounded for name in static]]).int()
+        counts = self.ranks.total(told).T.tolist()
+        kept = {name for name, count in zip(static, counts, strict=True) if not count[0] or count[1]}
+        return kept | model.matching(self.exclude) | self._vectors.keys()
 
     def _record_diversity(
         self, names: Sequence[str], squares: Tensor, pair: tuple[Snapshot, Snapshot]

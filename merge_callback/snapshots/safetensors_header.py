@@ -22,7 +22,6 @@ _MORE_DTYPES = {
     "U16": "uint16",
     "U32": "uint32",
     "U64": "uint64",
-    "C64": "complex64",
     "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E8M0": "float8_e8m0fnu",

@@ -131,6 +131,7 @@ class Case:
     val: Callable[[], Any] = lambda: loader(32)
     trainer: dict[str, Any] = field(default_factory=dict)
     repeatable: bool = True  # a second validation of the same weights gives the same metrics
+    own_weights: bool = False  # it is validated with weights that are no part of it: nothing is merged/…
 
 
 CASES = {
@@ -172,7 +173,7 @@ CASES = {
     "attributes": Case(Remembering),
     "own generators": Case(Diffusing, repeatable=False),
     "own containers": Case(Holding, repeatable=False),
-    "own average": Case(OwnAverage, repeatable=False),
+    "own average": Case(OwnAverage, own_weights=True),
     "own schedule": Case(OwnSchedule, trainer={"max_epochs": 3}),
     "own stopping": Case(Impatient),
     "averaging callback": Case(trainer={"callbacks": lambda: [EMAWeightAveraging(decay=0.5)]}),

@@ -91,6 +91,14 @@ class Tiny(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
+class Elsewhere(Tiny):
+    """`Tiny` from other initial weights."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.normal_(self.head.weight)
+
+
 class Recorder(Logger):
     """Keeps every logged number in a file, across processes."""
 

@@ -27,7 +27,7 @@ STOPPED = 13
 """The batch after which most runs here stop: in the middle of the second epoch, snapshots 6 8 10 12 taken."""
 
 
-def stopped(folder, batch=STOPPED, stop=None, **options):
+def stopped(folder, batch=STOPPED, stop=None, fit=fit, **options):
     """A run that saves a checkpoint after a batch and ends with an exception; returns the checkpoint."""
     checkpoint = folder / f"after-{batch}.ckpt"
     after_validation = options.pop("after_validation", False)

@@ -13,8 +13,7 @@ from pathlib import Path
 import killed_run
 import torch
 from killed_run import Tokens
-from lightning.pytorch import Callback, LightningModule, seed_everything
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch import Callback, LightningModule
 from torch.utils._pytree import tree_map_only
 from training_runs import seed, train, weights_of
 
@@ -245,28 +244,18 @@ STEPS, REWARM = 128, 12
 
 
 def fit(folder, ckpt_path=None, callbacks=(), data=None, steps=STEPS, trainer=None, **options):
-    """Trains through `TROUBLE`, from scratch or on from a checkpoint; everything lands in ``folder``."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    seed_everything(7, verbose=False)
-    given = {"every_n_steps": EVERY, "dirpath": folder / "merges", "emit_every": 4, "evaluate": False}
-    spike = options.pop("spike", None) or SpikeOptions(rewarm_steps=REWARM, cooldown=20, evidence="rules")
-    callback = CheckpointMergeCallback(**{**given, **options}, spike=spike)
-    module = Line(schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 2 * STEPS))
-    chosen = {
-        "max_steps": steps,
-        "max_epochs": -1,
-        "logger": killed_run.Recorder(folder / "metrics.jsonl"),
-        "log_every_n_steps": 1,
-        "accelerator": "cpu",
-        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
-        "default_root_dir": folder,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    built = killed_run.Trainer(callbacks=[callback, *callbacks], **{**chosen, **(trainer or {})})
-    built.fit(module, data or Batches(**TROUBLE), ckpt_path=ckpt_path, weights_only=True)
-    return built, module, callback
+    """`killed_run.fit` through `TROUBLE`."""
+    given = {"window": 10, "every_n_steps": EVERY, "emit_every": 4, "evaluate": False}
+    spike = SpikeOptions(rewarm_steps=REWARM, cooldown=20, evidence="rules")
+    return killed_run.fit(
+        folder,
+        ckpt_path,
+        callbacks,
+        module=lambda: Line(schedule=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 2 * STEPS)),
+        data=data or Batches(**TROUBLE),
+        trainer={"max_steps": steps, "limit_val_batches": 0, **(trainer or {})},
+        **{**given, "spike": spike, **options},
+    )
 
 
 def story(folder):

@@ -100,7 +100,8 @@ class CheckpointMergeCallback(LightningCallback):
         diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
             between the oldest and the newest.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
-            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied.
+            e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
+            train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
         lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
             they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
@@ -230,7 +231,21 @@ class CheckpointMergeCallback(LightningCallback):
             self._validation.sharding = self.session.sharding
             self.session.take_snapshot()
         if self.options.evaluate:
-            self._validation.note_random_state()
+            self._validation.note_beginning()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Notes the weights that the module is validated with: it may keep an average of its own."""
+        is_first = batch_idx == dataloader_idx == 0 and not trainer.sanity_checking
+        if is_first and self._validation and self.options.evaluate:
+            self._validation.note_first_step()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Validates the merged weights, if the window has something new since the last validation."""

@@ -33,6 +33,7 @@ from merge_callback.trainers.lightning.rehearsal import (
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.loggers import Logger
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class LightningHost(Host):
         self.counts_batches = _counts_batches(trainer)
         self.is_manual = not module.automatic_optimization
         self._progress = step_progress(trainer)
+        self._failing: list[Logger] = []
         self._epochs: Any = trainer.fit_loop.epoch_progress.current
 
     @property
@@ -122,8 +124,13 @@ class LightningHost(Host):
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Sends scalars to every logger."""
         for logger in self.trainer.loggers:
-            logger.log_metrics(dict(metrics), step=step)
-            logger.save()
+            try:
+                logger.log_metrics(dict(metrics), step=step)
+                logger.save()
+            except Exception:
+                if logger not in self._failing:  # once: a server that is gone stays so
+                    self._failing.append(logger)
+                    log.exception("merge: %s failed; training goes on without", type(logger).__name__)
 
     def expose(self, metrics: Mapping[str, float]) -> None:
         """Puts scalars into ``trainer.callback_metrics``."""

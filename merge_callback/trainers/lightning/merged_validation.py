@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_callback.engine.advice import gains
+from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
 from merge_callback.messages import info
 from merge_callback.recovery.deferred_signals import DeferredSignals
@@ -37,6 +38,7 @@ from merge_callback.trainers.lightning.private import (
     validation_loop,
     validation_results,
 )
+from merge_callback.trainers.lightning.seen_weights import SeenWeights
 from merge_callback.trainers.lightning.undisturbed import random_state, replaced, undisturbed
 
 if TYPE_CHECKING:
@@ -69,14 +71,22 @@ class MergedValidation:
         self.step = -1
         self.metrics: dict[str, float] = {}
         self._random: RandomState | None = None
+        self._trackers: dict[nn.Module, int] | None = None
+        self._seen = SeenWeights(self.trainer, self.module)
         self._has_failed = self._reported_missing = False
 
-    def note_random_state(self) -> None:
+    def note_beginning(self) -> None:
         """Saves the generators before a live validation, so that the merged one draws the same numbers.
 
         If data is shuffled or masked at random, the gain would else compare two models on two samples.
         """
-        self._random = random_state(self.trainer) if is_validation_next(self.trainer) else None
+        is_next = is_validation_next(self.trainer)
+        self._random = random_state(self.trainer) if is_next else None
+        self._trackers = tracker_lengths(self.module, *self._taking_part) if is_next else None
+
+    def note_first_step(self) -> None:
+        """Notes which weights a live validation is run with."""
+        self._seen.note_live()
 
     def update(self, merge: Merge | None) -> None:
         """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
@@ -114,7 +124,14 @@ class MergedValidation:
         try:
             with self._directions.listening(self.module):
                 merged = validate_with(
-                    self.trainer, self.module, merge.arena, self._random, self.sharding, self._taking_part
+                    self.trainer,
+                    self.module,
+                    merge.arena,
+                    self._random,
+                    self.sharding,
+                    self._taking_part,
+                    self._trackers,
+                    self._seen,
                 )
         except Exception as error:
             if DeferredSignals.has_raised(error):
@@ -187,6 +204,8 @@ def validate_with(
     random: RandomState | None = None,
     sharding: Sharding | None = None,
     taking_part: Sequence[Callback] = (),
+    trackers: Mapping[nn.Module, int] | None = None,
+    seen: SeenWeights | None = None,
 ) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
 
@@ -200,6 +219,8 @@ def validate_with(
         random: the state of the generators to begin with; default: the present one.
         sharding: what each rank keeps, if there are several.
         taking_part: the callbacks whose hooks are called.
+        trackers: the lengths of the ``MetricTracker`` before the last validation.
+        seen: the weights that the live validation was run with.
 
     Returns:
         Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
@@ -208,7 +229,7 @@ def validate_with(
         Exception: any exception of the module's validation.
     """
     loop, sharding = validation_loop(trainer), sharding or Sharding({}, {})
-    swap = undisturbed(trainer, module, merged.buffer.device, taking_part)
+    swap = undisturbed(trainer, module, merged.buffer.device, taking_part, trackers)
     with DeferredSignals() as signals, ExitStack() as stack:
 
         def put_in() -> dict[str, Tensor]:
@@ -221,7 +242,7 @@ def validate_with(
         sharding.spread(sharding.ranks.agreed(put_in))
         if random is not None:
             random.restore()
-        with signals.let_through():
+        with seen.checked() if seen else nullcontext(), signals.let_through():
             loop.run()
         return epoch_metrics(results_of(loop), callback_metrics(trainer))
 
@@ -246,6 +267,8 @@ def taking_part(trainer: Trainer, named: Sequence[str]) -> list[Callback]:
 
 def _may_prepare_or_log(callback: Callback, base: type[Callback]) -> bool:
     """Whether a user's callback has hooks that may change what a validation measures, or log."""
+    if any(hook in vars(callback) for hook in _MEASURING):  # LambdaCallback
+        return True
     if type(callback).__module__.partition(".")[0] in _WELL_KNOWN:
         return False
     return any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _MEASURING)

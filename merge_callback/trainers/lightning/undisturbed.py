@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_callback.engine.kept_state import (
     PythonState,
@@ -40,6 +40,7 @@ def undisturbed(
     module: LightningModule,
     device: torch.device,
     taking_part: Sequence[Callback] = (),
+    trackers: Mapping[nn.Module, int] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """In this context the module may be run on any data, with other weights, without any effect on the run.
 
@@ -57,6 +58,7 @@ def undisturbed(
         module: its module.
         device: the device of the copy of the live weights.
         taking_part: the callbacks whose hooks are called; their state is restored like the module's.
+        trackers: the lengths of the ``MetricTracker`` before the last validation.
 
     Yields:
         The live tensors (or shards) by name.
@@ -102,7 +104,7 @@ def undisturbed(
             silenced([c for c in callbacks if c not in taking_part], names_of(trainer).Callback)
         )
         stack.enter_context(DeferredSignals.around_handlers(partial(as_it_was, stays=True)))
-        reset_metrics(module, *taking_part)
+        reset_metrics(module, *taking_part, trackers=trackers)
         yield tensors
 
 

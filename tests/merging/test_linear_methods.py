@@ -115,6 +115,11 @@ def test_a_method_is_registered_in_five_lines_and_used_by_name(monkeypatch):
         METHODS.pop("newest", None)
 
 
+def test_what_is_not_decorated_is_not_taken_for_registered():
+    with pytest.raises(TypeError, match=r"a decorator: @register_method\('newest'\) before the class"):
+        register_method("newest", LinearMethod)  # type: ignore[arg-type]
+
+
 def test_annotated_attributes_of_a_method_are_its_options():
     try:
 

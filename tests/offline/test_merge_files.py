@@ -99,6 +99,33 @@ def test_files_merge_to_the_very_bits_that_state_dicts_do(tmp_path, checkpoints,
         assert torch.equal(found[name], tensor), name
 
 
+def test_what_is_the_same_in_all_checkpoints_has_to_fit_the_dtype_too(tmp_path, capsys):
+    for step in (1, 2):
+        save_file({"base": torch.full((3,), 1e6)}, tmp_path / f"step={step}.safetensors")
+    assert merge(tmp_path, "--dtype", "fp16", "--output", tmp_path / "out") == 1
+    assert "'base': the merge does not fit torch.float16" in capsys.readouterr().err
+
+
+def test_what_is_the_same_in_all_checkpoints_stays_to_the_last_bit(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    base, head = torch.randn(3, 5000, generator=generator), torch.randn(3, 9, generator=generator)
+    for step in (1, 2, 3):
+        save_file({"base": base, "head": head + step}, tmp_path / f"step={step}.safetensors")
+    assert merge(tmp_path, "--output", tmp_path / "out") == 0
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert merged["base"].equal(base)
+    torch.testing.assert_close(merged["head"], head + 2)
+
+
+def test_what_is_the_same_in_all_checkpoints_but_not_in_the_base_is_merged(tmp_path):
+    for name, value in (("base", 1.0), ("step=1", 3.0), ("step=2", 3.0)):
+        save_file({"weight": torch.full((5,), value)}, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"step={step}.safetensors" for step in (1, 2)]
+    options = ["--base", tmp_path / "base.safetensors", "--method", "task_arithmetic", "--scale", "0.5"]
+    assert merge(*paths, *options, "--output", tmp_path / "out") == 0
+    assert load_file(tmp_path / "out/model.safetensors")["weight"].tolist() == [2.0] * 5
+
+
 def test_processes_side_by_side_merge_to_the_same_bits(tmp_path, checkpoints):
     paths, _ = checkpoints
     assert merge(*paths, "--method", "dare", "--output", tmp_path / "one") == 0

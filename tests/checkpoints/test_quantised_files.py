@@ -51,6 +51,13 @@ KNOWN = {  # name of the codes and the scales, the scales, each value's factor, 
     "ComfyUI": ("l.weight", "l.scale_weight", scales(1), lambda s: s, None),
     "AutoFP8": ("l.weight", "l.weight_scale", torch.tensor(0.3), lambda s: s, {"quant_method": "fp8"}),
     "Mistral": ("l.weight", "l.qscale_weight", torch.tensor(0.3), lambda s: s, None),
+    "powers of two": (
+        "l.weight",
+        "l.weight_scale_inv",
+        (2.0 ** torch.arange(6.0)).view(2, 3).to(torch.float8_e8m0fnu),
+        lambda s: expand(s, 4, (6, 9)),
+        BLOCKS,
+    ),
     "rows": ("l.weight", "l.weight_scale", scales(6), lambda s: s[:, None], None),
     "square": (
         "l.weight",
@@ -113,6 +120,10 @@ REFUSED = {
     "whole numbers and scales": {"l.weight": INT8, "l.weight_scale": HALF},
     "NVFP4": {"l.weight": BYTES, "l.weight_scale": codes(6, 1), "l.weight_scale_2": torch.ones(1)},
     "MXFP4": {"e.up_blocks": BYTES, "e.up_scales": BYTES[:, 0]},
+    "MLX": {"l.weight": torch.ones(6, 9, dtype=torch.uint32), "l.scales": HALF, "l.biases": HALF},
+    "EXL2": {"l.q_weight": INT32, "l.q_scale": INT32, "l.q_scale_max": HALF},
+    "EXL3": {"l.trellis": torch.ones(2, 3, 4, dtype=torch.int16), "l.suh": HALF, "l.svh": HALF},
+    "flattened torchao": {"l._weight_qdata": INT8, "l._weight_scale": HALF, "l._weight_zero_point": INT8},
     "Quanto": {"l.weight._data": INT8, "l.weight._scale": HALF},
     "torchao": {"l.weight_qdata": codes(6, 9), "l.weight_scale": scales(6, 1)},
     "any 8 bit": {"l.codes8": INT8, "l.my_scales": HALF},
@@ -130,7 +141,7 @@ def test_other_codes_are_refused_in_one_line_that_does_not_advise_to_copy_them(t
         arguments = [str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path / "m"), *extra]
         assert command_line.main(["merge", *arguments, "--quiet"]) == 1
         said = capsys.readouterr().err
-        assert said.startswith(f"merge-callback: {tmp_path / 'a'}: ")
+        assert said.startswith((f"merge-callback: {tmp_path / 'a'}: ", f"merge-callback: {tmp_path / 'b'}: "))
         assert said.count("\n") == 1
         assert "quantised" in said
         assert "--exclude" not in said

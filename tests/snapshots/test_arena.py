@@ -85,7 +85,7 @@ def test_nan_and_inf_are_named():
 
 @pytest.mark.parametrize(
     ("name", "tensor", "named"),
-    [("w", torch.zeros(2, dtype=torch.complex64), "complex64"), ("__metadata__", torch.zeros(2), "rename")],
+    [("w", torch.zeros(2, dtype=torch.complex128), "complex128"), ("__metadata__", torch.zeros(2), "rename")],
 )
 def test_what_a_file_cannot_hold_is_refused(name, tensor, named):
     with pytest.raises(ValueError, match=named):
@@ -171,7 +171,5 @@ def test_compiled_modules_are_captured_under_their_own_names():
 
 
 def test_a_model_without_values_is_refused():
-    with pytest.raises(ValueError, match=r"'weight'.*materialise"):
-        ModelTensors.of(nn.LazyLinear(3))
-    with torch.device("meta"), pytest.raises(ValueError, match="'weight'"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"'weight'.*materialise"):
         ModelTensors.of(nn.Linear(2, 2))

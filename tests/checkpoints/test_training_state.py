@@ -1,6 +1,7 @@
 """Training state is told from weights, at any prefix; what repeats the weights is refused."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 from training_runs import assert_same_bits
 
 from merge_callback.checkpoints.open import open_checkpoint
+from merge_callback.cli.main import main
 
 W = "decoder.layers.linear.weight"
 
@@ -100,3 +102,16 @@ def test_a_file_of_training_state_alone_is_refused(tmp_path):
     save_file({f"optimizer.state.{W}.exp_avg": torch.ones(3)}, tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match=r"a\.safetensors: holds only training state"):
         open_checkpoint(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file, lambda state, path: save_distributed(path, state)])
+def test_a_merge_says_what_it_left_out_as_training_state(save, tmp_path, capsys):
+    moments = [f"optimizer.state.exp_avg.{W}", f"optimizer.state.fp32_param.{W}"]
+    state = {W: torch.ones(4, 4), **{name: torch.zeros(4, 4) for name in moments}}
+    suffix = {torch.save: ".pt", save_file: ".safetensors"}.get(save, "")
+    paths = [tmp_path / f"step-{i}{suffix}" for i in (1, 2)]
+    for path in paths:
+        save({name: tensor.clone() for name, tensor in state.items()}, path)
+    assert main(["merge", *map(str, paths), "--output", str(tmp_path / "m"), "--quiet"]) == 0
+    assert json.loads((tmp_path / "m" / "merge.json").read_text())["training_state"] == moments
+    assert f"left out as training state: 2 tensors ({', '.join(moments)})" in capsys.readouterr().err

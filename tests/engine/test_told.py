@@ -107,6 +107,18 @@ def test_a_state_is_found_in_a_folder_of_another_name(checkpoint):
     assert steps_found(callback)[-1] == 10
 
 
+class SteppingAround(Classifier):
+    """Steps its optimizer so that Lightning does not count it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.manual_backward(self.loss(batch))
+        self.optimizers(use_pl_optimizer=False).step()
+
+
 class Warming(Classifier):
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -129,3 +141,8 @@ class Warming(Classifier):
 def test_nothing_published_says_why_and_what_to_do(make, every, said, tmp_path):
     with pytest.warns(UserWarning, match=f"nothing was published: {said}"):
         train(make(), merging(tmp_path, every_n_steps=every), data=loader())
+
+
+def test_a_module_that_steps_around_lightning_is_told_how_to_step(tmp_path):
+    with pytest.warns(UserWarning, match="no optimizer step was counted; .* that self.optimizers.. returns"):
+        train(SteppingAround(), merging(tmp_path), data=loader(), max_epochs=1)

@@ -107,12 +107,21 @@ def test_what_can_not_be_found_is_not_taken_for_what_was_there():
     module = Model()
     live = LiveModel(module)
     live.tensors()
-    module.lazy = nn.LazyLinear(3)
+    module.meta = nn.Linear(3, 3, device="meta")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"'lazy.weight'.*materialise"):
+        with pytest.raises(ValueError, match=r"'meta.weight'.*materialise"):
             live.tensors()
-    del module.lazy
+    del module.meta
     assert described(live.tensors()) == described(ModelTensors.of(module))
+
+
+def test_a_lazy_parameter_is_found_once_it_has_a_shape():
+    module = nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(3))
+    live = LiveModel(module)
+    assert [*live.tensors().tensors] == ["0.weight", "0.bias"]
+    module(torch.ones(1, 2))
+    assert described(live.tensors()) == described(ModelTensors.of(module))
+    assert live.tensors() is live.tensors()
 
 
 def test_a_module_of_torchscript_is_walked_each_time():

@@ -59,28 +59,18 @@ def downloaded(tmp_path):
     return tmp_path
 
 
-<<<<<<< HEAD
-def run(folder, *arguments):
-    """Runs the command in a folder, as its script does: without that folder in the search path."""
-    command = [sys.executable, "-P", "-c", COMMAND] if sys.version_info >= (3, 11) else None
-    if command is None:  # what -P does: "" stands for the current folder
-        command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {COMMAND}"]
-    return started(folder, *command, *arguments)
-
-
-def started(folder, *command):
-    paths = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-=======
 def run(folder, *commands):
     """Runs commands in a folder, as the script does: without that folder in the search path."""
-    paths = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-P", "-c", COMMANDS] if sys.version_info >= (3, 11) else None
     if command is None:  # what -P does: "" stands for the current folder
         command = [sys.executable, "-c", f"import sys; sys.path.remove(''); {COMMANDS}"]
-    command.append(json.dumps(commands))
->>>>>>> tests
+    return started(folder, *command, json.dumps(commands))
+
+
+def started(folder, *command):
+    """Runs a program that finds this package and what is installed."""
+    paths = [str(ROOT), *(path for path in sys.path if path.endswith("site-packages"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
@@ -100,42 +90,23 @@ def print_to_files(folder, arguments):
         return main(arguments)
 
 
-<<<<<<< HEAD
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["step=1", "step=2", "--as", "lightning"],
-        ["step=1.safetensors", "step=2.safetensors", "--method", "ties"],
-    ],
-    ids=str,
-)
-def test_a_merge_imports_nothing_of_the_current_folder(downloaded, arguments):
-    done = run(downloaded, "merge", *arguments, "--output", "out", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert not (downloaded / "RAN").exists()
-
-
-def test_run_as_a_module_of_python_it_does_not_either(downloaded):
-    command = [sys.executable, "-m", "merge_callback", "merge", "step=1", "step=2"]
-    done = started(downloaded, *command, "--output", "out", "--quiet")
-    assert done.returncode == 0, done.stderr
-    assert not (downloaded / "RAN").exists()
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-=======
 def test_no_command_imports_anything_of_the_current_folder(downloaded):
     written = ["--quiet", "--output"]
     done = run(
         downloaded,
->>>>>>> tests
         ["inspect", "step=1"],
         ["interference", "step=1", "step=2", "step=2.safetensors"],
         ["merge", "step=1.safetensors", "step=2.safetensors", "--method", "ties", *written, "ties"],
         ["merge", "step=1", "step=2", "--as", "lightning", *written, "out"],
     )
+    assert done.returncode == 0, done.stderr
+    assert not (downloaded / "RAN").exists()
+
+
+@pytest.mark.slow
+def test_run_as_a_module_of_python_it_does_not_either(downloaded):
+    command = [sys.executable, "-m", "merge_callback", "merge", "step=1", "step=2"]
+    done = started(downloaded, *command, "--output", "out", "--quiet")
     assert done.returncode == 0, done.stderr
     assert not (downloaded / "RAN").exists()
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from killed_run import (
     At,
+    Elsewhere,
     Keeper,
     SaveAt,
     StopError,
-    Tiny,
     fit,
     outcome,
     window,
@@ -52,14 +52,6 @@ def test_a_fresh_run_over_an_old_folder_moves_the_old_window_aside_and_both_can_
     found, expected = outcome(tmp_path, module), unbroken()
     assert found["window"]["snapshots"] == expected["window"]["snapshots"]
     assert found["weights"] == expected["weights"]
-
-
-class Elsewhere(Tiny):
-    """`Tiny` from other initial weights."""
-
-    def __init__(self):
-        super().__init__()
-        torch.nn.init.normal_(self.head.weight)
 
 
 def test_a_hundred_fresh_runs_over_one_folder_start(tmp_path):

@@ -117,12 +117,32 @@ class Wrapped(Classifier):
         self.net = wrap(self.net)
 
 
+class TiedAcross(Wrapped):
+    """A compiled part, a head outside that is tied to it, and the part's plain module beside it."""
+
+    def __init__(self, wrap) -> None:
+        super().__init__(wrap)
+        inside = self.net[0] if isinstance(self.net, nn.Sequential) else self.net._orig_mod[0]
+        self.head = torch.compile(nn.Linear(8, 16), backend="eager")
+        self.head._orig_mod.weight = inside.weight
+        self.inside = inside
+
+
 WRAPPERS = {
     "part": lambda net: torch.compile(net, backend="eager"),
     "nested": lambda net: nn.Sequential(torch.compile(net[0], backend="eager"), *net[1:]),
     "twice": lambda net: torch.compile(Checkpointed(net), backend="eager"),
     "none": lambda net: net,
 }
+
+
+def test_tied_weights_of_compiled_parts_load_strictly(tmp_path):
+    module = TiedAcross(WRAPPERS["part"])
+    with torch.compiler.set_stance("force_eager"):
+        train(module, merging(tmp_path), data=loader(), max_steps=12)
+    path = tmp_path / "merges" / "latest"
+    module.load_state_dict(load_merge(path, module))
+    assert {"net.0.weight", "head.weight", "inside.weight"} <= load_merge(path).keys()
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
@@ -199,6 +219,64 @@ def test_a_window_of_the_changed_model_begins_when_its_tensors_change(kind, stor
     assert trainer.callback_metrics["merge/window"] == 3
     before = load_merge(emissions(tmp_path / "merges")[1])  # of step 6
     assert_mean(before, [probe.weights[step] for step in (2, 4, 6)])
+
+
+class Lazy(Classifier):
+    """Its layers get their shapes in the first forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.LazyLinear(16), nn.LazyBatchNorm1d(), nn.LazyLinear(4))
+
+
+def test_a_lazy_module_is_merged_once_it_has_its_shapes(tmp_path):
+    def trained(*callbacks):
+        seed()
+        module = Lazy()
+        train(module, *callbacks, data=loader(), val=loader(16), max_steps=8, check_val_every_n_epoch=1)
+        return module
+
+    probe = Probe()
+    with pytest.warns(UserWarning, match=r"now net\.0\.weight, .* A new window begins here$"):
+        module = trained(merging(tmp_path, every_n_steps=2), probe)
+    newest = load_merge(tmp_path / "merges" / "latest")
+    assert_mean(newest, [probe.weights[step] for step in (4, 6, 8)])
+    assert_same_bits(weights_of(module), weights_of(trained()))
+    module.load_state_dict(newest)
+
+
+def resize_embeddings(module) -> None:
+    """As Hugging Face's ``resize_token_embeddings`` does: a new layer, and the head is tied to it again."""
+    wider = nn.Embedding(12, 8)
+    with torch.no_grad():
+        wider.weight[:8] = module.embedding.weight
+    module.embedding, module.head.weight = wider, wider.weight
+    module.trainer.optimizers[0].param_groups[0]["params"] = list(module.parameters())
+
+
+class Embedded(Classifier):
+    """Its embedding, tied to a head, grows in the third epoch."""
+
+    def __init__(self, rows: int = 8) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(rows, 8), nn.Linear(8, rows, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, x):
+        return self.net(self.head(x)[:, :8])
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 2:
+            resize_embeddings(self)
+
+
+def test_resized_and_tied_embeddings_begin_a_new_window(tmp_path):
+    module = Embedded()
+    with pytest.warns(UserWarning, match=r"changed embedding\.weight from \(8, 8\) float32 to \(12, 8\)"):
+        train(module, merging(tmp_path, every_n_steps=4), data=loader(), max_epochs=4)
+    newest = load_merge(tmp_path / "merges" / "latest")
+    assert torch.equal(newest["head.weight"], newest["embedding.weight"])
+    Embedded(12).load_state_dict(newest)
 
 
 def test_training_is_the_same_whether_its_window_begins_again_or_not(tmp_path):

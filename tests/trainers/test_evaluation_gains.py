@@ -9,6 +9,8 @@ from training_runs import (
     Classifier,
 )
 
+from merge_callback.engine.metric_names import sounds_lower
+
 # Gains
 
 IMPROVE_DOWNWARDS = [
@@ -140,6 +142,13 @@ def test_numbers_that_metric_objects_return_improve_as_these_say(tmp_path, caplo
     told = [record.message for record in caplog.records if "higher_is_better" in record.message]
     assert len(told) == 1
     assert "logged for unclear," in told[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["acc_std", "accuracy_gap", "policy_entropy", "val_f1_threshold", "kl_weight", "grad_scale_error"]
+)
+def test_of_a_name_that_only_contains_a_metrics_no_direction_is_known(name):
+    assert sounds_lower(name) is None
 
 
 def test_options_say_which_way_a_metric_improves(tmp_path):

@@ -104,15 +104,20 @@ def test_a_bar_that_a_thread_draws_finds_itself_while_the_merge_is_validated(tmp
     assert not [name for name in vars(bar) if name.startswith("on_")]
 
 
-def test_a_merged_validation_is_given_the_batches_of_the_live_one(tmp_path):
-    batches: dict[int, list[torch.Tensor]] = {}
+def noting(batches: dict[int, list[torch.Tensor]]) -> type[Classifier]:
+    """A module that notes what it is validated on, by step; as its attributes they would be put back."""
 
     class Noting(Classifier):
         def validation_step(self, batch, batch_idx):
-            batches.setdefault(self.trainer.global_step, []).append(batch[1])
+            batches.setdefault(self.trainer.global_step, []).append(batch)
             super().validation_step(batch, batch_idx)
 
-    fit(Case(Noting), merging(tmp_path), limit_val_batches=3)
+    return Noting
+
+
+def test_a_merged_validation_is_given_the_batches_of_the_live_one(tmp_path):
+    batches: dict[int, list[torch.Tensor]] = {}
+    fit(Case(noting(batches)), merging(tmp_path), limit_val_batches=3)
     for given in batches.values():
         assert len(given) == 6
         assert_same_bits(given[:3], given[3:])
@@ -122,14 +127,8 @@ def test_a_merged_validation_is_given_the_batches_of_the_live_one(tmp_path):
 def test_a_shuffled_part_of_the_data_is_the_same_for_live_and_merged_weights(own, tmp_path):
     # Else the gain compares two weights on two samples: noise.
     batches: dict[int, list[torch.Tensor]] = {}
-
-    class Noting(Classifier):
-        def validation_step(self, batch, batch_idx):
-            batches.setdefault(self.trainer.global_step, []).append(batch[0])
-            super().validation_step(batch, batch_idx)
-
     val = shuffled if own else lambda: loader(32, shuffle=True)
-    fit(Case(Noting, val), merging(tmp_path), limit_val_batches=2)
+    fit(Case(noting(batches), val), merging(tmp_path), limit_val_batches=2)
     for given in batches.values():
         assert_same_bits(given[:2], given[2:])
 

@@ -1,17 +1,19 @@
 """What hooks of a merged validation find around them, and which values there are where it fails."""
 
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from evaluation_runs import Case, Watching, fit, merging
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from torch import nn
-from torchmetrics import MeanMetric
-from training_runs import Classifier, loader
+from torchmetrics import MeanMetric, MetricTracker
+from torchmetrics.classification import MulticlassCalibrationError
+from training_runs import Classifier, assert_same_bits, loader, weights_of
 
 from merge_callback import load_merge
 
@@ -206,11 +208,110 @@ def test_a_callback_that_takes_no_part_leaves_no_merged_value_and_is_named(tmp_p
     assert "evaluate_with=['Evaluator']" in told
 
 
+def test_a_lambda_callback_that_takes_no_part_is_named(tmp_path, caplog):
+    def log_sum(trainer, module):
+        module.log("sum", float(module.net[0].weight.sum()))
+
+    with caplog.at_level("INFO"):
+        seen = fit(Case(), LambdaCallback(on_validation_epoch_end=log_sum), merging(tmp_path)).metrics.seen[
+            16
+        ]
+    assert "merged/sum" not in seen
+    assert "evaluate_with=['LambdaCallback']" in caplog.text
+
+
 def test_a_class_that_no_callback_has_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no callback of the class 'Evaluators'"):
         fit(Case(), Evaluator(), merging(tmp_path, evaluate_with=["Evaluators"]))
     with pytest.raises(ValueError, match="evaluate_with=3 must be"):
         merging(tmp_path, evaluate_with=3)
+
+
+class Best(Classifier):
+    """Logs the best of all validations, of a metric that keeps what it has seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tracker = MetricTracker(MulticlassCalibrationError(4), maximize=False)
+        self.values: dict[str, list[float]] = {"live": [], "merged": []}
+
+    def on_validation_epoch_start(self) -> None:
+        self.tracker.increment()
+
+    def validation_step(self, batch, batch_idx):
+        self.tracker.update(self(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("error", self.tracker.compute())
+        self.log("best_error", float(self.tracker.best_metric()))
+
+
+class LaterBegun(Best):
+    """Begins a metric with each epoch of training."""
+
+    def on_validation_epoch_start(self) -> None: ...
+
+    def on_train_epoch_start(self) -> None:
+        self.tracker.increment()
+
+
+@pytest.mark.parametrize("kind", [Best, LaterBegun])
+def test_a_tracker_compares_the_merge_with_what_it_has_tracked(kind, tmp_path):
+    seen = fit(Case(kind), merging(tmp_path), max_epochs=4, num_sanity_val_steps=0).metrics.seen
+    live: list[float] = []
+    for metrics in seen.values():
+        assert metrics["best_error"] == pytest.approx(min([*live, metrics["error"]]))
+        known = [*live, metrics["error"]] if kind is Best else live  # the one that is replaced is no other
+        assert metrics["merged/best_error"] == pytest.approx(min([*known, metrics["merged/error"]]))
+        live.append(metrics["error"])
+
+
+# Weights of the module's own
+
+
+class Swapping(Classifier):
+    """Is validated with an average of its weights that is no part of it."""
+
+    def on_fit_start(self) -> None:
+        self.shadow = weights_of(self.net)
+
+    def on_train_batch_end(self, *_) -> None:
+        for name, tensor in self.net.state_dict().items():
+            self.shadow[name].lerp_(tensor, 0.3)
+
+    def on_validation_epoch_start(self) -> None:
+        self.live = weights_of(self.net)
+        self.net.load_state_dict(self.shadow)
+
+    def on_validation_epoch_end(self) -> None:
+        self.net.load_state_dict(self.live)
+
+
+class Registering(Swapping):
+    """The average is a part of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = deepcopy(self.net).requires_grad_(False)
+
+    @property
+    def shadow(self):
+        return self.average.state_dict()
+
+    def on_fit_start(self) -> None: ...
+
+
+@pytest.mark.parametrize("kind", [Swapping, Registering])
+def test_a_module_that_is_validated_with_other_weights_leaves_no_merged_value(kind, tmp_path, caplog):
+    case = Case(kind, trainer={"num_sanity_val_steps": 0})
+    run, plain = fit(case, merging(tmp_path)), fit(case)
+    assert_same_bits(weights_of(run.module), weights_of(plain.module))
+    names = {name for name in run.metrics.seen[16] if name.startswith(("merged/", "merge/gain/"))}
+    if kind is Registering:  # it is merged, too
+        assert names == {"merged/val_loss", "merge/gain/val_loss"}
+    else:
+        assert not names
+        assert "hooks of Swapping put weights of its own in" in caplog.text
 
 
 # Failures

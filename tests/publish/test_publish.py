@@ -13,6 +13,7 @@ import torch
 from killed_run import (
     STEPS,
     At,
+    Elsewhere,
     Keeper,
     Tiny,
     checksum,
@@ -258,14 +259,6 @@ def test_a_run_that_enters_its_decay_at_the_very_end_has_its_last_stable_merge_p
 
 
 # --- names that are taken -----------------------------------------------------------------------------------
-
-
-class Elsewhere(Tiny):
-    """`Tiny` from other initial weights."""
-
-    def __init__(self):
-        super().__init__()
-        nn.init.normal_(self.head.weight)
 
 
 def test_another_merge_of_the_same_name_gets_a_version(tmp_path):

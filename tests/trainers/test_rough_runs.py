@@ -10,7 +10,7 @@ import torch
 from killed_run import At, SaveAt, StopError, Tiny, emissions, fit
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from training_runs import Classifier, loader, train
 from window_runs import LAST, assert_nothing_is_half_there, quiet, steps
 
@@ -58,6 +58,19 @@ def test_a_logger_that_fails_costs_no_checkpoint_that_another_callback_rescues(t
     assert [path.name for path in (tmp_path / "rescue").iterdir()] == ["on_exception.ckpt"]
     fit(tmp_path, ckpt_path=tmp_path / "rescue/on_exception.ckpt")  # and the folder is free
     assert steps(tmp_path) == LAST
+
+
+def test_a_logger_that_takes_no_merge_metrics_only_loses_these(tmp_path, caplog):
+    class Refusing(Gone):
+        def log_metrics(self, metrics, step=None):
+            if any(name.startswith("merge") for name in metrics):
+                raise ValueError("no such metric in the schema")
+
+    table = CSVLogger(tmp_path)
+    fit(tmp_path, trainer={"logger": [Refusing(), table]})
+    assert steps(tmp_path) == LAST
+    assert caplog.text.count("Refusing failed; training goes on without") == 1
+    assert "merge/window" in table.experiment.metrics_keys
 
 
 def test_a_resume_in_another_runs_folder_leaves_its_merges_alone(tmp_path):

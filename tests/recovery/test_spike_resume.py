@@ -1,11 +1,13 @@
 """Runs that are stopped or killed around a spike, and resumed from Lightning's checkpoints."""
 
 import signal
+from functools import partial
 
 import killed_run
 import pytest
+import resumed_runs
 import spiking_runs
-from killed_run import SaveAt, StopError, outcome
+from killed_run import outcome
 from spiking_runs import EVERY, REWARM, STEPS, TROUBLE, USED, Batches, events, fit, story, used
 
 from merge_callback import SpikeOptions
@@ -28,12 +30,7 @@ def unbroken(tmp_path_factory):
     return outcome_of
 
 
-def stopped(folder, batch, stop=None, **options):
-    """A run that saves a checkpoint after a batch and ends with an exception; returns the checkpoint."""
-    checkpoint = folder / f"after-{batch}.ckpt"
-    with pytest.raises(StopError):
-        fit(folder, callbacks=[SaveAt(checkpoint, batch, stop=stop or batch)], **options)
-    return checkpoint
+stopped = partial(resumed_runs.stopped, fit=fit)
 
 
 def remains(folder, module):
