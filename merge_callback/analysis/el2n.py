@@ -1,4 +1,4 @@
-"""``El2n``: how hard examples are, over seeds and ranks. The only part of ``analysis`` that needs torchmetrics."""
+"""``El2n``: how hard examples are, over seeds and ranks. Only this part needs torchmetrics."""
 
 from __future__ import annotations
 
