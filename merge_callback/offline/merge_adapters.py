@@ -30,14 +30,14 @@ def opened_adapters(paths: Sequence[Path]) -> list[LoraAdapter]:
         OSError: if a file can't be read.
     """
     # Only then are they opened: what is put together from many files, or dequantised, takes minutes.
-    if not (paths[-1] / ADAPTER_CONFIG).exists() or LoraAdapter.of(open_checkpoint(paths[-1])) is None:
+    newest = paths[-1]
+    folder = newest if newest.is_dir() else newest.parent
+    if not (folder / ADAPTER_CONFIG).exists() or LoraAdapter.of(open_checkpoint(newest)) is None:
         return []
     found = []
     for path in paths:
         if (adapter := LoraAdapter.of(open_checkpoint(path))) is None:
-            raise ValueError(
-                f"{path} is no LoRA adapter, but {paths[-1]} is: merge adapters with adapters only"
-            )
+            raise ValueError(f"{path} is no LoRA adapter, but {newest} is: merge adapters with adapters only")
         found.append(adapter)
     return found
 
