@@ -27,7 +27,7 @@ TOP = [
     "analysis",
 ]
 BOTTOM = ["snapshots", "signals", "spike_options", "merging", "diversity", "sharding", "reduce"]
-ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "urls"]
+ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "torch_metric", "urls"]
 """From the top to the bottom."""
 
 MAY_USE = {

@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from merge_callback.analysis.difficulty import el2n
+from merge_callback.torch_metric import Metric
 
 
 class Scores(NamedTuple):
@@ -62,6 +61,8 @@ class El2n(Metric):
 
     def compute(self) -> Scores:
         """The mean over seeds, of all ranks' examples."""
+        from torchmetrics.utilities import dim_zero_cat
+
         pairs = torch.stack([dim_zero_cat(self.ids), dim_zero_cat(self.seeds)])
         (ids, _), once = _means(pairs, dim_zero_cat(self.scores))
         return Scores(*_means(ids, once))

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from merge_callback.diversity.distance import rms_per_tensor, squared_distances
 from merge_callback.sharding.live import as_real
-
-if TYPE_CHECKING:
-    from torchmetrics import Metric
-else:
-    try:
-        from torchmetrics import Metric
-    except ImportError:  # of torchmetrics itself, or of one of the many optional libraries that it imports
-
-        class Metric:
-            """Replaces ``torchmetrics.Metric`` if that can't be imported; nothing else here needs it."""
-
-            def __init__(self, **kwargs: Any) -> None:
-                import torchmetrics  # noqa: F401  # raises and says why
+from merge_callback.torch_metric import Metric
 
 
 def rms_diversity(theta_1: Mapping[str, Tensor], theta_2: Mapping[str, Tensor]) -> float:
