@@ -44,7 +44,7 @@ def moerge(
     mixture of the experts' data (the paper: 4000 steps, peak learning rate 1e-5).
 
     Arrow begins each router's row with the first right singular vector v of B_tA_t. Its sign is arbitrary, so
-    Arrow ranks experts by |v·x|. With ``score="abs"`` π is ``softmax(|R x|)``, at the start and while
+    Arrow ranks experts by ``|v·x|``. With ``score="abs"`` π is ``softmax(|R x|)``, at the start and while
     R trains: training begins with exactly Arrow's routing. ``score="signed"`` is eq. 2 to the letter,
     ``softmax(R x)``; tokens that point away from a vector, as half of them do, then begin at other experts.
 
