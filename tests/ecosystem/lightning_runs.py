@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,9 @@ def checked(
             merged = merge_files(root / "saved", root / "merged", "--as", "lightning", *left_out)
             snapshots = [probe.weights[step] for step in sorted(probe.weights)[-WINDOW:]]
             newest = root / "saved" / f"step={max(probe.weights)}.ckpt"
-            assert_mean_weights(weights_of(load_checkpoint(merged, newest)), snapshots)
+            copied = {n: t for n, t in snapshots[-1].items() if exclude and fnmatch(n, exclude)}
+            found = weights_of(load_checkpoint(merged, newest))
+            assert_mean_weights(found, [snapshot | copied for snapshot in snapshots])
     with findings.checking("merged metrics right", "the last validation"):
         probe.module.load_state_dict(load_merge(root / "merges/latest"))
         torch.set_rng_state(probe.random)
