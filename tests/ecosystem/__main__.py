@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import venv
 from pathlib import Path
 
@@ -89,7 +90,8 @@ def outcome(name: str, python: Path) -> dict | None:
     found.unlink(missing_ok=True)
     script = [python, "-m", f"tests.ecosystem.{name.replace('-', '_')}", found]
     surroundings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run(script, cwd=ROOT, env=surroundings, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # some libraries leave files in the current one
+        subprocess.run(script, cwd=folder, env=surroundings, check=False)
     return json.loads(found.read_text()) if found.exists() else None
 
 
