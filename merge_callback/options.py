@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from merge_callback.checks import (
     resolve_size,
     true_or_false,
 )
-from merge_callback.merging import MergeMethod, Weighted, resolve_method
+from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
@@ -76,6 +76,8 @@ class Options:
     unit: Literal["tokens", "steps"]
     count_tokens: Callable[[Any], int] | None
     methods: dict[str, MergeMethod]
+    automatic: frozenset[str]
+    """The phases whose method is ours to choose."""
     storage: str
     durable: bool
     snapshot_dtype: torch.dtype | None
@@ -116,6 +118,7 @@ class Options:
             unit=unit,
             count_tokens=resolve_counter(given["count_tokens"]),
             methods=resolve_methods(given["method"], given["window"]),
+            automatic=frozenset(p for p, m in _by_phase(given["method"]).items() if m == "auto"),
             storage=resolve_storage(given["storage"], given["durable"]),
             durable=true_or_false("durable", given["durable"]),
             snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
@@ -135,6 +138,13 @@ class Options:
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"], given["window"]),
         )
+
+    def for_adapters(self) -> Options:
+        """The options for a model with LoRA adapters: ``sma`` where the method is ours to choose.
+
+        ``ties`` would elect signs in A and B apart; adapters lose most by it (*Less Is More*, §4).
+        """
+        return replace(self, methods=self.methods | {phase: Sma() for phase in self.automatic})
 
 
 def resolve_window(window: int) -> int:
@@ -192,20 +202,19 @@ def resolve_interval(
 def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]:
     """The method of each phase.
 
-    ``"auto"`` is ``sma`` in the stable phase and ``ties`` in the decay (Practical Guidelines, table 3); a
-    mapping may leave a phase to ``auto``.
+    ``"auto"`` is ``sma`` in the stable phase and ``ties`` in the decay (Practical Guidelines, table 3), and
+    of LoRA adapters ``sma`` in both. A mapping may leave a phase to ``auto``.
 
     Raises:
         ValueError: for an unknown phase, method or option, or for weights that don't fit a window while it
             fills up or once it is full.
     """
-    by_phase = method if isinstance(method, Mapping) else dict.fromkeys(MERGED_PHASES, method)
-    if unknown := set(by_phase) - set(MERGED_PHASES):
+    chosen = _by_phase(method)
+    if unknown := set(chosen) - set(MERGED_PHASES):
         raise ValueError(
             f"method={method!r} names the phases {sorted(unknown)}; the phases that are merged are "
             f"{', '.join(MERGED_PHASES)}. For a method's options give an object, e.g. Ema(alpha=0.1)"
         )
-    chosen = {phase: by_phase.get(phase, "auto") for phase in MERGED_PHASES}
     try:
         methods = {phase: resolve_method(AUTO[phase] if m == "auto" else m) for phase, m in chosen.items()}
     except ValueError as error:
@@ -220,6 +229,11 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
                     f"window={len(weighted.weights)}"
                 ) from None
     return methods
+
+
+def _by_phase(method: MethodOption) -> dict[str, str | MergeMethod]:
+    given = method if isinstance(method, Mapping) else dict.fromkeys(MERGED_PHASES, method)
+    return {**dict.fromkeys(MERGED_PHASES, "auto"), **given}
 
 
 def resolve_classes(evaluate_with: str | type | Sequence[str | type]) -> tuple[str, ...]:

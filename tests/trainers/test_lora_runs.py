@@ -11,6 +11,7 @@ from training_runs import Classifier, emissions, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback
 from merge_callback.checks import one_of
+from merge_callback.options import Options
 from merge_callback.snapshots.lora_merge import factor_pairs, merge_factors
 
 A, B = "net.2.lora_A.default.weight", "net.2.lora_B.default.weight"
@@ -68,6 +69,17 @@ def test_factors_are_merged_apart_where_that_is_asked_for_or_the_method_is_not_l
     assert "ties merges the factors A and B" in caplog.text
     with pytest.raises(ValueError, match="lora='other' must be one of 'delta', 'factors'"):
         CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, lora="other")
+
+
+def test_without_a_method_adapters_are_averaged_in_the_decay_too(tmp_path):
+    assert run(tmp_path / "auto")[2]["method"]["name"] == "sma"
+    options = Options.resolve(every_n_steps=2, method={"stable": "ema"}).for_adapters()
+    assert {phase: method.name for phase, method in options.methods.items()} == {
+        "stable": "ema",
+        "decay": "sma",
+    }
+    given = Options.resolve(every_n_steps=2, method="ties")
+    assert given.for_adapters().methods == given.methods
 
 
 def test_pairs_are_found_by_peft_s_names_and_copied_ones_left_alone():

@@ -74,7 +74,8 @@ class CheckpointMergeCallback(LightningCallback):
         count_tokens: Function from a batch to its number of tokens. By default the size of its ``input_ids``,
             or of its first integer tensor.
         method: A method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
-            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay.
+            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay; of
+            a model with LoRA adapters ``sma`` in both.
         storage: Where snapshots live: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory.
             ``"auto"`` is ``"disk"``, or ``"cpu"`` if the window is not durable.
         durable: Writes every snapshot to a file, so that the window survives the process.
