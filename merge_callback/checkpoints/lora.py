@@ -15,13 +15,12 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
 from merge_callback.checkpoints.file_names import ADAPTER_CONFIG
-from merge_callback.merging.low_rank import LowRank
+from merge_callback.merging.low_rank import FACTOR, LowRank
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the model's own modules."""
 
 _LONGEST_PATTERN = 1000
-_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
 _OTHER_MEANING = {
     "use_dora": "DoRA also scales each row of the whole weight, which depends on the base",
     "use_qalora": "QA-LoRA pools its inputs",
@@ -103,7 +102,7 @@ class LoraAdapter:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> LoraAdapter | None:
-        """The adapter that a checkpoint is; ``None`` if it is none, or one of another kind than LoRA.
+        """A checkpoint as a LoRA adapter; ``None`` if it is something else.
 
         Raises:
             ValueError: for an adapter whose factors mean something else, or that lacks one.
@@ -116,7 +115,7 @@ class LoraAdapter:
         found: dict[str, dict[str, str]] = {}
         whole = {}
         for name, tensor in checkpoint.tensors.items():
-            if named := _FACTOR.fullmatch(name):
+            if (named := FACTOR.fullmatch(name)) and named["rest"] in ("", ".weight"):
                 found.setdefault(named["module"], {})[named["factor"]] = name
             else:
                 whole[name] = tensor
@@ -158,8 +157,9 @@ class DeltaWeights(Mapping[str, Tensor]):
         if name in self._whole:
             return self._adapter.whole[self._whole[name]]
         module, layer = self._layers[name]
-        own = self._adapter.layers.get(module)
-        return torch.zeros(layer.matrix.shape) if own is None else own.matrix.dense()
+        if module in self._adapter.layers:
+            return self._adapter.layers[module].matrix.dense()
+        return torch.zeros(layer.matrix.shape)
 
     def __iter__(self) -> Iterator[str]:
         yield from self._layers
@@ -167,6 +167,20 @@ class DeltaWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._layers) + len(self._whole)
+
+
+def adapters_of(checkpoints: Sequence[Checkpoint]) -> list[LoraAdapter]:
+    """The LoRA adapters that checkpoints are; none if no checkpoint is one.
+
+    Raises:
+        ValueError: if only some are.
+    """
+    found = [(checkpoint, LoraAdapter.of(checkpoint)) for checkpoint in checkpoints]
+    adapters = [adapter for _, adapter in found if adapter]
+    others = [checkpoint for checkpoint, adapter in found if not adapter]
+    if adapters and others:
+        raise ValueError(f"{others[0].path} is no LoRA adapter, but {adapters[0].checkpoint.path} is")
+    return adapters
 
 
 def as_deltas(checkpoints: Sequence[Checkpoint], has_base: bool = False) -> list[Checkpoint]:
@@ -179,13 +193,9 @@ def as_deltas(checkpoints: Sequence[Checkpoint], has_base: bool = False) -> list
     Raises:
         ValueError: if only some are, if one can't be taken apart, or if their layers differ in shape.
     """
-    found = [LoraAdapter.of(checkpoint) for checkpoint in checkpoints]
-    adapters = [adapter for adapter in found if adapter is not None]
+    adapters = adapters_of(checkpoints)
     if not adapters:
         return list(checkpoints)
-    if len(adapters) < len(checkpoints):
-        other = next(c.path for c, adapter in zip(checkpoints, found, strict=True) if adapter is None)
-        raise ValueError(f"{other} is no LoRA adapter, but others are: compare adapters with adapters only")
     layers = {module: layer for adapter in adapters for module, layer in adapter.layers.items()}
     for adapter in adapters:
         for module, layer in adapter.layers.items():

@@ -119,9 +119,8 @@ class Background:
         # A daemon: a process that ends after an exception must not wait for ranks that are gone.
         thread = threading.Thread(target=self._run, name="merge-background", daemon=True)
         try:
-            with (
-                DeferredSignals()
-            ):  # threads begin in turn: one left in between would keep all others waiting
+            # ``start`` holds a lock of all threads: interrupted, it would keep later ones from starting.
+            with DeferredSignals():
                 thread.start()
         except RuntimeError as error:
             log.warning("merge: could not start a background thread, snapshots block training: %s", error)

@@ -8,11 +8,15 @@ mean of K products is no product of means, but it is exactly an adapter of rank 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?P<rest>(?:\..+)?)")
+"""What peft calls a factor: in a model the adapter's name follows, in a file ``.weight`` or nothing."""
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,14 @@ from torch import Tensor
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.lora import LoraAdapter, LoraFactors, plain
-from merge_callback.checkpoints.merge_record import versions
 from merge_callback.checks import matches_any
-from merge_callback.merging import Inputs, LinearMethod, Weighted
+from merge_callback.merging import Inputs, LinearMethod
 from merge_callback.merging.low_rank import LowRank, total
-from merge_callback.messages import warn
+from merge_callback.offline.adapters import warn_of_bases
+from merge_callback.offline.compatibility import check_weights
 from merge_callback.offline.job import Job
-from merge_callback.offline.merge_files import described, trajectory_of
+from merge_callback.offline.merge_files import common_record, trajectory_of
 from merge_callback.snapshots.arena import all_finite
-
-BASE_NAME = "base_model_name_or_path"
-"""The entry of peft's configuration that says which base an adapter is for."""
 
 
 class AdapterMerge:
@@ -44,9 +41,9 @@ class AdapterMerge:
                     raise ValueError(
                         f"{name}: its shapes differ, {tuple(tensor.shape)} in one of the adapters"
                     )
+        self._check_patterns()
         self._check_finite()
-        if len(bases := {str(adapter.config.get(BASE_NAME)) for adapter in adapters}) > 1:
-            warn(f"the adapters are of different base models: {', '.join(sorted(bases))}")
+        warn_of_bases([adapter.config for adapter in adapters])
         self.weights = self._weights()
         self.survey = None if self.weights else job.method.survey(_Layers(self), self.trajectory)
 
@@ -96,20 +93,13 @@ class AdapterMerge:
 
     def record(self) -> dict[str, Any]:
         """The provenance."""
-        method, newest = self.job.method, self.newest.checkpoint
+        checkpoints = [adapter.checkpoint for adapter in self.adapters]
         return {
-            "format": 1,
-            "method": {"name": method.name, "options": method.options(), "reference": method.reference},
-            "inputs": [described(adapter.checkpoint) for adapter in self.adapters],
+            **common_record(self.job, checkpoints, self.base, self.trajectory),
             "weights": self.weights,
-            "base": None if self.base is None else described(self.base),
-            "positions": list(self.trajectory.positions),
-            "step": newest.step,
-            "tokens": newest.tokens,
             "copied": sorted(n for n in map(plain, self.whole) if self._is_copied(n)),
             "stripped_prefix": "",
             "prefix": "",
-            "versions": versions(),
         }
 
     def _weights(self) -> list[float] | None:
@@ -139,15 +129,20 @@ class AdapterMerge:
         job = self.job
         if job.naming.strip or job.naming.prefix:
             raise ValueError("adapters keep the names that peft loads: leave out --strip-prefix and --prefix")
-        if isinstance(job.method, Weighted) and len(job.method.weights) != len(self.adapters):
-            raise ValueError(
-                f"{len(job.method.weights)} weights for {len(self.adapters)} adapters; give one each"
-            )
+        check_weights(job.method, len(self.adapters))
         if job.kind == "lightning":
             raise ValueError("--as lightning is no format of adapters; choose lora, or model with --base")
         if job.rank is not None and (job.rank < 1 or job.kind == "model"):
             why = "of an adapter; with --as model nothing is cut" if job.rank > 0 else "at least 1"
             raise ValueError(f"--rank {job.rank} must be {why}")
+
+    def _check_patterns(self) -> None:
+        names = [*(f"{plain(module)}.weight" for module in self.layers), *map(plain, self.whole)]
+        for pattern in self.job.exclude:
+            if not any(matches_any(name, [pattern]) for name in names):
+                raise ValueError(
+                    f"--exclude {pattern!r} matches no adapted weight; the first is {names[0]!r}"
+                )
 
     def _check_finite(self) -> None:
         for adapter in self.adapters:

@@ -15,6 +15,7 @@ from merge_callback.checkpoints.lora import plain
 from merge_callback.merging.low_rank import LowRank, nearest, relative_error
 from merge_callback.messages import warn
 from merge_callback.offline.adapter_merge import AdapterMerge
+from merge_callback.offline.adapters import unordered
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out
 from merge_callback.offline.workers import numbers
 from merge_callback.snapshots.arena import all_finite
@@ -95,7 +96,9 @@ class IntoAdapter:
         rank, alpha = (_commonest(list(found.values())) for found in (ranks, alphas))
         own = [adapter.layers.keys() for adapter in merging.adapters]
         targets = [adapter.config.get("target_modules") for adapter in merging.adapters]
-        if not all(names == own[-1] for names in own) or not all(map(_same_names, targets, targets[1:])):
+        if not all(names == own[-1] for names in own) or any(
+            unordered(names) != unordered(targets[-1]) for names in targets
+        ):
             config |= {"target_modules": sorted(ranks), "exclude_modules": None}
             config |= {"layers_to_transform": None, "layers_pattern": None}
         saved = [name for a in merging.adapters for name in a.config.get("modules_to_save") or []]
@@ -225,10 +228,3 @@ def _padded(matrix: LowRank, rank: int) -> LowRank:
 
 def _commonest(values: Sequence[Any]) -> Any:
     return max(set(values), key=lambda value: (values.count(value), value)) if values else 1
-
-
-def _same_names(one: object, other: object) -> bool:
-    """Whether two lists of names are the same; peft saves its sets as lists."""
-    return one == other or (
-        isinstance(one, list) and isinstance(other, list) and set(map(str, one)) == set(map(str, other))
-    )

@@ -31,13 +31,18 @@ def check_adapters(checkpoints: Sequence[Checkpoint]) -> None:
         told = [
             f"{key} is {config.get(key)!r} and {configs[-1].get(key)!r}"
             for key in sorted(config.keys() | configs[-1].keys())
-            if key not in _SAYS_NOTHING and _plain(config.get(key)) != _plain(configs[-1].get(key))
+            if key not in _SAYS_NOTHING and unordered(config.get(key)) != unordered(configs[-1].get(key))
         ]
         if told:
             raise ValueError(
                 f"{checkpoint.path} and {newest.path} are adapters of other kinds: {'; '.join(told[:3])}; "
                 "merge those of one run"
             )
+    warn_of_bases(configs)
+
+
+def warn_of_bases(configs: Sequence[Mapping[str, Any]]) -> None:
+    """Warns of adapters that were trained on different base models."""
     if len(bases := {str(config.get(_BASE)) for config in configs}) > 1:
         warn(f"the adapters are of different base models: {', '.join(sorted(bases))}")
 
@@ -47,6 +52,6 @@ def _config(checkpoint: Checkpoint) -> Mapping[str, Any]:
     return read_json(checkpoint.path, ADAPTER_CONFIG) if taken else {}
 
 
-def _plain(value: object) -> object:
+def unordered(value: object) -> object:
     """A value in which order says nothing: peft saves its sets as lists."""
     return sorted(map(str, value)) if isinstance(value, list) else value

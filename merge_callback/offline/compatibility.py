@@ -10,7 +10,7 @@ import torch
 
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checks import matches_any
-from merge_callback.merging import Sma, Weighted, check_alike
+from merge_callback.merging import MergeMethod, Sma, Weighted, check_alike
 from merge_callback.merging.merge import is_averaged
 from merge_callback.offline.adapters import check_adapters
 from merge_callback.offline.job import Job
@@ -45,7 +45,9 @@ def check_mergeable(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoin
     Raises:
         ValueError: if they do not; the tensor or the option is named.
     """
-    _check_method(job, checkpoints, base)
+    check_weights(job.method, len(checkpoints))
+    if base is not None and "task vectors" not in job.method.needs:
+        raise ValueError(f"method {job.method.name!r} uses no base; leave --base out")
     _check_tensors(job, [*checkpoints, *([base] if base else [])], checkpoints[-1])
     _warn_of_order(job, checkpoints)
     _warn_of_phases(checkpoints)
@@ -56,12 +58,14 @@ def check_mergeable(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoin
             _check_equal(name, checkpoints)
 
 
-def _check_method(job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-    method = job.method
-    if base is not None and "task vectors" not in method.needs:
-        raise ValueError(f"method {method.name!r} uses no base; leave --base out")
-    if isinstance(method, Weighted) and len(method.weights) != len(checkpoints):
-        raise ValueError(f"{len(method.weights)} weights for {len(checkpoints)} checkpoints; give one each")
+def check_weights(method: MergeMethod, count: int) -> None:
+    """Makes sure that there is a weight for each of ``count`` checkpoints, if weights are given.
+
+    Raises:
+        ValueError: if there is not.
+    """
+    if isinstance(method, Weighted) and len(method.weights) != count:
+        raise ValueError(f"{len(method.weights)} weights for {count} checkpoints; give one each")
 
 
 def _check_tensors(job: Job, everything: Sequence[Checkpoint], newest: Checkpoint) -> None:

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from merge_callback.checkpoints.file_names import ADAPTER_CONFIG, PROVENANCE
-from merge_callback.checkpoints.lora import LoraAdapter, plain
+from merge_callback.checkpoints.lora import LoraAdapter, adapters_of, plain
 from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.offline.adapter_merge import AdapterMerge
 from merge_callback.offline.adapter_output import IntoAdapter, IntoBase
@@ -32,14 +32,7 @@ def opened_adapters(paths: Sequence[Path]) -> list[LoraAdapter]:
     # Only then are they opened: what is put together from many files, or dequantised, takes minutes.
     newest = paths[-1]
     folder = newest if newest.is_dir() else newest.parent
-    if not (folder / ADAPTER_CONFIG).exists() or LoraAdapter.of(open_checkpoint(newest)) is None:
-        return []
-    found = []
-    for path in paths:
-        if (adapter := LoraAdapter.of(open_checkpoint(path))) is None:
-            raise ValueError(f"{path} is no LoRA adapter, but {newest} is: merge adapters with adapters only")
-        found.append(adapter)
-    return found
+    return adapters_of([*map(open_checkpoint, paths)]) if (folder / ADAPTER_CONFIG).exists() else []
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from merge_callback.offline.job import Job
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_texts
 from merge_callback.offline.output_folder import OutputFolder
-from merge_callback.offline.workers import each
+from merge_callback.offline.workers import each, numbers
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.frozen import same_bytes
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
@@ -122,10 +122,7 @@ class _Merging:
             for name, tensor in self.newest.tensors.items()
             if not is_averaged(tensor) or name in self.newest.copied or matches_any(name, job.exclude)
         } - self.recomputed.keys()
-        # Of each tensor, whether it is not finite and the same everywhere; workers are other processes.
-        self._constant = torch.zeros(len(self.newest.tensors), dtype=torch.bool)
-        self._constant.share_memory_()  # type: ignore[no-untyped-call]
-        self._places = {name: place for place, name in enumerate(self.newest.tensors)}
+        self._constant = numbers(self.newest.tensors)  # 1: not finite, and the same everywhere
 
     def published(self, name: str) -> str:
         """A tensor's name in the output."""
@@ -159,7 +156,7 @@ class _Merging:
     @property
     def not_finite(self) -> set[str]:
         """What holds NaN or Inf, the same in all checkpoints, and is copied therefore: buffers and masks."""
-        return {name for name, place in self._places.items() if self._constant[place]}
+        return {name for name, is_constant in self._constant.items() if is_constant}
 
     def is_constant(self, inputs: Inputs) -> bool:
         """Whether a tensor is not finite, but has the same bits everywhere.
@@ -173,7 +170,7 @@ class _Merging:
         if not spoilt:
             return False
         if len(spoilt) == len(tensors) and all(same_bytes(tensors[0], other) for other in tensors[1:]):
-            self._constant[self._places[inputs.name]] = True
+            self._constant[inputs.name].fill_(1)
             return True
         raise ValueError(
             f"tensor {inputs.name!r} of {spoilt[0].path} holds NaN or Inf; leave that checkpoint "
@@ -192,21 +189,14 @@ class _Merging:
         positions = self.trajectory.positions
         state = {name for checkpoint in self.checkpoints for name in checkpoint.training_state}
         return {
-            "format": 1,
-            "method": {"name": method.name, "options": method.options(), "reference": method.reference},
-            "inputs": [described(checkpoint) for checkpoint in self.checkpoints],
+            **common_record(self.job, self.checkpoints, self.base, self.trajectory),
             "weights": method.normalised_weights(positions) if linear else None,  # type: ignore[attr-defined]
-            "base": None if self.base is None else described(self.base),
-            "positions": list(positions),
-            "step": self.newest.step,
-            "tokens": self.newest.tokens,
             "copied": sorted(self.copied.union(self.not_finite)),
             **({"not_finite": sorted(self.not_finite)} if self.not_finite else {}),
             **({"recomputed": sorted(self.recomputed)} if self.recomputed else {}),
             **({"training_state": sorted(state)} if state else {}),
             "stripped_prefix": self.job.naming.strip or "",
             "prefix": self.job.naming.prefix,
-            "versions": versions(),
         }
 
     def _merge(self, name: str, out: Tensor, survey: Any) -> None:
@@ -286,8 +276,24 @@ def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str
     return {alias: tensors[kept] for alias, kept in tied.items()}
 
 
-def described(checkpoint: Checkpoint) -> dict[str, Any]:
-    """An input of a merge, as ``merge.json`` names it."""
+def common_record(
+    job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None, trajectory: Trajectory
+) -> dict[str, Any]:
+    """What the record of every merge of files says, of models and of adapters."""
+    method = job.method
+    return {
+        "format": 1,
+        "method": {"name": method.name, "options": method.options(), "reference": method.reference},
+        "inputs": [_described(checkpoint) for checkpoint in checkpoints],
+        "base": None if base is None else _described(base),
+        "positions": list(trajectory.positions),
+        "step": checkpoints[-1].step,
+        "tokens": checkpoints[-1].tokens,
+        "versions": versions(),
+    }
+
+
+def _described(checkpoint: Checkpoint) -> dict[str, Any]:
     files = {path.name: path.stat().st_size for path in checkpoint.files}
     return {
         "path": str(checkpoint.path),

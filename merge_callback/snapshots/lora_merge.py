@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from merge_callback.merging.low_rank import LowRank, total
-
-_FIRST = re.compile(r"(.+\.lora_(?:embedding_)?)A((?:\..+)?)")
+from merge_callback.merging.low_rank import FACTOR, LowRank, total
 
 
 def factor_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     """The names of A and B of each adapter among a module's tensors, as peft calls them."""
     known = set(names)
-    found = ((match, f"{match[1]}B{match[2]}") for name in known if (match := _FIRST.fullmatch(name)))
-    return sorted((match[0], second) for match, second in found if second in known)
+    factors = [found for name in known if (found := FACTOR.fullmatch(name)) and found["factor"] == "A"]
+    pairs = ((found[0], f"{found[0][: found.start('factor')]}B{found['rest']}") for found in factors)
+    return sorted(pair for pair in pairs if pair[1] in known)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ class Findings:
     """The outcome of each check, for one library; what fails is noted, and the other checks go on."""
 
     def __init__(self, library: str, trainer: str) -> None:
-        self.library, self.trainer = library, trainer
+        self.name, self.trainer = library, trainer
         self.outcomes: dict[str, list[str]] = {check: [] for check in CHECKS}
 
     @contextlib.contextmanager
@@ -43,8 +43,8 @@ class Findings:
     def write(self, path: str) -> None:
         """Writes the outcomes as JSON: of each check, what failed."""
         found = {
-            "library": self.library,
-            "version": version(self.library),
+            "library": self.name,
+            "version": version(self.name),
             "trainer": self.trainer,
             "checks": self.outcomes,
         }
