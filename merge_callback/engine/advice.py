@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import SupportsFloat
 
+from merge_callback.metrics import GAIN
 from merge_callback.signals.lr_phase import Phase
 
 
@@ -19,7 +20,7 @@ def gains(
         lower: whether lower is better, by metric; a metric with ``None`` has no gain.
     """
     return {
-        f"merge/gain/{name}": (float(live[name]) - float(merged[name])) * (1 if lower[name] else -1)
+        f"{GAIN}{name}": (float(live[name]) - float(merged[name])) * (1 if lower[name] else -1)
         for name in merged
         if name in live and lower.get(name) is not None
     }

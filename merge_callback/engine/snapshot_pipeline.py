@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from merge_callback.engine.advice import advice
 from merge_callback.engine.background import Background, Done
 from merge_callback.messages import info, warn
+from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
@@ -360,15 +361,15 @@ class SnapshotPipeline:
     def _log(self, report: _Report) -> None:
         snapshot, diversity = report.snapshot, report.diversity
         metrics: dict[str, float] = {
-            "merge/phase": report.phase.code,
-            "merge/lr_ratio": snapshot.lr_ratio,
-            "merge/window": report.window,
+            PHASE: report.phase.code,
+            LR_RATIO: snapshot.lr_ratio,
+            WINDOW: report.window,
         }
         if snapshot.tokens is not None:
-            metrics["merge/tokens"] = snapshot.tokens
+            metrics[TOKENS] = snapshot.tokens
         if diversity is not None:
-            metrics["merge/diversity_rms"] = diversity["rms"]
-            metrics["merge/diversity_change"] = diversity["change_percent"]
+            metrics[DIVERSITY_RMS] = diversity["rms"]
+            metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
         change = diversity["change_percent"] if diversity else None
