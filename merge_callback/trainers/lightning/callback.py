@@ -253,7 +253,8 @@ class CheckpointMergeCallback(LightningCallback):
         if self.session and not trainer.sanity_checking:
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
             if self.options.evaluate and self._validation:
-                self._validation.update(self.session.current_merge())
+                note = self.session.pipeline.note_validation
+                self._validation.update(self.session.current_merge(), note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from merge_callback.engine.advice import gains
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
 from merge_callback.messages import info
@@ -50,6 +49,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WELL_KNOWN = {"lightning", "pytorch_lightning", "merge_callback"}
+
+NoteValidation = Callable[
+    [Merge, Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, bool | None]], Mapping[str, float]
+]
+"""Takes a merge, the live metrics, the merged ones, and whether lower is better; returns what else to log."""
 
 _MEASURING = [
     f"on_validation_{when}" for when in ("start", "epoch_start", "batch_start", "batch_end", "epoch_end")
@@ -89,8 +93,8 @@ class MergedValidation:
         """Notes which weights a live validation is run with."""
         self._seen.note_live()
 
-    def update(self, merge: Merge | None) -> None:
-        """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
+    def update(self, merge: Merge | None, note: NoteValidation) -> None:
+        """Validates ``merge`` if it is new, and notes that. A failed validation is logged; the run goes on.
 
         Afterwards there are ``merged/…`` values of exactly the metrics that the merge was validated with. A
         monitor must find its key from the first validation on, so until there is a merge the live values are
@@ -102,7 +106,7 @@ class MergedValidation:
         results = validation_results(self.trainer)
         live = epoch_metrics(results, self.trainer.callback_metrics)
         if merge is not None and merge.step != self.step:
-            self._validate(merge, live)
+            self._validate(merge, live, note)
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
             known = {f"{MERGED}{name}": value for name, value in live.items()}
@@ -120,7 +124,7 @@ class MergedValidation:
         """Leaves the trainer's callbacks as they were."""
         self._hold_stopping(())
 
-    def _validate(self, merge: Merge, live: Mapping[str, Tensor]) -> None:
+    def _validate(self, merge: Merge, live: Mapping[str, Tensor], note: NoteValidation) -> None:
         problem = None
         try:
             with self._directions.listening(self.module):
@@ -148,7 +152,8 @@ class MergedValidation:
             return
         self.step, self._has_failed = merge.step, False
         self.metrics = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
-        report(self._host, {**self.metrics, **self._gains(live, merged)})
+        noted = note(merge, live, merged, self._lower_is_better(live, merged))
+        report(self._host, {**self.metrics, **noted})
         self._report_missing(sorted(live.keys() - merged.keys()))
 
     def _monitored(self) -> set[str]:
@@ -175,8 +180,10 @@ class MergedValidation:
                 f"evaluate_with={named}"
             )
 
-    def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """The gains; reports once which metrics have none, and the remedy."""
+    def _lower_is_better(
+        self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+    ) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         results = validation_results(self.trainer)
         is_lower = self._directions.lower_is_better
         lower = {name: is_lower(name, self.trainer, results, self.module) for name in merged if name in live}
@@ -187,7 +194,7 @@ class MergedValidation:
                 f"merge: no {GAIN}… is logged for {', '.join(unknown)}, since it is not known whether "
                 f"lower is better; pass lower_is_better={unknown[:1]}, or higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def state_dict(self) -> dict[str, Any]:
         """The last validated merge and its metrics, as primitives."""

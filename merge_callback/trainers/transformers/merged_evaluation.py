@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import Trainer
 
-from merge_callback.engine.advice import gains
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
@@ -104,7 +103,9 @@ class MergedEvaluation:
             return
         self._failed.discard(prefix)
         self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        report(self._host, {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)})
+        lower = self._directions(found, prefix)
+        noted = session.pipeline.note_validation(merge, evaluated.metrics, found, lower)
+        report(self._host, {**self._found[prefix][1], **noted})
 
     def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         """The metrics of the merge, by the names of the live ones."""
@@ -119,7 +120,8 @@ class MergedEvaluation:
             output = evaluated.run()
         return _measured(output.metrics)
 
-    def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
+    def _directions(self, merged: Mapping[str, float], prefix: str) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         lower = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
             name for name, is_lower in lower.items() if is_lower is None and name not in self._told
@@ -130,7 +132,7 @@ class MergedEvaluation:
                 f"merge: no {GAIN}… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def _lower_is_better(self, name: str, prefix: str) -> bool | None:
         said = said_lower(name, self._options.lower_is_better, self._options.higher_is_better)
