@@ -21,7 +21,7 @@ from merge_callback.analysis.interference import (
     variance,
 )
 from merge_callback.checkpoints.checkpoint import Checkpoint
-from merge_callback.checkpoints.lora import PREFIX, LoraAdapter, plain
+from merge_callback.checkpoints.lora import PREFIX, LoraAdapter, LoraFactors, plain
 from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.merging import Inputs, MergeMethod, Shard, Trajectory
 from merge_callback.merging.low_rank import FACTOR
@@ -102,6 +102,7 @@ class Siblings:
         for place in self._places:
             for expert in self._experts:
                 expert.check(place.name, place.base())
+        self._check_layers(naming.adapter)
         targets = {place.target for place in self._places}
         self.apart = [
             name
@@ -113,6 +114,22 @@ class Siblings:
             raise ValueError(f"experts=… merges LoRA adapters only; this one also trains {min(self.apart)!r}")
         self._mine: Arena | None = None
         self._out: Arena | None = None
+
+    def _check_layers(self, live: Adapter | None) -> None:
+        """Makes sure that what adapters add is merged, all of it.
+
+        Raises:
+            ValueError: for a layer whose weight is not.
+        """
+        merged = {place.name for place in self._places}
+        told = [(name, "the live adapter") for name in (_live_deltas(live) if live else {})]
+        told += [(name, str(expert.path)) for expert in self._experts for name in expert.layers]
+        for name, which in told:
+            if name not in merged:
+                raise ValueError(
+                    f"{which} adds to {name!r}, which is not merged: the model has no such weight (is there a "
+                    "strip_prefix= that it should have?), it is quantised, or exclude= leaves it out"
+                )
 
     def take(self, model: ModelTensors) -> None:
         """Copies the live weights, which are merged from now on."""
@@ -221,13 +238,15 @@ class _Expert:
     def __init__(self, checkpoint: Checkpoint, names: Mapping[str, str], adapter: LoraAdapter | None) -> None:
         self.path, self.adapter = checkpoint.path, adapter
         self._checkpoint, self._names = checkpoint, names
+        self.layers: dict[str, LoraFactors] = {}
+        """By the name of the weight that they add to."""
         if adapter is not None:
             if adapter.changes_the_base:
                 raise ValueError(
                     f"{self.path}: initialised as {adapter.changes_the_base!r}, this adapter is relative to "
                     "a changed base, so it can't be merged with others"
                 )
-            self._layers = {f"{plain(module)}.weight": layer for module, layer in adapter.layers.items()}
+            self.layers = {f"{plain(module)}.weight": layer for module, layer in adapter.layers.items()}
             self._whole = {plain(name): tensor for name, tensor in adapter.whole.items()}
             self._fan = bool(adapter.config.get("fan_in_fan_out"))
 
@@ -261,7 +280,7 @@ class _Expert:
 
     def changes(self, name: str) -> bool:
         """Whether its tensor may be another than the base's."""
-        return self.adapter is None or name in self._layers or name in self._whole
+        return self.adapter is None or name in self.layers or name in self._whole
 
     def weight(self, name: str, base: Tensor) -> Tensor:
         """Its tensor; of an adapter, the base's and what it adds to it, in fp32."""
@@ -270,9 +289,9 @@ class _Expert:
             return torch.view_as_real(tensor) if tensor.is_complex() else tensor
         if name in self._whole:
             return self._whole[name]
-        if name not in self._layers:
+        if name not in self.layers:
             return base
-        layer = self._layers[name]
+        layer = self.layers[name]
         return base + layer.as_weight(layer.matrix.dense(), base, self._fan)
 
     def check(self, name: str, base: Tensor) -> None:
@@ -283,9 +302,7 @@ class _Expert:
         """
         if self.adapter is None and name not in self._names:
             raise ValueError(f"{self.path} lacks {name!r}, which the base has; is it of another model?")
-        layers = self._layers if self.adapter else {}
-        if name in layers:
-            layer = layers[name]
+        if layer := self.layers.get(name):
             layer.as_weight(torch.empty(layer.matrix.shape, device="meta"), base, self._fan)
         elif (found := self.weight(name, base).shape) != base.shape:
             raise ValueError(f"{self.path}: {name!r} is {tuple(found)}, the base's {tuple(base.shape)}")

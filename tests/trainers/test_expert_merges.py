@@ -304,6 +304,19 @@ def test_a_live_adapter_is_merged_with_others_as_what_it_adds(given, options, tm
         assert metrics["merge_experts/sibling/overlap"] > 0
 
 
+def test_adapters_of_layers_that_are_not_merged_are_refused(tmp_path):
+    Adapted(4).net.save_pretrained(tmp_path / "sibling")
+    paths = [None, tmp_path / "sibling"]
+    with pytest.raises(ValueError, match=r"the live adapter adds to '2\.weight', which is not merged"):
+        run(tmp_path, paths, None, module=Adapted(3), exclude=["*.2.*"])
+    files(tmp_path, kind=Classifier)
+    sequence = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    module, plain = Classifier(), {"strip_prefix": "net."}
+    module.net = sequence
+    with pytest.raises(ValueError, match=r"sibling adds to '2\.weight', which is not merged"):
+        run(tmp_path, [tmp_path / "base.safetensors", tmp_path / "sibling"], None, module=module, **plain)
+
+
 def test_adapters_that_are_no_sum_are_refused(tmp_path):
     paths, _ = files(tmp_path, kind=Classifier)
     with pytest.raises(ValueError, match="can't merge DoRA"):
