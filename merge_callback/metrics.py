@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +12,8 @@ class Metric:
     """What is known of one logged number.
 
     Args:
-        name: as loggers and ``callback_metrics`` have it; ``<name>`` stands for a metric of the validation.
+        name: as loggers and ``callback_metrics`` have it; ``<name>`` stands for a metric of the validation,
+            ``<sibling>`` for the name of an expert.
         meaning: one sentence.
         logged: at which steps.
         unit: of the value.
@@ -24,11 +26,14 @@ class Metric:
 
     def matches(self, name: str) -> bool:
         """Whether this is the metric called ``name``."""
-        return fnmatchcase(name, self.name.replace("<name>", "*"))
+        return fnmatchcase(name, re.sub("<.*?>", "*", self.name))
 
 
 MERGED, GAIN = "merged/", "merge_gain/"
 """Before the name of a validation metric."""
+
+EXPERTS = "merge_experts/"
+"""Before the numbers of the merge of an expert with its siblings."""
 
 MERGED_EVAL = "merged_"
 """Before the name of an evaluation's metric in the Hugging Face Trainer, which begins with ``eval_``."""
@@ -62,6 +67,48 @@ METRICS: tuple[Metric, ...] = (
         "How much better the merge scores than the live weights; positive is always better.",
         _VALIDATION,
         "that of the metric",
+    ),
+    Metric(
+        f"{EXPERTS}scale",
+        "λ of the best merge with the other experts, with `experts=`.",
+        _VALIDATION,
+        "factor",
+    ),
+    Metric(
+        f"{EXPERTS}density",
+        "The share of each task vector that this merge keeps, if its method has one.",
+        _VALIDATION,
+        "ratio",
+    ),
+    Metric(
+        f"{EXPERTS}evaluated",
+        "Merges that were validated to find the best.",
+        _VALIDATION,
+        "merges",
+    ),
+    Metric(
+        f"{EXPERTS}<sibling>/sign_conflict",
+        "Entries with opposite signs among the largest 20 % of this expert's or a sibling's task vector.",
+        _VALIDATION,
+        "per cent",
+    ),
+    Metric(
+        f"{EXPERTS}<sibling>/overlap",
+        "Entries among the largest 20 % of both.",
+        _VALIDATION,
+        "per cent",
+    ),
+    Metric(
+        f"{EXPERTS}<sibling>/magnitude_ratio",
+        "The larger over the smaller magnitude of these entries, on average.",
+        _VALIDATION,
+        "ratio",
+    ),
+    Metric(
+        f"{EXPERTS}variance",
+        "The mean square of all experts' largest 20 %.",
+        _VALIDATION,
+        "that of the weights, squared",
     ),
     Metric(
         DIVERSITY_RMS,

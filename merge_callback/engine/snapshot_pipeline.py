@@ -187,10 +187,10 @@ class SnapshotPipeline:
         self._handed_in = self._window.ranks.from_first(self._emitted)  # only that one knows what it wrote
         self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
-        if not self.publisher.published:
-            warn(f"merge: nothing was published: {self._why_nothing(step)}")
-        else:
+        if self.publisher.published:
             info(closing_line(self.advice.validations, self.published, self.publisher))
+        elif self.options.experts is None:
+            warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
     def _why_nothing(self, step: int) -> str:
         """Why there is no merge after ``step`` optimizer steps, and what to do."""
@@ -291,7 +291,7 @@ class SnapshotPipeline:
             return
         self._taken += 1
         emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
-        evaluate = self.options.evaluate and self.host.will_validate
+        evaluate = self.options.evaluate and self.host.will_validate and self.options.experts is None
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
             self._emit(model)

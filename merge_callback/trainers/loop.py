@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 ComputeLoss = Callable[[Any], Tensor | float]
 
-_NOT_HERE = ("evaluate", "evaluate_with")  # options of loops that validate by themselves
+_NOT_HERE = ("evaluate", "evaluate_with", "base", "experts")  # options of loops that validate by themselves
 
 
 class CheckpointMerger:
@@ -67,7 +67,7 @@ class CheckpointMerger:
             decide.
         scaler: of fp16 training.
         log_every: optimizer steps between the logs of what is known of spikes.
-        **options: those of ``CheckpointMergeCallback``, except for ``evaluate`` and ``evaluate_with``. The
+        **options: those of ``CheckpointMergeCallback``, except for those about validations. The
             default ``dirpath`` is ``merges`` in the current folder.
 
     Attributes:
@@ -180,7 +180,7 @@ class CheckpointMerger:
             return
         self._is_swapped, self._shown = True, merge
         try:
-            with merged_weights(self._host, merge, self._session.sharding):
+            with merged_weights(self._host, merge.arena, self._session.sharding):
                 yield merge
         finally:
             self._is_swapped = False

@@ -105,6 +105,10 @@ class CheckpointMergeCallback(LightningCallback):
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
         lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
             they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
+        base: The model that this run and ``experts`` began as; not needed if all are LoRA adapters.
+        experts: Finished experts: checkpoints or LoRA adapters. After each validation this run's weights are
+            merged with them by ``method`` (a name: λ and density are tuned on the validation data), and
+            ``merged/…`` is what that merge scores. Stop where it peaks.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
             ``merge_gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
@@ -140,6 +144,8 @@ class CheckpointMergeCallback(LightningCallback):
         diversity_lag: int = 2,
         exclude: Sequence[str] = (),
         lora: str = "delta",
+        base: str | os.PathLike[str] | None = None,
+        experts: Sequence[str | os.PathLike[str]] = (),
         lower_is_better: Sequence[str] = (),
         higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | str | bool | dict[str, Any] | None = None,
@@ -253,8 +259,11 @@ class CheckpointMergeCallback(LightningCallback):
         if self.session and not trainer.sanity_checking:
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
             if self.options.evaluate and self._validation:
-                note = self.session.pipeline.note_validation
-                self._validation.update(self.session.current_merge(), note)
+                if self.session.experts:
+                    self._validation.update_expert(self.session.experts, self.session.live())
+                else:
+                    note = self.session.pipeline.note_validation
+                    self._validation.update(self.session.current_merge(), note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""

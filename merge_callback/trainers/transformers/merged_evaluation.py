@@ -11,17 +11,19 @@ from typing import Any
 
 from transformers import Trainer
 
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.signals.host import report
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
@@ -62,12 +64,16 @@ class MergedEvaluation:
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        evaluated, merge = self._host.evaluated, session.current_merge()
-        if evaluated is None:
+        merge = None if session.experts else session.current_merge()
+        if (evaluated := self._host.evaluated) is None:
             return
         prefix = evaluated.prefix
-        if merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
-            self._evaluate(session, merge, evaluated)
+        if session.experts:
+            self._evaluate_expert(session, session.experts, evaluated)
+        elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
+            found = self._evaluate(merge.arena, session, evaluated)
+            if found is not None:
+                self._note(merge.step, evaluated, found, partial(session.pipeline.note_validation, merge))
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -84,10 +90,32 @@ class MergedEvaluation:
         """Goes on from a ``state_dict``."""
         self._found = {prefix: (step, dict(metrics)) for prefix, (step, metrics) in state.items()}
 
-    def _evaluate(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> None:
+    def _evaluate_expert(self, session: MergeSession, experts: ExpertMerge, evaluated: Evaluated) -> None:
+        """Evaluates the merges of the live weights with finished experts, and notes the best's metrics."""
+        prefix = evaluated.prefix
+        lower = {name: self._lower_is_better(name, prefix) for name in evaluated.metrics}
+        wanted = [_live(self._best, prefix) or self._best]
+        try:
+            evaluate = partial(self._evaluate, session=session, evaluated=evaluated)
+            found = experts.validate(session.live(), evaluate, lower, wanted)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            self._found.pop(prefix, None)
+            self._failed.add(prefix)
+            return
+        if found is not None:
+            merged, numbers = found
+            self._note(session.step, evaluated, merged, numbers=numbers)
+
+    def _evaluate(
+        self, merged: Arena, session: MergeSession, evaluated: Evaluated
+    ) -> dict[str, float] | None:
+        """The metrics of a merge, by the names of the live ones; ``None`` if it failed, which is logged."""
         ranks, problem, prefix = session.ranks, None, evaluated.prefix
         try:
-            found = self._with(merge, session, evaluated)
+            found = self._with(merged, session, evaluated)
         except Exception as error:
             if DeferredSignals.has_raised(error):
                 raise
@@ -100,21 +128,31 @@ class MergedEvaluation:
             log.exception("merge: evaluation with the merged weights failed; the live weights are back")
             self._found.pop(prefix, None)
             self._failed.add(prefix)
-            return
-        self._failed.discard(prefix)
-        self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        lower = self._directions(found, prefix)
-        noted = session.pipeline.note_validation(merge, evaluated.metrics, found, lower)
-        report(self._host, {**self._found[prefix][1], **noted})
+            return None
+        return found
 
-    def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
-        """The metrics of the merge, by the names of the live ones."""
+    def _note(
+        self,
+        step: int,
+        evaluated: Evaluated,
+        found: Mapping[str, float],
+        note: Callable[..., Mapping[str, float]] = gains,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers."""
+        prefix = evaluated.prefix
+        self._failed.discard(prefix)
+        self._found[prefix] = (step, {_merged(name): value for name, value in found.items()})
+        noted = note(evaluated.metrics, found, self._directions(found, prefix))
+        report(self._host, {**self._found[prefix][1], **noted, **(numbers or {})})
+
+    def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         host = self._host
         with (
             DeferredSignals() as signals,
             host.undisturbed([evaluated.dataloader]),
             signals.let_through(),
-            merged_weights(host, merge, session.sharding),
+            merged_weights(host, merged, session.sharding),
         ):
             evaluated.random.restore()
             output = evaluated.run()
