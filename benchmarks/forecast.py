@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import write
+from forecast_rules import cases, draw, shares, table
+from record import RESULTS, write
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -57,11 +58,10 @@ class Trunk:
 
 TRUNKS = [
     *(Trunk("dense", seed) for seed in range(3)),
-    *(Trunk("experts", seed, experts=4) for seed in range(3)),
-    Trunk("dense, half the learning rate", 3, 4e-3),
-    Trunk("dense, twice the learning rate", 4, 16e-3),
-    Trunk("experts, half the learning rate", 5, 4e-3, experts=4),
+    Trunk("experts", 0, experts=4),
     Trunk("dense, half the width", 6, width=32),
+    Trunk("dense, half the learning rate", 3, 4e-3),
+    Trunk("experts", 1, experts=4),
 ]
 
 
@@ -234,7 +234,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     torch.set_num_threads(1)
     records = all_measured(parser.parse_args().cache)
-    print(write("forecast", {"trunks": records}))
+    forks = {metric: cases(records, metric) for metric in ("loss", "accuracy")}
+    figures = {
+        "rules": {metric: table(found) for metric, found in forks.items()},
+        "shares": {metric: shares(found) for metric, found in forks.items()},
+        "trunks": records,
+    }
+    print(write("forecast", figures))
+    draw(forks["loss"], RESULTS / "forecast.png")
 
 
 if __name__ == "__main__":

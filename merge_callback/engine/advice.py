@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, SupportsFloat
 
+from merge_callback.engine.forecast import SNAPSHOTS
 from merge_callback.engine.validations import Validations
 from merge_callback.snapshots.snapshot import Snapshot
 
@@ -20,6 +21,9 @@ _NS = "Nemotron 3 Super, arXiv 2604.12374, §2.5"
 
 _USUAL = 20
 """Snapshots of the stable phase whose median diversity is the usual one."""
+
+_SPENT = 0.1
+"""Share of the usual diversity below which the merge and the live weights are the same."""
 
 _FEW = 5
 """So many snapshots are few."""
@@ -41,6 +45,7 @@ class Seen:
     unless they are counted.
     """
 
+    step: int
     phase: str
     since: int
     window: int
@@ -59,7 +64,7 @@ class Seen:
 
 def fading(seen: Seen) -> str | None:
     """The decay has brought the snapshots together: gains shrink."""
-    if seen.phase != "decay" or seen.diversity is None or seen.diversity > 0.5:
+    if seen.phase != "decay" or seen.diversity is None or not _SPENT < seen.diversity <= 0.5:
         return None
     if seen.usual_gains and min(seen.usual_gains[-3:]) <= 0:
         return None  # what did not gain has nothing to lose
@@ -73,7 +78,7 @@ def fading(seen: Seen) -> str | None:
 
 def spent(seen: Seen) -> str | None:
     """Near the end of a decay, merge and live weights are the same."""
-    if seen.phase != "decay" or seen.diversity is None or seen.diversity > 0.1:
+    if seen.phase != "decay" or seen.diversity is None or seen.diversity > _SPENT:
         return None
     return (
         f"the snapshots lie {1 - seen.diversity:.0%} closer together than before the decay: until the "
@@ -176,23 +181,28 @@ class Advice:
         self._usual: list[float] = []  # diversities of the last stable segment
         self._usual_at = (0, 0)  # when that began, and the steps between the two of a pair
         self._seen: Seen | None = None
+        self._phase = ""  # of the newest snapshot
 
     def after_snapshot(
         self,
+        newest: Snapshot,
         segment: Sequence[Snapshot],
         diversity: Mapping[str, Any] | None,
     ) -> str | None:
         """A line for the user, if there is one, when a snapshot is in the window.
 
         Args:
+            newest: the snapshot.
             segment: the snapshots that are merged, oldest first.
             diversity: of the newest pair.
         """
+        self._phase = newest.phase
         if len(segment) < 2:
             return None
         first, before, last = segment[0], segment[-2], segment[-1]
         span = last.step - first.step
         self._seen = Seen(
+            step=last.step,
             phase=last.phase,
             since=last.since,
             window=self._window,
@@ -226,7 +236,11 @@ class Advice:
             merged: what the merged weights score.
             lower: whether lower is better, by metric; ``None`` if that is not known.
         """
-        return self.validations.note(newest, live, merged, lower), self._line()
+        logged = self.validations.note(newest, live, merged, lower)
+        seen, is_stable = self._seen, self._phase == newest.phase == "stable"
+        if seen and is_stable and seen.step == newest.step and seen.merged >= SNAPSHOTS:
+            logged |= self.validations.forecasts(merged, lower)
+        return logged, self._line()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as primitives."""
@@ -250,8 +264,8 @@ class Advice:
         apart, since = diversity["steps"][1] - diversity["steps"][0], segment[-1].since
         is_as_usual = 0.8 <= apart / max(1, self._usual_at[1]) <= 1.25
         if segment[-1].phase != "stable":
-            known = is_as_usual and len(self._usual) > 2
-            return diversity["rms"] / statistics.median(self._usual) if known else None
+            usual = statistics.median(self._usual) if is_as_usual and len(self._usual) > 2 else 0.0
+            return diversity["rms"] / usual if usual > 0 else None
         if since != self._usual_at[0] or not is_as_usual:
             self._usual, self._usual_at = [], (since, apart)
         self._usual = [*self._usual[1 - _USUAL :], diversity["rms"]]

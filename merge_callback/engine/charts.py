@@ -10,6 +10,7 @@ from typing import Any
 from merge_callback.metrics import (
     BASELINE,
     DIVERSITY_RMS,
+    FORECAST,
     GAIN,
     IS_SPIKING,
     LR_RATIO,
@@ -71,7 +72,7 @@ class Charts:
         # Logged per step and epoch, a metric is ``x_epoch`` to Lightning's loggers; ``x`` is no curve.
         names = sorted(name for name in metrics if f"{name}_epoch" not in metrics)
         charts = {
-            "Live and merged": {name: [name, f"{self._merged}{name}"] for name in names},
+            "Live and merged": {name: [name, f"{self._merged}{name}", f"{FORECAST}{name}"] for name in names},
             "Gain of the merge": {name: [f"{GAIN}{name}"] for name in names},
             **_BESIDE,
         }

@@ -396,5 +396,5 @@ class SnapshotPipeline:
             metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
-        if line := self.advice.after_snapshot(report.segment, diversity):
+        if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, SupportsFloat
 
-from merge_callback.metrics import GAIN
+from merge_callback.engine.forecast import forecast
+from merge_callback.metrics import FORECAST, FORECAST_ERROR, GAIN
 from merge_callback.publish.emission import Publisher, step_of
 from merge_callback.snapshots.snapshot import Snapshot
 
@@ -71,12 +73,32 @@ class Validations:
             lower: whether lower is better, by metric; ``None`` if that is not known.
         """
         found = gains(live, merged, lower)
-        known = {name.removeprefix(GAIN): gain for name, gain in found.items()}
+        known = {n.removeprefix(GAIN): gain for n, gain in found.items() if math.isfinite(gain)}
         validation = Validation(newest.step, newest.phase, newest.since, known)
+        if self.recent and self.recent[-1].step == newest.step:  # on further data
+            before = self.recent.pop()
+            validation = replace(validation, gains={**before.gains, **known})
         self.recent = [*self.recent[1 - _REMEMBERED :], validation]
         for name, gain in known.items():
             if name not in self.best or gain > self.best[name].gains[name]:
                 self.best[name] = validation
+        return found
+
+    def forecasts(
+        self, merged: Mapping[str, SupportsFloat], lower: Mapping[str, bool | None]
+    ) -> dict[str, float]:
+        """What is logged of the forecasts, as far as there are any; right after ``note``.
+
+        Args:
+            merged: what the merged weights score.
+            lower: whether lower is better, by metric.
+        """
+        found: dict[str, float] = {}
+        segment = self.recent[-1].segment
+        for name in self.recent[-1].gains.keys() & merged.keys():
+            gains = [v.gains[name] for v in self.recent if v.segment == segment and name in v.gains]
+            if known := forecast(float(merged[name]), gains, bool(lower[name])):
+                found[f"{FORECAST}{name}"], found[f"{FORECAST_ERROR}{name}"] = known
         return found
 
     def last_gains(self, segment: Segment) -> list[float]:

@@ -280,9 +280,12 @@ def test_a_summary_writer_shows_live_and_merged_on_one_chart_and_gains_are_noted
                 pass
             merger.log_validation(live={metric: 2}, merged={metric: 1})
         pipeline = merger._session.pipeline
-        assert [v.gains for v in pipeline.advice.validations.recent] == [{"loss": 1}, {"loss": 1}, {}]
+        assert [v.gains for v in pipeline.advice.validations.recent] == [{"loss": 1}]
     assert [[*layout["Live and merged"]] for layout in writer.layouts] == [["loss"], ["loss", "x"]]
-    assert writer.layouts[0]["Live and merged"]["loss"] == ["Multiline", ["loss$", "merged/loss$"]]
+    assert writer.layouts[0]["Live and merged"]["loss"] == [
+        "Multiline",
+        ["loss$", "merged/loss$", "merge/forecast/loss$"],
+    ]
 
 
 def test_what_the_callback_and_the_merger_take_by_default_is_the_same():
