@@ -92,6 +92,15 @@ def test_the_decay_is_judged_by_the_median_of_the_stable_phase_and_told_once():
     assert len(follow(told, range(610, 710, 10), [0.0] * 10, "decay", 600)) == 1
 
 
+def test_a_long_decay_does_not_forget_that_nothing_was_gained_before_it():
+    told = stable_run()
+    for newest in snapshots((380, 390, 400)):
+        told.after_validation(newest, {"loss": 1.0}, {"loss": 1.1}, {"loss": True})
+    for newest in snapshots(range(410, 610, 10), "decay", 400):
+        told.after_validation(newest, {"loss": 1.0}, {"loss": 0.9}, {"loss": True})
+    assert not follow(told, range(610, 710, 10), [0.1] * 10, "decay", 400)
+
+
 def test_snapshots_at_another_distance_are_not_compared():
     assert not follow(stable_run(), range(410, 440, 2), [0.01] * 15, "decay", 400)
 
