@@ -35,6 +35,9 @@ MERGED, GAIN = "merged/", "merge_gain/"
 EXPERTS = "merge_experts/"
 """Before the numbers of the merge of an expert with its siblings."""
 
+FORECAST, FORECAST_ERROR = "merge/forecast/", "merge/forecast_error/"
+"""Before the name of a validation metric that is forecast."""
+
 MERGED_EVAL = "merged_"
 """Before the name of an evaluation's metric in the Hugging Face Trainer, which begins with ``eval_``."""
 
@@ -111,6 +114,19 @@ METRICS: tuple[Metric, ...] = (
         "that of the weights, squared",
     ),
     Metric(
+        f"{FORECAST}<name>",
+        "A forecast: what the live weights would score after a decay over a quarter of the steps so far. "
+        "Only in the stable phase, once the last five gains are level.",
+        _VALIDATION,
+        "that of the metric",
+    ),
+    Metric(
+        f"{FORECAST_ERROR}<name>",
+        "Two standard deviations of the forecast's error, as measured on small language models.",
+        _VALIDATION,
+        "that of the metric",
+    ),
+    Metric(
         DIVERSITY_RMS,
         "RMS distance between the newest snapshot and the one `diversity_lag` before it. Gains follow it.",
         _SNAPSHOT,
@@ -118,7 +134,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         DIVERSITY_CHANGE,
-        "Change of the diversity since its first value; near -100 merging has nothing left to gain.",
+        "Change of the diversity since its first value. Only in the decay does its fall say that gains end.",
         _SNAPSHOT,
         "per cent",
     ),

@@ -287,6 +287,8 @@ def test_all_that_is_logged_is_in_the_table(tmp_path):
     unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
     assert unseen == [
         "merged_eval_<name>",
+        "merge/forecast/<name>",
+        "merge/forecast_error/<name>",
         "merge_spike/baseline",
         "merge_spike/threshold",
         "merge_spike/lr_factor",

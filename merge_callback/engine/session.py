@@ -402,8 +402,9 @@ class MergeSession:
         steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
         tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
         info(
-            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
-            f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
+            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, "
+            f"{self.pipeline.published} merges were published, the learning rate is in its "
+            f"{self.phases.phase.value} phase since step {self.phases.since:,}"
         )
 
     def _watch_for_spikes(self) -> SpikeWatch | None:

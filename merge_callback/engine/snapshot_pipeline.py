@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
-from merge_callback.engine.advice import advice
+from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.validations import closing_line
 from merge_callback.messages import info, warn
 from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
@@ -44,6 +45,7 @@ class _Report:
     phase: Phase
     snapshot: Snapshot
     window: int = 0
+    segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
 
 
@@ -82,7 +84,10 @@ class SnapshotPipeline:
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
-        self._advised: list[str] = []
+        self.published = 0  # number of merges
+        trained = window.store.whole.only(window.store.whole.names - window.store.expected)
+        numel = sum(group.numel for group in trained.groups)
+        self.advice = Advice(options.window, numel, host.total_steps)
         self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
@@ -158,6 +163,19 @@ class SnapshotPipeline:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
+    def note_validation(
+        self,
+        merge: Merge,
+        live: Mapping[str, SupportsFloat],
+        merged: Mapping[str, SupportsFloat],
+        lower: Mapping[str, bool | None],
+    ) -> dict[str, float]:
+        """What is logged of a merge's validation besides its metrics; see ``Advice.after_validation``."""
+        metrics, line = self.advice.after_validation(merge.snapshots[-1], live, merged, lower)
+        if line:
+            info(line)
+        return metrics
+
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
         self.wait()
@@ -169,7 +187,9 @@ class SnapshotPipeline:
         self._handed_in = self._window.ranks.from_first(self._emitted)  # only that one knows what it wrote
         self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
-        if not self.publisher.published and self.options.experts is None:
+        if self.publisher.published:
+            info(closing_line(self.advice.validations, self.published, self.publisher))
+        elif self.options.experts is None:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
     def _why_nothing(self, step: int) -> str:
@@ -212,7 +232,8 @@ class SnapshotPipeline:
             "taken": self._taken,
             "handed_in": self._handed_in,
             "published": list(self.publisher.published),
-            "advised": list(self._advised),
+            "emissions": self.published,
+            "advice": self.advice.state_dict(),
             "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
@@ -221,7 +242,9 @@ class SnapshotPipeline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores everything from a ``state_dict``, except the window."""
         self._taken = state["taken"]
-        self._advised = list(state["advised"])
+        self.published = state.get("emissions", len(state["published"]))
+        if "advice" in state:  # older versions have none
+            self.advice.load_state_dict(state["advice"])
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
@@ -272,7 +295,8 @@ class SnapshotPipeline:
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
             self._emit(model)
-        report.window, report.diversity = len(self._window), self._merger.diversity
+        report.window, report.segment = len(self._window), self._window.segment()
+        report.diversity = self._merger.diversity
         self._reports.append(report)
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
@@ -312,7 +336,7 @@ class SnapshotPipeline:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
             if not isinstance(prepared, Exception):
                 prepared()
-            self._emitted = step
+            self._emitted, self.published = step, self.published + 1
         except Exception as error:
             warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
 
@@ -372,6 +396,5 @@ class SnapshotPipeline:
             metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
-        change = diversity["change_percent"] if diversity else None
-        if line := advice(report.phase, snapshot.since, change, self._advised):
+        if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)

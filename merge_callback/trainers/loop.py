@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.charts import Charts
 from merge_callback.engine.kept_state import PythonState, kept_weights, put_back, reset_metrics
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED, SPIKE_TEXT
 from merge_callback.options import Options
@@ -100,6 +101,7 @@ class CheckpointMerger:
         self._is_begun = self._is_swapped = False
         self._has_stepped = False  # whether an optimizer was seen to step since the last call of ``step``
         self._told: set[str] = set()
+        self._shown: Merge | None = None  # the merge that was validated since the last step
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
 
     @property
@@ -151,7 +153,7 @@ class CheckpointMerger:
         if not self._has_stepped:  # it is stepped in some other way, such as in hooks of the backward pass
             for optimizer in self._host.optimizers:
                 session.note_step(optimizer)
-        self._has_stepped = False
+        self._has_stepped, self._shown = False, None
         self._host.steps_taken += 1
         self._host.scalars = dict(scalars or {})
         session.begin_batch(batch, self._host.steps_taken - 1, tokens)
@@ -176,7 +178,7 @@ class CheckpointMerger:
         if merge is None or self._session is None:
             yield None
             return
-        self._is_swapped = True
+        self._is_swapped, self._shown = True, merge
         try:
             with merged_weights(self._host, merge.arena, self._session.sharding):
                 yield merge
@@ -205,7 +207,11 @@ class CheckpointMerger:
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
         values = {f"{MERGED}{name}": value for name, value in found.items()}
-        report(self._host, values | gains(live, found, lower))
+        if self._session is None or self._shown is None:
+            noted = gains(live, found, lower)
+        else:
+            noted = self._session.pipeline.note_validation(self._shown, live, found, lower)
+        report(self._host, values | noted)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.
@@ -301,6 +307,7 @@ class LoopHost(Host):
         self.metrics: dict[str, float] = {}
         self.scalars: dict[str, Tensor | float] = {}
         self._total, self._log, self._compute_loss = total_steps, log, compute_loss
+        self._charts = Charts()
 
     @property
     def step(self) -> int:
@@ -320,6 +327,7 @@ class LoopHost(Host):
         if hasattr(self._log, "add_scalar"):
             for name, value in metrics.items():
                 self._log.add_scalar(name, value, step)
+            self._charts.show(self._log, metrics)
         else:
             self._log(dict(metrics), step)
 

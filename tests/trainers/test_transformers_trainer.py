@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -135,6 +136,31 @@ def own_log(run):
 
 def history(run):
     return run.state.log_history
+
+
+def test_tensorboard_draws_live_and_merged_on_one_chart(tmp_path):
+    from transformers.integrations import TensorBoardCallback
+
+    class Writer:
+        tags, layouts = set(), ()
+
+        def add_scalar(self, tag, *_):
+            self.tags.add(tag)
+
+        def add_custom_scalars(self, layout):
+            self.layouts = (*self.layouts, layout)
+
+        def add_text(self, *_): ...
+        def flush(self): ...
+        def close(self): ...
+
+    writer = Writer()
+    merging = CheckpointMergeTrainerCallback(window=3, every_n_steps=2, dirpath=tmp_path / "merges")
+    train(tmp_path, merging, TensorBoardCallback(writer), **EVALUATED)
+    (layout,) = writer.layouts
+    (patterns,) = [tags for _, tags in layout["Live and merged"].values()]
+    drawn = {tag for tag in writer.tags if any(re.match(pattern, tag) for pattern in patterns)}
+    assert drawn == {"eval/loss", "train/merged_eval_loss"}
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}

@@ -45,9 +45,9 @@ class CheckpointMergeCallback(LightningCallback):
     training goes on with the data that come next. Apart from that, the live weights are never touched:
     training with the callback is bit for bit training without it.
 
-    In the stable phase of a schedule, a merge scores about what the model would score after annealing
-    (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that were
-    really applied. A merge never crosses phases and never holds snapshots of the warm-up.
+    In the stable phase of a schedule, a merge is ahead of the live weights by much of what annealing would
+    bring (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that
+    were really applied. A merge never crosses phases and never holds snapshots of the warm-up.
 
     Everything is written to ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its
     window back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
@@ -262,7 +262,8 @@ class CheckpointMergeCallback(LightningCallback):
                 if self.session.experts:
                     self._validation.update_expert(self.session.experts, self.session.live())
                 else:
-                    self._validation.update(self.session.current_merge())
+                    note = self.session.pipeline.note_validation
+                    self._validation.update(self.session.current_merge(), note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""

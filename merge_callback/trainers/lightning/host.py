@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
+from merge_callback.engine.charts import Charts
 from merge_callback.metrics import SPIKE_TEXT
 from merge_callback.signals.host import Host, Rehearsal
 from merge_callback.trainers.lightning.private import (
@@ -24,6 +25,7 @@ from merge_callback.trainers.lightning.private import (
     logged_step,
     names_of,
     step_progress,
+    tag_prefix,
     training_loader,
 )
 from merge_callback.trainers.lightning.rehearsal import (
@@ -60,6 +62,7 @@ class LightningHost(Host):
         self.is_manual = not module.automatic_optimization
         self._progress = step_progress(trainer)
         self._failing: list[Logger] = []
+        self._charts: dict[int, Charts] = {}  # by the logger's id
         self._epochs: Any = trainer.fit_loop.epoch_progress.current
 
     @property
@@ -127,11 +130,16 @@ class LightningHost(Host):
         for logger in self.trainer.loggers:
             try:
                 logger.log_metrics(dict(metrics), step=step)
+                self._charts_of(logger).show(getattr(logger, "experiment", None), metrics)
                 logger.save()
             except Exception:
                 if logger not in self._failing:  # once: a server that is gone stays so
                     self._failing.append(logger)
                     log.exception("merge: %s failed; training goes on without", type(logger).__name__)
+
+    def _charts_of(self, logger: Logger) -> Charts:
+        prefix = tag_prefix(logger)
+        return self._charts.setdefault(id(logger), Charts(lambda name: f"{prefix}{name}"))
 
     def expose(self, metrics: Mapping[str, float]) -> None:
         """Puts scalars into ``trainer.callback_metrics``."""

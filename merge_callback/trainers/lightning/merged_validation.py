@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from merge_callback.engine.advice import gains
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
@@ -91,12 +92,16 @@ class MergedValidation:
         """Notes which weights a live validation is run with."""
         self._seen.note_live()
 
-    def update(self, merge: Merge | None) -> None:
+    def update(self, merge: Merge | None, note: Callable[..., Mapping[str, float]]) -> None:
         """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
 
         Afterwards there are ``merged/…`` values of exactly the metrics that the merge was validated with. A
         monitor must find its key from the first validation on, so until there is a merge the live values are
         repeated.
+
+        Args:
+            merge: the present one, if any.
+            note: what ``SnapshotPipeline.note_validation`` does.
 
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
@@ -105,7 +110,7 @@ class MergedValidation:
         if merge is not None and merge.step != self.step:
             merged = self._validate(merge.arena)
             if merged is not None:
-                self._note(merge.step, live, merged)
+                self._note(merge.step, live, merged, partial(note, merge))
         self._show(live)
 
     def update_expert(self, experts: ExpertMerge, model: ModelTensors) -> None:
@@ -130,7 +135,8 @@ class MergedValidation:
         if found is None:
             self.step, self.metrics, self._has_failed = -1, {}, True
         else:
-            self._note(self._host.step, live, *found)
+            merged, numbers = found
+            self._note(self._host.step, live, merged, numbers=numbers)
         self._show(live)
 
     def _live(self) -> dict[str, Tensor]:
@@ -188,12 +194,14 @@ class MergedValidation:
         step: int,
         live: Mapping[str, Tensor],
         merged: Mapping[str, Tensor],
+        note: Callable[..., Mapping[str, float]] = gains,
         numbers: Mapping[str, float] | None = None,
     ) -> None:
-        """Logs what the merge of a step scores, and further numbers."""
+        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers."""
         self.step, self._has_failed = step, False
         self.metrics = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
-        report(self._host, {**self.metrics, **self._gains(live, merged), **(numbers or {})})
+        lower = self._lower_is_better(live, merged)
+        report(self._host, {**self.metrics, **note(live, merged, lower), **(numbers or {})})
         self._report_missing(sorted(live.keys() - merged.keys()))
 
     def _monitored(self) -> set[str]:
@@ -220,8 +228,10 @@ class MergedValidation:
                 f"evaluate_with={named}"
             )
 
-    def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """The gains; reports once which metrics have none, and the remedy."""
+    def _lower_is_better(
+        self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+    ) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         results = validation_results(self.trainer)
         is_lower = self._directions.lower_is_better
         lower = {name: is_lower(name, self.trainer, results, self.module) for name in merged if name in live}
@@ -232,7 +242,7 @@ class MergedValidation:
                 f"merge: no {GAIN}… is logged for {', '.join(unknown)}, since it is not known whether "
                 f"lower is better; pass lower_is_better={unknown[:1]}, or higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def state_dict(self) -> dict[str, Any]:
         """The last validated merge and its metrics, as primitives."""

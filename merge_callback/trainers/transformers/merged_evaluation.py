@@ -11,12 +11,12 @@ from typing import Any
 
 from transformers import Trainer
 
-from merge_callback.engine.advice import gains
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
@@ -73,7 +73,7 @@ class MergedEvaluation:
         elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
             found = self._evaluate(merge.arena, session, evaluated)
             if found is not None:
-                self._note(merge.step, evaluated, found)
+                self._note(merge.step, evaluated, found, partial(session.pipeline.note_validation, merge))
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -106,7 +106,8 @@ class MergedEvaluation:
             self._failed.add(prefix)
             return
         if found is not None:
-            self._note(session.step, evaluated, *found)
+            merged, numbers = found
+            self._note(session.step, evaluated, merged, numbers=numbers)
 
     def _evaluate(
         self, merged: Arena, session: MergeSession, evaluated: Evaluated
@@ -135,14 +136,15 @@ class MergedEvaluation:
         step: int,
         evaluated: Evaluated,
         found: Mapping[str, float],
+        note: Callable[..., Mapping[str, float]] = gains,
         numbers: Mapping[str, float] | None = None,
     ) -> None:
-        """Logs what the merge of a step scores, and further numbers."""
+        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers."""
         prefix = evaluated.prefix
         self._failed.discard(prefix)
         self._found[prefix] = (step, {_merged(name): value for name, value in found.items()})
-        gained = self._gains(evaluated.metrics, found, prefix)
-        report(self._host, {**self._found[prefix][1], **gained, **(numbers or {})})
+        noted = note(evaluated.metrics, found, self._directions(found, prefix))
+        report(self._host, {**self._found[prefix][1], **noted, **(numbers or {})})
 
     def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         host = self._host
@@ -156,7 +158,8 @@ class MergedEvaluation:
             output = evaluated.run()
         return _measured(output.metrics)
 
-    def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
+    def _directions(self, merged: Mapping[str, float], prefix: str) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         lower = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
             name for name, is_lower in lower.items() if is_lower is None and name not in self._told
@@ -167,7 +170,7 @@ class MergedEvaluation:
                 f"merge: no {GAIN}… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def _lower_is_better(self, name: str, prefix: str) -> bool | None:
         said = said_lower(name, self._options.lower_is_better, self._options.higher_is_better)
