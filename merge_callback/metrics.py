@@ -60,6 +60,25 @@ METRICS: tuple[Metric, ...] = (
         _SNAPSHOT,
         "per cent",
     ),
+    Metric(
+        "merge/diversity_logits",
+        "Cosine distance of the logits on the probe batch, at the final token, between the same two "
+        "snapshots. With `probe=`.",
+        _SNAPSHOT,
+        "0 to 2",
+    ),
+    Metric(
+        "merge/diversity_probabilities",
+        "KL divergence of the newer snapshot's probabilities from the older one's, likewise.",
+        _SNAPSHOT,
+        "nats",
+    ),
+    Metric(
+        "merge/diversity_activations",
+        "Cosine distance of the activations, likewise, averaged over the layers.",
+        _SNAPSHOT,
+        "0 to 2",
+    ),
     Metric("merge/phase", "The learning-rate phase: 0 warmup, 1 stable, 2 decay.", _SNAPSHOT, "0, 1 or 2"),
     Metric("merge/lr_ratio", "The learning rate that was applied, over its peak.", _SNAPSHOT, "ratio"),
     Metric("merge/tokens", "Tokens seen by all ranks; only if batches hold tokens.", _SNAPSHOT, "tokens"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.probe import Probe
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
@@ -44,6 +46,8 @@ class _Report:
     snapshot: Snapshot
     window: int = 0
     diversity: dict[str, Any] | None = None
+    features: Features | None = None
+    functional: dict[str, float] = field(default_factory=dict)
 
 
 class SnapshotPipeline:
@@ -78,6 +82,7 @@ class SnapshotPipeline:
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
@@ -119,8 +124,10 @@ class SnapshotPipeline:
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
-        model, captured = self._capture(live, snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
+        with evaluated_weights(self.host.optimizers):
+            report.features = self.probe.run() if self.probe else None
+            model, captured = self._capture(live, snapshot.step)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -235,8 +242,7 @@ class SnapshotPipeline:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
         if isinstance(live, Exception):
             return ModelTensors(), Captured(error=live)
-        with evaluated_weights(self.host.optimizers):
-            return live, self._window.capture(live.tensors, live.frozen, step)
+        return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
@@ -266,6 +272,8 @@ class SnapshotPipeline:
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
+        if self.probe and report.features:
+            report.functional = self.probe.compare(report.features)
         emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.host.will_validate
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
@@ -369,6 +377,7 @@ class SnapshotPipeline:
         if diversity is not None:
             metrics["merge/diversity_rms"] = diversity["rms"]
             metrics["merge/diversity_change"] = diversity["change_percent"]
+        metrics |= {f"merge/diversity_{name}": value for name, value in report.functional.items()}
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
         change = diversity["change_percent"] if diversity else None
