@@ -32,7 +32,7 @@ from merge_callback.messages import info, warn
 from merge_callback.probe_options import ProbeOptions
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.signals.host import Host
-from merge_callback.snapshots.capture import clean_name, resharding_of
+from merge_callback.snapshots.capture import clean_name, resharding_of, settled
 from merge_callback.snapshots.files import replacing, sync
 from merge_callback.snapshots.live_merge import free_memory
 from merge_callback.snapshots.window import Window
@@ -225,6 +225,7 @@ def undisturbed(host: Host) -> Iterator[Callable[..., Any]]:
         for buffer in host.module.buffers():
             stack.callback(put_back, buffer, buffer.clone())
         stack.callback(reshard)
+        stack.push(lambda kind, *_: settled(host.root) if kind else None)
         reset_metrics(host.module)
         host.root.eval()
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds

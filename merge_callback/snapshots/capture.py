@@ -208,6 +208,14 @@ def resharding_of(root: nn.Module) -> Callable[[], None]:
     return resharding(root)
 
 
+def settled(root: nn.Module) -> None:
+    """Ends a forward pass of a sharded model that an exception has cut off: the next one would fail."""
+    if _is_distributed():
+        from merge_callback.sharding.shards import settle
+
+        settle(root)
+
+
 def _nothing() -> None:
     pass
 
