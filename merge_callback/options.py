@@ -22,6 +22,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
+from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
@@ -55,6 +56,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate": True,
         "evaluate_with": (),
         "diversity_lag": 2,
+        "probe": None,
         "exclude": (),
         "lora": "delta",
         "base": None,
@@ -111,6 +113,7 @@ class Options:
     evaluate: bool
     evaluate_with: tuple[str, ...]
     diversity_lag: int
+    probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
     experts: ExpertOptions | None
@@ -157,6 +160,7 @@ class Options:
             evaluate=true_or_false("evaluate", given["evaluate"]),
             evaluate_with=resolve_classes(given["evaluate_with"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),
             experts=experts,

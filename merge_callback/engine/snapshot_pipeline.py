@@ -10,11 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeVar
 
+from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.probe import Probe
 from merge_callback.engine.validations import closing_line
 from merge_callback.messages import info, warn
-from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
+from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
@@ -47,6 +49,8 @@ class _Report:
     window: int = 0
     segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
+    features: Features | None = None
+    functional: dict[str, float] = field(default_factory=dict)
 
 
 class SnapshotPipeline:
@@ -81,6 +85,7 @@ class SnapshotPipeline:
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
@@ -125,8 +130,10 @@ class SnapshotPipeline:
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
-        model, captured = self._capture(live, snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
+        with evaluated_weights(self.host.optimizers):
+            report.features = self.probe.run() if self.probe else None
+            model, captured = self._capture(live, snapshot.step)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -259,8 +266,7 @@ class SnapshotPipeline:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
         if isinstance(live, Exception):
             return ModelTensors(), Captured(error=live)
-        with evaluated_weights(self.host.optimizers):
-            return live, self._window.capture(live.tensors, live.frozen, step)
+        return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
@@ -290,6 +296,8 @@ class SnapshotPipeline:
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
+        if self.probe and report.features:
+            report.functional = self.probe.compare(report.features)
         emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
         evaluate = self.options.evaluate and self.host.will_validate and self.options.experts is None
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
@@ -394,6 +402,7 @@ class SnapshotPipeline:
         if diversity is not None:
             metrics[DIVERSITY_RMS] = diversity["rms"]
             metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
+        metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
         if line := self.advice.after_snapshot(snapshot, report.segment, diversity):

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -95,6 +95,8 @@ class CheckpointMerger:
             if name in options:
                 raise TypeError(f"{name!r} is for trainers that validate; here use merged_weights()")
         self.options = Options.resolve(**options)
+        if self.options.probe and self.options.probe.is_validation:
+            raise ValueError(f"probe={options['probe']!r}: the loop's validation is its own; pass a batch")
         self._host = LoopHost(model, optimizer, total_steps, log, compute_loss, scaler, log_every)
         self._session: MergeSession | None = None
         self._state: dict[str, Any] = {}
@@ -308,6 +310,7 @@ class LoopHost(Host):
         self.scalars: dict[str, Tensor | float] = {}
         self._total, self._log, self._compute_loss = total_steps, log, compute_loss
         self._charts = Charts()
+        self._fabrics = model if model is not self.root else None  # wrapper, which sees to the precision
 
     @property
     def step(self) -> int:
@@ -358,6 +361,10 @@ class LoopHost(Host):
             }
 
         return matching
+
+    def forward_pass(self) -> AbstractContextManager[Callable[..., Any]]:
+        """Calls what Fabric has made of the model, or else the model as it is, without autocast."""
+        return nullcontext(self._fabrics) if self._fabrics is not None else super().forward_pass()
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Calls ``compute_loss`` again."""

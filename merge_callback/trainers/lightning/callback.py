@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from merge_callback.engine.probe import first_sequences
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
@@ -100,6 +101,10 @@ class CheckpointMergeCallback(LightningCallback):
             validation hooks. These run for the merged weights, too; all other callbacks do not.
         diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
             between the oldest and the newest.
+        probe: Measures on one fixed batch how far what the model computes has moved, too: logits,
+            probabilities and activations. ``"validation"``, or ``True``, takes the first 8 sequences of the
+            first validation batch; else a batch, a function that returns one, or a ``ProbeOptions``, which
+            names layers, too.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
@@ -142,6 +147,7 @@ class CheckpointMergeCallback(LightningCallback):
         evaluate: bool = True,
         evaluate_with: Sequence[str | type[Callback]] = (),
         diversity_lag: int = 2,
+        probe: Any = None,
         exclude: Sequence[str] = (),
         lora: str = "delta",
         base: str | os.PathLike[str] | None = None,
@@ -165,6 +171,7 @@ class CheckpointMergeCallback(LightningCallback):
         self._host: LightningHost | None = None
         self._validation: MergedValidation | None = None
         self._resume: dict[str, Any] = {}
+        self._first_batch: Any = None  # of a sanity check
         self._loaded = self._half_restored = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,6 +213,8 @@ class CheckpointMergeCallback(LightningCallback):
         self._host = LightningHost(trainer, pl_module)
         named = taking_part(trainer, options.evaluate_with)
         self.session = MergeSession.begin(options, self._host, self._resume)
+        self._offer(self._first_batch)
+        self._first_batch = None
         directions = MetricDirections(options.lower_is_better, options.higher_is_better)
         self._validation = MergedValidation(self._host, self.session.sharding, directions, named)
         if "validation" in self._resume:
@@ -240,6 +249,18 @@ class CheckpointMergeCallback(LightningCallback):
         if self.options.evaluate:
             self._validation.note_beginning()
 
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the first batch as the probe batch, if there is none yet."""
+        if batch_idx == dataloader_idx == 0:
+            self._offer(batch)
+
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -264,6 +285,15 @@ class CheckpointMergeCallback(LightningCallback):
                 else:
                     note = self.session.pipeline.note_validation
                     self._validation.update(self.session.current_merge(), note)
+
+    def _offer(self, batch: Any) -> None:
+        """Offers a probe batch; until the session begins, it is kept."""
+        if batch is None or self.options.probe is None or not self.options.probe.is_validation:
+            return
+        if self.session is None:
+            self._first_batch = first_sequences(batch)
+        elif self.session.pipeline.probe:
+            self.session.pipeline.probe.offer(batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""
