@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, SupportsFloat
 
 from torch.optim import Optimizer
 
@@ -299,12 +300,28 @@ class MergeSession:
         is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
         self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
 
-    def current_merge(self) -> Merge | None:
-        """The merge of the present window; ``None`` if this model has none. All ranks have to call this."""
+    def note_validation(
+        self,
+        live: Mapping[str, SupportsFloat],
+        logged: Mapping[str, float] = MappingProxyType({}),
+        merge_step: int | None = None,
+        lower: Mapping[str, bool | None] = MappingProxyType({}),
+    ) -> None:
+        """Notes what a validation has found; see ``History.add_validation``."""
+        tokens = self.clock.tokens if self.countable else None
+        at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
+        self.pipeline.history.add_validation(at, live, logged, merge_step, lower)
+
+    def current_merge(self, merger: WindowMerger | None = None) -> Merge | None:
+        """The merge of the present window; ``None`` if this model has none. All ranks have to call this.
+
+        Args:
+            merger: another merger of the window than the one whose merges are published.
+        """
         model = self.live()
         self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
-        return self.pipeline.current_merge(model) if is_same else None
+        return self.pipeline.current_merge(model, merger) if is_same else None
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""

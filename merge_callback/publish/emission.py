@@ -166,13 +166,18 @@ class Publisher:
         name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
         return name and self.folder / name
 
+    @property
+    def remote_names(self) -> dict[str, str]:
+        """The names that emissions have in a remote folder, as far as they are others than here."""
+        return {}
+
     def finish_uploads(self, timeout: float | None = None) -> None:
         """Waits until all that is published is where it belongs, so many seconds at most; here it is."""
 
     def _named_after(self, step: int, others: Iterable[str]) -> list[str]:
         """Emissions of a step that lie here under a name that a publisher gave them."""
         found = sorted(self.folder.glob(f"step={step:08d}-*")) if step >= 0 else []
-        return [p.name for p in found if _is_own_name(p.name, find_record(p)) and p.name not in others]
+        return [p.name for p in found if is_own_name(p.name, find_record(p)) and p.name not in others]
 
     def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
         return next((name for name in reversed(names) if step_of(name) <= step), None)
@@ -213,14 +218,21 @@ class Publisher:
             self._remove(self.published.pop(0))
 
     def _remove(self, name: str) -> None:
-        # Renamed first, and durably: a folder that is visible under its name is complete, also while it
-        # goes, and also after a power loss.
-        doomed = hidden_path(self.folder, name, "old")
         with contextlib.suppress(OSError):
-            clear(doomed)
-            os.rename(self.folder / name, doomed)
-            sync(self.folder)
-            clear(doomed)
+            remove_emission(self.folder, name)
+
+
+def remove_emission(folder: Path, name: str) -> None:
+    """Removes an emission, so that what is visible under its name is complete, also after a power loss.
+
+    Raises:
+        OSError: if it can't be removed, or not as a whole.
+    """
+    doomed = hidden_path(folder, name, "old")  # renamed first, and durably
+    clear(doomed)
+    os.rename(folder / name, doomed)
+    sync(folder)
+    clear(doomed)
 
 
 def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:
@@ -235,7 +247,7 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step=").partition("-")[0])
 
 
-def _is_own_name(name: str, record: MergeRecord) -> bool:
+def is_own_name(name: str, record: MergeRecord) -> bool:
     """Whether a publisher named a folder so, and not somebody who has kept a copy."""
     method = record.content.get("method")
     if record.step is None or not isinstance(method, dict) or not isinstance(method.get("name"), str):

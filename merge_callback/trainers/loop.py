@@ -22,6 +22,7 @@ from merge_callback.engine.kept_state import PythonState, kept_weights, put_back
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
+from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
 from merge_callback.options import Options
@@ -36,7 +37,7 @@ ComputeLoss = Callable[[Any], Tensor | float]
 _NOT_HERE = ("evaluate", "evaluate_with")  # options of loops that validate by themselves
 
 
-class CheckpointMerger:
+class CheckpointMerger(RunResults):
     """Keeps a rolling window of weight snapshots in a plain training loop, merges them, and rescues the run.
 
     It does what ``CheckpointMergeCallback`` does under Lightning, and takes the same options. It works with
@@ -72,6 +73,9 @@ class CheckpointMerger:
         metrics: the newest value of everything that is logged.
         should_stop: whether ``spike.on_spike`` has asked to end the run.
 
+    ``window``, ``latest``, ``best``, ``history`` and ``merge()`` show what there is, while the run goes on
+    and afterwards.
+
     Raises:
         TypeError: for a name that is not an option's.
         ValueError: for an option that makes no sense, here or at the first optimizer step.
@@ -97,6 +101,7 @@ class CheckpointMerger:
         self._session: MergeSession | None = None
         self._state: dict[str, Any] = {}
         self._is_begun = self._is_swapped = False
+        self._swapped_step: int | None = None  # of the merge that the model had last
         self._has_stepped = False  # whether an optimizer was seen to step since the last call of ``step``
         self._told: set[str] = set()
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
@@ -175,7 +180,7 @@ class CheckpointMerger:
         if merge is None or self._session is None:
             yield None
             return
-        self._is_swapped = True
+        self._is_swapped, self._swapped_step = True, merge.step
         try:
             with merged_weights(self._host, merge, self._session.sharding):
                 yield merge
@@ -204,7 +209,10 @@ class CheckpointMerger:
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
         values = {f"merged/{name}": value for name, value in found.items()}
-        report(self._host, values | gains(live, found, lower))
+        values |= gains(live, found, lower)
+        report(self._host, values)
+        if self._session is not None:
+            self._session.note_validation(live, values, self._swapped_step, lower)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.
@@ -251,6 +259,9 @@ class CheckpointMerger:
             session, self._session = self._session, None
             end(session)
             self._state = session.state_dict()
+
+    def _run(self) -> tuple[MergeSession | None, Mapping[str, Any]]:
+        return self._session, self._state
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._refuse_within_merge("an optimizer step")

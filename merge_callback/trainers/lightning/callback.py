@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class CheckpointMergeCallback(LightningCallback):
+class CheckpointMergeCallback(RunResults, LightningCallback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
     At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one
@@ -55,6 +56,9 @@ class CheckpointMergeCallback(LightningCallback):
 
     Under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each rank stores its own shards,
     and its share of what several ranks hold in common.
+
+    While the run goes on and afterwards, ``window``, ``latest``, ``best`` and ``history`` show what there is,
+    and ``merge()`` merges the window now.
 
     Note:
         The module's validation hooks run a second time for the merged weights.
@@ -254,6 +258,7 @@ class CheckpointMergeCallback(LightningCallback):
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
             if self.options.evaluate and self._validation:
                 self._validation.update(self.session.current_merge())
+                self.session.note_validation(**self._validation.found)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""
@@ -296,6 +301,9 @@ class CheckpointMergeCallback(LightningCallback):
     def state_dict(self) -> dict[str, Any]:
         """Token clock, phase, and the records of the window's snapshots, as primitives."""
         return self._state(self.session) if self.session else self._resume
+
+    def _run(self) -> tuple[MergeSession | None, dict[str, Any]]:
+        return self.session, self._resume
 
     def _state(self, session: MergeSession, to_keep: bool = True) -> dict[str, Any]:
         assert self._validation is not None

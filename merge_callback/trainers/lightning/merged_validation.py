@@ -70,6 +70,7 @@ class MergedValidation:
         self._directions, self._reported_unknown = directions or MetricDirections(), False
         self.step = -1
         self.metrics: dict[str, float] = {}
+        self.found: dict[str, Any] = {"live": {}}  # by the last validation, for ``History.add_validation``
         self._random: RandomState | None = None
         self._trackers: dict[nn.Module, int] | None = None
         self._seen = SeenWeights(self.trainer, self.module)
@@ -100,6 +101,7 @@ class MergedValidation:
         """
         results = validation_results(self.trainer)
         live = epoch_metrics(results, self.trainer.callback_metrics)
+        self.found = {"live": live}
         if merge is not None and merge.step != self.step:
             self._validate(merge, live)
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
@@ -147,7 +149,9 @@ class MergedValidation:
             return
         self.step, self._has_failed = merge.step, False
         self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-        report(self._host, {**self.metrics, **self._gains(live, merged)})
+        logged = {**self.metrics, **self._gains(live, merged)}
+        self.found |= {"logged": logged, "merge_step": merge.step}
+        report(self._host, logged)
         self._report_missing(sorted(live.keys() - merged.keys()))
 
     def _monitored(self) -> set[str]:
@@ -179,6 +183,7 @@ class MergedValidation:
         results = validation_results(self.trainer)
         is_lower = self._directions.lower_is_better
         lower = {name: is_lower(name, self.trainer, results, self.module) for name in merged if name in live}
+        self.found["lower"] = lower
         unknown = sorted(name for name, direction in lower.items() if direction is None)
         if unknown and not self._reported_unknown:
             self._reported_unknown = True

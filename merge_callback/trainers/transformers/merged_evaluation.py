@@ -42,6 +42,7 @@ class MergedEvaluation:
         self._found: dict[str, tuple[int, dict[str, float]]] = {}  # by prefix: the merge's step, its metrics
         self._failed: set[str] = set()
         self._told: set[str] = set()
+        self._noted: dict[str, Any] = {}  # for ``History.add_validation``
 
     def run_live(self, present: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the trainer's ``evaluation_loop``, and notes it."""
@@ -66,8 +67,10 @@ class MergedEvaluation:
         if evaluated is None:
             return
         prefix = evaluated.prefix
+        self._noted = {}
         if merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
             self._evaluate(session, merge, evaluated)
+        session.note_validation(evaluated.metrics, **self._noted)
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -103,7 +106,9 @@ class MergedEvaluation:
             return
         self._failed.discard(prefix)
         self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        report(self._host, {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)})
+        logged = {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)}
+        self._noted |= {"logged": logged, "merge_step": merge.step}
+        report(self._host, logged)
 
     def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         """The metrics of the merge, by the names of the live ones."""
@@ -119,7 +124,7 @@ class MergedEvaluation:
         return _measured(output.metrics)
 
     def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
-        lower = {name: self._lower_is_better(name, prefix) for name in merged}
+        lower = self._noted["lower"] = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
             name for name, is_lower in lower.items() if is_lower is None and name not in self._told
         )
