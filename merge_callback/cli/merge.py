@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.checks import one_of, resolve_dtype, resolve_size
-from merge_callback.cli.config_file import checked, is_plain, read_options, read_value
+from merge_callback.cli.config_file import checked, is_plain, read_options
 from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_method
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames

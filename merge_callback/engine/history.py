@@ -71,6 +71,19 @@ class History:
             return min(scores, key=lambda step: (scores[step], -step), default=None)
         return None
 
+    def scores(self, merge_step: int) -> dict[str, dict[str, float]]:
+        """What a merge and the live weights scored in its validation, by metric; empty if there was none.
+
+        May be asked in the background, while training adds rows: hence the copy, which is made in one piece.
+        """
+        rows = [row for row in list(self.rows) if row.get("merge_step") == merge_step]
+        scores = {
+            metric: {"merged": _merged(row, metric), "live": float(row.get(metric, math.nan))}
+            for row in rows[-1:]
+            for metric in self.lower
+        }
+        return {m: found for m, found in scores.items() if all(map(math.isfinite, found.values()))}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything as primitives."""
         return {"rows": [dict(row) for row in self.rows], "lower": dict(self.lower)}

@@ -321,6 +321,7 @@ class SnapshotPipeline:
                 diversity=self._merger.diversity,
                 layout=self._window.store.whole.hash,
                 run_id=self._window.folder.run_id,
+                **({"metrics": scores} if (scores := self.history.scores(merge.step)) else {}),
             )
         except Exception as error:  # the other ranks have to learn of it
             return error

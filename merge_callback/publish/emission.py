@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.card import write_card
+from merge_callback.checkpoints.file_names import CARD, LATEST, PROVENANCE
 from merge_callback.checkpoints.merge_record import MergeRecord, find_record
 from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.publish.provenance import emission_name
@@ -114,6 +115,7 @@ class Publisher:
             if add_files is not None:
                 add_files(made)
             files = dict(write(made))
+            write_card(made, record)
             files |= {p.name: file_checksum(p) for p in made.iterdir() if p.name not in files}
             write_json(made / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
             target = self._place(made, name, files)
@@ -257,7 +259,11 @@ def is_own_name(name: str, record: MergeRecord) -> bool:
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:
-    """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
-    if find_record(folder).files != files:
+    """Whether a folder's files are, on disk and not only by its record, the ones with these checksums.
+
+    Its card aside, which tells the metrics that were known by then, and which somebody may have edited.
+    """
+    if find_record(folder).own_files != {name: files[name] for name in files if name != CARD}:
         return False
-    return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)
+    own = [folder / name for name in files if name != CARD]
+    return all(path.is_file() and file_checksum(path) == files[path.name] for path in own)
