@@ -1,4 +1,4 @@
-"""Writes into the README and the pages what the code knows: options, metrics, methods, measurements.
+"""Writes into the README and the pages what the code knows: options, metrics, events, methods, measurements.
 
     python docs/generate.py            # rewrites all between <!-- generated: NAME --> and <!-- end -->
     python docs/generate.py --check    # exits with 1 if one is out of date
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import METRICS
 
@@ -112,6 +113,15 @@ def metrics() -> str:
     )
 
 
+def events() -> str:
+    """Every kind of event, with what it holds."""
+    rows = [
+        (f"`{kind.name}`", kind.written, "; ".join(f"`{name}` {text}" for name, text in kind.entries.items()))
+        for kind in KINDS
+    ]
+    return table(("event", "written", "holds"), rows)
+
+
 def first_metrics() -> str:
     """The metrics that matter most, for the README."""
     return table(("metric", "meaning"), ((f"`{m.name}`", m.meaning) for m in METRICS if m.name in _FIRST))
@@ -182,6 +192,7 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "options": callback_options,
         "spike options": spike_options,
         "metrics": metrics,
+        "events": events,
         "first metrics": first_metrics,
         "methods": lambda: methods_table("docs/methods/"),
         "methods, from their folder": lambda: methods_table(""),

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "merge_callback"
 TOP = [
     "transformers",
     "cli",
+    "report",
     "demo",
     "transformers",
     "trainers",
@@ -27,7 +28,7 @@ TOP = [
     "analysis",
 ]
 BOTTOM = ["snapshots", "signals", "spike_options", "merging", "diversity", "sharding", "reduce"]
-ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "torch_metric", "urls"]
+ROOMS = [*TOP, *BOTTOM, "metrics", "events", "messages", "checks", "torch_metric", "urls"]
 """From the top to the bottom."""
 
 MAY_USE = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import SupportsFloat
 
+from merge_callback.signals.host import Host, report
 from merge_callback.signals.lr_phase import Phase
 
 
@@ -19,10 +20,15 @@ def gains(
         lower: whether lower is better, by metric; a metric with ``None`` has no gain.
     """
     return {
-        f"merge/gain/{name}": (float(live[name]) - float(merged[name])) * (1 if lower[name] else -1)
+        name: (float(live[name]) - float(merged[name])) * (1 if lower[name] else -1)
         for name in merged
         if name in live and lower.get(name) is not None
     }
+
+
+def report_scores(host: Host, metrics: Mapping[str, float], gained: Mapping[str, float]) -> None:
+    """Logs what a merge scores, by the names in the loggers, and its gains, by metric."""
+    report(host, {**metrics, **{f"merge/gain/{name}": gain for name, gain in gained.items()}})
 
 
 def advice(phase: Phase, since: int, change_percent: float | None, given: list[str]) -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from merge_callback.checkpoints.merge_record import versions
 from merge_callback.engine.background import Background
+from merge_callback.engine.events import EventFile
 from merge_callback.engine.model_parts import (
     check_exclude,
     entries_beside,
@@ -22,7 +24,7 @@ from merge_callback.engine.model_parts import (
 )
 from merge_callback.engine.plan import Plan
 from merge_callback.engine.run_folder import RunFolder
-from merge_callback.engine.run_window import new_window, note_publishing, restore_window
+from merge_callback.engine.run_window import new_window, note_publishing, restore_window, still_needed
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
@@ -120,10 +122,14 @@ class MergeSession:
             self._put_folder_in_order()
             self.plan = Plan.of(options, window.store, host)
             _report_plan([*self.plan.lines(), *folder.notices], self.plan.warnings())
+            if self.ranks.is_first:
+                host.record = self._events().write
             if resume:
                 self._load_state_dict(resume)
+            self._record_phase()
         except BaseException:
-            self.close()
+            self._let_go()
+            self._give_folder_back(_PATIENCE)
             raise
         self._first = (self.step, self.clock.tokens)
         self._is_measured, self._batches = False, 0
@@ -313,6 +319,7 @@ class MergeSession:
             warn(f"merge: the last merge is of the model before its tensors changed: {change}")
         self.pipeline.finish(model, self.step)
         self._let_go()
+        self.host.record("end", self.step, finished=True)
         for shared in (self.pipeline, self.sharding, self.ranks):
             shared.close()
         self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
@@ -320,6 +327,7 @@ class MergeSession:
     def close(self) -> None:
         """Releases the folder and the learning rates, and stops waiting for the other ranks."""
         self._let_go()
+        self.host.record("end", self.step, finished=False)
         self._give_folder_back(_PATIENCE)
 
     def _let_go(self) -> None:
@@ -365,6 +373,12 @@ class MergeSession:
         self.pipeline.load_state_dict(state)
         if restore_window(self.window, self.folder, state, self.host.step):
             self._report_resume()
+        self.host.record(
+            "resumed",
+            self.step,
+            tokens=self.clock.tokens or None,
+            snapshots=[snapshot.step for snapshot in self.window.snapshots],
+        )
         self.pipeline.publish_again(self.live(), state)
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
@@ -410,6 +424,26 @@ class MergeSession:
             folder.path, options.keep_last, options.max_shard_bytes, folder.url, folder.run_id, Background()
         )
 
+    def _events(self) -> EventFile:
+        """The run's event file."""
+        options, plan, folder = self.options, self.plan, self.folder
+        run = {
+            "run_id": folder.run_id,
+            "window": options.window,
+            "every": options.every,
+            "unit": options.unit,
+            "methods": plan.methods,
+            "total_steps": plan.total_steps,
+            "storage": options.storage,
+            "url": folder.url,
+            "ranks": self.ranks.size,
+            "snapshot_bytes": plan.snapshot_bytes,
+            "window_bytes": plan.window_bytes,
+            "versions": versions(),
+        }
+        assert self.lock is not None
+        return EventFile(self.dirpath, run, self.lock.check, partial(still_needed, self.window, options.window))
+
     def _put_folder_in_order(self) -> None:
         """Prepares the folder for this run: the first rank does so for all.
 
@@ -453,6 +487,11 @@ class MergeSession:
         if segment != self.phases.segment:
             self.window.relabel(self.phases.phase.value, self.phases.since)
             self.merger.forget()
+            self._record_phase()
+
+    def _record_phase(self) -> None:
+        since = self.phases.since * self.step // max(1, self.phases.steps)  # several optimizers step in turn
+        self.host.record("phase", self.step, phase=self.phases.phase.value, since=since)
 
     def _report_tokens_per_step(self) -> None:
         if self.options.unit == "tokens":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from merge_callback.publish.export import Exporter, Naming
 from merge_callback.recovery.schedule_free import evaluated_weights
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
+from merge_callback.signals.host import log as log_metrics
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
@@ -37,11 +39,12 @@ _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 @dataclass
 class _Report:
-    """What is logged about a snapshot, and at which step."""
+    """What is logged about a snapshot, and at which step; ``stall`` are the seconds that training waited."""
 
     logged_step: int
     phase: Phase
     snapshot: Snapshot
+    stall: float
     window: int = 0
     diversity: dict[str, Any] | None = None
 
@@ -118,9 +121,10 @@ class SnapshotPipeline:
             live: the live model's tensors, or the error that kept them from being read.
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
+        stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
         model, captured = self._capture(live, snapshot.step)
-        report = _Report(self.host.log_step, phase, snapshot)
+        report = _Report(self.host.log_step, phase, snapshot, stall + time.monotonic())
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -262,6 +266,7 @@ class SnapshotPipeline:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+        seconds = -time.monotonic()
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
             return
@@ -273,6 +278,22 @@ class SnapshotPipeline:
             self._emit(model)
         report.window, report.diversity = len(self._window), self._merger.diversity
         self._reports.append(report)
+        self._record(report, seconds + time.monotonic())
+
+    def _record(self, report: _Report, seconds: float) -> None:
+        snapshot, window = report.snapshot, self._window.snapshots
+        self.host.record(
+            "snapshot",
+            snapshot.step,
+            tokens=snapshot.tokens,
+            lr=snapshot.lr,
+            phase=snapshot.phase,
+            bytes=self._window.store.sizes[len(window) > 1],
+            stall=report.stall,
+            background=seconds,
+            window=[kept.step for kept in window],
+            diversity=report.diversity and report.diversity["rms"],
+        )
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Adds a captured snapshot to the window; returns whether that succeeded."""
@@ -290,10 +311,10 @@ class SnapshotPipeline:
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
             prepared = self._prepared(merge, model.tied)
-            done = self.background.submit(partial(self._publish, merge.step, prepared))
+            done = self.background.submit(partial(self._publish, merge, prepared))
             merge.published = done.wait
 
-    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
+    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], Path | None] | Exception:
         """A function that publishes a merge, or the error that keeps this rank from it."""
         try:
             return self._exporter.prepare(
@@ -306,14 +327,32 @@ class SnapshotPipeline:
         except Exception as error:  # the other ranks have to learn of it
             return error
 
-    def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
+    def _publish(self, merge: Merge, prepared: Callable[[], Path | None] | Exception) -> None:
+        seconds = -time.monotonic()
         try:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
-            if not isinstance(prepared, Exception):
-                prepared()
-            self._emitted = step
+            if not isinstance(prepared, Exception) and (folder := prepared()):
+                self._record_emission(merge, folder, seconds + time.monotonic())
+            self._emitted = merge.step
         except Exception as error:
-            warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
+            warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
+
+    def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
+        newest, size = merge.snapshots[-1], None
+        with suppress(OSError):  # it may be uploaded, and gone from here
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        self.host.record(
+            "emission",
+            merge.step,
+            path=folder.name,
+            method=merge.method.name,
+            phase=newest.phase,
+            tokens=newest.tokens,
+            snapshots=[snapshot.step for snapshot in merge.snapshots],
+            weights=merge.weights,
+            bytes=size,
+            seconds=seconds,
+        )
 
     def _warn_of_cuts(self) -> None:
         for line in self._window.drop_cut():
@@ -369,8 +408,9 @@ class SnapshotPipeline:
         if diversity is not None:
             metrics["merge/diversity_rms"] = diversity["rms"]
             metrics["merge/diversity_change"] = diversity["change_percent"]
-        self.host.log(metrics, report.logged_step)
+        log_metrics(self.host, metrics, snapshot.step, report.logged_step)
         self._logged |= metrics
         change = diversity["change_percent"] if diversity else None
         if line := advice(report.phase, snapshot.since, change, self._advised):
             info(line)
+            self.host.record("advice", snapshot.step, text=line)

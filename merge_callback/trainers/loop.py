@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.advice import gains, report_scores
+from merge_callback.engine.events import record_validation
 from merge_callback.engine.kept_state import PythonState, kept_weights, put_back, reset_metrics
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
@@ -25,7 +26,7 @@ from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
 from merge_callback.options import Options
-from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError, report
+from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError
 from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.snapshots.merge import Merge
 
@@ -97,6 +98,7 @@ class CheckpointMerger:
         self._session: MergeSession | None = None
         self._state: dict[str, Any] = {}
         self._is_begun = self._is_swapped = False
+        self._merged_step: int | None = None  # of the last merge that the model was given
         self._has_stepped = False  # whether an optimizer was seen to step since the last call of ``step``
         self._told: set[str] = set()
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
@@ -172,6 +174,7 @@ class CheckpointMerger:
             nothing to merge: then the model keeps its weights.
         """
         merge = self._session.current_merge() if self._session else None
+        self._merged_step = merge.step if merge else None
         if merge is None or self._session is None:
             yield None
             return
@@ -203,8 +206,9 @@ class CheckpointMerger:
                     f"merge: no merge/gain/{name} is logged: whether lower or higher is better is not known; "
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
-        values = {f"merged/{name}": value for name, value in found.items()}
-        report(self._host, values | gains(live, found, lower))
+        gained, step = gains(live, found, lower), self._merged_step
+        report_scores(self._host, {f"merged/{name}": value for name, value in found.items()}, gained)
+        record_validation(self._host, live, found, gained, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.

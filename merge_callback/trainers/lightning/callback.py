@@ -252,8 +252,10 @@ class CheckpointMergeCallback(LightningCallback):
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
-            if self.options.evaluate and self._validation:
+            if self._validation and self.options.evaluate:
                 self._validation.update(self.session.current_merge())
+            elif self._validation:
+                self._validation.record_live()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""

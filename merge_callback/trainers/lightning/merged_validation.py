@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -16,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.advice import gains, report_scores
+from merge_callback.engine.events import record_validation
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
 from merge_callback.messages import info
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
-from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.snapshots.merge import Merge
@@ -98,10 +99,9 @@ class MergedValidation:
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        results = validation_results(self.trainer)
-        live = epoch_metrics(results, self.trainer.callback_metrics)
-        if merge is not None and merge.step != self.step:
-            self._validate(merge, live)
+        live = self._live()
+        if merge is None or merge.step == self.step or not self._validate(merge, live):
+            record_validation(self._host, live)
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
             known = {f"merged/{name}": value for name, value in live.items()}
@@ -115,12 +115,20 @@ class MergedValidation:
         shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
         self._hold_stopping(missing)
 
+    def record_live(self) -> None:
+        """Records what the live weights score, if no merge is to be validated."""
+        record_validation(self._host, self._live())
+
     def close(self) -> None:
         """Leaves the trainer's callbacks as they were."""
         self._hold_stopping(())
 
-    def _validate(self, merge: Merge, live: Mapping[str, Tensor]) -> None:
-        problem = None
+    def _live(self) -> dict[str, Tensor]:
+        return epoch_metrics(validation_results(self.trainer), self.trainer.callback_metrics)
+
+    def _validate(self, merge: Merge, live: Mapping[str, Tensor]) -> bool:
+        """Whether that succeeded; the scores are recorded then."""
+        problem, seconds = None, -time.monotonic()
         try:
             with self._directions.listening(self.module):
                 merged = validate_with(
@@ -144,11 +152,15 @@ class MergedValidation:
                 raise HalfRestoredError("a merged validation could not restore the live weights") from problem
             log.exception("merge: validation with the merged weights failed; the live weights were restored")
             self.step, self.metrics, self._has_failed = -1, {}, True
-            return
+            return False
+        seconds += time.monotonic()
         self.step, self._has_failed = merge.step, False
         self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-        report(self._host, {**self.metrics, **self._gains(live, merged)})
+        gained = self._gains(live, merged)
+        report_scores(self._host, self.metrics, gained)
+        record_validation(self._host, live, merged, gained, merge.step, seconds)
         self._report_missing(sorted(live.keys() - merged.keys()))
+        return True
 
     def _monitored(self) -> set[str]:
         monitors = [getattr(c, "monitor", None) for c in self.trainer.callbacks]  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from inspect import signature
@@ -11,7 +12,8 @@ from typing import Any
 
 from transformers import Trainer
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.advice import gains, report_scores
+from merge_callback.engine.events import record_validation
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
@@ -19,7 +21,6 @@ from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
-from merge_callback.signals.host import report
 from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
@@ -66,8 +67,9 @@ class MergedEvaluation:
         if evaluated is None:
             return
         prefix = evaluated.prefix
-        if merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
-            self._evaluate(session, merge, evaluated)
+        is_new = merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]
+        if merge is None or not is_new or not self._evaluate(session, merge, evaluated):
+            record_validation(self._host, evaluated.metrics)
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -84,8 +86,9 @@ class MergedEvaluation:
         """Goes on from a ``state_dict``."""
         self._found = {prefix: (step, dict(metrics)) for prefix, (step, metrics) in state.items()}
 
-    def _evaluate(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> None:
-        ranks, problem, prefix = session.ranks, None, evaluated.prefix
+    def _evaluate(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> bool:
+        """Whether that succeeded; the scores are recorded then."""
+        ranks, problem, prefix, seconds = session.ranks, None, evaluated.prefix, -time.monotonic()
         try:
             found = self._with(merge, session, evaluated)
         except Exception as error:
@@ -100,10 +103,14 @@ class MergedEvaluation:
             log.exception("merge: evaluation with the merged weights failed; the live weights are back")
             self._found.pop(prefix, None)
             self._failed.add(prefix)
-            return
+            return False
+        seconds += time.monotonic()
         self._failed.discard(prefix)
         self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        report(self._host, {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)})
+        gained = self._gains(evaluated.metrics, found, prefix)
+        report_scores(self._host, self._found[prefix][1], gained)
+        record_validation(self._host, evaluated.metrics, found, gained, merge.step, seconds)
+        return True
 
     def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         """The metrics of the merge, by the names of the live ones."""
