@@ -24,19 +24,27 @@ from typing import Any
 from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
 from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
-from merge_callback.metrics import METRICS
+from merge_callback.metrics import (
+    DIVERSITY_CHANGE,
+    DIVERSITY_RMS,
+    GAIN,
+    IS_SPIKING,
+    MERGED,
+    METRICS,
+    PHASE,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 _BLOCK = re.compile(r"(?s)<!-- generated: (.+?) -->\n.*?<!-- end -->")
 
 _FIRST = (
-    "merged/<name>",
-    "merge/gain/<name>",
-    "merge/diversity_rms",
-    "merge/diversity_change",
-    "merge/phase",
-    "merge/spike",
+    f"{MERGED}<name>",
+    f"{GAIN}<name>",
+    DIVERSITY_RMS,
+    DIVERSITY_CHANGE,
+    PHASE,
+    IS_SPIKING,
 )
 """The metrics that the README shows."""
 

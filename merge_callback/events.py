@@ -72,6 +72,7 @@ KINDS: tuple[Kind, ...] = (
             "background": "seconds that storing, measuring and merging took in the background",
             "window": "steps of the snapshots in the window",
             "diversity": "RMS distance to the snapshot `diversity_lag` before; null if there is none",
+            "layers": "the same of each layer, by its name",
         },
     ),
     Kind(

@@ -27,61 +27,76 @@ class Metric:
         return fnmatchcase(name, self.name.replace("<name>", "*"))
 
 
+MERGED, GAIN = "merged/", "merge_gain/"
+"""Before the name of a validation metric."""
+
+MERGED_EVAL = "merged_"
+"""Before the name of an evaluation's metric in the Hugging Face Trainer, which begins with ``eval_``."""
+
+DIVERSITY_RMS, DIVERSITY_CHANGE = "merge/diversity_rms", "merge/diversity_change"
+PHASE, LR_RATIO, TOKENS, WINDOW = "merge/phase", "merge/lr_ratio", "merge/tokens", "merge/window"
+IS_SPIKING, RESTORES, SCORE = "merge_spike/is_spiking", "merge_spike/restores", "merge_spike/score"
+BASELINE, THRESHOLD = "merge_spike/baseline", "merge_spike/threshold"
+LR_FACTOR = "merge_spike/lr_factor"
+
+SPIKE_TEXT = "merge_spike/events"
+"""The tag of the texts that a logger shows of spikes and restores."""
+
 _VALIDATION, _SNAPSHOT, _STEP = "after a validation", "at a snapshot", "every `log_every_n_steps`"
 
 METRICS: tuple[Metric, ...] = (
     Metric(
-        "merged/<name>",
+        f"{MERGED}<name>",
         "Every metric of your validation, of the merged weights. Before there is a merge, the live value.",
         _VALIDATION,
         "that of the metric",
     ),
     Metric(
-        "merged_eval_<name>",
+        f"{MERGED_EVAL}eval_<name>",
         "The same, as the Hugging Face Trainer names it.",
         _VALIDATION,
         "that of the metric",
     ),
     Metric(
-        "merge/gain/<name>",
+        f"{GAIN}<name>",
         "How much better the merge scores than the live weights; positive is always better.",
         _VALIDATION,
         "that of the metric",
     ),
     Metric(
-        "merge/diversity_rms",
+        DIVERSITY_RMS,
         "RMS distance between the newest snapshot and the one `diversity_lag` before it. Gains follow it.",
         _SNAPSHOT,
         "that of the weights",
     ),
     Metric(
-        "merge/diversity_change",
+        DIVERSITY_CHANGE,
         "Change of the diversity since its first value; near -100 merging has nothing left to gain.",
         _SNAPSHOT,
         "per cent",
     ),
-    Metric("merge/phase", "The learning-rate phase: 0 warmup, 1 stable, 2 decay.", _SNAPSHOT, "0, 1 or 2"),
-    Metric("merge/lr_ratio", "The learning rate that was applied, over its peak.", _SNAPSHOT, "ratio"),
-    Metric("merge/tokens", "Tokens seen by all ranks; only if batches hold tokens.", _SNAPSHOT, "tokens"),
-    Metric("merge/window", "Snapshots in the window.", _SNAPSHOT, "snapshots"),
+    Metric(PHASE, "The learning-rate phase: 0 warmup, 1 stable, 2 decay.", _SNAPSHOT, "0, 1 or 2"),
+    Metric(LR_RATIO, "The learning rate that was applied, over its peak.", _SNAPSHOT, "ratio"),
+    Metric(TOKENS, "Tokens seen by all ranks; only if batches hold tokens.", _SNAPSHOT, "tokens"),
+    Metric(WINDOW, "Snapshots in the window.", _SNAPSHOT, "snapshots"),
     Metric(
-        "merge/spike",
+        IS_SPIKING,
         "1 while the newest loss speaks against the weights, else 0.",
         _STEP,
         "0 or 1",
     ),
-    Metric("merge/restores", "Restores so far.", _STEP, "restores"),
+    Metric(RESTORES, "Restores so far.", _STEP, "restores"),
     Metric(
-        "merge/spike_score",
+        SCORE,
         "Share of the last 10,000 steps whose loss lies 7 standard deviations or more off the mean of the "
         "1,000 before.",
         _STEP,
         "ratio",
     ),
-    Metric("merge/loss_baseline", "Median of the last 128 clean losses.", _STEP, "that of the loss"),
-    Metric("merge/loss_threshold", "The loss above which a step is an outlier.", _STEP, "that of the loss"),
+    Metric(BASELINE, "Median of the last 128 clean losses.", _STEP, "that of the loss"),
+    Metric(THRESHOLD, "The loss above which a step is an outlier.", _STEP, "that of the loss"),
     Metric(
-        "merge/lr_factor",
+        LR_FACTOR,
         "What the learning rate is multiplied by since a restore; logged after the first one.",
         _STEP,
         "ratio",

@@ -171,7 +171,7 @@ def provide(part: str, names: dict) -> None:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
         names |= hugging_face()
-    if 'load_merge("merges/latest")' in part:
+    if any(use in part for use in ('load_merge("merges/latest")', 'read_history("merges")', "report merges")):
         train(
             names["model"],
             CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),
@@ -280,7 +280,12 @@ def test_all_that_is_logged_is_in_the_table(tmp_path):
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)
     unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
-    assert unseen == ["merged_eval_<name>", "merge/loss_baseline", "merge/loss_threshold", "merge/lr_factor"]
+    assert unseen == [
+        "merged_eval_<name>",
+        "merge_spike/baseline",
+        "merge_spike/threshold",
+        "merge_spike/lr_factor",
+    ]
     assert described("val_loss") is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import SupportsFloat
 
+from merge_callback.metrics import GAIN
 from merge_callback.signals.host import Host, report
 from merge_callback.signals.lr_phase import Phase
 
@@ -28,7 +29,7 @@ def gains(
 
 def report_scores(host: Host, metrics: Mapping[str, float], gained: Mapping[str, float]) -> None:
     """Logs what a merge scores, by the names in the loggers, and its gains, by metric."""
-    report(host, {**metrics, **{f"merge/gain/{name}": gain for name, gain in gained.items()}})
+    report(host, {**metrics, **{f"{GAIN}{name}": gain for name, gain in gained.items()}})
 
 
 def advice(phase: Phase, since: int, change_percent: float | None, given: list[str]) -> str | None:

@@ -55,7 +55,7 @@ class EventFile:
         Args:
             kind: of the event.
             step: optimizer steps taken by then.
-            **entries: numbers, strings, and lists and mappings of them; a tensor with one element is a number.
+            **entries: numbers (tensors of one element, too), texts, and lists and mappings of them.
         """
         try:
             self._before_writing()
@@ -97,6 +97,4 @@ def record_validation(
         seconds: that its validation took.
     """
     scores = {"live": live} if merged is None else {"live": live, "merged": merged}
-    host.record(
-        "validation", host.step, scores=scores, gains=dict(gains or {}), merge=merge, seconds=seconds
-    )
+    host.record("validation", host.step, scores=scores, gains=dict(gains or {}), merge=merge, seconds=seconds)

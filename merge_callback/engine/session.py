@@ -442,7 +442,9 @@ class MergeSession:
             "versions": versions(),
         }
         assert self.lock is not None
-        return EventFile(self.dirpath, run, self.lock.check, partial(still_needed, self.window, options.window))
+        return EventFile(
+            self.dirpath, run, self.lock.check, partial(still_needed, self.window, options.window)
+        )
 
     def _put_folder_in_order(self) -> None:
         """Prepares the folder for this run: the first rank does so for all.

@@ -9,11 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
+from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.engine.advice import advice
 from merge_callback.engine.background import Background, Done
 from merge_callback.messages import info, warn
+from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
@@ -87,6 +90,7 @@ class SnapshotPipeline:
         self._advised: list[str] = []
         self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
+        self._layers: dict[str, list[str]] = {}  # the names of the measured tensors, by layer
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
         self._warned_of_waiting = False
 
@@ -293,7 +297,14 @@ class SnapshotPipeline:
             background=seconds,
             window=[kept.step for kept in window],
             diversity=report.diversity and report.diversity["rms"],
+            layers=self._diversity_of_layers(),
         )
+
+    def _diversity_of_layers(self) -> dict[str, float]:
+        values = self._merger.rms_by_tensor
+        if values.keys() != {name for names in self._layers.values() for name in names}:
+            self._layers = layer_groups(values)
+        return {group: fmean(values[name] for name in names) for group, names in self._layers.items()}
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Adds a captured snapshot to the window; returns whether that succeeded."""
@@ -399,15 +410,15 @@ class SnapshotPipeline:
     def _log(self, report: _Report) -> None:
         snapshot, diversity = report.snapshot, report.diversity
         metrics: dict[str, float] = {
-            "merge/phase": report.phase.code,
-            "merge/lr_ratio": snapshot.lr_ratio,
-            "merge/window": report.window,
+            PHASE: report.phase.code,
+            LR_RATIO: snapshot.lr_ratio,
+            WINDOW: report.window,
         }
         if snapshot.tokens is not None:
-            metrics["merge/tokens"] = snapshot.tokens
+            metrics[TOKENS] = snapshot.tokens
         if diversity is not None:
-            metrics["merge/diversity_rms"] = diversity["rms"]
-            metrics["merge/diversity_change"] = diversity["change_percent"]
+            metrics[DIVERSITY_RMS] = diversity["rms"]
+            metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
         log_metrics(self.host, metrics, snapshot.step, report.logged_step)
         self._logged |= metrics
         change = diversity["change_percent"] if diversity else None

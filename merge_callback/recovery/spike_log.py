@@ -114,4 +114,3 @@ def number(value: float) -> str:
     if math.isfinite(value):
         return f"{value:.4g}"
     return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}infinity"
-

@@ -80,7 +80,7 @@ def history_of(folder: Path, lines: Iterable[bytes]) -> History:
                 )
             if run is not None and run.get("run_id") != event.get("run_id"):
                 events.clear()
-            run = event
+            run, events = event, [past for past in events if past["event"] != "end"]  # it goes on
             continue
         if event["event"] == "resumed":
             events = [past for past in events if past["step"] <= event["step"]]

@@ -25,6 +25,7 @@ from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED, SPIKE_TEXT
 from merge_callback.options import Options
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError
 from merge_callback.snapshots.live_merge import HalfRestoredError
@@ -186,7 +187,7 @@ class CheckpointMerger:
             self._is_swapped = False
 
     def log_validation(self, live: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
-        """Logs what a validation has found: ``merged/<name>``, and ``merge/gain/<name>``.
+        """Logs what a validation has found: ``merged/<name>``, and ``merge_gain/<name>``.
 
         A gain is positive if the merge is better, whichever way the metric improves: ``lower_is_better`` and
         ``higher_is_better`` tell, or a name that is a standard term.
@@ -203,11 +204,11 @@ class CheckpointMerger:
             if lower[name] is None and name not in self._told:
                 self._told.add(name)
                 info(
-                    f"merge: no merge/gain/{name} is logged: whether lower or higher is better is not known; "
+                    f"merge: no {GAIN}{name} is logged: whether lower or higher is better is not known; "
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
         gained, step = gains(live, found, lower), self._merged_step
-        report_scores(self._host, {f"merged/{name}": value for name, value in found.items()}, gained)
+        report_scores(self._host, {f"{MERGED}{name}": value for name, value in found.items()}, gained)
         record_validation(self._host, live, found, gained, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -334,7 +335,7 @@ class LoopHost(Host):
         """Shows an event in a ``SummaryWriter``."""
         if hasattr(self._log, "add_text") and _is_first():
             try:
-                self._log.add_text("merge/spike", text, step)
+                self._log.add_text(SPIKE_TEXT, text, step)
             except Exception:
                 log.exception("merge: %s could not show the event; training goes on", type(self._log))
 

@@ -257,8 +257,8 @@ def test_gains_are_positive_where_the_merge_is_better(tmp_path):
         "merged/loss": 1.5,
         "merged/mine": 3,
         "merged/odd": 2,
-        "merge/gain/loss": 0.5,
-        "merge/gain/mine": 2,
+        "merge_gain/loss": 0.5,
+        "merge_gain/mine": 2,
     }
 
 

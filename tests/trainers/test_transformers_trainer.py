@@ -129,7 +129,7 @@ def timeless(entry):
 
 def own_log(run):
     """What the trainer has logged by itself."""
-    ours = ("merge/", "merged_eval_")
+    ours = ("merge/", "merge_", "merged_eval_")
     return [timeless(entry) for entry in history(run) if not any(k.startswith(ours) for k in entry)]
 
 
@@ -177,7 +177,7 @@ def test_the_merge_is_evaluated_on_the_same_data(unbroken, tmp_path):
         entry["step"]: entry["merged_eval_loss"] for entry in history(run) if "merged_eval_loss" in entry
     }
     live = {entry["step"]: entry["eval_loss"] for entry in history(run) if "eval_loss" in entry}
-    gains = [entry["merge/gain/eval_loss"] for entry in history(run) if "merge/gain/eval_loss" in entry]
+    gains = [entry["merge_gain/eval_loss"] for entry in history(run) if "merge_gain/eval_loss" in entry]
     assert [*found] == [4, 8, 12]
     for merge in emissions(folder)[::2]:
         alone = trainer_of(tmp_path, model=GPT2LMHeadModel.from_pretrained(merge))

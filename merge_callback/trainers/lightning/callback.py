@@ -106,7 +106,7 @@ class CheckpointMergeCallback(LightningCallback):
         lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
             they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
-            ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
+            ``merge_gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
         spike: What counts as a loss spike, and what is done about it: a ``SpikeOptions``, a mapping of its
             options, or its action alone, ``spike="warn"``.

@@ -16,6 +16,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
+from merge_callback.metrics import SPIKE_TEXT
 from merge_callback.signals.host import Host, Rehearsal
 from merge_callback.trainers.lightning.private import (
     callback_metrics,
@@ -143,7 +144,7 @@ class LightningHost(Host):
             try:
                 experiment = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_text"):
-                    experiment.add_text("merge/spike", text, step)  # type: ignore[union-attr]
+                    experiment.add_text(SPIKE_TEXT, text, step)  # type: ignore[union-attr]
             except Exception:
                 log.exception("merge: %s could not show the event; training goes on", type(logger).__name__)
 

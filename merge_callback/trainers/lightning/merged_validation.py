@@ -22,6 +22,7 @@ from merge_callback.engine.events import record_validation
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
@@ -104,13 +105,13 @@ class MergedValidation:
             record_validation(self._host, live)
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
-            known = {f"merged/{name}": value for name, value in live.items()}
+            known = {f"{MERGED}{name}": value for name, value in live.items()}
         shown = self.trainer.callback_metrics
         shown.update(known)
-        missing = {f"merged/{name}" for name in live} - known.keys()
+        missing = {f"{MERGED}{name}" for name in live} - known.keys()
         for name in missing:
             shown.pop(name, None)
-            shown.pop(name.replace("merged/", "merge/gain/", 1), None)
+            shown.pop(name.replace(MERGED, GAIN, 1), None)
         # A monitor that does not find its key ends the run.
         shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
         self._hold_stopping(missing)
@@ -155,7 +156,7 @@ class MergedValidation:
             return False
         seconds += time.monotonic()
         self.step, self._has_failed = merge.step, False
-        self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
+        self.metrics = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
         gained = self._gains(live, merged)
         report_scores(self._host, self.metrics, gained)
         record_validation(self._host, live, merged, gained, merge.step, seconds)
@@ -195,7 +196,7 @@ class MergedValidation:
         if unknown and not self._reported_unknown:
             self._reported_unknown = True
             info(
-                f"merge: no merge/gain/… is logged for {', '.join(unknown)}, since it is not known whether "
+                f"merge: no {GAIN}… is logged for {', '.join(unknown)}, since it is not known whether "
                 f"lower is better; pass lower_is_better={unknown[:1]}, or higher_is_better="
             )
         return gains(live, merged, lower)

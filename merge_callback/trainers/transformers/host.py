@@ -25,6 +25,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from merge_callback.engine.kept_state import PythonState, kept_weights, put_back
 from merge_callback.engine.random_state import RandomState
+from merge_callback.metrics import SPIKE_TEXT
 from merge_callback.recovery.evidence import copied
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError
 
@@ -147,7 +148,7 @@ class TransformersHost(Host):
         for callback in self.trainer.callback_handler.callbacks:
             if (writer := getattr(callback, "tb_writer", None)) is not None:
                 try:
-                    writer.add_text("merge/spike", text, step)
+                    writer.add_text(SPIKE_TEXT, text, step)
                 except Exception:
                     log.exception("merge: TensorBoard could not show the event; training goes on")
 

@@ -19,6 +19,7 @@ from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.snapshots.live_merge import HalfRestoredError
@@ -133,7 +134,7 @@ class MergedEvaluation:
         if unknown:
             self._told.update(unknown)
             info(
-                f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
+                f"merge: no {GAIN}… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
         return gains(live, merged, lower)
@@ -158,7 +159,7 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _merged(name: str) -> str:
-    return f"merged_{name}"
+    return f"{MERGED_EVAL}{name}"
 
 
 def _live(name: str, prefix: str) -> str:
