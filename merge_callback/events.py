@@ -8,6 +8,9 @@ from dataclasses import dataclass
 EVENTS = "events.jsonl"
 """The file's name in the run's folder."""
 
+PROVENANCE = "merge.json"
+"""The record of a merge; a folder that has it is an emission, or what the command has merged."""
+
 FORMAT = 1
 """The version of the format; it rises when an old reader would misread a new file."""
 

@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["fit"]:  # before argparse: everything after it is LightningCLI's, --help too
         return _fit(arguments[1:])
+    if arguments[:1] == ["report"]:  # before the others are imported: a page needs no torch
+        from merge_callback.cli.report import report
+
+        try:
+            return report(arguments[1:])
+        except (ValueError, OSError) as error:
+            return _refuse(str(error))
     if arguments[:1] == ["demo"]:
         # Before torch loads OpenMP: by default a thread that waits spins for milliseconds, which starves the
         # one it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take
@@ -92,6 +99,7 @@ def _make_parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
     add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
     add_interference(commands.add_parser("interference", help="measure how far task vectors agree"))
+    commands.add_parser("report", help="draw a page of a run, or show it while the run goes on")
     commands.add_parser(
         "fit", help="train from a LightningCLI configuration: fit --config example_configs/….yaml"
     )

@@ -22,11 +22,17 @@ class History:
         folder: the run's folder.
         run: the newest event of the kind ``run``, which describes it.
         events: all other events, in the order in which they were written.
+        begun: when it began, in seconds since 1970.
+        ended: when the last event was written.
+        seconds: that its processes ran, without the breaks between them.
     """
 
     folder: Path
     run: Event
     events: tuple[Event, ...]
+    begun: float
+    ended: float
+    seconds: float
 
     def of(self, kind: str) -> list[Event]:
         """The events of a kind, in the order of their steps; of several at a step, that is the written one.
@@ -71,6 +77,7 @@ def history_of(folder: Path, lines: Iterable[bytes]) -> History:
     """
     run: Event | None = None
     events: list[Event] = []
+    begun = ended = seconds = 0.0
     for event in filter(None, map(_event, lines)):
         if event["event"] == "run":
             if event.get("format", FORMAT) > FORMAT:
@@ -79,15 +86,17 @@ def history_of(folder: Path, lines: Iterable[bytes]) -> History:
                     f"up to {FORMAT}; install a newer one"
                 )
             if run is not None and run.get("run_id") != event.get("run_id"):
-                events.clear()
+                events, run, seconds = [], None, 0.0
+            begun, ended = begun if run else event["time"], event["time"]
             run, events = event, [past for past in events if past["event"] != "end"]  # it goes on
             continue
+        seconds, ended = seconds + max(0.0, event["time"] - ended), event["time"]
         if event["event"] == "resumed":
             events = [past for past in events if past["step"] <= event["step"]]
         events.append(event)
     if run is None:
         raise ValueError(f"{folder / EVENTS}: tells of no run")
-    return History(folder, run, tuple(events))
+    return History(folder, run, tuple(events), begun, ended, seconds)
 
 
 def _event(line: bytes) -> Event | None:
@@ -96,6 +105,9 @@ def _event(line: bytes) -> Event | None:
         event = json.loads(line)
     except ValueError:
         return None
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    if not isinstance(event, dict):
         return None
-    return event if isinstance(event.get("step"), int) else None
+    told, step, when = event.get("event"), event.get("step"), event.get("time")
+    return (
+        event if isinstance(told, str) and isinstance(step, int) and isinstance(when, (int, float)) else None
+    )

@@ -90,12 +90,12 @@ def test_what_an_abandoned_future_did_is_dropped(tmp_path):
 
 def test_torn_lines_and_strange_ones_are_skipped():
     lines = [
-        b'{"event": "run", "step": 0, "format": 1, "run_id": "one"}\n',
+        b'{"event": "run", "time": 1, "step": 0, "format": 1, "run_id": "one"}\n',
         b'{"event": "snapshot", "step": 2, "ti',
         b"\n",
         b"7\n",
-        b'{"event": "of a later version", "step": 3}\n',
-        b'{"event": "snapshot", "step": 4}\n',
+        b'{"event": "of a later version", "time": 2, "step": 3}\n',
+        b'{"event": "snapshot", "time": 3.5, "step": 4}\n',
         b'{"event": "snapsh\xff',
     ]
     history = history_of("run", lines)
@@ -122,7 +122,7 @@ def test_the_last_of_several_runs_in_a_folder_counts(tmp_path):
 
 
 def test_a_later_format_is_refused(tmp_path):
-    (tmp_path / EVENTS).write_text('{"event": "run", "step": 0, "format": 99, "run_id": "one"}\n')
+    (tmp_path / EVENTS).write_text('{"event": "run", "time": 1, "step": 0, "format": 99, "run_id": "one"}\n')
     with pytest.raises(ValueError, match="format 99, and this version"):
         read_history(tmp_path)
     with pytest.raises(ValueError, match=r"no events\.jsonl is there"):
