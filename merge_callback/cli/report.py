@@ -28,12 +28,24 @@ def report(arguments: Sequence[str]) -> int:
     if parsed.serve is not None:
         return _serve(parsed.runs, parsed.serve)
     output = parsed.output or runs[0].history.folder / "report.html"
-    if output.is_dir():
-        raise ValueError(f"--output {output}: is a folder; name a file in it")
+    _check_own(output)
     with replacing(output.absolute()) as draft:
         draft.write_text(page(runs, output.absolute().parent), encoding="utf-8")
     print(output)
     return 0
+
+
+def _check_own(output: Path) -> None:
+    """Refuses to write over anything but an earlier page."""
+    from merge_callback.report.page import MARK
+    from merge_callback.snapshots.files import open_regular
+
+    if output.is_dir():
+        raise ValueError(f"--output {output}: is a folder; name a file in it")
+    if output.exists():
+        with open_regular(output) as file:
+            if MARK.encode() not in file.read(2000):
+                raise ValueError(f"--output {output}: is there already, and no report; name another file")
 
 
 def _serve(folders: Sequence[Path], port: int) -> int:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from merge_callback.report.markup import Html, join, table, tag
 from merge_callback.report.numbers import Point, compact, shown, thinned, ticks
 
 _SIDE = 1000  # of the square that a drawing is stretched from
 _ROWS = 60  # of a chart's table; of more points every second, third, … is in it
+_READ = 240  # points that can be read from a chart, of as many as it has
 _NARROW = 260  # pixels that the lines have on a phone
 _LETTER = 6.5  # pixels of a letter, at the size of the phases' names
 
@@ -63,12 +63,9 @@ class Axis:
         return (self.share(end) - self.share(begin)) * _NARROW > len(phase) * _LETTER + 6
 
 
-_numbers = count()
-
-
 def chart(
     title: str,
-    note: object,
+    note: str,
     series: Sequence[Series],
     axis: Axis,
     band: float | None = None,
@@ -90,7 +87,8 @@ def chart(
     if not drawn:
         return Html()
     low, high = _limits(drawn, band, from_zero)
-    number = next(_numbers)
+    if (most := max(y for s in drawn for _, y in s.points)) > high:
+        note = f"{note} The first values, up to {show(most)}, lie above."
     figure = tag(
         "figure",
         tag("figcaption", tag("h3", title), tag("p", note, class_="note"), _legend(drawn, axis, band)),
@@ -100,7 +98,7 @@ def chart(
             _scale(low, high),
             tag(
                 "div",
-                _drawing(drawn, axis, low, high, band, number, title),
+                _drawing(drawn, axis, low, high, band, title),
                 tag("div", class_="cursor"),
                 tag("div", class_="tip", role="status", aria_live="polite"),
                 class_="area",
@@ -108,11 +106,11 @@ def chart(
             _steps(axis),
             class_="plot",
         ),
+        _points_of([s for s in drawn if s.is_named], axis, show),
         class_="chart",
         tabindex=0,
         role="group",
         aria_label=f"{title}. Arrow keys read the points.",
-        data_chart=_points_of([s for s in drawn if s.is_named], axis, show),
     )
     return tag("div", figure, _numbers_of(title, drawn, show), class_="card")
 
@@ -153,7 +151,6 @@ def _drawing(
     low: float,
     high: float,
     band: float | None,
-    number: int,
     title: str,
 ) -> Html:
     def y(value: float) -> float:
@@ -192,13 +189,12 @@ def _drawing(
     ends = ", ".join(f"{s.name} from {shown(s.points[0][1])} to {shown(s.points[-1][1])}" for s in series[:4])
     return tag(
         "svg",
-        tag("title", title, id=f"t{number}"),
-        tag("desc", f"Over the optimizer steps: {ends}.", id=f"d{number}"),
+        tag("title", title),
+        tag("desc", f"Over the optimizer steps: {ends}."),
         *shapes,
         viewbox=f"0 0 {_SIDE} {_SIDE}",
         preserveaspectratio="none",
         role="img",
-        aria_labelledby=f"t{number} d{number}",
     )
 
 
@@ -235,9 +231,9 @@ def _phases(axis: Axis) -> Html:
     return tag("div", *labels, class_="phases")
 
 
-def _points_of(series: Sequence[Series], axis: Axis, show: Callable[[float | None], str]) -> str:
+def _points_of(series: Sequence[Series], axis: Axis, show: Callable[[float | None], str]) -> Html:
     """What the script needs: for each step where it lies, and what the lines' values are there."""
-    return json.dumps(
+    content = json.dumps(
         {
             "names": [s.name for s in series],
             "colors": [s.color for s in series],
@@ -247,11 +243,12 @@ def _points_of(series: Sequence[Series], axis: Axis, show: Callable[[float | Non
                     f"{step:,.0f}",
                     [None if v is None else show(v) for v in values],
                 ]
-                for step, values in _rows(series, 400)
+                for step, values in _rows(series, _READ)
             ],
         },
         separators=(",", ":"),
     )
+    return tag("script", Html(content.replace("<", "\\u003c")), type="application/json")
 
 
 def _numbers_of(title: str, series: Sequence[Series], show: Callable[[float | None], str]) -> Html:

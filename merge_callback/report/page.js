@@ -1,7 +1,7 @@
 "use strict";
 // Reads the points of a chart out, by pointer, finger or arrow keys. Without it, the tables have them all.
 for (const figure of document.querySelectorAll("figure.chart")) {
-  const { names, colors, points } = JSON.parse(figure.dataset.chart);
+  const { names, colors, points } = JSON.parse(figure.querySelector("script").textContent);
   const area = figure.querySelector(".area");
   const tip = figure.querySelector(".tip");
   const cursor = figure.querySelector(".cursor");

@@ -16,6 +16,9 @@ from merge_callback.report.markup import Html, join, tag
 from merge_callback.report.numbers import Point, in_seconds, signed
 from merge_callback.report.run_view import RunView, names_of
 
+MARK = tag("meta", name="generator", content="merge-callback report")
+"""What tells a page of ours from a file of somebody else's."""
+
 _COLORS = 6  # of different runs
 
 _AT_ONCE = 3  # validation metrics whose charts are in sight
@@ -67,6 +70,7 @@ def page(runs: Sequence[RunView], target: Path, refresh: str = "") -> str:
         ),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
+        MARK,
         tag("title", title),
         Html(f"<style>{_resource('page.css')}</style>"),
     )

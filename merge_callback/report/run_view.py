@@ -15,6 +15,9 @@ from merge_callback.report.numbers import Point, number, spread
 _SILENT = 600.0
 """Seconds without an event after which a run that has not ended may be dead."""
 
+_AFTER = 3
+"""Re-warm-ups after a restore until which live weights may be worse than they would be without the spike."""
+
 _FUNCTIONAL = DIVERSITY_RMS.removesuffix("rms")
 """How the names of all kinds of diversity begin."""
 
@@ -91,13 +94,22 @@ class RunView:
         return spread([value for _, value in self.scores(metric).get("live", [])])
 
     def best(self, metric: str) -> Best | None:
-        """The best gain in a metric."""
-        gains = self.gains(metric)
+        """The best gain in a metric, apart from those over live weights that a spike has just spoilt."""
+        gains = [point for point in self.gains(metric) if not self._is_disturbed(point[0])]
         if not gains:
             return None
         step, gain = max(gains, key=lambda point: point[1])
         scores = {whose: dict(points) for whose, points in self.scores(metric).items()}
         return Best(int(step), gain, scores["live"][step], scores["merged"][step])
+
+    def _is_disturbed(self, step: float) -> bool:
+        """Whether a step lies between the onset of a spike and what follows the restore."""
+        return any(
+            e["record"].get("onset", e["step"])
+            <= step
+            <= e["step"] + _AFTER * e["record"].get("rewarm_steps", 0)
+            for e in self.restores
+        )
 
     def validated(self, emission: Event) -> Event | None:
         """The validation of the merge that was published as an emission."""

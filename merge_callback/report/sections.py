@@ -15,7 +15,10 @@ from merge_callback.report.markup import Html, table, tag
 from merge_callback.report.numbers import MISSING, compact, in_bytes, in_seconds, number, shown, signed
 from merge_callback.report.run_view import RunView
 
-_SHOWN = 12  # merges in sight; older ones are a click away
+_SHOWN, _MOST = (
+    12,
+    200,
+)  # merges in sight, and those that are a click away; still older ones are in the event file
 
 _OUTCOMES = {
     "restore": "restored",
@@ -167,8 +170,8 @@ def merges(run: RunView, target: Path) -> Html:
     metric = next((name for name in run.metrics if run.gains(name)), None)
     scores = ("live", "merged", "gain") if metric else ()
     head = ("step", "tokens", "phase", "method", "snapshots and weights", *scores, "size", "record")
-    rows = [_merge_row(run, event, metric, target) for event in reversed(run.emissions)]
-    first, older = rows[:_SHOWN], rows[_SHOWN:]
+    rows = [_merge_row(run, event, metric, target) for event in reversed(run.emissions[-_MOST:])]
+    first, older = rows[:_SHOWN], rows[_SHOWN:_MOST]
     told = f"Newest first; scores in {metric}." if metric else "Newest first."
     parts = [table(head, first, told)]
     if older:
@@ -251,7 +254,7 @@ def costs(run: RunView) -> Html:
             in_seconds(number(e.get("background")) or 0),
             in_bytes(number(e.get("bytes"))),
         )
-        for e in run.snapshots[-200:]
+        for e in run.snapshots[-_MOST:]
     ]
     every = table(("step", "training waited", "background", "bytes"), snapshots, "Each snapshot")
     return tag("div", total, tag("details", tag("summary", "Each snapshot"), every), class_="card runs")
