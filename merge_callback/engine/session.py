@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from shlex import quote
 from typing import Any
 
 from torch.optim import Optimizer
@@ -22,7 +23,7 @@ from merge_callback.engine.model_parts import (
     shapes_of,
     tensor_changes,
 )
-from merge_callback.engine.plan import Plan
+from merge_callback.engine.plan import Plan, from_here
 from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.run_window import new_window, note_publishing, restore_window, still_needed
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
@@ -320,6 +321,7 @@ class MergeSession:
         self.pipeline.finish(model, self.step)
         self._let_go()
         self.host.record("end", self.step, finished=True)
+        info(f"merge: for a page of this run: merge-callback report {quote(str(from_here(self.dirpath)))}")
         for shared in (self.pipeline, self.sharding, self.ranks):
             shared.close()
         self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
