@@ -33,7 +33,7 @@ ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "torch_metric", "urls"]
 MAY_USE = {
     "lightning": {"trainers/lightning", "demo"},
     "pytorch_lightning": {"trainers/lightning"},
-    "transformers": {"trainers"},
+    "transformers": {"trainers", "cli"},
 }
 """Training frameworks, and who may import them."""
 

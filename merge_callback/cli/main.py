@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import merge_callback
 
-_ON_FILES = {"merge", "diversity", "interference", "inspect", "methods"}
+_ON_FILES = {"merge", "moerge", "diversity", "interference", "inspect", "methods"}
 
 
 def run() -> None:
@@ -80,6 +80,7 @@ def _make_parser() -> argparse.ArgumentParser:
     from merge_callback.cli.inspect import add_inspect
     from merge_callback.cli.measures import add_diversity, add_interference
     from merge_callback.cli.merge import add_merge, add_methods
+    from merge_callback.cli.moerge import add_moerge
 
     parser = argparse.ArgumentParser("merge-callback", description="Merge checkpoints while a model trains.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {merge_callback.__version__}")
@@ -88,6 +89,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")
     )
     add_merge(commands.add_parser("merge", help="merge checkpoint files, of any size, in little memory"))
+    add_moerge(commands.add_parser("moerge", help="make one model of LoRA experts that routes each token"))
     add_methods(commands.add_parser("methods", help="list the merging methods, their options and sources"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
     add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
