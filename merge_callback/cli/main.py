@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import merge_callback
 
-_ON_FILES = {"merge", "moerge", "diversity", "interference", "inspect", "methods"}
+_ON_FILES = {"merge", "moerge", "diversity", "interference", "difficulty", "inspect", "methods"}
 
 
 def run() -> None:
@@ -77,6 +77,7 @@ def _refuse(reason: str) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    from merge_callback.cli.difficulty import add_difficulty
     from merge_callback.cli.inspect import add_inspect
     from merge_callback.cli.measures import add_diversity, add_interference
     from merge_callback.cli.merge import add_merge, add_methods
@@ -94,6 +95,9 @@ def _make_parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
     add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
     add_interference(commands.add_parser("interference", help="measure how far task vectors agree"))
+    add_difficulty(
+        commands.add_parser("difficulty", help="tell which examples are hard, and what a merge forgets")
+    )
     commands.add_parser(
         "fit", help="train from a LightningCLI configuration: fit --config example_configs/….yaml"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,8 @@ def _pretrained(folder: Path) -> nn.Module:
             folder, local_files_only=True, trust_remote_code=False
         )
         named = next(iter(config.architectures or []), "")
-        kind: Any = getattr(transformers, named, transformers.AutoModel.from_config)
+        any_kind = partial(transformers.AutoModel.from_config, trust_remote_code=False)
+        kind: Any = getattr(transformers, named, any_kind)
         with torch.device("meta"):
             made: nn.Module = kind(config)
     except Exception as error:  # the configuration may be anyone's
