@@ -39,6 +39,7 @@ generate = load_generator()
 
 SMALLER = {
     "max_steps=100_000": "max_steps=12",
+    "max_steps=2_048": "max_steps=12",
     "total_steps=100_000": "total_steps=12",
     "every_n_steps=2_000": "every_n_steps=3",
     "eval_steps=1_000": "eval_steps=6",
