@@ -103,8 +103,8 @@ class CheckpointMergeCallback(LightningCallback):
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
-        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
-            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
+        lora: How LoRA adapters are merged that peft has put into the model: ``"delta"`` by what they add (the
+            nearest factors to the merge of the products B A), ``"factors"`` A and B each for itself.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
             ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
