@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merge_callback.checks import not_negative, one_of, positive
 from merge_callback.messages import info, warn
+from merge_callback.metrics import MERGED
 from merge_callback.trainers.lightning.base import LightningCallback
 from merge_callback.trainers.lightning.private import names_of
 
@@ -189,7 +190,7 @@ class WarmupAdaptiveDecay(LightningCallback):
         total, ranks = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
         if ranks:
             return float(total / ranks)
-        if self.monitor.startswith("merged/"):
+        if self.monitor.startswith(MERGED):
             return None
         raise names_of(trainer).MisconfigurationException(
             f"WarmupAdaptiveDecay monitors {self.monitor}, but this validation didn't log it; it logged "
