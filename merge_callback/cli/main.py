@@ -40,7 +40,7 @@ examples:
   merge-callback demo --spike
 """
 
-_ON_FILES = {"merge", "diversity", "interference", "inspect", "methods", "prune"}
+_ON_FILES = {"merge", "diversity", "interference", "difficulty", "moerge", "inspect", "methods", "prune"}
 
 
 def run() -> None:
@@ -115,9 +115,11 @@ def _refuse(reason: str) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    from merge_callback.cli.difficulty import add_difficulty
     from merge_callback.cli.inspect import add_inspect
     from merge_callback.cli.measures import add_diversity, add_interference
     from merge_callback.cli.merge import add_merge, add_methods
+    from merge_callback.cli.moerge import add_moerge
     from merge_callback.cli.prune import add_prune
     from merge_callback.cli.validate import add_validate
 
@@ -133,6 +135,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")
     )
     add_merge(commands.add_parser("merge", help="merge checkpoint files, of any size, in little memory"))
+    add_moerge(commands.add_parser("moerge", help="make one model of LoRA experts that routes each token"))
     add_methods(commands.add_parser("methods", help="list the merging methods, their options and sources"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
     add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
@@ -141,6 +144,9 @@ def _make_parser() -> argparse.ArgumentParser:
     commands.add_parser("fit", help="train from a LightningCLI configuration: fit --config config.yaml")
     add_validate(commands.add_parser("validate", help="check such a configuration without training"))
     commands.add_parser("report", help="draw a page of a run, or show it while the run goes on")
+    add_difficulty(
+        commands.add_parser("difficulty", help="tell which examples are hard, and what a merge forgets")
+    )
     return parser
 
 

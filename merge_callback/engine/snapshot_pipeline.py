@@ -83,11 +83,6 @@ class SnapshotPipeline:
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude, options.lora)
-        if apart := self._merger.merged_apart:
-            info(
-                f"merge: {', '.join(apart)} merges the factors A and B of LoRA adapters each for itself; a "
-                "linear method (method='sma') in a run of one process merges what they add together"
-            )
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )

@@ -112,8 +112,8 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
-        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
-            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
+        lora: How LoRA adapters are merged that peft has put into the model: ``"delta"`` by what they add (the
+            nearest factors to the merge of the products B A), ``"factors"`` A and B each for itself.
         base: The model that this run and ``experts`` began as; not needed if all are LoRA adapters.
         experts: Finished experts: checkpoints or LoRA adapters. After each validation this run's weights are
             merged with them by ``method`` (a name: λ and density are tuned on the validation data), and
