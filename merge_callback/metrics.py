@@ -41,7 +41,10 @@ FORECAST, FORECAST_ERROR = "merge/forecast/", "merge/forecast_error/"
 MERGED_EVAL = "merged_"
 """Before the name of an evaluation's metric in the Hugging Face Trainer, which begins with ``eval_``."""
 
-DIVERSITY_RMS, DIVERSITY_CHANGE = "merge/diversity_rms", "merge/diversity_change"
+DIVERSITY = "merge/diversity_"
+"""Before the name of a distance between snapshots."""
+
+DIVERSITY_RMS, DIVERSITY_CHANGE = f"{DIVERSITY}rms", f"{DIVERSITY}change"
 PHASE, LR_RATIO, TOKENS, WINDOW = "merge/phase", "merge/lr_ratio", "merge/tokens", "merge/window"
 IS_SPIKING, RESTORES, SCORE = "merge_spike/is_spiking", "merge_spike/restores", "merge_spike/score"
 BASELINE, THRESHOLD = "merge_spike/baseline", "merge_spike/threshold"
@@ -137,6 +140,25 @@ METRICS: tuple[Metric, ...] = (
         "Change of the diversity since its first value. Only in the decay does its fall say that gains end.",
         _SNAPSHOT,
         "per cent",
+    ),
+    Metric(
+        f"{DIVERSITY}logits",
+        "Cosine distance of the logits on the probe batch, at the final token, between the same two "
+        "snapshots. With `probe=`.",
+        _SNAPSHOT,
+        "0 to 2",
+    ),
+    Metric(
+        f"{DIVERSITY}probabilities",
+        "KL divergence of the newer snapshot's probabilities from the older one's, likewise.",
+        _SNAPSHOT,
+        "nats",
+    ),
+    Metric(
+        f"{DIVERSITY}activations",
+        "Cosine distance of the activations, likewise, averaged over the layers.",
+        _SNAPSHOT,
+        "0 to 2",
     ),
     Metric(PHASE, "The learning-rate phase: 0 warmup, 1 stable, 2 decay.", _SNAPSHOT, "0, 1 or 2"),
     Metric(LR_RATIO, "The learning rate that was applied, over its peak.", _SNAPSHOT, "ratio"),

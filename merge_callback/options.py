@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
+from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
@@ -55,6 +56,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate": True,
         "evaluate_with": (),
         "diversity_lag": 2,
+        "probe": None,
         "exclude": (),
         "lora": "delta",
         "base": None,
@@ -111,12 +113,15 @@ class Options:
     evaluate: bool
     evaluate_with: tuple[str, ...]
     diversity_lag: int
+    probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
     experts: ExpertOptions | None
     lower_is_better: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     spike: SpikeOptions
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the user has given that is not the default."""
 
     @classmethod
     def resolve(cls, **given: Any) -> Options:
@@ -157,13 +162,21 @@ class Options:
             evaluate=true_or_false("evaluate", given["evaluate"]),
             evaluate_with=resolve_classes(given["evaluate_with"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),
             experts=experts,
             lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"], given["window"]),
+            given={n: v for n, v in given.items() if (tuple(v) if isinstance(v, list) else v) != DEFAULTS[n]},
         )
+
+    def shown(self) -> str:
+        """Window, interval and method, and what else is not the default, as one would write them."""
+        first = {"window": self.window, f"every_n_{self.unit}": self.every, "method": "auto"}
+        shown = {**first, **self.given, f"every_n_{self.unit}": self.every}
+        return ", ".join(f"{n}={v:_}" if type(v) is int else f"{n}={v!r}" for n, v in shown.items())
 
     def for_adapters(self) -> Options:
         """The options for a model with LoRA adapters: ``sma`` where the method is ours to choose.

@@ -127,8 +127,8 @@ class Siblings:
         for name, which in told:
             if name not in merged:
                 raise ValueError(
-                    f"{which} adds to {name!r}, which is not merged: the model has no such weight (is there a "
-                    "strip_prefix= that it should have?), it is quantised, or exclude= leaves it out"
+                    f"{which} adds to {name!r}, which is not merged: the model has no such weight (does it "
+                    "need a strip_prefix=?), it is quantised, or exclude= leaves it out"
                 )
 
     def take(self, model: ModelTensors) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -22,8 +22,9 @@ from merge_callback.engine.kept_state import PythonState, kept_weights, put_back
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
+from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession
-from merge_callback.engine.validations import gains
+from merge_callback.engine.validations import Scored, gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED, SPIKE_TEXT
 from merge_callback.options import Options
@@ -38,7 +39,7 @@ ComputeLoss = Callable[[Any], Tensor | float]
 _NOT_HERE = ("evaluate", "evaluate_with", "base", "experts")  # options of loops that validate by themselves
 
 
-class CheckpointMerger:
+class CheckpointMerger(RunResults):
     """Keeps a rolling window of weight snapshots in a plain training loop, merges them, and rescues the run.
 
     It does what ``CheckpointMergeCallback`` does under Lightning, and takes the same options. It works with
@@ -74,6 +75,9 @@ class CheckpointMerger:
         metrics: the newest value of everything that is logged.
         should_stop: whether ``spike.on_spike`` has asked to end the run.
 
+    ``window``, ``latest``, ``best``, ``history`` and ``merge()`` show what there is, while the run goes on
+    and afterwards.
+
     Raises:
         TypeError: for a name that is not an option's.
         ValueError: for an option that makes no sense, here or at the first optimizer step.
@@ -95,6 +99,8 @@ class CheckpointMerger:
             if name in options:
                 raise TypeError(f"{name!r} is for trainers that validate; here use merged_weights()")
         self.options = Options.resolve(**options)
+        if self.options.probe and self.options.probe.is_validation:
+            raise ValueError(f"probe={options['probe']!r}: the loop's validation is its own; pass a batch")
         self._host = LoopHost(model, optimizer, total_steps, log, compute_loss, scaler, log_every)
         self._session: MergeSession | None = None
         self._state: dict[str, Any] = {}
@@ -206,12 +212,12 @@ class CheckpointMerger:
                     f"merge: no {GAIN}{name} is logged: whether lower or higher is better is not known; "
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
-        values = {f"{MERGED}{name}": value for name, value in found.items()}
+        values = {f"{MERGED}{name}": float(value) for name, value in found.items()}
         if self._session is None or self._shown is None:
-            noted = gains(live, found, lower)
-        else:
-            noted = self._session.pipeline.note_validation(self._shown, live, found, lower)
-        report(self._host, values | noted)
+            report(self._host, values | gains(live, found, lower))
+            return
+        newest = self._shown.snapshots[-1]
+        self._session.note_validation(live, Scored(found, values, lower, newest.step, newest))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.
@@ -258,6 +264,9 @@ class CheckpointMerger:
             session, self._session = self._session, None
             end(session)
             self._state = session.state_dict()
+
+    def _run(self) -> tuple[MergeSession | None, Mapping[str, Any]]:
+        return self._session, self._state
 
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._refuse_within_merge("an optimizer step")
@@ -308,6 +317,7 @@ class LoopHost(Host):
         self.scalars: dict[str, Tensor | float] = {}
         self._total, self._log, self._compute_loss = total_steps, log, compute_loss
         self._charts = Charts()
+        self._fabrics = model if model is not self.root else None  # wrapper, which sees to the precision
 
     @property
     def step(self) -> int:
@@ -358,6 +368,10 @@ class LoopHost(Host):
             }
 
         return matching
+
+    def forward_pass(self) -> AbstractContextManager[Callable[..., Any]]:
+        """Calls what Fabric has made of the model, or else the model as it is, without autocast."""
+        return nullcontext(self._fabrics) if self._fabrics is not None else super().forward_pass()
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Calls ``compute_loss`` again."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,19 +21,24 @@ from merge_callback.engine.charts import Charts
 from merge_callback.metrics import SPIKE_TEXT
 from merge_callback.signals.host import Host, Rehearsal
 from merge_callback.trainers.lightning.private import (
+    LOGGER_CONNECTOR,
+    RESULTS,
     callback_metrics,
     logged_now,
     logged_step,
     names_of,
+    own_logger_connector,
     step_progress,
     tag_prefix,
     training_loader,
 )
+from merge_callback.trainers.lightning.quiet import quiet_logger
 from merge_callback.trainers.lightning.rehearsal import (
     rehearsed_training,
     rehearsed_validation,
     validation_loss,
 )
+from merge_callback.trainers.lightning.undisturbed import replaced
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -183,6 +189,42 @@ class LightningHost(Host):
             return found
 
         return new_values
+
+    @property
+    def probed(self) -> nn.Module:
+        """The module; if it defines no ``forward``, the largest of its parts."""
+        module = self.lightning_module
+        if type(module).forward is not names_of(self.trainer).LightningModule.forward:
+            return module
+        return max(
+            module.children(), key=lambda part: sum(p.numel() for p in part.parameters()), default=module
+        )
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[Callable[..., Any]]:
+        """Calls the module in the trainer's precision; what it logs meanwhile goes nowhere."""
+        trainer, probed = self.trainer, self.probed
+        plugin, loop = trainer.precision_plugin, trainer.fit_loop.epoch_loop
+        with ExitStack() as stack:
+            called = stack.enter_context(super().forward_pass())
+            if probed is not self.module:
+                if called is not self.module:
+                    raise RuntimeError(f"under FSDP, {type(self.module).__name__} has to define forward")
+                called = probed
+            quiet = [quiet_logger(logger) for logger in trainer.loggers]
+            for owner, name, value in (
+                (trainer, "loggers", quiet),
+                (trainer, LOGGER_CONNECTOR, own_logger_connector(trainer)),
+                (loop, RESULTS, names_of(trainer)._ResultCollection(training=True)),
+            ):
+                stack.enter_context(replaced(owner, name, value))
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = plugin.convert_input((args, kwargs))
+                with plugin.forward_context():
+                    return called(*args, **kwargs)
+
+            yield call
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Runs the training step, or the validation, again."""

@@ -26,6 +26,7 @@ _HOMES = {
     "DeepSpeedStrategy": "pytorch.strategies",
     "EarlyStopping": "pytorch.callbacks",
     "FSDPStrategy": "pytorch.strategies",
+    "LightningModule": "pytorch",
     "ModelParallelStrategy": "pytorch.strategies",
     "RunningStage": "pytorch.trainer.states",
     "SingleDeviceStrategy": "pytorch.strategies",

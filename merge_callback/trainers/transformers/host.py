@@ -174,6 +174,12 @@ class TransformersHost(Host):
 
         return new_values
 
+    @contextmanager
+    def forward_pass(self) -> Iterator[Callable[..., Any]]:
+        """Calls the model in the trainer's precision."""
+        with self.trainer.compute_loss_context_manager(), super().forward_pass() as called:
+            yield called
+
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Runs the trainer's training step without its backward pass, or some of its prediction steps."""
         if source == "batch":
