@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -256,31 +257,34 @@ class Run:
         counts = {"lagging": 3, "few": 10}
         if (count := counts.get(line["rule"])) is None:
             return line
-        rest = following(line, self.validations)[: 2 if count == 3 else None]
+        rest = following(line, self.validations, self.plan.schedule)[: 2 if count == 3 else None]
         other = [self.loss_of_last(count, v) for v in rest]
         return {**line, "later": {"loss advised": other, "loss": [v["live"] - v["gain"] for v in rest]}}
 
 
-def following(line: Mapping[str, Any], validations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The validations of the phase that a line was given in, from then on."""
+def following(
+    line: Mapping[str, Any], validations: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> list[Mapping[str, Any]]:
+    """The validations of the phase that a line was given in, from then on until the learning rate rises."""
     at = next(v for v in reversed(validations) if v["step"] <= line["step"])
-    return [
-        v
-        for v in validations
-        if v["step"] >= line["step"] and (v["phase"], v["since"]) == (at["phase"], at["since"])
-    ]
+    rest = [v for v in validations if v["step"] >= line["step"]]
+    same = [v for v in rest if (v["phase"], v["since"]) == (at["phase"], at["since"])]
+    rate = schedule(line["step"] - 1)
+    return [*takewhile(lambda v: schedule(v["step"] - 1) <= rate, same)]
 
 
-def with_verdict(line: dict[str, Any], validations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def with_verdict(
+    line: dict[str, Any], validations: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> dict[str, Any]:
     """A line with what came later, and whether that bears it out; ``None`` if nothing came."""
     later, verdict = line.get("later", {}), None
     if line["rule"] in ("fading", "spent"):
-        gains = [v["gain"] for v in following(line, validations)]
+        rest = following(line, validations, schedule)
+        gains = [v["gain"] for v in rest]
         before = [v["gain"] for v in validations if v["step"] < line["step"] and v["phase"] == "stable"]
         later = {"gains before": before[-3:], "largest gain before": max(before), "gains": gains}
         if gains and line["rule"] == "spent":
-            loss = following(line, validations)[0]["live"]
-            verdict = max(map(abs, gains)) <= max(max(before) / 5, loss / 1000)
+            verdict = max(map(abs, gains)) <= max(max(before) / 5, rest[0]["live"] / 1000)
         elif gains:
             verdict = statistics.mean(gains) < statistics.mean(before[-3:])
     elif later["loss"]:
@@ -323,7 +327,9 @@ def main() -> None:
             half.write_text(json.dumps(record_of(plan)))
             os.replace(half, file)
         records.append(record := json.loads(file.read_text()))
-        record["lines"] = [with_verdict(line, record["validations"]) for line in record["lines"]]
+        record["lines"] = [
+            with_verdict(line, record["validations"], plan.schedule) for line in record["lines"]
+        ]
         print(f"\n{record['name']} ({record['seconds']:.0f} s)")
         for line in record["lines"]:
             print(f"  {line['step']} {line['line']}\n    borne out: {line['borne out']} {line['later']}")

@@ -80,6 +80,9 @@ def spent(seen: Seen) -> str | None:
     """Near the end of a decay, merge and live weights are the same."""
     if seen.phase != "decay" or seen.diversity is None or seen.diversity > _SPENT:
         return None
+    small = max(seen.usual_gains, default=0.0) / 5
+    if seen.metric and not (seen.gains and abs(seen.gains[-1]) <= small):
+        return None  # in a short decay a long window still lags
     return (
         f"the snapshots lie {1 - seen.diversity:.0%} closer together than before the decay: until the "
         f"learning rate rises again, a merge scores about what the live weights do ({_PG}, Fig. 3)"

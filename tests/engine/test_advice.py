@@ -35,6 +35,10 @@ def said(seen: Seen) -> list[str]:
         (replace(DECAY, diversity=0.4, usual_gains=[0.1, 0.1]), ["fading"]),
         (replace(DECAY, diversity=0.4, usual_gains=[0.1, -0.1]), []),  # there was nothing to lose
         (replace(DECAY, diversity=0.05), ["spent"]),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[0.1, 0.1], gains=[0.01]), ["spent"]),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[0.1, 0.1], gains=[-0.03]), []),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[-0.1], gains=[-0.01]), []),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[0.1]), []),  # none is known yet
         (replace(STABLE, gains=[-0.1, -0.1]), []),
         (replace(STABLE, gains=[-0.1, -0.1, -0.1]), ["lagging"]),
         (replace(STABLE, gains=[-0.1, -0.1, -0.1, 0.1]), []),
@@ -190,7 +194,7 @@ def closing(caplog, folder, **options) -> str:
     merging = CheckpointMergeCallback(window=3, every_n_steps=2, dirpath=folder / "merges", **options)
     with caplog.at_level("INFO"):
         train(Classifier(lr=0.1), merging, data=loader(), val=loader(16), max_epochs=2)
-    return caplog.records[-1].message
+    return [record.message for record in caplog.records if " published, " in record.message][-1]
 
 
 def test_the_last_line_tells_how_many_merges_there_are_and_where_the_best_lies(caplog, tmp_path):
