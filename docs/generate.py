@@ -4,7 +4,7 @@
     python docs/generate.py --check    # exits with 1 if one is out of date
 
 Options are read from signatures, docstrings and dataclass fields, metrics from ``METRICS``, methods from the
-registry, and what they gained from ``benchmarks/results/methods.json``.
+registry, and what was measured from ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -191,8 +191,52 @@ def live() -> str:
     )
 
 
-def _measured() -> Any:
-    return json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+def forecast_rules() -> str:
+    """How far each rule's forecasts of the annealed loss are off."""
+    rows = [
+        (name, str(found["cases"]), f"{found['mean']:+.3f}", *_absolute(found))
+        for name, found in _measured("forecast")["rules"]["loss"].items()
+    ]
+    return table(("forecast", "forks", "mean error", "its spread", "mean size", "largest"), rows)
+
+
+def _absolute(found: Mapping[str, float]) -> list[str]:
+    return [f"{found[key]:.3f}" for key in ("spread", "mean absolute", "largest")]
+
+
+def forecast_shares() -> str:
+    """How far the annealed model is ahead of the merge, over the merge's gain, by length of the decay."""
+    known = _measured("forecast")["shares"]
+    return table(
+        ("decay, of the steps before", "forks", "of the loss", "of the accuracy"),
+        (
+            (
+                name,
+                str(found["cases"]),
+                *("{mean:.2f} ± {spread:.2f}".format(**known[m][name]) for m in known),
+            )
+            for name, found in known["loss"].items()
+        ),
+    )
+
+
+def advice_runs() -> str:
+    """Every line of the measured runs, and whether what came later bears it out."""
+    runs = _measured("advice")["runs"]
+    verdicts = {True: "yes", False: "**no**", None: "nothing came"}
+    rows = [
+        (
+            run["name"],
+            ", ".join(f"{line['rule']} at {line['step']}" for line in run["lines"]) or "none",
+            ", ".join(verdicts[line["borne out"]] for line in run["lines"]),
+        )
+        for run in runs
+    ]
+    return table(("run", "lines, at their steps", "borne out"), rows)
+
+
+def _measured(name: str = "methods") -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
 def _blocks() -> dict[str, Callable[[], str]]:
@@ -206,6 +250,9 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "methods, from their folder": lambda: methods_table(""),
         "gains": gains,
         "live loss": live,
+        "forecast rules": forecast_rules,
+        "forecast shares": forecast_shares,
+        "advice runs": advice_runs,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from merge_callback.events import EVENTS, FORMAT
+from merge_callback.metrics import GAIN
 from merge_callback.signals.host import Host
 from merge_callback.snapshots.files import append_line, plain
 
@@ -82,7 +83,7 @@ def record_validation(
     host: Host,
     live: Scores,
     merged: Scores | None = None,
-    gains: Scores | None = None,
+    logged: Scores | None = None,
     merge: int | None = None,
     seconds: float | None = None,
 ) -> None:
@@ -92,9 +93,10 @@ def record_validation(
         host: the run.
         live: what the live weights score, by metric.
         merged: what a merge scores, if one was validated with them.
-        gains: of the merge; positive is better.
+        logged: what is logged of it, its gains among others.
         merge: its step.
         seconds: that its validation took.
     """
     scores = {"live": live} if merged is None else {"live": live, "merged": merged}
-    host.record("validation", host.step, scores=scores, gains=dict(gains or {}), merge=merge, seconds=seconds)
+    gains = {name: logged[f"{GAIN}{name}"] for name in live if logged and f"{GAIN}{name}" in logged}
+    host.record("validation", host.step, scores=scores, gains=gains, merge=merge, seconds=seconds)

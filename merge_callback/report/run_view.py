@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, METRICS
+from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, METRICS
 from merge_callback.report.history import Event, History
 from merge_callback.report.numbers import Point, number, spread
 
@@ -17,9 +17,6 @@ _SILENT = 600.0
 
 _AFTER = 3
 """Re-warm-ups after a restore until which live weights may be worse than they would be without the spike."""
-
-_FUNCTIONAL = DIVERSITY_RMS.removesuffix("rms")
-"""How the names of all kinds of diversity begin."""
 
 
 class Best(NamedTuple):
@@ -158,7 +155,7 @@ class RunView:
         return {
             name: points
             for name, points in self.logged.items()
-            if name.startswith(_FUNCTIONAL) and name not in known
+            if name.startswith(DIVERSITY) and name not in known
         }
 
     @property

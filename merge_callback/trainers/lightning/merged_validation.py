@@ -10,23 +10,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from merge_callback.engine.advice import gains, report_scores
 from merge_callback.engine.events import record_validation
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
+from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
@@ -90,19 +94,59 @@ class MergedValidation:
         """Notes which weights a live validation is run with."""
         self._seen.note_live()
 
-    def update(self, merge: Merge | None) -> None:
+    def update(self, merge: Merge | None, note: Callable[..., Mapping[str, float]]) -> None:
         """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
 
         Afterwards there are ``merged/…`` values of exactly the metrics that the merge was validated with. A
         monitor must find its key from the first validation on, so until there is a merge the live values are
         repeated.
 
+        Args:
+            merge: the present one, if any.
+            note: what ``SnapshotPipeline.note_validation`` does.
+
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        live = self._live()
-        if merge is None or merge.step == self.step or not self._validate(merge, live):
+        live, began = self._live(), time.monotonic()
+        merged = None if merge is None or merge.step == self.step else self._validate(merge.arena)
+        if merge is not None and merged is not None:
+            self._note(merge.step, live, merged, began, partial(note, merge))
+        else:
             record_validation(self._host, live)
+        self._show(live)
+
+    def update_expert(self, experts: ExpertMerge, model: ModelTensors) -> None:
+        """Validates the merges of the live weights with finished experts, and keeps what the best one scores.
+
+        A failed merge or validation is logged; the run goes on.
+
+        Raises:
+            HalfRestoredError: if the live weights could not be put back, on any rank.
+        """
+        live, results, began = self._live(), validation_results(self.trainer), time.monotonic()
+        is_lower = self._directions.lower_is_better
+        lower = {name: is_lower(name, self.trainer, results, self.module) for name in live}
+        monitored = [name.removeprefix(MERGED) for name in sorted(self._monitored())]
+        try:
+            found = experts.validate(model, self._validate, lower, monitored)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            found = None
+        if found is None:
+            self.step, self.metrics, self._has_failed = -1, {}, True
+            record_validation(self._host, live)
+        else:
+            merged, numbers = found
+            self._note(self._host.step, live, merged, began, numbers=numbers)
+        self._show(live)
+
+    def _live(self) -> dict[str, Tensor]:
+        return epoch_metrics(validation_results(self.trainer), self.trainer.callback_metrics)
+
+    def _show(self, live: Mapping[str, Tensor]) -> None:
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
             known = {f"{MERGED}{name}": value for name, value in live.items()}
@@ -124,18 +168,15 @@ class MergedValidation:
         """Leaves the trainer's callbacks as they were."""
         self._hold_stopping(())
 
-    def _live(self) -> dict[str, Tensor]:
-        return epoch_metrics(validation_results(self.trainer), self.trainer.callback_metrics)
-
-    def _validate(self, merge: Merge, live: Mapping[str, Tensor]) -> bool:
-        """Whether that succeeded; the scores are recorded then."""
-        problem, seconds = None, -time.monotonic()
+    def _validate(self, merged: Arena) -> dict[str, Tensor] | None:
+        """The metrics of a merge; ``None`` if its validation failed, which is logged."""
+        problem = None
         try:
             with self._directions.listening(self.module):
-                merged = validate_with(
+                metrics = validate_with(
                     self.trainer,
                     self.module,
-                    merge.arena,
+                    merged,
                     self._random,
                     self.sharding,
                     self._taking_part,
@@ -153,15 +194,30 @@ class MergedValidation:
                 raise HalfRestoredError("a merged validation could not restore the live weights") from problem
             log.exception("merge: validation with the merged weights failed; the live weights were restored")
             self.step, self.metrics, self._has_failed = -1, {}, True
-            return False
-        seconds += time.monotonic()
-        self.step, self._has_failed = merge.step, False
+            return None
+        return metrics
+
+    def _note(
+        self,
+        step: int,
+        live: Mapping[str, Tensor],
+        merged: Mapping[str, Tensor],
+        began: float,
+        note: Callable[..., Mapping[str, float]] = gains,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers.
+
+        ``began`` is when its validation began.
+        """
+        seconds = time.monotonic() - began
+        self.step, self._has_failed = step, False
         self.metrics = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
-        gained = self._gains(live, merged)
-        report_scores(self._host, self.metrics, gained)
-        record_validation(self._host, live, merged, gained, merge.step, seconds)
+        lower = self._lower_is_better(live, merged)
+        noted = note(live, merged, lower)
+        report(self._host, {**self.metrics, **noted, **(numbers or {})})
+        record_validation(self._host, live, merged, noted, step, seconds)
         self._report_missing(sorted(live.keys() - merged.keys()))
-        return True
 
     def _monitored(self) -> set[str]:
         monitors = [getattr(c, "monitor", None) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
@@ -187,8 +243,10 @@ class MergedValidation:
                 f"evaluate_with={named}"
             )
 
-    def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """The gains; reports once which metrics have none, and the remedy."""
+    def _lower_is_better(
+        self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+    ) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         results = validation_results(self.trainer)
         is_lower = self._directions.lower_is_better
         lower = {name: is_lower(name, self.trainer, results, self.module) for name in merged if name in live}
@@ -199,7 +257,7 @@ class MergedValidation:
                 f"merge: no {GAIN}… is logged for {', '.join(unknown)}, since it is not known whether "
                 f"lower is better; pass lower_is_better={unknown[:1]}, or higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def state_dict(self) -> dict[str, Any]:
         """The last validated merge and its metrics, as primitives."""

@@ -12,18 +12,20 @@ from typing import Any
 
 from transformers import Trainer
 
-from merge_callback.engine.advice import gains, report_scores
 from merge_callback.engine.events import record_validation
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.signals.host import report
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
@@ -64,12 +66,19 @@ class MergedEvaluation:
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        evaluated, merge = self._host.evaluated, session.current_merge()
-        if evaluated is None:
+        merge = None if session.experts else session.current_merge()
+        if (evaluated := self._host.evaluated) is None:
             return
         prefix = evaluated.prefix
-        is_new = merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]
-        if merge is None or not is_new or not self._evaluate(session, merge, evaluated):
+        began, found = time.monotonic(), None
+        if session.experts:
+            self._evaluate_expert(session, session.experts, evaluated)
+        elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
+            found = self._evaluate(merge.arena, session, evaluated)
+        if merge is not None and found is not None:
+            note = partial(session.pipeline.note_validation, merge)
+            self._note(merge.step, evaluated, found, began, note)
+        elif not session.experts:
             record_validation(self._host, evaluated.metrics)
         if prefix in self._found:
             metrics |= self._found[prefix][1]
@@ -87,11 +96,34 @@ class MergedEvaluation:
         """Goes on from a ``state_dict``."""
         self._found = {prefix: (step, dict(metrics)) for prefix, (step, metrics) in state.items()}
 
-    def _evaluate(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> bool:
-        """Whether that succeeded; the scores are recorded then."""
-        ranks, problem, prefix, seconds = session.ranks, None, evaluated.prefix, -time.monotonic()
+    def _evaluate_expert(self, session: MergeSession, experts: ExpertMerge, evaluated: Evaluated) -> None:
+        """Evaluates the merges of the live weights with finished experts, and notes the best's metrics."""
+        prefix, began = evaluated.prefix, time.monotonic()
+        lower = {name: self._lower_is_better(name, prefix) for name in evaluated.metrics}
+        wanted = [_live(self._best, prefix) or self._best]
         try:
-            found = self._with(merge, session, evaluated)
+            evaluate = partial(self._evaluate, session=session, evaluated=evaluated)
+            found = experts.validate(session.live(), evaluate, lower, wanted)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            self._found.pop(prefix, None)
+            self._failed.add(prefix)
+            found = None
+        if found is None:
+            record_validation(self._host, evaluated.metrics)
+        else:
+            merged, numbers = found
+            self._note(session.step, evaluated, merged, began, numbers=numbers)
+
+    def _evaluate(
+        self, merged: Arena, session: MergeSession, evaluated: Evaluated
+    ) -> dict[str, float] | None:
+        """The metrics of a merge, by the names of the live ones; ``None`` if it failed, which is logged."""
+        ranks, problem, prefix = session.ranks, None, evaluated.prefix
+        try:
+            found = self._with(merged, session, evaluated)
         except Exception as error:
             if DeferredSignals.has_raised(error):
                 raise
@@ -104,29 +136,43 @@ class MergedEvaluation:
             log.exception("merge: evaluation with the merged weights failed; the live weights are back")
             self._found.pop(prefix, None)
             self._failed.add(prefix)
-            return False
-        seconds += time.monotonic()
-        self._failed.discard(prefix)
-        self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        gained = self._gains(evaluated.metrics, found, prefix)
-        report_scores(self._host, self._found[prefix][1], gained)
-        record_validation(self._host, evaluated.metrics, found, gained, merge.step, seconds)
-        return True
+            return None
+        return found
 
-    def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
-        """The metrics of the merge, by the names of the live ones."""
+    def _note(
+        self,
+        step: int,
+        evaluated: Evaluated,
+        found: Mapping[str, float],
+        began: float,
+        note: Callable[..., Mapping[str, float]] = gains,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers.
+
+        ``began`` is when its evaluation began.
+        """
+        prefix, seconds = evaluated.prefix, time.monotonic() - began
+        self._failed.discard(prefix)
+        self._found[prefix] = (step, {_merged(name): value for name, value in found.items()})
+        noted = note(evaluated.metrics, found, self._directions(found, prefix))
+        report(self._host, {**self._found[prefix][1], **noted, **(numbers or {})})
+        record_validation(self._host, evaluated.metrics, found, noted, step, seconds)
+
+    def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         host = self._host
         with (
             DeferredSignals() as signals,
             host.undisturbed([evaluated.dataloader]),
             signals.let_through(),
-            merged_weights(host, merge, session.sharding),
+            merged_weights(host, merged, session.sharding),
         ):
             evaluated.random.restore()
             output = evaluated.run()
         return _measured(output.metrics)
 
-    def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
+    def _directions(self, merged: Mapping[str, float], prefix: str) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         lower = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
             name for name, is_lower in lower.items() if is_lower is None and name not in self._told
@@ -137,7 +183,7 @@ class MergedEvaluation:
                 f"merge: no {GAIN}… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def _lower_is_better(self, name: str, prefix: str) -> bool | None:
         said = said_lower(name, self._options.lower_is_better, self._options.higher_is_better)
