@@ -43,7 +43,7 @@ ROOMS = [*TOP, *BOTTOM, "metrics", "events", "messages", "checks", "torch_metric
 MAY_USE = {
     "lightning": {"trainers/lightning", "demo"},
     "pytorch_lightning": {"trainers/lightning"},
-    "transformers": {"trainers"},
+    "transformers": {"trainers", "cli"},
 }
 """Training frameworks, and who may import them."""
 

@@ -10,6 +10,8 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "BIN_INDEX",
     "BIN_WEIGHTS",
+    "CARD",
+    "CARD_BEFORE",
     "CONFIG",
     "GENERATION_CONFIG",
     "INDEX",
@@ -25,6 +27,9 @@ __all__ = [
     "WEIGHTS_ALONE",
     "WINDOW",
 ]
+
+CARD, CARD_BEFORE = "README.md", "README.original.md"
+"""The card of a merge, and somebody's own one of the checkpoint that the merge is like."""
 
 LATEST = "latest"
 """What points at the newest emission: a symlink, or a text file in a remote folder."""

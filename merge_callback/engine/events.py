@@ -10,17 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, SupportsFloat
+from typing import Any
 
 from merge_callback.events import EVENTS, FORMAT
-from merge_callback.metrics import GAIN
-from merge_callback.signals.host import Host
 from merge_callback.snapshots.files import append_line, plain
 
 _LEFT_FREE = 1 << 20
 """Bytes that events leave free besides: a manifest and a record of spikes are worth more."""
-
-Scores = Mapping[str, SupportsFloat]
 
 log = logging.getLogger(__name__)
 
@@ -77,26 +73,3 @@ class EventFile:
     def _append(self, kind: str, step: int, entries: Mapping[str, Any]) -> None:
         event = {"event": kind, "time": round(time.time(), 3), "step": step, **entries}
         append_line(self._path, json.dumps(plain(event), allow_nan=False, default=str), durable=False)
-
-
-def record_validation(
-    host: Host,
-    live: Scores,
-    merged: Scores | None = None,
-    logged: Scores | None = None,
-    merge: int | None = None,
-    seconds: float | None = None,
-) -> None:
-    """Records what a validation has found.
-
-    Args:
-        host: the run.
-        live: what the live weights score, by metric.
-        merged: what a merge scores, if one was validated with them.
-        logged: what is logged of it, its gains among others.
-        merge: its step.
-        seconds: that its validation took.
-    """
-    scores = {"live": live} if merged is None else {"live": live, "merged": merged}
-    gains = {name: logged[f"{GAIN}{name}"] for name in live if logged and f"{GAIN}{name}" in logged}
-    host.record("validation", host.step, scores=scores, gains=gains, merge=merge, seconds=seconds)
