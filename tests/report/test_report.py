@@ -183,7 +183,10 @@ def test_the_command_writes_next_to_the_run_and_over_its_own_page_only(tmp_path,
     assert (tmp_path / "precious.html").read_text() == "mine"
     assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
     assert main(["report", str(tmp_path / "nowhere")]) == 1
+    write_run(tmp_path / "merges-1")
+    assert main(["report", str(tmp_path)]) == 1
     errors = capsys.readouterr().err
+    assert "several runs are there; name one of merges, merges-1" in errors
     assert "is there already, and no report; name another file" in errors
     assert "no events.jsonl is there" in errors
 
