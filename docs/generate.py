@@ -10,14 +10,12 @@ registry, and what was measured from ``benchmarks/results/``.
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +72,6 @@ def arguments(docstring: str) -> dict[str, str]:
     return {name: in_markdown(text) for name, text in entries}
 
 
-def field_docstrings(kind: type) -> dict[str, str]:
-    """The docstrings under the fields of a dataclass."""
-    (body,) = (
-        node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)
-    )
-    found = {}
-    for field, text in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            found[ast.unparse(field.target)] = in_markdown(ast.literal_eval(text.value))
-    return found
-
-
 def shown(value: Any) -> str:
     """A default, as one would write it."""
     written = repr(value).replace("'", '"') if isinstance(value, (str, tuple)) else repr(value)
@@ -105,7 +91,7 @@ def callback_options() -> str:
 
 def spike_options() -> str:
     """Every option of ``SpikeOptions``."""
-    told = field_docstrings(SpikeOptions)
+    told = arguments(SpikeOptions.__doc__ or "")
     return table(
         ("option", "default", "meaning"),
         ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(SpikeOptions)),

@@ -9,6 +9,8 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "BIN_INDEX",
     "BIN_WEIGHTS",
+    "CARD",
+    "CARD_BEFORE",
     "CONFIG",
     "GENERATION_CONFIG",
     "INDEX",
@@ -27,6 +29,9 @@ __all__ = [
 
 PROVENANCE = "merge.json"
 """The record of a merge; a folder that has it is an emission, or what the command has merged."""
+
+CARD, CARD_BEFORE = "README.md", "README.original.md"
+"""The card of a merge, and somebody's own one of the checkpoint that the merge is like."""
 
 LATEST = "latest"
 """What points at the newest emission: a symlink, or a text file in a remote folder."""

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch.optim import Optimizer
 
@@ -26,6 +26,7 @@ from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.run_window import new_window, note_publishing, restore_window
 from merge_callback.engine.siblings import Siblings
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
+from merge_callback.engine.validations import Scored
 from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
@@ -35,7 +36,7 @@ from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.recovery.spike_watch import SpikeWatch
 from merge_callback.sharding import Ranks, Sharding
 from merge_callback.signals.applied_lr import AppliedLR
-from merge_callback.signals.host import Host
+from merge_callback.signals.host import Host, report
 from merge_callback.signals.lr_phase import LRPhaseDetector
 from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
@@ -303,12 +304,32 @@ class MergeSession:
         is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
         self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
 
-    def current_merge(self) -> Merge | None:
-        """The merge of the present window; ``None`` if this model has none. All ranks have to call this."""
+    def note_validation(self, live: Mapping[str, SupportsFloat], scored: Scored | None = None) -> None:
+        """Logs and keeps what a validation has found; all ranks call it.
+
+        Args:
+            live: what the live weights score, by metric.
+            scored: what a merge scores, if one was validated with them.
+        """
+        logged: dict[str, float] = {}
+        if scored is not None:
+            logged = {**scored.shown, **self.pipeline.note_validation(live, scored), **scored.numbers}
+            report(self.host, logged)
+        tokens = self.clock.tokens if self.countable else None
+        at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
+        merge_step, lower = (scored.step, scored.lower) if scored else (None, {})
+        self.pipeline.history.add_validation(at, live, logged, merge_step, lower)
+
+    def current_merge(self, merger: WindowMerger | None = None) -> Merge | None:
+        """The merge of the present window; ``None`` if this model has none. All ranks have to call this.
+
+        Args:
+            merger: another merger of the window than the one whose merges are published.
+        """
         model = self.live()
         self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
-        return self.pipeline.current_merge(model) if is_same else None
+        return self.pipeline.current_merge(model, merger) if is_same else None
 
     def _expert_merge(self, model: ModelTensors, naming: Naming) -> ExpertMerge | None:
         """The merge of this run's expert with its siblings, if it has any.

@@ -13,8 +13,9 @@ from typing import Any, SupportsFloat, TypeVar
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
-from merge_callback.engine.validations import closing_line
+from merge_callback.engine.validations import Scored, closing_line, gains
 from merge_callback.messages import info, warn
 from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
@@ -81,6 +82,7 @@ class SnapshotPipeline:
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
+        self.history = History()
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
@@ -104,6 +106,11 @@ class SnapshotPipeline:
         """The window's merger, once it has processed the last snapshot."""
         self.wait_until_merged()
         return self._merger
+
+    @property
+    def stored_snapshots(self) -> list[Snapshot]:
+        """The window's snapshots; the last one may still be on its way there."""
+        return self._window.snapshots
 
     @property
     def has_pending_logs(self) -> bool:
@@ -141,6 +148,11 @@ class SnapshotPipeline:
         self.host.expose(self._logged)
         self._logged = {}
 
+    def wait_for_last(self) -> None:
+        """Waits until the last snapshot is in the window, some minutes at most; each rank may do so alone."""
+        if self._pending is not None and not self.background.is_current:
+            self._pending.wait(_PATIENCE)
+
     def log_pending(self) -> None:
         """Logs the snapshots that are in the window by now; each rank does so at its own time."""
         while self._reports:
@@ -155,25 +167,26 @@ class SnapshotPipeline:
         self.background.drain()
         self.wait_until_merged()
 
-    def current_merge(self, model: ModelTensors) -> Merge | None:
-        """The merge of the present window; ``None`` if there is none, or if it can't be made."""
+    def current_merge(self, model: ModelTensors, merger: WindowMerger | None = None) -> Merge | None:
+        """The merge of the present window; ``None`` if there is none, or if it can't be made.
+
+        Args:
+            model: the live model's tensors.
+            merger: another merger of the window than the one whose merges are published.
+        """
         self.wait_until_merged()
         try:
             self._warn_of_cuts()
-            return self._without_altered(partial(self._agreed_merge, model))
+            return self._without_altered(partial(self._agreed_merge, model, merger or self._merger))
         except Exception:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
-    def note_validation(
-        self,
-        merge: Merge,
-        live: Mapping[str, SupportsFloat],
-        merged: Mapping[str, SupportsFloat],
-        lower: Mapping[str, bool | None],
-    ) -> dict[str, float]:
+    def note_validation(self, live: Mapping[str, SupportsFloat], scored: Scored) -> dict[str, float]:
         """What is logged of a merge's validation besides its metrics; see ``Advice.after_validation``."""
-        metrics, line = self.advice.after_validation(merge.snapshots[-1], live, merged, lower)
+        if scored.newest is None:
+            return gains(live, scored.metrics, scored.lower)
+        metrics, line = self.advice.after_validation(scored.newest, live, scored.metrics, scored.lower)
         if line:
             info(line)
         return metrics
@@ -223,8 +236,7 @@ class SnapshotPipeline:
 
         A checkpoint waits until the last snapshot is in the window, but not until its merge is published.
         """
-        if self._pending is not None and not self.background.is_current:
-            self._pending.wait(_PATIENCE)
+        self.wait_for_last()
         try:
             self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
@@ -239,6 +251,8 @@ class SnapshotPipeline:
             "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
+            "history": self.history.state_dict(),
+            "remote_names": self.publisher.remote_names,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -247,6 +261,7 @@ class SnapshotPipeline:
         self.published = state.get("emissions", len(state["published"]))
         if "advice" in state:  # older versions have none
             self.advice.load_state_dict(state["advice"])
+        self.history.load_state_dict(state.get("history", {}))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
@@ -330,6 +345,7 @@ class SnapshotPipeline:
                 diversity=self._merger.diversity,
                 layout=self._window.store.whole.hash,
                 run_id=self._window.folder.run_id,
+                **({"metrics": scores} if (scores := self.history.scores(merge.step)) else {}),
             )
         except Exception as error:  # the other ranks have to learn of it
             return error
@@ -347,7 +363,7 @@ class SnapshotPipeline:
         for line in self._window.drop_cut():
             warn(f"merge: left out of the window: {line}")
 
-    def _agreed_merge(self, model: ModelTensors) -> Merge | None:
+    def _agreed_merge(self, model: ModelTensors, merger: WindowMerger) -> Merge | None:
         """The merge of the present window, if every rank could make its part of it.
 
         Raises:
@@ -356,13 +372,13 @@ class SnapshotPipeline:
         merge: Merge | None = None
         problem: Exception | None = None
         try:
-            merge = self._merger.current(model)
+            merge = merger.current(model)
         except Exception as error:
             problem = error
         try:
             self._window.ranks.agree(problem)
         except Exception:
-            self._merger.forget()  # also on the ranks that succeeded
+            merger.forget()  # also on the ranks that succeeded
             raise
         return merge
 
@@ -400,5 +416,6 @@ class SnapshotPipeline:
         metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
+        self.history.add_snapshot(snapshot, metrics)
         if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)

@@ -68,6 +68,7 @@ class WindowMerger:
         diversity_lag: how many snapshots apart the pair lies whose distance is measured.
         exclude: patterns of names that are copied, not averaged.
         lora: ``"delta"`` merges the factors of LoRA adapters by their product, ``"factors"`` each for itself.
+        last: how many of the newest snapshots of a segment are merged at most; ``None`` for all.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class WindowMerger:
         diversity_lag: int,
         exclude: Sequence[str] = (),
         lora: str = "delta",
+        last: int | None = None,
     ) -> None:
+        self._last = last
         self.window, self.methods, self.lag, self.exclude = window, methods, diversity_lag, exclude
         self.sharding, self.ranks = window.store.sharding, window.ranks
         self.first_rms: float | None = None  # what the diversity is compared with
@@ -174,7 +177,7 @@ class WindowMerger:
 
     def _merged(self, model: ModelTensors, pair: tuple[Snapshot, Snapshot] | None) -> dict[str, float] | None:
         """Sets the merge and returns the squared distances of ``pair``; ``None`` with nothing to merge."""
-        snapshots = self.window.segment()
+        snapshots = self.window.segment()[-self._last if self._last else None :]
         if len(snapshots) < 2:
             return None
         copied = self._copied(model, snapshots)  # first: all ranks have a say in it
