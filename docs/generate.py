@@ -1,4 +1,4 @@
-"""Writes into the README and the pages what the code knows: options, metrics, methods, measurements.
+"""Writes into the README and the pages what the code knows: options, metrics, events, methods, measurements.
 
     python docs/generate.py            # rewrites all between <!-- generated: NAME --> and <!-- end -->
     python docs/generate.py --check    # exits with 1 if one is out of date
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import (
     DIVERSITY_CHANGE,
@@ -104,6 +105,15 @@ def metrics() -> str:
         ("metric", "meaning", "logged", "unit"),
         ((f"`{m.name}`", m.meaning, m.logged, m.unit) for m in METRICS),
     )
+
+
+def events() -> str:
+    """Every kind of event, with what it holds."""
+    rows = [
+        (f"`{kind.name}`", kind.written, "; ".join(f"`{name}` {text}" for name, text in kind.entries.items()))
+        for kind in KINDS
+    ]
+    return table(("event", "written", "holds"), rows)
 
 
 def first_metrics() -> str:
@@ -220,6 +230,7 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "options": callback_options,
         "spike options": spike_options,
         "metrics": metrics,
+        "events": events,
         "first metrics": first_metrics,
         "methods": lambda: methods_table("docs/methods/"),
         "methods, from their folder": lambda: methods_table(""),

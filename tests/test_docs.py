@@ -168,17 +168,17 @@ def provide(part: str, names: dict) -> None:
     if "paths" in part or "merge-callback " in part:
         names["paths"] = write_checkpoints()[:4]
         Path("my_methods.py").write_text(MY_METHODS)
-    if "experts/law" in part:
-        write_adapters()
     if "logs/version_0/merges" in part:
         merging = CheckpointMergeCallback(every_n_steps=2, dirpath="logs/version_0/merges")
         train(small_model(), merging, data=names["data"], max_steps=8)
         shutil.copy(ROOT / "example_configs/wsd_gpt.yaml", "config.yaml")
+    if "experts/law" in part:
+        write_adapters()
     if "pl_model" in part:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
         names |= hugging_face()
-    if 'load_merge("merges/latest")' in part:
+    if any(use in part for use in ('load_merge("merges/latest")', 'read_history("merges")', "report merges")):
         train(
             names["model"],
             CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),

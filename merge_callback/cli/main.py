@@ -40,16 +40,7 @@ examples:
   merge-callback demo --spike
 """
 
-_ON_FILES = {
-    "merge",
-    "moerge",
-    "diversity",
-    "interference",
-    "difficulty",
-    "inspect",
-    "methods",
-    "prune",
-}
+_ON_FILES = {"merge", "diversity", "interference", "difficulty", "moerge", "inspect", "methods", "prune"}
 
 
 def run() -> None:
@@ -77,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["fit"]:  # before argparse: everything after it is LightningCLI's, --help too
         return _fit(arguments[1:])
+    if arguments[:1] == ["report"]:  # before the others are imported: a page needs no torch
+        from merge_callback.cli.report import report
+
+        try:
+            return report(arguments[1:])
+        except (ValueError, OSError) as error:
+            return _refuse(str(error))
     if arguments[:1] == ["demo"]:
         # Before torch loads OpenMP: by default a thread that waits spins for milliseconds, which starves the
         # one it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take
@@ -142,12 +140,13 @@ def _make_parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
     add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
     add_interference(commands.add_parser("interference", help="measure how far task vectors agree"))
-    add_difficulty(
-        commands.add_parser("difficulty", help="tell which examples are hard, and what a merge forgets")
-    )
     add_prune(commands.add_parser("prune", help="remove older merges that a run has published"))
     commands.add_parser("fit", help="train from a LightningCLI configuration: fit --config config.yaml")
     add_validate(commands.add_parser("validate", help="check such a configuration without training"))
+    commands.add_parser("report", help="draw a page of a run, or show it while the run goes on")
+    add_difficulty(
+        commands.add_parser("difficulty", help="tell which examples are hard, and what a merge forgets")
+    )
     return parser
 
 

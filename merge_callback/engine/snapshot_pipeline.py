@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, SupportsFloat, TypeVar
 
+from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
@@ -24,6 +27,7 @@ from merge_callback.publish.export import Exporter, Naming
 from merge_callback.recovery.schedule_free import evaluated_weights
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
+from merge_callback.signals.host import log as log_metrics
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
@@ -42,11 +46,12 @@ _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 @dataclass
 class _Report:
-    """What is logged about a snapshot, and at which step."""
+    """What is logged about a snapshot, and at which step; ``stall`` are the seconds that training waited."""
 
     logged_step: int
     phase: Phase
     snapshot: Snapshot
+    stall: float = 0.0
     window: int = 0
     segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
@@ -92,6 +97,7 @@ class SnapshotPipeline:
         self.advice = Advice(options.window, numel, host.total_steps)
         self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
+        self._layers: dict[str, list[str]] = {}  # the names of the measured tensors, by layer
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
         self._warned_of_waiting = False
 
@@ -131,11 +137,13 @@ class SnapshotPipeline:
             live: the live model's tensors, or the error that kept them from being read.
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
+        stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
+        report.stall = stall + time.monotonic()
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -302,6 +310,7 @@ class SnapshotPipeline:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+        seconds = -time.monotonic()
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
             return
@@ -316,6 +325,29 @@ class SnapshotPipeline:
         report.window, report.segment = len(self._window), self._window.segment()
         report.diversity = self._merger.diversity
         self._reports.append(report)
+        self._record(report, seconds + time.monotonic())
+
+    def _record(self, report: _Report, seconds: float) -> None:
+        snapshot, window = report.snapshot, self._window.snapshots
+        self.host.record(
+            "snapshot",
+            snapshot.step,
+            tokens=snapshot.tokens,
+            lr=snapshot.lr,
+            phase=snapshot.phase,
+            bytes=self._window.store.sizes[len(window) > 1],
+            stall=report.stall,
+            background=seconds,
+            window=[kept.step for kept in window],
+            diversity=report.diversity and report.diversity["rms"],
+            layers=self._diversity_of_layers(),
+        )
+
+    def _diversity_of_layers(self) -> dict[str, float]:
+        values = self._merger.rms_by_tensor
+        if values.keys() != {name for names in self._layers.values() for name in names}:
+            self._layers = layer_groups(values)
+        return {group: fmean(values[name] for name in names) for group, names in self._layers.items()}
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Adds a captured snapshot to the window; returns whether that succeeded."""
@@ -333,10 +365,10 @@ class SnapshotPipeline:
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
             prepared = self._prepared(merge, model.tied)
-            done = self.background.submit(partial(self._publish, merge.step, prepared))
+            done = self.background.submit(partial(self._publish, merge, prepared))
             merge.published = done.wait
 
-    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
+    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], Path | None] | Exception:
         """A function that publishes a merge, or the error that keeps this rank from it."""
         try:
             return self._exporter.prepare(
@@ -350,14 +382,32 @@ class SnapshotPipeline:
         except Exception as error:  # the other ranks have to learn of it
             return error
 
-    def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
+    def _publish(self, merge: Merge, prepared: Callable[[], Path | None] | Exception) -> None:
+        seconds = -time.monotonic()
         try:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
-            if not isinstance(prepared, Exception):
-                prepared()
-            self._emitted, self.published = step, self.published + 1
+            if not isinstance(prepared, Exception) and (folder := prepared()):
+                self._record_emission(merge, folder, seconds + time.monotonic())
+            self._emitted, self.published = merge.step, self.published + 1
         except Exception as error:
-            warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
+            warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
+
+    def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
+        newest, size = merge.snapshots[-1], None
+        with suppress(OSError):  # it may be uploaded, and gone from here
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        self.host.record(
+            "emission",
+            merge.step,
+            path=folder.name,
+            method=merge.method.name,
+            phase=newest.phase,
+            tokens=newest.tokens,
+            snapshots=[snapshot.step for snapshot in merge.snapshots],
+            weights=merge.weights,
+            bytes=size,
+            seconds=seconds,
+        )
 
     def _warn_of_cuts(self) -> None:
         for line in self._window.drop_cut():
@@ -414,8 +464,9 @@ class SnapshotPipeline:
             metrics[DIVERSITY_RMS] = diversity["rms"]
             metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
         metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
-        self.host.log(metrics, report.logged_step)
+        log_metrics(self.host, metrics, snapshot.step, report.logged_step)
         self._logged |= metrics
         self.history.add_snapshot(snapshot, metrics)
         if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)
+            self.host.record("advice", snapshot.step, text=line)

@@ -85,6 +85,7 @@ class WindowMerger:
         self.sharding, self.ranks = window.store.sharding, window.ranks
         self.first_rms: float | None = None  # what the diversity is compared with
         self.diversity: dict[str, Any] | None = None
+        self.rms_by_tensor: dict[str, float] = {}  # that it is the mean of, until the next measurement
         self._numel = {name: s.numel for name, (_, s) in window.store.whole.places.items()}
         self._vectors = vectors_of(self._numel)
         self._merge: Merge | None = None
@@ -98,6 +99,7 @@ class WindowMerger:
         Each rank reads what it keeps; of the diversity one number per tensor is summed over all ranks.
         """
         self._merge = self.diversity = None
+        self.rms_by_tensor = {}
         pair = self.window.pair(self.lag)
         try:
             squares = self.ranks.agreed(partial(self._measured, model, pair, merge))
@@ -303,7 +305,8 @@ class WindowMerger:
         self, names: Sequence[str], squares: Tensor, pair: tuple[Snapshot, Snapshot]
     ) -> None:
         numel = torch.tensor([self._numel[name] for name in names], dtype=torch.int64)
-        rms = float(rms_per_tensor(squares, numel).mean())
+        values = rms_per_tensor(squares, numel)
+        self.rms_by_tensor, rms = dict(zip(names, values.tolist(), strict=True)), float(values.mean())
         if self.first_rms is None:
             self.first_rms = rms
         older, newer = pair
