@@ -144,10 +144,10 @@ def import_methods(arguments: Sequence[str]) -> None:
     early.add_argument("--config", type=Path)
     with suppress(argparse.ArgumentError):  # which the command's own parser tells
         named, _ = early.parse_known_args(arguments)
-        _import(getattr(named, "imports", []), here=True)
+        import_all(getattr(named, "imports", []), here=True)
         if "config" in named:
             imports = read_options(named.config).get("import") or []
-            _import(checked(f"{named.config}: 'import'", imports, list), here=False)
+            import_all(checked(f"{named.config}: 'import'", imports, list), here=False)
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
@@ -245,12 +245,16 @@ class _InCurrentFolder(MetaPathFinder):
         return PathFinder.find_spec(fullname, [os.getcwd()]) if fullname == self.name else None
 
 
-def _import(modules: Iterable[str], here: bool) -> None:
-    """Imports the modules that register methods.
+def import_all(modules: Iterable[str], here: bool, option: str = "--import") -> None:
+    """Imports modules of the user's.
 
     Args:
         modules: their names.
         here: from the current folder, too: not on the word of a file, which may be anyone's.
+        option: that names them.
+
+    Raises:
+        ValueError: if one can't be imported.
     """
     for module in modules:
         finders = [_InCurrentFolder(module)] if here else []
@@ -260,7 +264,7 @@ def _import(modules: Iterable[str], here: bool) -> None:
         except Exception as error:  # someone's code may raise anything
             kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())
-            raise ValueError(f"--import {module}: {reason}{_mend(module, error, here)}") from None
+            raise ValueError(f"{option} {module}: {reason}{_mend(module, error, here)}") from None
         finally:
             for finder in finders:
                 sys.meta_path.remove(finder)
