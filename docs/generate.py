@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback import METHODS, CheckpointMergeCallback, ProbeOptions, SpikeOptions
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import METRICS
 
@@ -104,6 +104,15 @@ def spike_options() -> str:
     )
 
 
+def probe_options() -> str:
+    """Every option of ``ProbeOptions``."""
+    told = field_docstrings(ProbeOptions)
+    return table(
+        ("option", "default", "meaning"),
+        ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(ProbeOptions)),
+    )
+
+
 def metrics() -> str:
     """Every metric."""
     return table(
@@ -173,6 +182,17 @@ def live() -> str:
     )
 
 
+def functional_diversity() -> str:
+    """How far each measure fell in the demo's decay."""
+    path = ROOT / "benchmarks/results/functional_diversity.json"
+    changes = json.loads(path.read_text())["demo"]["changes"]
+    rows = [
+        (name, f"{found['stable']:.2g}", f"{100 * found['decay']:.0f} %", f"{100 * found['end']:.1f} %")
+        for name, found in changes.items()
+    ]
+    return table(("measure", "stable phase", "decay", "last snapshot"), rows)
+
+
 def _measured() -> Any:
     return json.loads((ROOT / "benchmarks/results/methods.json").read_text())
 
@@ -181,6 +201,8 @@ def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
         "spike options": spike_options,
+        "probe options": probe_options,
+        "functional diversity": functional_diversity,
         "metrics": metrics,
         "first metrics": first_metrics,
         "methods": lambda: methods_table("docs/methods/"),

@@ -114,7 +114,8 @@ def names(tmp_path, monkeypatch):
     for name in METHODS.keys() - known:
         del METHODS[name]
     READERS[:] = readers
-    sys.modules.pop("my_methods", None)
+    for module in ("my_methods", "my_probe"):
+        sys.modules.pop(module, None)
 
 
 def write_checkpoints() -> list[Path]:
@@ -162,11 +163,28 @@ class LastK(LinearMethod):
 """
 
 
+MY_PROBE = """
+import torch
+
+class Routed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4, bias=False)
+        self.layer.router_bias = torch.nn.Parameter(torch.zeros(4))
+    def forward(self, x):
+        return self.layer(x) + self.layer.router_bias
+
+def build():
+    return Routed(), torch.ones(2, 4)
+"""
+
+
 def provide(part: str, names: dict) -> None:
     """Adds what only some pages need, and what is dear to make."""
     if "paths" in part or "merge-callback " in part:
         names["paths"] = write_checkpoints()[:4]
         Path("my_methods.py").write_text(MY_METHODS)
+        Path("my_probe.py").write_text(MY_PROBE)
     if "pl_model" in part:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
@@ -275,7 +293,9 @@ def test_the_messages_under_troubleshooting_are_those_of_the_code():
 
 
 def test_all_that_is_logged_is_in_the_table(tmp_path):
-    merging = CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, count_tokens=lambda batch: 64)
+    merging = CheckpointMergeCallback(
+        every_n_steps=2, dirpath=tmp_path, count_tokens=lambda batch: 64, probe=True
+    )
     trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)
