@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -59,6 +59,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "probe": None,
         "exclude": (),
         "lora": "delta",
+        "base": None,
+        "experts": (),
         "lower_is_better": (),
         "higher_is_better": (),
         "spike": None,
@@ -67,6 +69,23 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 """The default of each option, the same for all training loops."""
 
 MethodOption = str | MergeMethod | Mapping[str, str | MergeMethod]
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """Finished experts that the merge of this run's expert is made with.
+
+    Args:
+        base: what all of them began as; ``None`` if they are adapters.
+        paths: of the finished ones.
+        method: how they are merged.
+        is_tuned: whether its options are chosen on validation data.
+    """
+
+    base: Path | None
+    paths: tuple[Path, ...]
+    method: MergeMethod
+    is_tuned: bool
 
 
 @dataclass(frozen=True)
@@ -97,9 +116,12 @@ class Options:
     probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
+    experts: ExpertOptions | None
     lower_is_better: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     spike: SpikeOptions
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the user has given that is not the default."""
 
     @classmethod
     def resolve(cls, **given: Any) -> Options:
@@ -115,6 +137,11 @@ class Options:
         given = {**DEFAULTS, **given}
         every, unit = resolve_interval(given["every_n_tokens"], given["every_n_steps"])
         keep_last = given["keep_last"]
+        experts = resolve_experts(given["base"], given["experts"], given["method"])
+        if experts:
+            given["method"] = "auto"  # the given one is that of the experts
+            if not given["evaluate"]:
+                raise ValueError("evaluate=False and experts=[…] were both given: the merge is evaluated")
         return cls(
             window=resolve_window(given["window"]),
             every=every,
@@ -138,10 +165,18 @@ class Options:
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),
+            experts=experts,
             lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"], given["window"]),
+            given={n: v for n, v in given.items() if (tuple(v) if isinstance(v, list) else v) != DEFAULTS[n]},
         )
+
+    def shown(self) -> str:
+        """Window, interval and method, and what else is not the default, as one would write them."""
+        first = {"window": self.window, f"every_n_{self.unit}": self.every, "method": "auto"}
+        shown = {**first, **self.given, f"every_n_{self.unit}": self.every}
+        return ", ".join(f"{n}={v:_}" if type(v) is int else f"{n}={v!r}" for n, v in shown.items())
 
     def for_adapters(self) -> Options:
         """The options for a model with LoRA adapters: ``sma`` where the method is ours to choose.
@@ -233,6 +268,36 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
                     f"window={len(weighted.weights)}"
                 ) from None
     return methods
+
+
+def resolve_experts(base: object, experts: object, method: MethodOption) -> ExpertOptions | None:
+    """The finished experts of this run's base, and how all of them are merged.
+
+    A method that is given by its name is tuned on validation data; by default it is ``task_arithmetic``.
+
+    Raises:
+        ValueError: for a base without experts, what is not a list of paths, or a method for each phase.
+    """
+    if isinstance(experts, (str, os.PathLike)):
+        experts = [experts]
+    if not isinstance(experts, Sequence) or not all(isinstance(p, (str, os.PathLike)) for p in experts):
+        raise ValueError(f"experts={experts!r} must be a list of the paths of finished experts")
+    if base is not None and not isinstance(base, (str, os.PathLike)):
+        raise ValueError(f"base={base!r} must be the path of the model that the experts began as")
+    if not experts:
+        if base is not None:
+            raise ValueError(
+                f"base={str(base)!r} has no meaning without experts=[…], the paths of finished ones"
+            )
+        return None
+    if isinstance(method, Mapping):
+        raise ValueError(f"method={method!r}: with experts=… it is one method, which merges the experts")
+    try:
+        chosen = resolve_method("task_arithmetic" if method == "auto" else method)
+    except ValueError as error:
+        raise ValueError(f"method={method!r}: {error}") from None
+    paths = tuple(local_path(path) for path in experts)
+    return ExpertOptions(local_path(base) if base else None, paths, chosen, isinstance(method, str))
 
 
 def _by_phase(method: MethodOption) -> dict[str, str | MergeMethod]:

@@ -33,6 +33,7 @@ from merge_callback.analysis.tables import (
 )
 from merge_callback.checkpoints.lora import as_deltas
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
+from merge_callback.cli.imports import import_named
 from merge_callback.offline.alignment import aligned
 from merge_callback.offline.selection import select
 from merge_callback.snapshots.files import printable
@@ -48,13 +49,17 @@ _MEASURES = {
 def add_diversity(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``diversity``."""
     parser.set_defaults(run=_diversity)
-    parser.description = "RMS distance of each two checkpoints, and how it changes along the run."
+    parser.description = (
+        "Root-mean-square distance of the weights of each two checkpoints, and its change along the run. "
+        "The gain of a merge follows it: where checkpoints lie close together, merging gives nothing. "
+        "Example: merge-callback diversity logs/version_0/checkpoints --by-layer --plot diversity.png"
+    )
     _add_checkpoints(parser)
     add = parser.add_argument
-    add("--lag", type=int, metavar="L", help="besides neighbours, compare checkpoints L apart (2)")
+    add("--lag", type=int, metavar="L", help="besides neighbours, compare those L places apart (2)")
     add("--by-layer", action="store_true", help="the distances of every layer, too")
-    add("--csv", type=Path, metavar="FILE", help="write every pair's distance")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the distances")
+    add("--csv", type=Path, metavar="FILE", help="write every pair's distance to a table, too")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the distances, too; needs matplotlib")
     add(
         "--probe",
         metavar="MODULE:FUNCTION",
@@ -75,7 +80,9 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_interference)
     parser.description = (
         "How far the checkpoints agree in what they learned since the base (their task vectors), judged by "
-        "the weights that changed most."
+        "the weights that changed most: conflicts of sign, overlap, ratio of magnitudes, variance. Much "
+        "conflict means that a mean cancels what was learned. "
+        "Example: merge-callback interference expert-a expert-b --base model"
     )
     _add_checkpoints(parser)
     add = parser.add_argument
@@ -87,7 +94,12 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="look at the K %% that changed most (%(default)g)",
     )
-    add("--scope", choices=("tensor", "global"), default="tensor", help="K %% of what (%(default)s)")
+    add(
+        "--scope",
+        choices=("tensor", "global"),
+        default="tensor",
+        help="K %% of each, or of all (%(default)s)",
+    )
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
@@ -166,13 +178,10 @@ def _built(spec: str) -> tuple[nn.Module, Any]:
     Raises:
         ValueError: if there is no such function, or it returns anything else.
     """
-    from merge_callback.cli.merge import import_all
-
     module, _, function = spec.partition(":")
     if not module or not function:
         raise ValueError(f"--probe {spec}: name a function as MODULE:FUNCTION, e.g. my_probe:build")
-    import_all([module], here=True, option="--probe")
-    build = getattr(sys.modules[module], function, None)
+    build = getattr(import_named(f"--probe {spec}", module), function, None)
     if not callable(build):
         raise ValueError(f"--probe {spec}: the module has no function {function!r}")
     built = build()

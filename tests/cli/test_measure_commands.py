@@ -337,7 +337,7 @@ def test_layers_of_the_probe_can_be_named(probed, capsys):
 
 def test_a_probe_whose_module_is_missing_is_refused(probed, capsys):
     assert main(["diversity", *probed[0], "--probe", "no_probe:build"]) == 1
-    assert capsys.readouterr().err == "merge-callback: --probe no_probe: No module named 'no_probe'\n"
+    assert capsys.readouterr().err == "merge-callback: --probe no_probe:build: No module named 'no_probe'\n"
 
 
 @pytest.mark.parametrize(

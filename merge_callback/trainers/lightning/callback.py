@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from merge_callback.engine.probe import first_sequences
+from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class CheckpointMergeCallback(LightningCallback):
+class CheckpointMergeCallback(RunResults, LightningCallback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
     At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one
@@ -46,9 +47,9 @@ class CheckpointMergeCallback(LightningCallback):
     training goes on with the data that come next. Apart from that, the live weights are never touched:
     training with the callback is bit for bit training without it.
 
-    In the stable phase of a schedule, a merge scores about what the model would score after annealing
-    (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that were
-    really applied. A merge never crosses phases and never holds snapshots of the warm-up.
+    In the stable phase of a schedule, a merge is ahead of the live weights by much of what annealing would
+    bring (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that
+    were really applied. A merge never crosses phases and never holds snapshots of the warm-up.
 
     Everything is written to ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its
     window back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
@@ -56,6 +57,9 @@ class CheckpointMergeCallback(LightningCallback):
 
     Under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each rank stores its own shards,
     and its share of what several ranks hold in common.
+
+    While the run goes on and afterwards, ``window``, ``latest``, ``best`` and ``history`` show what there is,
+    and ``merge()`` merges the window now.
 
     Note:
         The module's validation hooks run a second time for the merged weights.
@@ -108,10 +112,14 @@ class CheckpointMergeCallback(LightningCallback):
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
-        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
-            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
+        lora: How LoRA adapters are merged that peft has put into the model: ``"delta"`` by what they add (the
+            nearest factors to the merge of the products B A), ``"factors"`` A and B each for itself.
+        base: The model that this run and ``experts`` began as; not needed if all are LoRA adapters.
+        experts: Finished experts: checkpoints or LoRA adapters. After each validation this run's weights are
+            merged with them by ``method`` (a name: λ and density are tuned on the validation data), and
+            ``merged/…`` is what that merge scores. Stop where it peaks.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
-            ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
+            ``merge_gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
         spike: What counts as a loss spike, and what is done about it: a ``SpikeOptions``, a mapping of its
             options, or its action alone, ``spike="warn"``.
@@ -146,6 +154,8 @@ class CheckpointMergeCallback(LightningCallback):
         probe: Any = None,
         exclude: Sequence[str] = (),
         lora: str = "delta",
+        base: str | os.PathLike[str] | None = None,
+        experts: Sequence[str | os.PathLike[str]] = (),
         lower_is_better: Sequence[str] = (),
         higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | str | bool | dict[str, Any] | None = None,
@@ -238,7 +248,6 @@ class CheckpointMergeCallback(LightningCallback):
             self.session = self.session.follow_model()
             if self.session is None:
                 return
-            self._validation.sharding = self.session.sharding
             self.session.take_snapshot()
         if self.options.evaluate:
             self._validation.note_beginning()
@@ -273,8 +282,10 @@ class CheckpointMergeCallback(LightningCallback):
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
-            if self.options.evaluate and self._validation:
-                self._validation.update(self.session.current_merge())
+            if self._validation and self.options.evaluate:
+                self._validation.update(self.session)
+            elif self._validation:
+                self._validation.note_live(self.session)
 
     def _offer(self, batch: Any) -> None:
         """Offers a probe batch; until the session begins, it is kept."""
@@ -326,6 +337,9 @@ class CheckpointMergeCallback(LightningCallback):
     def state_dict(self) -> dict[str, Any]:
         """Token clock, phase, and the records of the window's snapshots, as primitives."""
         return self._state(self.session) if self.session else self._resume
+
+    def _run(self) -> tuple[MergeSession | None, dict[str, Any]]:
+        return self.session, self._resume
 
     def _state(self, session: MergeSession, to_keep: bool = True) -> dict[str, Any]:
         assert self._validation is not None

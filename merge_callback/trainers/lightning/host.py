@@ -17,6 +17,8 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
+from merge_callback.engine.charts import Charts
+from merge_callback.metrics import SPIKE_TEXT
 from merge_callback.signals.host import Host, Rehearsal
 from merge_callback.trainers.lightning.private import (
     LOGGER_CONNECTOR,
@@ -27,6 +29,7 @@ from merge_callback.trainers.lightning.private import (
     names_of,
     own_logger_connector,
     step_progress,
+    tag_prefix,
     training_loader,
 )
 from merge_callback.trainers.lightning.quiet import quiet_logger
@@ -65,6 +68,7 @@ class LightningHost(Host):
         self.is_manual = not module.automatic_optimization
         self._progress = step_progress(trainer)
         self._failing: list[Logger] = []
+        self._charts: dict[int, Charts] = {}  # by the logger's id
         self._epochs: Any = trainer.fit_loop.epoch_progress.current
 
     @property
@@ -132,11 +136,16 @@ class LightningHost(Host):
         for logger in self.trainer.loggers:
             try:
                 logger.log_metrics(dict(metrics), step=step)
+                self._charts_of(logger).show(getattr(logger, "experiment", None), metrics)
                 logger.save()
             except Exception:
                 if logger not in self._failing:  # once: a server that is gone stays so
                     self._failing.append(logger)
                     log.exception("merge: %s failed; training goes on without", type(logger).__name__)
+
+    def _charts_of(self, logger: Logger) -> Charts:
+        prefix = tag_prefix(logger)
+        return self._charts.setdefault(id(logger), Charts(lambda name: f"{prefix}{name}"))
 
     def expose(self, metrics: Mapping[str, float]) -> None:
         """Puts scalars into ``trainer.callback_metrics``."""
@@ -149,7 +158,7 @@ class LightningHost(Host):
             try:
                 experiment = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_text"):
-                    experiment.add_text("merge/spike", text, step)  # type: ignore[union-attr]
+                    experiment.add_text(SPIKE_TEXT, text, step)  # type: ignore[union-attr]
             except Exception:
                 log.exception("merge: %s could not show the event; training goes on", type(logger).__name__)
 
