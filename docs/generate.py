@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback import METHODS, CheckpointMergeCallback, ProbeOptions, SpikeOptions
 from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import (
@@ -96,6 +96,15 @@ def spike_options() -> str:
     return table(
         ("option", "default", "meaning"),
         ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(SpikeOptions)),
+    )
+
+
+def probe_options() -> str:
+    """Every option of ``ProbeOptions``."""
+    told = arguments(ProbeOptions.__doc__ or "")
+    return table(
+        ("option", "default", "meaning"),
+        ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(ProbeOptions)),
     )
 
 
@@ -177,6 +186,16 @@ def live() -> str:
     )
 
 
+def functional_diversity() -> str:
+    """How far each measure fell in the demo's decay."""
+    changes = _measured("functional_diversity")["demo"]["changes"]
+    rows = [
+        (name, f"{found['stable']:.2g}", f"{100 * found['decay']:.0f} %", f"{100 * found['end']:.1f} %")
+        for name, found in changes.items()
+    ]
+    return table(("measure", "stable phase", "decay", "last snapshot"), rows)
+
+
 def forecast_rules() -> str:
     """How far each rule's forecasts of the annealed loss are off."""
     rows = [
@@ -229,6 +248,8 @@ def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
         "spike options": spike_options,
+        "probe options": probe_options,
+        "functional diversity": functional_diversity,
         "metrics": metrics,
         "events": events,
         "first metrics": first_metrics,
