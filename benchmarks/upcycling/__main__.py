@@ -4,23 +4,27 @@
     python -m benchmarks.upcycling --quick     # three minutes, to see that it runs; its figures mean nothing
     python -m benchmarks.upcycling --seeds 1
 
-*Less Is More: Undertraining Experts Improves Model Upcycling*, at a small scale: a transformer that has read the
-standard library's sources is fine-tuned on six tasks about such sources, fully and by LoRA; its experts of 2 to
-2048 steps are merged, MoErged and stopped early. What is finished lies in `--cache`, so that a killed study goes
-on there.
+*Less Is More: Undertraining Experts Improves Model Upcycling*, at a small scale: a transformer that has read
+the standard library's sources is fine-tuned on six tasks about such sources, fully and by LoRA; its experts
+of 2 to 2048 steps are merged, MoErged and stopped early. What is finished lies in `--cache`, so that a killed
+study goes on there; `--report` writes what there is and computes nothing else.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import warnings
 from pathlib import Path
 
 import torch
 
-from benchmarks.record import RESULTS
+from benchmarks.record import RESULTS, described
+from benchmarks.upcycling.figures import draw
+from benchmarks.upcycling.findings import findings, stopping
 from benchmarks.upcycling.parts import Work
+from benchmarks.upcycling.report import gathered
 from benchmarks.upcycling.setup import QUICK, Cache, Study, run
 
 
@@ -30,6 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="of the experts; default: 3, 1 if --quick")
     parser.add_argument("--cache", type=Path, default=Path("build/upcycling"), help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="default: %(default)s")
+    parser.add_argument("--report", action="store_true", help="write what is finished")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the model is too small for more
     warnings.filterwarnings("ignore", module="lightning")
@@ -39,7 +44,16 @@ def main() -> None:
     seeds = options.seeds or (1 if options.quick else 3)
     cache = Cache(options.cache / ("quick" if options.quick else "full"))
     work = Work(study, cache)
-    run(work.parts(seeds), cache)
+    if not options.report:
+        run(work.parts(seeds), cache)
+    record = gathered(work, seeds)
+    record = {"findings": findings(record), "stopping": stopping(record), **record}
+    for finding in record["findings"]:
+        print("{where}: {verdict}. Paper: {paper}. Here: {ours}.".format_map(finding))
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "upcycling.json"
+    path.write_text(json.dumps(described("upcycling", record), indent=1) + "\n")
+    print(path, *draw(record, options.out))
 
 
 if __name__ == "__main__":

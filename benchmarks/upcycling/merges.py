@@ -68,11 +68,11 @@ def _tuned(base: Weights, experts: Sequence[Weights], tasks: Sequence[Task], met
     def score(scale: float, density: float) -> float:
         return mean(accuracies(merged(base, experts, method, scale, density), tasks, "validation"))
 
-    best = (-1.0, 0.0, 0.0)
-    for density in densities:
-        value, scale = search(scales, lambda x, density=density: score(x, density))  # type: ignore[misc]
-        best = max(best, (value, scale, density))
-    value, scale, density = best
+    # λ at the middle density first, then the other densities at this λ
+    middle = densities[len(densities) // 2]
+    value, scale = search(scales, lambda x: score(x, middle))
+    others = [(score(scale, density), density) for density in densities if density != middle]
+    value, density = max((value, middle), *others)
     test = accuracies(merged(base, experts, method, scale, density), tasks, "test")
     return Merge(method, scale, density, value, test)
 

@@ -39,18 +39,36 @@ class Task:
     parts: Mapping[str, Examples]
 
 
-def network() -> GPT:
-    """The shape of all models, with features instead of logits."""
-    shape = GPTConfig(vocabulary=VOCABULARY, context=CONTEXT, width=WIDTH, layers=2, heads=2)
-    model = GPT(shape)
-    model.head = nn.Identity()
-    return model
+class Encoder(GPT):
+    """The demo's GPT with features instead of logits, and in its last block only what `last` needs."""
+
+    def __init__(self) -> None:
+        shape = GPTConfig(vocabulary=VOCABULARY, context=CONTEXT, width=WIDTH, layers=2, heads=2)
+        super().__init__(shape)
+        self.head = nn.Identity()  # type: ignore[assignment]
+
+    def last(self, contexts: Tensor) -> Tensor:
+        """The features after the last lexeme; `(batch, CONTEXT)` to `(batch, WIDTH)`."""
+        x = self.tokens(contexts) + self.positions.weight
+        *blocks, block = self.blocks
+        for each in blocks:
+            x = each(x)
+        attention = block.attention
+        query, key, value = (
+            part.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for part in attention.qkv(block.attention_norm(x)).chunk(3, -1)
+        )
+        query, key = attention.query_norm(query[:, :, -1:]), attention.key_norm(key)
+        mixed = F.scaled_dot_product_attention(query, key, value).flatten(1)
+        x = x[:, -1] + attention.out(mixed)
+        found: Tensor = self.norm(x + block.mlp(block.mlp_norm(x)))
+        return found
 
 
 def pretrain(steps: int) -> dict[str, Tensor]:
     """Trains a language model on the library's text; returns its weights without the (tied) head."""
     torch.manual_seed(0)
-    model, lexemes, peak = network(), text(), 2e-3
+    model, lexemes, peak = Encoder(), text(), 2e-3
     optimizer = AdamW(model.parameters(), weight_decay=0.05, fused=True)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -72,8 +90,8 @@ def copy_of(weights: Weights) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
-def with_weights(weights: Weights) -> GPT:
-    model = network()
+def with_weights(weights: Weights) -> Encoder:
+    model = Encoder()
     model.load_state_dict(dict(weights))
     return model
 
@@ -103,16 +121,16 @@ def make_task(name: str, study: Study, base: Weights, seed: int) -> Task:
 
 
 @torch.no_grad()
-def features(model: nn.Module, contexts: Tensor) -> Tensor:
+def features(model: Any, contexts: Tensor) -> Tensor:
     """After the last lexeme; `(examples, CONTEXT)` to `(examples, WIDTH)`."""
-    return torch.cat([model(part)[:, -1] for part in contexts.split(200)])
+    return torch.cat([model.last(part) for part in contexts.split(200)])
 
 
-def logits(model: nn.Module, task: Task, part: str) -> Tensor:
+def logits(model: Any, task: Task, part: str) -> Tensor:
     return task.head(features(model, task.parts[part].contexts))
 
 
-def accuracy(model: nn.Module, task: Task, part: str) -> float:
+def accuracy(model: Any, task: Task, part: str) -> float:
     """In percent."""
     right = logits(model, task, part).argmax(-1) == task.parts[part].labels
     return 100 * float(right.float().mean())
@@ -160,12 +178,12 @@ def dense(kind: str, state: Mapping[str, Any], base: Weights) -> dict[str, Tenso
 
 
 def steps(
-    model: nn.Module, task: Task, examples: Examples, count: int, batch: int, rate: float, seed: int
+    model: Any, task: Task, examples: Examples, count: int, batch: int, rate: float, seed: int
 ) -> Iterator[int]:
     """Trains at a constant rate, and yields the number of each step after it."""
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], rate, weight_decay=0.0, fused=True)
     for step, chosen in enumerate(batches(len(examples), count, batch, seed), 1):
-        output = task.head(model(examples.contexts[chosen])[:, -1])
+        output = task.head(model.last(examples.contexts[chosen]))
         take(optimizer, F.cross_entropy(output, examples.labels[chosen]))
         yield step
 

@@ -29,7 +29,7 @@ def moerged(
     ]
     for chosen in zip(*orders, strict=True):
         parts = [task.parts["train"][which] for task, which in zip(tasks, chosen, strict=True)]
-        features = model(torch.cat([part.contexts for part in parts]))[:, -1].split(PER_TASK)
+        features = model.last(torch.cat([part.contexts for part in parts])).split(PER_TASK)
         losses = [
             F.cross_entropy(task.head(x), part.labels)
             for task, x, part in zip(tasks, features, parts, strict=True)

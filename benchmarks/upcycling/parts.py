@@ -62,7 +62,7 @@ class Work:
     def _of_seed(self, seed: int) -> Iterator[Part]:
         study = self.study
         for name in study.tasks:
-            yield Part(f"{seed}/task/{name}", 500, partial(make_task, name, study, self.base, seed))
+            yield Part(f"{seed}/task/{name}", 500, partial(self.task, seed, name))
         for kind in study.kinds:
             is_main = kind in study.kinds[:2]
             for name in study.tasks:
@@ -114,6 +114,10 @@ class Work:
     def easy_steps(self) -> list[int]:
         """The steps that experts without hard examples are looked at."""
         return [s for s in self.study.powers if self.study.last // 32 <= s <= self.study.last // 4]
+
+    def task(self, seed: int, name: str) -> Task:
+        """Samples a task's examples and fits its head."""
+        return make_task(name, self.study, self.base, seed)
 
     def tasks(self, seed: int) -> list[Task]:
         """All tasks of a seed."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.record import QUIET
@@ -27,13 +28,14 @@ def best_before_stop(values: Mapping[int, float], every: int, patience: int) -> 
     """The step of the best value by the time that training stops.
 
     Args:
-        values: by step, in order; those that are no multiple of `every` are passed over.
+        values: by step, in order, at multiples of `every`; the first may be any.
         every: steps between two looks.
         patience: looks in a row without a new best value.
     """
-    looks = [step for step in values if step % every == 0]
-    best = looks[0]
-    for step in looks:
+    best = next(iter(values))
+    for step in values:
+        if step % every:
+            continue
         if values[step] > values[best]:
             best = step
         elif step - best >= every * patience:
@@ -44,32 +46,37 @@ def best_before_stop(values: Mapping[int, float], every: int, patience: int) -> 
 def merge_look(
     base: Weights, siblings: Sequence[Weights], tasks: Sequence[Task]
 ) -> Callable[[Weights], float]:
-    """What a validation of a live expert's merge with its finished siblings gives.
+    """What a validation of a live expert's merge with its finished siblings gives: `merged/val_acc`.
 
-    The merge is task arithmetic. λ is searched for on the whole grid at first, then among the neighbours of
-    the last one.
+    The merge is task arithmetic. λ is searched for on the whole grid at first, then from the last best on, as
+    long as a neighbour is better.
 
     Args:
         base: of all of them.
         siblings: the finished experts of the other tasks.
         tasks: whose validation examples are taken.
     """
-    grid, last = GRIDS["task_arithmetic"][0], list[int]()
+    grid, last = GRIDS["task_arithmetic"][0], list[float]()
 
     def look(live: Weights) -> float:
+        @cache
         def score(scale: float) -> float:
             weights = merged(base, [*siblings, live], "task_arithmetic", scale)
             return mean(accuracies(weights, tasks, "validation"))
 
-        near = grid[max(0, last[0] - 1) : last[0] + 2] if last else grid
-        if last:
-            value, scale = max((score(scale), scale) for scale in near)
-        else:
-            value, scale = search(grid, score)
-        last[:] = [grid.index(scale)]
-        return value
+        best = last.pop() if last else search(grid, score)[1]
+        while (near := max(_neighbours(grid, best), key=score)) != best:
+            best = near
+        last.append(best)
+        return score(best)
 
     return look
+
+
+def _neighbours(grid: Sequence[float], value: float) -> Sequence[float]:
+    """A value of a grid, first, and those next to it."""
+    at = grid.index(value)
+    return [value, *grid[max(0, at - 1) : at], *grid[at + 1 : at + 2]]
 
 
 def stop_by_merge(
@@ -102,17 +109,17 @@ class Adaptive:
 
 
 class _Expert(LightningModule):
-    def __init__(self, model: nn.Module, task: Task, rate: float) -> None:
+    def __init__(self, model: Any, task: Task, rate: float) -> None:
         super().__init__()
         self.model, self.head, self.rate = model, task.head, rate
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         contexts, labels = batch
-        return F.cross_entropy(self.head(self.model(contexts)[:, -1]), labels)
+        return F.cross_entropy(self.head(self.model.last(contexts)), labels)
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         contexts, labels = batch
-        right = self.head(self.model(contexts)[:, -1]).argmax(-1) == labels
+        right = self.head(self.model.last(contexts)).argmax(-1) == labels
         self.log("val_acc", right.float().mean(), batch_size=len(labels))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
