@@ -4,7 +4,8 @@
     python docs/generate.py --check    # exits with 1 if one is out of date
 
 Options are read from signatures, docstrings and dataclass fields, metrics from ``METRICS``, methods from the
-registry, and what they gained from ``benchmarks/results/methods.json``.
+registry, what they gained from ``benchmarks/results/methods.json``, and how experts merge from
+``benchmarks/results/upcycling.json``.
 """
 
 from __future__ import annotations
@@ -177,6 +178,44 @@ def _measured() -> Any:
     return json.loads((ROOT / "benchmarks/results/methods.json").read_text())
 
 
+def study_findings() -> str:
+    """What the paper found, and what the study did."""
+    return table(
+        ("where", "the paper", "here", "verdict"),
+        ([f[key] for key in ("where", "paper", "ours", "verdict")] for f in _study()["findings"]),
+    )
+
+
+def study_stopping() -> str:
+    """The accuracies of the study's experts and merges, by how the experts were stopped."""
+    columns = ("experts", "average", "task_arithmetic", "ties", "dare")
+    head = ("", "stopped by", "mean step", *(f"`{c}`" if c != "experts" else c for c in columns))
+    rows = (
+        [row["kind"], row["rule"], str(row["step"] or ""), *(f"{row[c]:.1f}" for c in columns)]
+        for row in _study()["stopping"]
+    )
+    return table(head, rows)
+
+
+def study_merged() -> str:
+    """Where stopping by the merge's accuracy stands among the other ways."""
+    return "\n".join(f"- {sentence}" for sentence in _study()["beside_merged"])
+
+
+def study_size() -> str:
+    """How many seeds each section of the study has."""
+    known = _study()
+    counts = sorted({len(seeds) for seeds in known["seeds"].values()})
+    count = "to".join(
+        f" {each} " for each in (counts if counts[0] == counts[-1] else (counts[0], counts[-1]))
+    )
+    return f"Measured with{count}seeds of the experts ({known['date']}, {known['machine']['cpu']})."
+
+
+def _study() -> Any:
+    return json.loads((ROOT / "benchmarks/results/upcycling.json").read_text())
+
+
 def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
@@ -187,6 +226,10 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "methods, from their folder": lambda: methods_table(""),
         "gains": gains,
         "live loss": live,
+        "study, findings": study_findings,
+        "study, stopping": study_stopping,
+        "study, merged": study_merged,
+        "study, size": study_size,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]

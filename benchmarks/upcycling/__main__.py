@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 
 from benchmarks.record import RESULTS, described
 from benchmarks.upcycling.figures import draw
-from benchmarks.upcycling.findings import findings, stopping
+from benchmarks.upcycling.findings import beside_merged, findings, stopping
 from benchmarks.upcycling.parts import Work
 from benchmarks.upcycling.report import gathered
 from benchmarks.upcycling.setup import QUICK, Cache, Study, run
@@ -47,13 +48,19 @@ def main() -> None:
     if not options.report:
         run(work.parts(seeds), cache)
     record = gathered(work, seeds)
-    record = {"findings": findings(record), "stopping": stopping(record), **record}
+    told = {"findings": findings, "stopping": stopping, "beside_merged": beside_merged}
+    record = {**{name: tell(record) for name, tell in told.items()}, **record}
     for finding in record["findings"]:
         print("{where}: {verdict}. Paper: {paper}. Here: {ours}.".format_map(finding))
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "upcycling.json"
-    path.write_text(json.dumps(described("upcycling", record), indent=1) + "\n")
+    path.write_text(_one_line_lists(json.dumps(described("upcycling", record), indent=1)) + "\n")
     print(path, *draw(record, options.out))
+
+
+def _one_line_lists(text: str) -> str:
+    """JSON with each list of numbers on one line."""
+    return re.sub(r"\[[\d\s.,e+-]+\]", lambda found: re.sub(r"\s+", " ", found[0]), text)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ NAMES = {
     "dare": "DARE",
     "experts": "experts",
 }
+METHODS = [method for method in NAMES if method != "experts"]
+KINDS = {"full": "Full fine-tuning"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def _figure_1(record: dict[str, Any]) -> Iterator[Finding]:
     }
     for kind, (where, paper) in papers.items():
         if curve := record.get(f"merges/{kind}"):
-            lost = {method: loss_after_peak(curve, method) for method in NAMES if method != "experts"}
+            lost = {method: loss_after_peak(curve, method) for method in METHODS}
             claims = [holds(difference) for _, difference in lost.values()]
             if kind == lora:
                 claims.append(max(lost, key=lambda m: mean(lost[m][1])) == "ties")
@@ -196,8 +198,8 @@ def _tables_1_2(record: dict[str, Any]) -> Iterator[Finding]:
         last = list(curve)[-1]
         count = len(stopped["v0"]["average"])
         for rule, name in RULES.items():
-            gains = [minus(stopped[rule][m], curve[last][m][:count]) for m in NAMES if m != "experts"]
-            short = [minus(stopped[rule][m], oracle(curve, m)[:count]) for m in NAMES if m != "experts"]
+            gains = [minus(stopped[rule][m], curve[last][m][:count]) for m in METHODS]
+            short = [minus(stopped[rule][m], oracle(curve, m)[:count]) for m in METHODS]
             claims += [holds(gain) for gain in gains]
             claims.append(mean([mean(each) for each in short]) > -LEAST)
             texts.append(
@@ -285,6 +287,28 @@ def stopping(record: dict[str, Any]) -> list[dict[str, Any]]:
         ]
         rows.append(_row(kind, "best step", None, {m: oracle(curve, m) for m in NAMES}))
     return rows
+
+
+def beside_merged(record: dict[str, Any]) -> list[str]:
+    """Where stopping by the merge's accuracy stands among the other rules, a sentence per kind."""
+    sentences = []
+    for kind in ("full", f"lora{record['study']['rank']}"):
+        stopped, curve = record.get(f"stopped/{kind}"), record.get(f"merges/{kind}")
+        if not stopped or not curve:
+            continue
+        last = list(curve)[-1]
+        others = {
+            **{name: {m: stopped[rule][m] for m in METHODS} for rule, name in RULES.items()},
+            "the longest training": {m: curve[last][m] for m in METHODS},
+            "the best step": {m: oracle(curve, m) for m in METHODS},
+        }
+        texts = []
+        for name, scores in others.items():
+            each = [minus(stopped["merged"][m], scores[m][: len(stopped["merged"][m])]) for m in METHODS]
+            by_seed = [mean(seed) for seed in zip(*each, strict=True)]
+            texts.append(f"{mean(by_seed):+.1f} ({min(by_seed):+.1f} to {max(by_seed):+.1f}) against {name}")
+        sentences.append(f"{KINDS.get(kind, 'LoRA')}: {', '.join(texts)}.")
+    return sentences
 
 
 def _row(kind: str, rule: str, step: float | None, scores: dict[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _tuned(base: Weights, experts: Sequence[Weights], tasks: Sequence[Task], met
     middle = densities[len(densities) // 2]
     value, scale = search(scales, lambda x: score(x, middle))
     others = [(score(scale, density), density) for density in densities if density != middle]
-    value, density = max((value, middle), *others)
+    value, density = max([(value, middle), *others])
     test = accuracies(merged(base, experts, method, scale, density), tasks, "test")
     return Merge(method, scale, density, value, test)
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -151,9 +150,11 @@ def new_expert(kind: str, base: Weights) -> Any:
     model = with_weights(base)
     if kind == "full":
         return model
+    from peft import LoraConfig, get_peft_model  # slow to import
+
     rank = int(kind.removeprefix("lora"))
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ADAPTED))
-    return get_peft_model(model, config)  # type: ignore[arg-type]
+    return get_peft_model(model, config)
 
 
 def trained_state(kind: str, model: nn.Module) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def _side_by_side(seeds: Sequence[Any]) -> Any:
         return {str(key): _side_by_side([seed[key] for seed in seeds]) for key in seeds[0]}
     if isinstance(seeds[0], list):
         return [_side_by_side(list(each)) for each in zip(*seeds, strict=True)]
-    return [round(value, 12) if isinstance(value, float) else value for value in seeds]
+    return [float(f"{value:.5g}") if isinstance(value, float) else value for value in seeds]
 
 
 def _scores(found: dict[str, Any]) -> dict[str, Any]:
