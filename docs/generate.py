@@ -4,8 +4,7 @@
     python docs/generate.py --check    # exits with 1 if one is out of date
 
 Options are read from signatures, docstrings and dataclass fields, metrics from ``METRICS``, methods from the
-registry, what they gained from ``benchmarks/results/methods.json``, and how experts merge from
-``benchmarks/results/upcycling.json``.
+registry, and what was measured from ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -24,19 +23,27 @@ from typing import Any
 
 from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
 from merge_callback.merging import LinearMethod
-from merge_callback.metrics import METRICS
+from merge_callback.metrics import (
+    DIVERSITY_CHANGE,
+    DIVERSITY_RMS,
+    GAIN,
+    IS_SPIKING,
+    MERGED,
+    METRICS,
+    PHASE,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 _BLOCK = re.compile(r"(?s)<!-- generated: (.+?) -->\n.*?<!-- end -->")
 
 _FIRST = (
-    "merged/<name>",
-    "merge/gain/<name>",
-    "merge/diversity_rms",
-    "merge/diversity_change",
-    "merge/phase",
-    "merge/spike",
+    f"{MERGED}<name>",
+    f"{GAIN}<name>",
+    DIVERSITY_RMS,
+    DIVERSITY_CHANGE,
+    PHASE,
+    IS_SPIKING,
 )
 """The metrics that the README shows."""
 
@@ -174,15 +181,62 @@ def live() -> str:
     )
 
 
-def _measured() -> Any:
-    return json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+def forecast_rules() -> str:
+    """How far each rule's forecasts of the annealed loss are off."""
+    rows = [
+        (name, str(found["cases"]), f"{found['mean']:+.3f}", *_absolute(found))
+        for name, found in _measured("forecast")["rules"]["loss"].items()
+    ]
+    return table(("forecast", "forks", "mean error", "its spread", "mean size", "largest"), rows)
+
+
+def _absolute(found: Mapping[str, float]) -> list[str]:
+    return [f"{found[key]:.3f}" for key in ("spread", "mean absolute", "largest")]
+
+
+def forecast_shares() -> str:
+    """How far the annealed model is ahead of the merge, over the merge's gain, by length of the decay."""
+    known = _measured("forecast")["shares"]
+    return table(
+        ("decay, of the steps before", "forks", "of the loss", "of the accuracy"),
+        (
+            (
+                name,
+                str(found["cases"]),
+                *("{mean:.2f} ± {spread:.2f}".format(**known[m][name]) for m in known),
+            )
+            for name, found in known["loss"].items()
+        ),
+    )
+
+
+def advice_runs() -> str:
+    """Every line of the measured runs, and whether what came later bears it out."""
+    runs = _measured("advice")["runs"]
+    verdicts = {True: "yes", False: "**no**", None: "nothing came"}
+    rows = [
+        (
+            run["name"],
+            ", ".join(f"{line['rule']} at {line['step']}" for line in run["lines"]) or "none",
+            ", ".join(verdicts[line["borne out"]] for line in run["lines"]),
+        )
+        for run in runs
+    ]
+    return table(("run", "lines, at their steps", "borne out"), rows)
+
+
+def _measured(name: str = "methods") -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
 def study_findings() -> str:
     """What the paper found, and what the study did."""
     return table(
         ("where", "the paper", "here", "verdict"),
-        ([f[key] for key in ("where", "paper", "ours", "verdict")] for f in _study()["findings"]),
+        (
+            [f[key] for key in ("where", "paper", "ours", "verdict")]
+            for f in _measured("upcycling")["findings"]
+        ),
     )
 
 
@@ -192,28 +246,24 @@ def study_stopping() -> str:
     head = ("", "stopped by", "mean step", *(f"`{c}`" if c != "experts" else c for c in columns))
     rows = (
         [row["kind"], row["rule"], str(row["step"] or ""), *(f"{row[c]:.1f}" for c in columns)]
-        for row in _study()["stopping"]
+        for row in _measured("upcycling")["stopping"]
     )
     return table(head, rows)
 
 
 def study_merged() -> str:
     """Where stopping by the merge's accuracy stands among the other ways."""
-    return "\n".join(f"- {sentence}" for sentence in _study()["beside_merged"])
+    return "\n".join(f"- {sentence}" for sentence in _measured("upcycling")["beside_merged"])
 
 
 def study_size() -> str:
-    """How many seeds each section of the study has."""
-    known = _study()
-    counts = sorted({len(seeds) for seeds in known["seeds"].values()})
-    count = "to".join(
-        f" {each} " for each in (counts if counts[0] == counts[-1] else (counts[0], counts[-1]))
-    )
-    return f"Measured with{count}seeds of the experts ({known['date']}, {known['machine']['cpu']})."
-
-
-def _study() -> Any:
-    return json.loads((ROOT / "benchmarks/results/upcycling.json").read_text())
+    """How many seeds the study has, section by section."""
+    known = _measured("upcycling")
+    counts = {name: len(seeds) for name, seeds in known["seeds"].items()}
+    fewer = [name for name, count in counts.items() if count < max(counts.values())]
+    missing = f" Of {', '.join(fewer)} there are fewer yet." if fewer else ""
+    date, cpu = known["date"], known["machine"]["cpu"]
+    return f"Seeds of the experts: {max(counts.values())}.{missing} Measured on {date} ({cpu}, one thread)."
 
 
 def _blocks() -> dict[str, Callable[[], str]]:
@@ -226,6 +276,9 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "methods, from their folder": lambda: methods_table(""),
         "gains": gains,
         "live loss": live,
+        "forecast rules": forecast_rules,
+        "forecast shares": forecast_shares,
+        "advice runs": advice_runs,
         "study, findings": study_findings,
         "study, stopping": study_stopping,
         "study, merged": study_merged,

@@ -24,7 +24,7 @@ from merge_callback.cli.main import main
 from merge_callback.demo import DemoData, DemoModule
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.schedule import WSDSchedule
-from merge_callback.merging import METHODS
+from merge_callback.merging import METHODS, Ties
 from merge_callback.metrics import METRICS, described
 
 
@@ -275,12 +275,24 @@ def test_the_messages_under_troubleshooting_are_those_of_the_code():
 
 
 def test_all_that_is_logged_is_in_the_table(tmp_path):
-    merging = CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, count_tokens=lambda batch: 64)
+    base = {name: tensor.clone() for name, tensor in small_model().state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({name: tensor + 1 for name, tensor in base.items()}, tmp_path / "sibling.safetensors")
+    files = {"base": tmp_path / "base.safetensors", "experts": [tmp_path / "sibling.safetensors"]}
+    options = {"dirpath": tmp_path / "merges", "count_tokens": lambda batch: 64, "method": Ties()}
+    merging = CheckpointMergeCallback(every_n_steps=2, **options, **files)
     trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)
     unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
-    assert unseen == ["merged_eval_<name>", "merge/loss_baseline", "merge/loss_threshold", "merge/lr_factor"]
+    assert unseen == [
+        "merged_eval_<name>",
+        "merge/forecast/<name>",
+        "merge/forecast_error/<name>",
+        "merge_spike/baseline",
+        "merge_spike/threshold",
+        "merge_spike/lr_factor",
+    ]
     assert described("val_loss") is None
 
 

@@ -26,7 +26,16 @@ TOP = [
     "checkpoints",
     "analysis",
 ]
-BOTTOM = ["snapshots", "signals", "spike_options", "merging", "diversity", "sharding", "reduce"]
+BOTTOM = [
+    "snapshots",
+    "signals",
+    "spike_options",
+    "probe_options",
+    "merging",
+    "diversity",
+    "sharding",
+    "reduce",
+]
 ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "torch_metric", "urls"]
 """From the top to the bottom."""
 

@@ -30,6 +30,7 @@ class Plan:
         frozen_bytes: frozen bytes of a snapshot, on all ranks together, if these are stored only once.
         batches: batches of the whole run, if the steps per batch are still to be measured; else ``None``. A
             manual optimization takes any number of steps per batch, and those of all its optimizers count.
+        experts: how many finished experts this one is merged with, and by which method; empty if none.
     """
 
     window: int
@@ -45,6 +46,7 @@ class Plan:
     methods: dict[str, str]
     frozen_bytes: int = 0
     batches: int | None = None
+    experts: str = ""
 
     @classmethod
     def of(cls, options: Options, store: SnapshotStore, host: Host) -> Plan:
@@ -53,6 +55,7 @@ class Plan:
         Raises:
             ValueError: if a full window does not fit.
         """
+        experts = options.experts
         return cls(
             window=options.window,
             every=options.every,
@@ -67,6 +70,7 @@ class Plan:
             methods={phase: method.name for phase, method in options.methods.items()},
             frozen_bytes=store.whole.only(store.expected).nbytes,
             batches=None if host.total_steps else host.total_batches,
+            experts=f"{len(experts.paths)} finished experts by {experts.method.name}" if experts else "",
         )
 
     def lines(self) -> list[str]:
@@ -86,6 +90,7 @@ class Plan:
             f"merge: {one} per snapshot{share}{once}, {in_bytes(self.window_bytes)} in total, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
+            *([f"merge: after each validation, merged with {self.experts}"] if self.experts else []),
         ]
 
     def measured(self, tokens_per_step: float) -> list[str]:
@@ -110,7 +115,7 @@ class Plan:
     def warnings(self, tokens_per_step: float | None = None) -> list[str]:
         """What the user loses if the run is too short for the window."""
         count = self.count(tokens_per_step)
-        if count is None or count >= self.window:
+        if count is None or count >= self.window or self.experts:
             return []
         end = f"the run ends after {self.total_steps:,} steps, with {count} of {self.window} snapshots"
         lost = "nothing will be merged" if count < 2 else "the window never fills"

@@ -12,6 +12,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
     entries_beside,
@@ -23,6 +24,7 @@ from merge_callback.engine.model_parts import (
 from merge_callback.engine.plan import Plan
 from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.run_window import new_window, note_publishing, restore_window
+from merge_callback.engine.siblings import Siblings
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
@@ -112,6 +114,7 @@ class MergeSession:
         window = new_window(options, model, self.sharding, host.device, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.pipeline = SnapshotPipeline(options, host, window, self._publisher(), naming)
+        self.experts = self._expert_merge(model, naming)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
@@ -192,7 +195,8 @@ class MergeSession:
             self.spikes.begin_batch(batch, batch_idx)
         if self.clock.countable is None and (batch is not None or tokens is not None):
             error = _failure(self.clock.count, batch) if tokens is None else None
-            bearable = isinstance(error, ValueError) and self.options.unit == "steps"
+            needs_none = self.options.unit == "steps" or self.options.experts is not None
+            bearable = isinstance(error, ValueError) and needs_none
             self.ranks.agree(None if bearable else error)
             self.clock.countable = all(self.ranks.exchange(error is None))
 
@@ -306,6 +310,25 @@ class MergeSession:
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model) if is_same else None
 
+    def _expert_merge(self, model: ModelTensors, naming: Naming) -> ExpertMerge | None:
+        """The merge of this run's expert with its siblings, if it has any.
+
+        Raises:
+            ValueError, OSError: on all ranks, if one can't open them.
+        """
+        if (given := self.options.experts) is None:
+            return None
+        layout, excluded = self.window.store.layout, self.options.exclude
+        siblings = self.ranks.agreed(
+            partial(Siblings, given.base, given.paths, model, naming, self.sharding, layout, excluded)
+        )
+        if siblings.apart:
+            info(
+                f"merge: {', '.join(sorted(siblings.apart)[:5])}{' …' * (len(siblings.apart) > 5)} stay this "
+                "expert's own in merges with others: the base has no such tensors, or of other shapes"
+            )
+        return ExpertMerge(siblings, given.method, given.is_tuned, self.ranks)
+
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         model = self.live()
@@ -354,6 +377,7 @@ class MergeSession:
             "phases": self.phases.state_dict(),
             **kept,
             "spikes": self.spikes.state_dict() if self.spikes else None,
+            **({"experts": self.experts.state_dict()} if self.experts else {}),
         }
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -366,6 +390,8 @@ class MergeSession:
         if restore_window(self.window, self.folder, state, self.host.step):
             self._report_resume()
         self.pipeline.publish_again(self.live(), state)
+        if self.experts and "experts" in state:
+            self.experts.load_state_dict(state["experts"])
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
                 warn("merge: the checkpoint is from an older version, so spike detection starts from scratch")
@@ -376,8 +402,9 @@ class MergeSession:
         steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
         tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
         info(
-            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
-            f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
+            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, "
+            f"{self.pipeline.published} merges were published, the learning rate is in its "
+            f"{self.phases.phase.value} phase since step {self.phases.since:,}"
         )
 
     def _watch_for_spikes(self) -> SpikeWatch | None:
@@ -455,7 +482,7 @@ class MergeSession:
             self.merger.forget()
 
     def _report_tokens_per_step(self) -> None:
-        if self.options.unit == "tokens":
+        if self.options.unit == "tokens" and self.countable:
             self.statistics.flush_to_clock()
             per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
             _report_plan(self.plan.measured(per_step), self.plan.warnings(per_step))

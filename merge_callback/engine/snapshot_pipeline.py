@@ -5,14 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
-from merge_callback.engine.advice import advice
+from merge_callback.diversity.functional import Features
+from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.probe import Probe
+from merge_callback.engine.validations import closing_line
 from merge_callback.messages import info, warn
+from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
@@ -43,7 +47,10 @@ class _Report:
     phase: Phase
     snapshot: Snapshot
     window: int = 0
+    segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
+    features: Features | None = None
+    functional: dict[str, float] = field(default_factory=dict)
 
 
 class SnapshotPipeline:
@@ -78,10 +85,14 @@ class SnapshotPipeline:
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
-        self._advised: list[str] = []
+        self.published = 0  # number of merges
+        trained = window.store.whole.only(window.store.whole.names - window.store.expected)
+        numel = sum(group.numel for group in trained.groups)
+        self.advice = Advice(options.window, numel, host.total_steps)
         self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
@@ -119,8 +130,10 @@ class SnapshotPipeline:
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
         self._wait_for_the_last(snapshot.step)
-        model, captured = self._capture(live, snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
+        with evaluated_weights(self.host.optimizers):
+            report.features = self.probe.run() if self.probe else None
+            model, captured = self._capture(live, snapshot.step)
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -157,6 +170,19 @@ class SnapshotPipeline:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
+    def note_validation(
+        self,
+        merge: Merge,
+        live: Mapping[str, SupportsFloat],
+        merged: Mapping[str, SupportsFloat],
+        lower: Mapping[str, bool | None],
+    ) -> dict[str, float]:
+        """What is logged of a merge's validation besides its metrics; see ``Advice.after_validation``."""
+        metrics, line = self.advice.after_validation(merge.snapshots[-1], live, merged, lower)
+        if line:
+            info(line)
+        return metrics
+
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
         self.wait()
@@ -168,7 +194,9 @@ class SnapshotPipeline:
         self._handed_in = self._window.ranks.from_first(self._emitted)  # only that one knows what it wrote
         self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
-        if not self.publisher.published:
+        if self.publisher.published:
+            info(closing_line(self.advice.validations, self.published, self.publisher))
+        elif self.options.experts is None:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
     def _why_nothing(self, step: int) -> str:
@@ -211,7 +239,8 @@ class SnapshotPipeline:
             "taken": self._taken,
             "handed_in": self._handed_in,
             "published": list(self.publisher.published),
-            "advised": list(self._advised),
+            "emissions": self.published,
+            "advice": self.advice.state_dict(),
             "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
@@ -220,7 +249,9 @@ class SnapshotPipeline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores everything from a ``state_dict``, except the window."""
         self._taken = state["taken"]
-        self._advised = list(state["advised"])
+        self.published = state.get("emissions", len(state["published"]))
+        if "advice" in state:  # older versions have none
+            self.advice.load_state_dict(state["advice"])
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
@@ -235,8 +266,7 @@ class SnapshotPipeline:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
         if isinstance(live, Exception):
             return ModelTensors(), Captured(error=live)
-        with evaluated_weights(self.host.optimizers):
-            return live, self._window.capture(live.tensors, live.frozen, step)
+        return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
@@ -266,12 +296,15 @@ class SnapshotPipeline:
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
+        if self.probe and report.features:
+            report.functional = self.probe.compare(report.features)
         emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
-        evaluate = self.options.evaluate and self.host.will_validate
+        evaluate = self.options.evaluate and self.host.will_validate and self.options.experts is None
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
             self._emit(model)
-        report.window, report.diversity = len(self._window), self._merger.diversity
+        report.window, report.segment = len(self._window), self._window.segment()
+        report.diversity = self._merger.diversity
         self._reports.append(report)
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
@@ -311,7 +344,7 @@ class SnapshotPipeline:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
             if not isinstance(prepared, Exception):
                 prepared()
-            self._emitted = step
+            self._emitted, self.published = step, self.published + 1
         except Exception as error:
             warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
 
@@ -360,17 +393,17 @@ class SnapshotPipeline:
     def _log(self, report: _Report) -> None:
         snapshot, diversity = report.snapshot, report.diversity
         metrics: dict[str, float] = {
-            "merge/phase": report.phase.code,
-            "merge/lr_ratio": snapshot.lr_ratio,
-            "merge/window": report.window,
+            PHASE: report.phase.code,
+            LR_RATIO: snapshot.lr_ratio,
+            WINDOW: report.window,
         }
         if snapshot.tokens is not None:
-            metrics["merge/tokens"] = snapshot.tokens
+            metrics[TOKENS] = snapshot.tokens
         if diversity is not None:
-            metrics["merge/diversity_rms"] = diversity["rms"]
-            metrics["merge/diversity_change"] = diversity["change_percent"]
+            metrics[DIVERSITY_RMS] = diversity["rms"]
+            metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
+        metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
         self.host.log(metrics, report.logged_step)
         self._logged |= metrics
-        change = diversity["change_percent"] if diversity else None
-        if line := advice(report.phase, snapshot.since, change, self._advised):
+        if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)

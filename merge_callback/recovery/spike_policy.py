@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback.messages import warn
+from merge_callback.metrics import BASELINE, IS_SPIKING, LR_FACTOR, RESTORES, SCORE, THRESHOLD
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.evidence import Evidence, HeldBatches
 from merge_callback.recovery.inquiry import Inquiry
@@ -143,15 +144,15 @@ class SpikePolicy:
     def metrics(self, spike: float) -> dict[str, float]:
         """The logged metrics; ``spike`` is 1 while something speaks against the weights."""
         metrics = {
-            "merge/spike": spike,
-            "merge/restores": float(self.restores.count),
-            "merge/spike_score": self.numbers.score.value,
+            IS_SPIKING: spike,
+            RESTORES: float(self.restores.count),
+            SCORE: self.numbers.score.value,
         }
         loss = self.numbers.loss
         if not math.isnan(threshold := loss.threshold):
-            metrics |= {"merge/loss_baseline": loss.baseline, "merge/loss_threshold": threshold}
+            metrics |= {BASELINE: loss.baseline, THRESHOLD: threshold}
         if self.restores.count:
-            metrics["merge/lr_factor"] = self.recovery.lr.factor(self.host.step)
+            metrics[LR_FACTOR] = self.recovery.lr.factor(self.host.step)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:

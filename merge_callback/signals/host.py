@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -126,6 +126,21 @@ class Host(Protocol):
     def logged_scalars(self, patterns: Sequence[str]) -> Callable[[], Mapping[str, Tensor | float]]:
         """Returns a function that gives the scalars newly logged under matching names, without waiting."""
         return dict
+
+    @property
+    def probed(self) -> nn.Module:
+        """The module whose ``forward`` takes a batch and returns logits."""
+        return self.module
+
+    def forward_pass(self) -> AbstractContextManager[Callable[..., Any]]:
+        """A context for a forward pass of ``probed`` in evaluation mode, between two steps, on all ranks.
+
+        It yields what to call with the arguments of ``forward``, and sees to the loop's precision and to what
+        the module logs. The engine keeps and restores everything else. DDP's wrapper is left out: it would
+        talk to the other ranks, and note that it was called.
+        """
+        is_ddp = isinstance(self.root, nn.parallel.DistributedDataParallel)
+        return nullcontext(self.module if is_ddp else self.root)
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """A rehearsal of training batches (``"batch"``) or of the first validation ones (``"validation"``).

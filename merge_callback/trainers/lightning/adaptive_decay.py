@@ -9,6 +9,7 @@ from torch import Tensor
 
 from merge_callback.checks import not_negative, one_of, positive
 from merge_callback.messages import info, warn
+from merge_callback.metrics import MERGED
 from merge_callback.trainers.lightning.base import LightningCallback
 from merge_callback.trainers.lightning.private import names_of
 
@@ -180,7 +181,7 @@ class WarmupAdaptiveDecay(LightningCallback):
         if value is not None:
             device = trainer.strategy.root_device
             return float(trainer.strategy.reduce(value.detach().float().to(device), reduce_op="mean"))
-        if self.monitor.startswith("merged/"):
+        if self.monitor.startswith(MERGED):
             return None
         raise names_of(trainer).MisconfigurationException(
             f"WarmupAdaptiveDecay monitors {self.monitor}, but this validation didn't log it; it logged "

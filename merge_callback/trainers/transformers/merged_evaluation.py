@@ -11,17 +11,19 @@ from typing import Any
 
 from transformers import Trainer
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import gains
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.signals.host import report
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
@@ -62,12 +64,16 @@ class MergedEvaluation:
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        evaluated, merge = self._host.evaluated, session.current_merge()
-        if evaluated is None:
+        merge = None if session.experts else session.current_merge()
+        if (evaluated := self._host.evaluated) is None:
             return
         prefix = evaluated.prefix
-        if merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
-            self._evaluate(session, merge, evaluated)
+        if session.experts:
+            self._evaluate_expert(session, session.experts, evaluated)
+        elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
+            found = self._evaluate(merge.arena, session, evaluated)
+            if found is not None:
+                self._note(merge.step, evaluated, found, partial(session.pipeline.note_validation, merge))
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -84,10 +90,32 @@ class MergedEvaluation:
         """Goes on from a ``state_dict``."""
         self._found = {prefix: (step, dict(metrics)) for prefix, (step, metrics) in state.items()}
 
-    def _evaluate(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> None:
+    def _evaluate_expert(self, session: MergeSession, experts: ExpertMerge, evaluated: Evaluated) -> None:
+        """Evaluates the merges of the live weights with finished experts, and notes the best's metrics."""
+        prefix = evaluated.prefix
+        lower = {name: self._lower_is_better(name, prefix) for name in evaluated.metrics}
+        wanted = [_live(self._best, prefix) or self._best]
+        try:
+            evaluate = partial(self._evaluate, session=session, evaluated=evaluated)
+            found = experts.validate(session.live(), evaluate, lower, wanted)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            self._found.pop(prefix, None)
+            self._failed.add(prefix)
+            return
+        if found is not None:
+            merged, numbers = found
+            self._note(session.step, evaluated, merged, numbers=numbers)
+
+    def _evaluate(
+        self, merged: Arena, session: MergeSession, evaluated: Evaluated
+    ) -> dict[str, float] | None:
+        """The metrics of a merge, by the names of the live ones; ``None`` if it failed, which is logged."""
         ranks, problem, prefix = session.ranks, None, evaluated.prefix
         try:
-            found = self._with(merge, session, evaluated)
+            found = self._with(merged, session, evaluated)
         except Exception as error:
             if DeferredSignals.has_raised(error):
                 raise
@@ -100,25 +128,38 @@ class MergedEvaluation:
             log.exception("merge: evaluation with the merged weights failed; the live weights are back")
             self._found.pop(prefix, None)
             self._failed.add(prefix)
-            return
-        self._failed.discard(prefix)
-        self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        report(self._host, {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)})
+            return None
+        return found
 
-    def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
-        """The metrics of the merge, by the names of the live ones."""
+    def _note(
+        self,
+        step: int,
+        evaluated: Evaluated,
+        found: Mapping[str, float],
+        note: Callable[..., Mapping[str, float]] = gains,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers."""
+        prefix = evaluated.prefix
+        self._failed.discard(prefix)
+        self._found[prefix] = (step, {_merged(name): value for name, value in found.items()})
+        noted = note(evaluated.metrics, found, self._directions(found, prefix))
+        report(self._host, {**self._found[prefix][1], **noted, **(numbers or {})})
+
+    def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         host = self._host
         with (
             DeferredSignals() as signals,
             host.undisturbed([evaluated.dataloader]),
             signals.let_through(),
-            merged_weights(host, merge, session.sharding),
+            merged_weights(host, merged, session.sharding),
         ):
             evaluated.random.restore()
             output = evaluated.run()
         return _measured(output.metrics)
 
-    def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
+    def _directions(self, merged: Mapping[str, float], prefix: str) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         lower = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
             name for name, is_lower in lower.items() if is_lower is None and name not in self._told
@@ -126,10 +167,10 @@ class MergedEvaluation:
         if unknown:
             self._told.update(unknown)
             info(
-                f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
+                f"merge: no {GAIN}… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def _lower_is_better(self, name: str, prefix: str) -> bool | None:
         said = said_lower(name, self._options.lower_is_better, self._options.higher_is_better)
@@ -151,7 +192,7 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _merged(name: str) -> str:
-    return f"merged_{name}"
+    return f"{MERGED_EVAL}{name}"
 
 
 def _live(name: str, prefix: str) -> str:
