@@ -61,8 +61,7 @@ def test_the_last_features_are_those_of_the_whole_model():
     [
         ({50: 1, 100: 2, 150: 2, 200: 1, 250: 1.5, 300: 9}, 100),  # the third look without a new best value
         ({50: 1, 100: 2, 150: 1, 200: 1, 250: 3}, 250),
-        ({2: 1, 50: 0.5, 100: 0.5, 150: 0.5, 200: 9}, 200),  # only multiples of 50 are looks
-        ({50: 1, 75: 9, 100: 2}, 100),
+        ({2: 9, 50: 1, 64: 9, 100: 2}, 100),  # only multiples of 50 are looks
     ],
 )
 def test_the_best_checkpoint_is_of_the_time_before_patience_ran_out(values, best):

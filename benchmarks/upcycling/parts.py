@@ -52,7 +52,6 @@ class Work:
     def __init__(self, study: Study, cache: Cache) -> None:
         self.study, self.cache = study, cache
         self.load = lru_cache(maxsize=40)(cache.get)
-        self.looks = [s for s in study.powers if s < 50] + study.looks
 
     def parts(self, seeds: int) -> list[Part]:
         """All of them, seed after seed."""
@@ -159,7 +158,7 @@ class Work:
         for i, trajectory in enumerate(trajectories):
             siblings = [*finished[:i], *finished[i + 1 :]]
             look = merge_look(self.base, siblings, [tasks[i]] if own else tasks)
-            step, values = stop_by_merge(trajectory, self.base, self.looks, look)
+            step, values = stop_by_merge(trajectory, self.base, self.study.looks, look)
             found.append({"step": step, "values": values})
         return found
 

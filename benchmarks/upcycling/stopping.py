@@ -28,14 +28,13 @@ def best_before_stop(values: Mapping[int, float], every: int, patience: int) -> 
     """The step of the best value by the time that training stops.
 
     Args:
-        values: by step, in order, at multiples of `every`; the first may be any.
+        values: by step, in order; those that are no multiple of `every` are passed over.
         every: steps between two looks.
         patience: looks in a row without a new best value.
     """
-    best = next(iter(values))
-    for step in values:
-        if step % every:
-            continue
+    looks = [step for step in values if step % every == 0]
+    best = looks[0]
+    for step in looks:
         if values[step] > values[best]:
             best = step
         elif step - best >= every * patience:
