@@ -62,20 +62,21 @@ class Work:
         study = self.study
         for name in study.tasks:
             yield Part(f"{seed}/task/{name}", 500, partial(self.task, seed, name))
-        for kind in study.kinds:
-            is_main = kind in study.kinds[:2]
-            for name in study.tasks:
-                make = partial(self.expert, seed, kind, name)
-                yield Part(f"{seed}/expert/{kind}/{name}", 1.3 * study.last, make)
-            for step in study.powers:
-                make = partial(self.curve, seed, kind, step)
-                yield Part(f"{seed}/curve/{kind}/{step}", 600 if is_main else 500, make)
-            if is_main:
-                yield from self._stopping(seed, kind)
-            if kind == "full":
-                yield from self._hardness(seed)
-            elif is_main:
-                yield from self._moerging(seed, kind)
+        for kind in study.kinds[:2]:
+            yield from self._merging(seed, kind)
+            yield from self._stopping(seed, kind)
+        yield from self._moerging(seed, study.kinds[1])
+        yield from self._hardness(seed)
+        for kind in study.kinds[2:]:
+            yield from self._merging(seed, kind)
+
+    def _merging(self, seed: int, kind: str) -> Iterator[Part]:
+        study = self.study
+        for name in study.tasks:
+            make = partial(self.expert, seed, kind, name)
+            yield Part(f"{seed}/expert/{kind}/{name}", 1.3 * study.last, make)
+        for step in study.powers:
+            yield Part(f"{seed}/curve/{kind}/{step}", 1000, partial(self.curve, seed, kind, step))
 
     def _stopping(self, seed: int, kind: str) -> Iterator[Part]:
         for name in self.study.tasks:
