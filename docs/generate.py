@@ -1,4 +1,4 @@
-"""Writes into the README and the pages what the code knows: options, metrics, methods, measurements.
+"""Writes into the README and the pages what the code knows: options, metrics, events, methods, measurements.
 
     python docs/generate.py            # rewrites all between <!-- generated: NAME --> and <!-- end -->
     python docs/generate.py --check    # exits with 1 if one is out of date
@@ -10,18 +10,17 @@ registry, and what was measured from ``benchmarks/results/``.
 from __future__ import annotations
 
 import argparse
-import ast
 import inspect
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import (
     DIVERSITY_CHANGE,
@@ -74,18 +73,6 @@ def arguments(docstring: str) -> dict[str, str]:
     return {name: in_markdown(text) for name, text in entries}
 
 
-def field_docstrings(kind: type) -> dict[str, str]:
-    """The docstrings under the fields of a dataclass."""
-    (body,) = (
-        node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)
-    )
-    found = {}
-    for field, text in pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            found[ast.unparse(field.target)] = in_markdown(ast.literal_eval(text.value))
-    return found
-
-
 def shown(value: Any) -> str:
     """A default, as one would write it."""
     written = repr(value).replace("'", '"') if isinstance(value, (str, tuple)) else repr(value)
@@ -105,7 +92,7 @@ def callback_options() -> str:
 
 def spike_options() -> str:
     """Every option of ``SpikeOptions``."""
-    told = field_docstrings(SpikeOptions)
+    told = arguments(SpikeOptions.__doc__ or "")
     return table(
         ("option", "default", "meaning"),
         ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(SpikeOptions)),
@@ -118,6 +105,15 @@ def metrics() -> str:
         ("metric", "meaning", "logged", "unit"),
         ((f"`{m.name}`", m.meaning, m.logged, m.unit) for m in METRICS),
     )
+
+
+def events() -> str:
+    """Every kind of event, with what it holds."""
+    rows = [
+        (f"`{kind.name}`", kind.written, "; ".join(f"`{name}` {text}" for name, text in kind.entries.items()))
+        for kind in KINDS
+    ]
+    return table(("event", "written", "holds"), rows)
 
 
 def first_metrics() -> str:
@@ -271,6 +267,7 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "options": callback_options,
         "spike options": spike_options,
         "metrics": metrics,
+        "events": events,
         "first metrics": first_metrics,
         "methods": lambda: methods_table("docs/methods/"),
         "methods, from their folder": lambda: methods_table(""),

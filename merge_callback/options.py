@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -120,6 +120,8 @@ class Options:
     lower_is_better: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     spike: SpikeOptions
+    given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What the user has given that is not the default."""
 
     @classmethod
     def resolve(cls, **given: Any) -> Options:
@@ -167,7 +169,14 @@ class Options:
             lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"], given["window"]),
+            given={n: v for n, v in given.items() if (tuple(v) if isinstance(v, list) else v) != DEFAULTS[n]},
         )
+
+    def shown(self) -> str:
+        """Window, interval and method, and what else is not the default, as one would write them."""
+        first = {"window": self.window, f"every_n_{self.unit}": self.every, "method": "auto"}
+        shown = {**first, **self.given, f"every_n_{self.unit}": self.every}
+        return ", ".join(f"{n}={v:_}" if type(v) is int else f"{n}={v!r}" for n, v in shown.items())
 
     def for_adapters(self) -> Options:
         """The options for a model with LoRA adapters: ``sma`` where the method is ours to choose.

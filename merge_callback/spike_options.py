@@ -27,59 +27,73 @@ class SpikeOptions:
     restored, the weights that would replace the live ones are tried on the batch that raised the alarm. Only
     if they do clearly better were the live weights to blame.
 
+    Example::
+
+        CheckpointMergeCallback(spike=SpikeOptions(patience=8, rewarm_steps=500))
+        CheckpointMergeCallback(spike="warn")  # only the action; the rest by default
+
+    Args:
+        action: ``"restore"`` the run from the merge of the snapshots before the spike and go on, ``"warn"``
+            only, or don't look at all: ``"off"`` (in quotes in YAML, which otherwise reads it as false).
+        threshold: The distance of an outlier above the median, in robust standard deviations of the clean
+            losses.
+        floor: The least distance of an outlier above the median, as a share of the median.
+        patience: Consecutive outliers, in optimizer steps, that make a spike; most shorter streaks heal by
+            themselves.
+        grad_norm: Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients
+            every step.
+        watch: Further scalars to watch by the same rule: one ``fnmatch`` pattern, or several, of names that
+            the module logs while it trains, ``["train/mtp2_loss", "grad_norm/*"]``. A spike of one is only
+            warned of. To restore the run on it (with the same evidence as for the loss), give a mapping:
+            ``{"grad_norm/*": "restore"}``.
+        evidence: The evidence needed before the weights are replaced: the loss of the ``"batch"`` that raised
+            the alarm, computed again with both weights; the loss of the first 8 batches of the
+            ``"validation"``, which also serves if the training step can't be run again; or nothing but the
+            ``"rules"`` above.
+        pma_window: Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section
+            4.5), or as many as the window holds.
+        guard: No snapshot is trusted from this many optimizer steps before the first outlier on: the damage
+            is 1 to 8 steps older than the loss shows (arXiv 2304.13013 section 3.4).
+        method: How these snapshots are merged: a linear method.
+        optimizer: What to do with the optimizers' state: ``"keep"`` it (reset it if it is not finite),
+            ``"reset"`` it in place, ``"scale"`` its moments as if all gradients had been ``optimizer_scale``
+            times as large, or a function of the optimizer that does it. On the demo's models ``"keep"``
+            recovers soonest.
+        optimizer_scale: The factor of ``optimizer="scale"``.
+        rewarm_steps: Optimizer steps over which the learning rate ramps up again, from 0 to that of the
+            schedule.
+        lr_factor: Each restore multiplies the learning rate by this, for the rest of the run.
+        cooldown: Clean losses (optimizer steps) after a restore and its warm-up that make it a success. After
+            an earlier spike, the next restore uses older snapshots, and those after it halve the learning
+            rate.
+        max_restores: Consecutive restores without a success; after these, the next spike stops the run.
+        no_snapshot: What to do about a spike before there is a snapshot old enough to restore.
+        on_spike: A function that is called on all ranks after each event, with the event's line of
+            ``spikes.jsonl`` as a mapping. If it returns ``"stop"``, training ends after this step, as with
+            ``trainer.should_stop``. ``"stop_after_restore"`` does so after a restore.
+
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the remedy.
     """
 
     action: Literal["restore", "warn", "off"] = "restore"
-    """``"restore"`` the run from the merge of the snapshots before the spike and go on, ``"warn"`` only, or
-    don't look at all: ``"off"`` (in quotes in YAML, which otherwise reads it as false)."""
     threshold: float = 6.0
-    """The distance of an outlier above the median, in robust standard deviations."""
     floor: float = 0.05
-    """The least distance of an outlier above the median, as a share of the median."""
     patience: int = 5
-    """Consecutive outliers that make a spike; most shorter streaks heal by themselves."""
     grad_norm: bool = False
-    """Watch the norm of the unclipped gradients as well, by the same rule. Reads the gradients every step."""
     watch: str | Sequence[str] | Mapping[str, str] = ()
-    """Further scalars to watch by the same rule: one ``fnmatch`` pattern, or several, of names that the
-    module logs while it trains, ``["train/mtp2_loss", "grad_norm/*"]``. A spike of one is only warned of. To
-    restore the run on it (with the same evidence as for the loss), give a mapping:
-    ``{"grad_norm/*": "restore"}``."""
     evidence: Literal["batch", "validation", "rules"] = "batch"
-    """The evidence needed before the weights are replaced: the loss of the ``"batch"`` that raised
-    the alarm, computed again with both weights; the loss of the first 8 batches of the ``"validation"``,
-    which also serves if the training step can't be run again; or nothing but the ``"rules"`` above."""
     pma_window: int = 3
-    """Snapshots that are merged into the restored weights (PMA-init, arXiv 2505.12082 section 4.5), or as
-    many as the window holds."""
     guard: int = 10
-    """No snapshot is trusted from this many optimizer steps before the first outlier on: the damage is 1 to 8
-    steps older than the loss shows (arXiv 2304.13013 section 3.4)."""
     method: str | MergeMethod = "sma"
-    """How these snapshots are merged: a linear method."""
     optimizer: Literal["keep", "reset", "scale"] | Callable[[Optimizer], None] = "keep"
-    """What to do with the optimizers' state: ``"keep"`` it (reset it if it is not finite), ``"reset"`` it in
-    place, ``"scale"`` its moments as if all gradients had been ``optimizer_scale`` times as large, or a
-    function of the optimizer that does it. On the demo's models ``"keep"`` recovers soonest."""
     optimizer_scale: float = 0.1
-    """The factor of ``optimizer="scale"``."""
     rewarm_steps: int = 100
-    """Optimizer steps over which the learning rate ramps up again, from 0 to that of the schedule."""
     lr_factor: float = 1.0
-    """Each restore multiplies the learning rate by this, for the rest of the run."""
     cooldown: int = 128
-    """Clean losses after a restore and its warm-up that make it a success. After an earlier spike, the next
-    restore uses older snapshots, and those after it halve the learning rate."""
     max_restores: int = 5
-    """Consecutive restores without a success; after these, the next spike stops the run."""
     no_snapshot: Literal["warn", "stop"] = "warn"
-    """What to do about a spike before there is a snapshot old enough to restore."""
     on_spike: Callable[[Mapping[str, Any]], object] | Literal["stop_after_restore"] | None = None
-    """A function that is called on all ranks after each event, with the event's line of ``spikes.jsonl`` as a
-    mapping. If it returns ``"stop"``, training ends after this step, as with ``trainer.should_stop``.
-    ``"stop_after_restore"`` does so after a restore."""
 
     def __post_init__(self) -> None:
         one_of("spike.action", self.action, ("restore", "warn", "off"))

@@ -14,6 +14,7 @@ PACKAGE = ROOT / "merge_callback"
 TOP = [
     "transformers",
     "cli",
+    "report",
     "demo",
     "transformers",
     "trainers",
@@ -36,13 +37,13 @@ BOTTOM = [
     "sharding",
     "reduce",
 ]
-ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "torch_metric", "urls"]
+ROOMS = [*TOP, *BOTTOM, "metrics", "events", "messages", "checks", "torch_metric", "urls"]
 """From the top to the bottom."""
 
 MAY_USE = {
     "lightning": {"trainers/lightning", "demo"},
     "pytorch_lightning": {"trainers/lightning"},
-    "transformers": {"trainers"},
+    "transformers": {"trainers", "cli"},
 }
 """Training frameworks, and who may import them."""
 

@@ -33,10 +33,10 @@ def problems(files: Sequence[Path], recorded: Sequence[Recorded]) -> list[str] |
 
 
 def checksums_of_merge(folder: Path) -> list[Recorded]:
-    """What the record of the merge in a folder says of its files, if there is one."""
+    """What the record of the merge in a folder says of its files, if there is one; its card may be edited."""
     if not (folder.is_dir() and (folder / PROVENANCE).exists()):
         return []
-    return [Recorded(folder, name, found) for name, found in read_record(folder).files.items()]
+    return [Recorded(folder, name, found) for name, found in read_record(folder).own_files.items()]
 
 
 def checksums_of_snapshot(files: Sequence[Path]) -> list[Recorded]:

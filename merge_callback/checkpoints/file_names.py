@@ -1,5 +1,6 @@
 """The names that the files of checkpoints go by: each is defined once, here or in the room that writes it."""
 
+from merge_callback.events import PROVENANCE
 from merge_callback.snapshots.manifest import MANIFEST
 from merge_callback.snapshots.shard_files import SHARDS
 from merge_callback.snapshots.window_folder import WINDOW
@@ -9,6 +10,8 @@ __all__ = [
     "ADAPTER_WEIGHTS",
     "BIN_INDEX",
     "BIN_WEIGHTS",
+    "CARD",
+    "CARD_BEFORE",
     "CONFIG",
     "GENERATION_CONFIG",
     "INDEX",
@@ -25,8 +28,8 @@ __all__ = [
     "WINDOW",
 ]
 
-PROVENANCE = "merge.json"
-"""The record of a merge; a folder that has it is an emission, or what the command has merged."""
+CARD, CARD_BEFORE = "README.md", "README.original.md"
+"""The card of a merge, and somebody's own one of the checkpoint that the merge is like."""
 
 LATEST = "latest"
 """What points at the newest emission: a symlink, or a text file in a remote folder."""

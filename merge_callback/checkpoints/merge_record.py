@@ -12,7 +12,7 @@ from typing import Any
 
 from merge_callback.checkpoints.checkpoint import parse_count
 from merge_callback.checkpoints.containment import contained
-from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.file_names import CARD, PROVENANCE
 from merge_callback.snapshots.files import CorruptFileError, read_object
 
 
@@ -41,6 +41,11 @@ class MergeRecord:
         if not content or not isinstance(files, dict):
             raise CorruptFileError(f"{path}: not the record of a merge; publish the merge again")
         return cls(path, content, files)
+
+    @property
+    def own_files(self) -> dict[str, object]:
+        """The checksums of what makes the merge: of all files but its card."""
+        return {name: checksum for name, checksum in self.files.items() if name != CARD}
 
     @property
     def run_id(self) -> str | None:

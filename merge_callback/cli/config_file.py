@@ -5,29 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.snapshots.files import CorruptFileError, read_small
 
 _MOST = 1 << 18  # bytes; Python's YAML reads that many in a second
 _KINDS: dict[type, tuple[type, ...]] = {bool: (bool,), int: (int,), str: (str, int, float)}
 _TOLD = {bool: "true or false", int: "a whole number", str: "text", list: "a list of names"}
-
-
-def read_value(text: str) -> Any:
-    """One value, as YAML has it.
-
-    Raises:
-        ValueError: if it is none, or more than plain values; in one line.
-    """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        # Aliases of aliases, and mappings merged into mappings, make gigabytes out of a few lines.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-            raise ValueError("it uses aliases (*name), which are not read; write the values out")
-        return yaml.load(text, loader)
-    except (yaml.YAMLError, RecursionError, OverflowError) as error:
-        raise ValueError(f"not sound YAML ({' '.join(str(error).split())})") from None
 
 
 def read_options(path: Path) -> dict[Any, Any]:

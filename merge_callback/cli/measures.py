@@ -40,13 +40,17 @@ from merge_callback.snapshots.files import printable
 def add_diversity(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``diversity``."""
     parser.set_defaults(run=_diversity)
-    parser.description = "RMS distance of each two checkpoints, and how it changes along the run."
+    parser.description = (
+        "Root-mean-square distance of the weights of each two checkpoints, and its change along the run. "
+        "The gain of a merge follows it: where checkpoints lie close together, merging gives nothing. "
+        "Example: merge-callback diversity logs/version_0/checkpoints --by-layer --plot diversity.png"
+    )
     _add_checkpoints(parser)
     add = parser.add_argument
-    add("--lag", type=int, metavar="L", help="besides neighbours, compare checkpoints L apart (2)")
+    add("--lag", type=int, metavar="L", help="besides neighbours, compare those L places apart (2)")
     add("--by-layer", action="store_true", help="the distances of every layer, too")
-    add("--csv", type=Path, metavar="FILE", help="write every pair's distance")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the distances")
+    add("--csv", type=Path, metavar="FILE", help="write every pair's distance to a table, too")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the distances, too; needs matplotlib")
 
 
 def add_interference(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +58,9 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_interference)
     parser.description = (
         "How far the checkpoints agree in what they learned since the base (their task vectors), judged by "
-        "the weights that changed most."
+        "the weights that changed most: conflicts of sign, overlap, ratio of magnitudes, variance. Much "
+        "conflict means that a mean cancels what was learned. "
+        "Example: merge-callback interference expert-a expert-b --base model"
     )
     _add_checkpoints(parser)
     add = parser.add_argument
@@ -66,7 +72,12 @@ def add_interference(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="look at the K %% that changed most (%(default)g)",
     )
-    add("--scope", choices=("tensor", "global"), default="tensor", help="K %% of what (%(default)s)")
+    add(
+        "--scope",
+        choices=("tensor", "global"),
+        default="tensor",
+        help="K %% of each, or of all (%(default)s)",
+    )
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
+import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.checks import one_of, resolve_dtype, resolve_size
-from merge_callback.cli.config_file import checked, is_plain, read_options, read_value
+from merge_callback.cli.config_file import checked, is_plain, read_options
+from merge_callback.cli.imports import import_all
 from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_method
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames
@@ -74,6 +74,15 @@ _DEFAULTS: dict[str, Any] = {
 _FORMATS = ("safetensors", "lightning", "lora", "model")
 _CHOICE = ("last", "every", "first_step", "last_step", "keep_order", "keep_all")
 _IMPORT_HELP = "modules that register methods of your own"
+_DESCRIPTION = """\
+Merge checkpoints into a new folder, which appears complete or not at all. It needs no GPU, and a few
+megabytes of memory whatever the size of the model. The inputs are put in the order of their steps, and stay
+as they are. The output is of the kind of the last one: files that `from_pretrained` loads if that is a
+model's folder. Defaults stand in brackets."""
+
+_METHODS_DESCRIPTION = """\
+List every merging method: what it computes, its options with their defaults and meanings, and its source."""
+
 _EXAMPLES = """\
 examples:
   merge-callback merge run/*step=*.ckpt --method wma --output merged
@@ -88,12 +97,13 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``merge``, the options of every method among them."""
     parser.set_defaults(run=_merge)
     parser.argument_default = argparse.SUPPRESS  # what was not given is not there: a file may give it
-    parser.epilog, parser.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("checkpoints", nargs="*", metavar="CKPT", help="files, folders, or folders of a run")
     add("--config", type=Path, metavar="FILE", help="YAML with any of these options, by their long names")
-    add("--output", type=Path, metavar="DIR", help="the folder to make")
-    add("--method", help="a name that `merge-callback methods` lists (sma)")
+    add("--output", type=Path, metavar="DIR", help="the folder to make; needed")
+    add("--method", metavar="NAME", help="a name that `merge-callback methods` lists (sma)")
     add("--from", dest="first_step", type=int, metavar="STEP", help="of all these, only from that step on")
     add("--to", dest="last_step", type=int, metavar="STEP", help="and only up to that step")
     add("--every", type=int, metavar="K", help="of the rest, only every K-th, counted from the last")
@@ -102,7 +112,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     add("--keep-all", action="store_true", help="leave out no earlier merges, repeated ones, or spikes")
     add("--base", type=Path, metavar="CKPT", help="initial model of the task vectors (the first checkpoint)")
     add("--dtype", metavar="TYPE", help="of the merged weights: fp32, bf16, fp16 or fp64 (the checkpoints')")
-    add("--exclude", nargs="+", metavar="PATTERN", help="names copied from the last checkpoint")
+    add("--exclude", nargs="+", metavar="PATTERN", help="names to copy from the last checkpoint, '*.bias'")
     add("--state-key", metavar="KEY", help="where in the files the weights are, e.g. 'model_ema'")
     add(
         "--strip-prefix",
@@ -121,13 +131,15 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace the output folder if it is there")
     add("--quiet", action="store_true", help="no progress bar")
     add("--import", dest="imports", nargs="+", metavar="MODULE", help=_IMPORT_HELP)
-    group = parser.add_argument_group("options of the methods")
+    about = "explained by `merge-callback methods`; here with the methods that have them, and their defaults"
+    group = parser.add_argument_group("options of the methods", about)
     for name, used_by in _method_options().items():
         group.add_argument(
             _flag(name),
             dest=f"option_{name}",
             nargs="+" if name == "weights" else None,
             type=float if name == "weights" else _option_value,
+            metavar="W" if name == "weights" else "X",
             help=", ".join(used_by),
         )
 
@@ -144,15 +156,16 @@ def import_methods(arguments: Sequence[str]) -> None:
     early.add_argument("--config", type=Path)
     with suppress(argparse.ArgumentError):  # which the command's own parser tells
         named, _ = early.parse_known_args(arguments)
-        _import(getattr(named, "imports", []), here=True)
+        import_all(getattr(named, "imports", []), here=True)
         if "config" in named:
             imports = read_options(named.config).get("import") or []
-            _import(checked(f"{named.config}: 'import'", imports, list), here=False)
+            import_all(checked(f"{named.config}: 'import'", imports, list), here=False)
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``methods``."""
     parser.set_defaults(run=_list_methods)
+    parser.description = _METHODS_DESCRIPTION
     parser.add_argument("--import", dest="imports", nargs="+", metavar="MODULE", help=_IMPORT_HELP)
 
 
@@ -228,51 +241,6 @@ def _own_line(error: Exception, method: MergeMethod) -> str:
         return ""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{file}:{lines[-1]}" if lines else ""
-
-
-class _InCurrentFolder(MetaPathFinder):
-    """Finds one module in the current folder, if Python finds it nowhere else.
-
-    One alone: the folder may be a downloaded one, and whatever is imported later, by torch say, must not be
-    found there.
-    """
-
-    def __init__(self, module: str) -> None:
-        self.name = module.partition(".")[0]
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """The module, or the package that it lies in."""
-        return PathFinder.find_spec(fullname, [os.getcwd()]) if fullname == self.name else None
-
-
-def _import(modules: Iterable[str], here: bool) -> None:
-    """Imports the modules that register methods.
-
-    Args:
-        modules: their names.
-        here: from the current folder, too: not on the word of a file, which may be anyone's.
-    """
-    for module in modules:
-        finders = [_InCurrentFolder(module)] if here else []
-        sys.meta_path += finders
-        try:
-            import_module(module)
-        except Exception as error:  # someone's code may raise anything
-            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())
-            raise ValueError(f"--import {module}: {reason}{_mend(module, error, here)}") from None
-        finally:
-            for finder in finders:
-                sys.meta_path.remove(finder)
-
-
-def _mend(module: str, error: Exception, here: bool) -> str:
-    if not isinstance(error, ImportError):
-        return ""
-    missing = error.name
-    if not here:
-        return "; a module of the current folder has to be named on the command line, with --import"
-    return f"; if {missing} lies in the same folder, name it first" if missing and missing != module else ""
 
 
 def _job(
@@ -357,7 +325,8 @@ def _method_options() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, method in METHODS.items():
         for option in fields(method):  # type: ignore[arg-type]
-            found.setdefault(option.name, []).append(name)
+            default = f" ({option.default})" if isinstance(option.default, (str, int, float)) else ""
+            found.setdefault(option.name, []).append(name + default)
     return found
 
 
@@ -365,11 +334,19 @@ def _list_methods(parsed: argparse.Namespace) -> int:
     for name, method in METHODS.items():
         options = ", ".join(f"{f.name}={f.default!r}" for f in fields(method))  # type: ignore[arg-type]
         print(f"{name:16} {_summary(method)}")
-        facts = {"options": options, "needs": ", ".join(method.needs), "source": method.reference}
-        for label, text in facts.items():
+        facts = {"options": options, **_meanings(method), "needs": ", ".join(method.needs)}
+        for label, text in {**facts, "source": method.reference}.items():
             if text:
                 print(f"{'':16} {label}: {text}")
     return 0
+
+
+def _meanings(method: type[MergeMethod]) -> dict[str, str]:
+    """What the options of a method mean, from its docstring."""
+    text = inspect.cleandoc(method.__doc__ or "").partition("\nArgs:\n")[2]
+    found = dict(re.findall(r"(?ms)^    (\w+): (.*?)(?=^    \w|^\S|\Z)", text))
+    own = (option.name for option in fields(method))  # type: ignore[arg-type]
+    return {f"  {name}": " ".join(found[name].replace("``", "").split()) for name in own if name in found}
 
 
 def _summary(method: type[MergeMethod]) -> str:

@@ -1,14 +1,21 @@
 """Trains from a YAML file through LightningCLI."""
 
 import os
+import re
 import sys
 import traceback
 import warnings
+from argparse import ArgumentError
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from merge_callback import CheckpointMergeCallback
 
 
 class FitOptionsError(ValueError):
@@ -40,11 +47,9 @@ def fit(arguments: Sequence[str]) -> None:
     here = os.getcwd()
     sys.path.append(here)
     try:
-        _fit(arguments)
+        _run(MergeCLI, arguments)
     except (ValueError, MisconfigurationException) as error:
-        first: BaseException = error
-        while first.__cause__ is not None:  # the parser wraps what a class raises in a page of its own
-            first = first.__cause__
+        first = _first_cause(error)
         *_, (frame, _) = traceback.walk_tb(first.__traceback__)
         if frame.f_globals.get("__name__", "").partition(".")[0] not in ("merge_callback", "lightning"):
             raise
@@ -53,14 +58,87 @@ def fit(arguments: Sequence[str]) -> None:
         sys.path.remove(here)
 
 
-def _fit(arguments: Sequence[str]) -> None:
+def check(arguments: Sequence[str]) -> tuple[list[CheckpointMergeCallback], int | None]:
+    """Reads the arguments of `fit`, but makes neither the model nor the data, and trains nothing.
+
+    Returns:
+        The merging callbacks, and the trainer's `max_steps`, if it has any.
+
+    Raises:
+        FitOptionsError: if LightningCLI refuses an argument, or a callback one of its options.
+    """
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        _run(_Checking, arguments, exit_on_error=False)
+    except ArgumentError as error:
+        raise FitOptionsError(_shortened(str(error))) from None
+    except _Read as read:
+        trainer = read.config.fit.trainer
+        several = trainer.callbacks if isinstance(trainer.callbacks, list) else [trainer.callbacks]
+        found = [made for callback in several if callback and (made := _made(callback)) is not None]
+        return found, trainer.max_steps if trainer.max_steps > 0 else None
+    finally:
+        sys.path.remove(here)
+    raise AssertionError
+
+
+class _Read(Exception):  # noqa: N818
+    """Ends `_Checking` with what it has read."""
+
+    def __init__(self, config: Namespace) -> None:
+        super().__init__()
+        self.config = config
+
+
+class _Checking(MergeCLI):
+    """Reads the arguments as `fit` does."""
+
+    def before_instantiate_classes(self) -> None:
+        """Ends it: a model or its data may take minutes to make, or a GPU."""
+        raise _Read(self.config)
+
+
+def _made(callback: Namespace) -> CheckpointMergeCallback | None:
+    """A merging callback by its configuration; `None` if it is that of another callback."""
+    module, _, name = callback.class_path.rpartition(".")
+    kind = getattr(import_module(module), name)
+    if not (isinstance(kind, type) and issubclass(kind, CheckpointMergeCallback)):
+        return None
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=kind)
+    try:
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # before 4.49
+        found = instantiate(parser.parse_object({"callback": callback.as_dict()})).callback
+    except (ArgumentError, ValueError) as error:
+        raise FitOptionsError(" ".join(str(_first_cause(error)).split())) from None
+    assert isinstance(found, CheckpointMergeCallback)
+    return found
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What a class has raised: the parser wraps it in a page of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _shortened(text: str) -> str:
+    """What matters of the parser's page about an argument, in one line."""
+    head, _, rest = text.partition("\n")
+    problem = re.search(r"(?s)Problem with given class_path .*?(?=\n    - |\n  \S|\Z)", rest)
+    return " ".join(f"{head} {problem[0] if problem else rest}".split())
+
+
+def _run(kind: type[MergeCLI], arguments: Sequence[str], exit_on_error: bool = True) -> None:
     # Passed on purpose: if LightningCLI read sys.argv, it would not know our other subcommands.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    MergeCLI(
+    options: dict[str, Any] = {} if exit_on_error else {"exit_on_error": False}
+    kind(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        parser_kwargs={"prog": "merge-callback"},
+        parser_kwargs={"prog": "merge-callback", **options, "fit": options},
         args=["fit", *arguments],
     )

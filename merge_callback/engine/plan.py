@@ -77,9 +77,7 @@ class Plan:
         """The lines to report at the start of fit."""
         place = f"{self.storage}, lost with the process"
         if self.folder:
-            here = Path.cwd()
-            shown = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
-            place = f"{self.storage} ({shown})"
+            place = f"{self.storage} ({from_here(self.folder)})"
         one, every = in_bytes(self.snapshot_bytes), f"{self.every:,} {self.unit}"
         share = (
             "" if self.rank_bytes == self.snapshot_bytes else f" ({in_bytes(self.rank_bytes)} of this rank)"
@@ -149,6 +147,12 @@ class Plan:
         if self.total_steps is None:
             return "; the run has no set end"
         return f"; {int(self.total_steps / steps)} in this run of {self.total_steps:,} steps"
+
+
+def from_here(path: Path) -> Path:
+    """A path as one would type it in the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def in_bytes(size: float) -> str:

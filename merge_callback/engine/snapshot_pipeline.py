@@ -5,16 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, SupportsFloat, TypeVar
 
+from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
-from merge_callback.engine.validations import closing_line
+from merge_callback.engine.validations import Scored, closing_line, gains
 from merge_callback.messages import info, warn
 from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
@@ -23,6 +27,7 @@ from merge_callback.publish.export import Exporter, Naming
 from merge_callback.recovery.schedule_free import evaluated_weights
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
+from merge_callback.signals.host import log as log_metrics
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
@@ -41,11 +46,12 @@ _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 @dataclass
 class _Report:
-    """What is logged about a snapshot, and at which step."""
+    """What is logged about a snapshot, and at which step; ``stall`` are the seconds that training waited."""
 
     logged_step: int
     phase: Phase
     snapshot: Snapshot
+    stall: float = 0.0
     window: int = 0
     segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
@@ -77,15 +83,11 @@ class SnapshotPipeline:
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude, options.lora)
-        if apart := self._merger.merged_apart:
-            info(
-                f"merge: {', '.join(apart)} merges the factors A and B of LoRA adapters each for itself; a "
-                "linear method (method='sma') in a run of one process merges what they add together"
-            )
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
+        self.history = History()
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
@@ -95,6 +97,7 @@ class SnapshotPipeline:
         self.advice = Advice(options.window, numel, host.total_steps)
         self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
+        self._layers: dict[str, list[str]] = {}  # the names of the measured tensors, by layer
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
         self._warned_of_waiting = False
 
@@ -109,6 +112,11 @@ class SnapshotPipeline:
         """The window's merger, once it has processed the last snapshot."""
         self.wait_until_merged()
         return self._merger
+
+    @property
+    def stored_snapshots(self) -> list[Snapshot]:
+        """The window's snapshots; the last one may still be on its way there."""
+        return self._window.snapshots
 
     @property
     def has_pending_logs(self) -> bool:
@@ -129,11 +137,13 @@ class SnapshotPipeline:
             live: the live model's tensors, or the error that kept them from being read.
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
+        stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
+        report.stall = stall + time.monotonic()
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -145,6 +155,11 @@ class SnapshotPipeline:
         self.log_pending()
         self.host.expose(self._logged)
         self._logged = {}
+
+    def wait_for_last(self) -> None:
+        """Waits until the last snapshot is in the window, some minutes at most; each rank may do so alone."""
+        if self._pending is not None and not self.background.is_current:
+            self._pending.wait(_PATIENCE)
 
     def log_pending(self) -> None:
         """Logs the snapshots that are in the window by now; each rank does so at its own time."""
@@ -160,25 +175,26 @@ class SnapshotPipeline:
         self.background.drain()
         self.wait_until_merged()
 
-    def current_merge(self, model: ModelTensors) -> Merge | None:
-        """The merge of the present window; ``None`` if there is none, or if it can't be made."""
+    def current_merge(self, model: ModelTensors, merger: WindowMerger | None = None) -> Merge | None:
+        """The merge of the present window; ``None`` if there is none, or if it can't be made.
+
+        Args:
+            model: the live model's tensors.
+            merger: another merger of the window than the one whose merges are published.
+        """
         self.wait_until_merged()
         try:
             self._warn_of_cuts()
-            return self._without_altered(partial(self._agreed_merge, model))
+            return self._without_altered(partial(self._agreed_merge, model, merger or self._merger))
         except Exception:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
-    def note_validation(
-        self,
-        merge: Merge,
-        live: Mapping[str, SupportsFloat],
-        merged: Mapping[str, SupportsFloat],
-        lower: Mapping[str, bool | None],
-    ) -> dict[str, float]:
+    def note_validation(self, live: Mapping[str, SupportsFloat], scored: Scored) -> dict[str, float]:
         """What is logged of a merge's validation besides its metrics; see ``Advice.after_validation``."""
-        metrics, line = self.advice.after_validation(merge.snapshots[-1], live, merged, lower)
+        if scored.newest is None:
+            return gains(live, scored.metrics, scored.lower)
+        metrics, line = self.advice.after_validation(scored.newest, live, scored.metrics, scored.lower)
         if line:
             info(line)
         return metrics
@@ -228,8 +244,7 @@ class SnapshotPipeline:
 
         A checkpoint waits until the last snapshot is in the window, but not until its merge is published.
         """
-        if self._pending is not None and not self.background.is_current:
-            self._pending.wait(_PATIENCE)
+        self.wait_for_last()
         try:
             self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
@@ -244,6 +259,8 @@ class SnapshotPipeline:
             "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
+            "history": self.history.state_dict(),
+            "remote_names": self.publisher.remote_names,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -252,6 +269,7 @@ class SnapshotPipeline:
         self.published = state.get("emissions", len(state["published"]))
         if "advice" in state:  # older versions have none
             self.advice.load_state_dict(state["advice"])
+        self.history.load_state_dict(state.get("history", {}))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
@@ -292,6 +310,7 @@ class SnapshotPipeline:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+        seconds = -time.monotonic()
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
             return
@@ -306,6 +325,29 @@ class SnapshotPipeline:
         report.window, report.segment = len(self._window), self._window.segment()
         report.diversity = self._merger.diversity
         self._reports.append(report)
+        self._record(report, seconds + time.monotonic())
+
+    def _record(self, report: _Report, seconds: float) -> None:
+        snapshot, window = report.snapshot, self._window.snapshots
+        self.host.record(
+            "snapshot",
+            snapshot.step,
+            tokens=snapshot.tokens,
+            lr=snapshot.lr,
+            phase=snapshot.phase,
+            bytes=self._window.store.sizes[len(window) > 1],
+            stall=report.stall,
+            background=seconds,
+            window=[kept.step for kept in window],
+            diversity=report.diversity and report.diversity["rms"],
+            layers=self._diversity_of_layers(),
+        )
+
+    def _diversity_of_layers(self) -> dict[str, float]:
+        values = self._merger.rms_by_tensor
+        if values.keys() != {name for names in self._layers.values() for name in names}:
+            self._layers = layer_groups(values)
+        return {group: fmean(values[name] for name in names) for group, names in self._layers.items()}
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Adds a captured snapshot to the window; returns whether that succeeded."""
@@ -323,10 +365,10 @@ class SnapshotPipeline:
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
             prepared = self._prepared(merge, model.tied)
-            done = self.background.submit(partial(self._publish, merge.step, prepared))
+            done = self.background.submit(partial(self._publish, merge, prepared))
             merge.published = done.wait
 
-    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
+    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], Path | None] | Exception:
         """A function that publishes a merge, or the error that keeps this rank from it."""
         try:
             return self._exporter.prepare(
@@ -335,24 +377,43 @@ class SnapshotPipeline:
                 diversity=self._merger.diversity,
                 layout=self._window.store.whole.hash,
                 run_id=self._window.folder.run_id,
+                **({"metrics": scores} if (scores := self.history.scores(merge.step)) else {}),
             )
         except Exception as error:  # the other ranks have to learn of it
             return error
 
-    def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
+    def _publish(self, merge: Merge, prepared: Callable[[], Path | None] | Exception) -> None:
+        seconds = -time.monotonic()
         try:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
-            if not isinstance(prepared, Exception):
-                prepared()
-            self._emitted, self.published = step, self.published + 1
+            if not isinstance(prepared, Exception) and (folder := prepared()):
+                self._record_emission(merge, folder, seconds + time.monotonic())
+            self._emitted, self.published = merge.step, self.published + 1
         except Exception as error:
-            warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
+            warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
+
+    def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
+        newest, size = merge.snapshots[-1], None
+        with suppress(OSError):  # it may be uploaded, and gone from here
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        self.host.record(
+            "emission",
+            merge.step,
+            path=folder.name,
+            method=merge.method.name,
+            phase=newest.phase,
+            tokens=newest.tokens,
+            snapshots=[snapshot.step for snapshot in merge.snapshots],
+            weights=merge.weights,
+            bytes=size,
+            seconds=seconds,
+        )
 
     def _warn_of_cuts(self) -> None:
         for line in self._window.drop_cut():
             warn(f"merge: left out of the window: {line}")
 
-    def _agreed_merge(self, model: ModelTensors) -> Merge | None:
+    def _agreed_merge(self, model: ModelTensors, merger: WindowMerger) -> Merge | None:
         """The merge of the present window, if every rank could make its part of it.
 
         Raises:
@@ -361,13 +422,13 @@ class SnapshotPipeline:
         merge: Merge | None = None
         problem: Exception | None = None
         try:
-            merge = self._merger.current(model)
+            merge = merger.current(model)
         except Exception as error:
             problem = error
         try:
             self._window.ranks.agree(problem)
         except Exception:
-            self._merger.forget()  # also on the ranks that succeeded
+            merger.forget()  # also on the ranks that succeeded
             raise
         return merge
 
@@ -403,7 +464,9 @@ class SnapshotPipeline:
             metrics[DIVERSITY_RMS] = diversity["rms"]
             metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
         metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
-        self.host.log(metrics, report.logged_step)
+        log_metrics(self.host, metrics, snapshot.step, report.logged_step)
         self._logged |= metrics
+        self.history.add_snapshot(snapshot, metrics)
         if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)
+            self.host.record("advice", snapshot.step, text=line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, SupportsFloat
 
 from merge_callback.engine.forecast import forecast
@@ -33,6 +33,29 @@ def gains(
         for name in merged
         if name in live and lower.get(name) is not None
     }
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a merge scored in a validation.
+
+    Args:
+        metrics: by the names that the live ones have.
+        shown: the same by the names that loggers have.
+        lower: whether lower is better, by the live name; ``None`` if that is not known.
+        step: of the merge's newest snapshot.
+        newest: that snapshot; ``None`` if the merge is none of the window's.
+        numbers: what else is logged.
+        seconds: that the validation took; ``None`` if that is not known.
+    """
+
+    metrics: Mapping[str, SupportsFloat]
+    shown: Mapping[str, float]
+    lower: Mapping[str, bool | None]
+    step: int
+    newest: Snapshot | None = None
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from merge_callback.checkpoints.file_names import ADAPTER_CONFIG, PROVENANCE
+from merge_callback.checkpoints.file_names import ADAPTER_CONFIG
 from merge_callback.checkpoints.lora import LoraAdapter, adapters_of, plain
 from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.offline.adapter_merge import AdapterMerge
 from merge_callback.offline.adapter_output import IntoAdapter, IntoBase
 from merge_callback.offline.job import Job
-from merge_callback.offline.output import ModelFiles
+from merge_callback.offline.output import ModelFiles, write_record
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each, numbers
-from merge_callback.snapshots.safetensors_file import write_json
 
 
 def opened_adapters(paths: Sequence[Path]) -> list[LoraAdapter]:
@@ -76,7 +75,7 @@ def merge_adapters(job: Job, adapters: Sequence[LoraAdapter], output: Path) -> d
             "files": checksums,
             "left_out": dict(writing.like.left_out),
         }
-        write_json(draft / PROVENANCE, record)
+        record = write_record(draft, record, writing.like.path)
     return record
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from merge_callback.checkpoints.file_names import CONFIG, PROVENANCE
+from merge_callback.checkpoints.file_names import CONFIG
 from merge_callback.checkpoints.merge_record import versions
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
 from merge_callback.checkpoints.safetensors_shards import shard_names
@@ -25,7 +25,7 @@ from merge_callback.offline.alignment import aligned, published_name
 from merge_callback.offline.compatibility import check_mergeable, check_patterns
 from merge_callback.offline.job import Job
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
-from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_texts
+from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_record, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.workers import each, numbers
 from merge_callback.snapshots.arena import all_finite
@@ -90,7 +90,7 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
             "files": checksums,
             "left_out": {} if lightning else dict(newest.left_out),
         }
-        write_json(draft / PROVENANCE, record)
+        record = write_record(draft, record, newest.path)
     return record
 
 

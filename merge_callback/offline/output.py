@@ -7,14 +7,21 @@ import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from merge_callback.checkpoints.card import base_model_of, renamed_cards, write_card
 from merge_callback.checkpoints.checkpoint import Checkpoint
-from merge_callback.checkpoints.file_names import WEIGHTS
+from merge_callback.checkpoints.file_names import CARD, PROVENANCE, WEIGHTS
 from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.snapshots.files import copy_file, sync
-from merge_callback.snapshots.safetensors_file import file_checksum, map_new_file, tensors_header
+from merge_callback.snapshots.safetensors_file import (
+    file_checksum,
+    map_new_file,
+    tensors_header,
+    write_json,
+)
 
 _MOST_BYTES = 5 * 10**9  # of a file
 _NAMED_LIKE_A_MODEL = re.compile(r"(model|diffusion_pytorch_model|adapter_model)[.-]")
@@ -152,7 +159,8 @@ class _File:
 
 
 def copy_extras(extras: Mapping[str, Path], folder: Path) -> dict[str, str]:
-    """Copies what lies beside a model's weights; returns the SHA-256 of each."""
+    """Copies what lies beside a model's weights; returns the SHA-256 of each by the name it has now."""
+    extras = renamed_cards(extras)
     for name, path in extras.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, folder / name)
@@ -164,3 +172,20 @@ def write_texts(texts: Mapping[str, str], folder: Path) -> dict[str, str]:
     for name, text in texts.items():
         (folder / name).write_text(text)
     return {name: file_checksum(folder / name) for name in texts}
+
+
+def write_record(folder: Path, record: Mapping[str, Any], like: Path) -> dict[str, Any]:
+    """Writes the card and the record of a merge, which is complete then; returns what the record says.
+
+    Args:
+        folder: the draft, with all other files.
+        record: what ``merge.json`` says, without what follows from the card.
+        like: the checkpoint that the merge is like.
+    """
+    base = base_model_of(like)
+    whole = {**record, **({"base_model": base} if base else {})}
+    write_card(folder, whole, like)
+    if (folder / CARD).exists():
+        whole["files"] = {**record["files"], CARD: file_checksum(folder / CARD)}
+    write_json(folder / PROVENANCE, whole)
+    return whole

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.file_names import CARD, PROVENANCE
 from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.model_folder import named_below
 from merge_callback.snapshots.files import CorruptFileError, make_folder, sync
+from merge_callback.snapshots.safetensors_file import file_checksum
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # Linux
 _RENAME_SWAP = 2  # macOS
@@ -164,7 +165,9 @@ def _whats_lost(target: Path, sources: Iterable[Path]) -> str:
             first = name.partition("/")[0]
             other = name if first in above else first
             return f"holds {other!r}, which is no part of the merge"
-    return ""
+    card = target / CARD
+    is_edited = CARD in own and card.is_file() and file_checksum(card) != read_record(target).files[CARD]
+    return f"its {CARD} was edited" if is_edited else ""
 
 
 def _own_names(folder: Path) -> set[str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.card import write_card
+from merge_callback.checkpoints.file_names import CARD, LATEST, PROVENANCE
 from merge_callback.checkpoints.merge_record import MergeRecord, find_record
 from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.publish.provenance import emission_name
@@ -114,6 +115,7 @@ class Publisher:
             if add_files is not None:
                 add_files(made)
             files = dict(write(made))
+            write_card(made, record)
             files |= {p.name: file_checksum(p) for p in made.iterdir() if p.name not in files}
             write_json(made / PROVENANCE, {**record, "tied": dict(tied or {}), "files": files})
             target = self._place(made, name, files)
@@ -166,13 +168,18 @@ class Publisher:
         name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
         return name and self.folder / name
 
+    @property
+    def remote_names(self) -> dict[str, str]:
+        """The names that emissions have in a remote folder, as far as they are others than here."""
+        return {}
+
     def finish_uploads(self, timeout: float | None = None) -> None:
         """Waits until all that is published is where it belongs, so many seconds at most; here it is."""
 
     def _named_after(self, step: int, others: Iterable[str]) -> list[str]:
         """Emissions of a step that lie here under a name that a publisher gave them."""
         found = sorted(self.folder.glob(f"step={step:08d}-*")) if step >= 0 else []
-        return [p.name for p in found if _is_own_name(p.name, find_record(p)) and p.name not in others]
+        return [p.name for p in found if is_own_name(p.name, find_record(p)) and p.name not in others]
 
     def _newest_name(self, step: int, names: Sequence[str]) -> str | None:
         return next((name for name in reversed(names) if step_of(name) <= step), None)
@@ -213,14 +220,21 @@ class Publisher:
             self._remove(self.published.pop(0))
 
     def _remove(self, name: str) -> None:
-        # Renamed first, and durably: a folder that is visible under its name is complete, also while it
-        # goes, and also after a power loss.
-        doomed = hidden_path(self.folder, name, "old")
         with contextlib.suppress(OSError):
-            clear(doomed)
-            os.rename(self.folder / name, doomed)
-            sync(self.folder)
-            clear(doomed)
+            remove_emission(self.folder, name)
+
+
+def remove_emission(folder: Path, name: str) -> None:
+    """Removes an emission, so that what is visible under its name is complete, also after a power loss.
+
+    Raises:
+        OSError: if it can't be removed, or not as a whole.
+    """
+    doomed = hidden_path(folder, name, "old")  # renamed first, and durably
+    clear(doomed)
+    os.rename(folder / name, doomed)
+    sync(folder)
+    clear(doomed)
 
 
 def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:
@@ -235,7 +249,7 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step=").partition("-")[0])
 
 
-def _is_own_name(name: str, record: MergeRecord) -> bool:
+def is_own_name(name: str, record: MergeRecord) -> bool:
     """Whether a publisher named a folder so, and not somebody who has kept a copy."""
     method = record.content.get("method")
     if record.step is None or not isinstance(method, dict) or not isinstance(method.get("name"), str):
@@ -245,7 +259,11 @@ def _is_own_name(name: str, record: MergeRecord) -> bool:
 
 
 def _holds(folder: Path, files: Mapping[str, str]) -> bool:
-    """Whether a folder's files are, on disk and not only by its record, the ones with these checksums."""
-    if find_record(folder).files != files:
+    """Whether a folder's files are, on disk and not only by its record, the ones with these checksums.
+
+    Its card aside, which tells the metrics that were known by then, and which somebody may have edited.
+    """
+    if find_record(folder).own_files != {name: files[name] for name in files if name != CARD}:
         return False
-    return all((folder / f).is_file() and file_checksum(folder / f) == files[f] for f in files)
+    own = [folder / name for name in files if name != CARD]
+    return all(path.is_file() and file_checksum(path) == files[path.name] for path in own)

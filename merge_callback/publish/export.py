@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from merge_callback.checkpoints.card import public_name
 from merge_callback.publish.adapter import Adapter
 from merge_callback.publish.emission import ModelFiles, Publisher
 from merge_callback.publish.hugging_face import find_pretrained, write_config
@@ -32,7 +33,7 @@ class Naming:
     """The prefix taken off published names, and what else a model's loader needs beside the weights.
 
     ``adapter`` is that of peft, if the module trains one. ``complex`` names the complex tensors, which a
-    window keeps as real and imaginary parts.
+    window keeps as real and imaginary parts. ``base_model`` is what a hub calls the model that was loaded.
     """
 
     prefix: str = ""
@@ -40,6 +41,7 @@ class Naming:
     further_files: Mapping[str, bytes] = field(default_factory=dict)
     adapter: Adapter | None = None
     complex: frozenset[str] = frozenset()
+    base_model: str = ""
 
     @classmethod
     def of(
@@ -71,7 +73,8 @@ class Naming:
                 )
             prefix = ""  # a second head beside the Hugging Face model's own, say
         add_files = partial(write_config, found[1]) if found and found[0] == prefix else None
-        return cls(prefix, add_files, further_files or {}, Adapter.of(module), complex_names(module))
+        base = public_name(getattr(found[1], "name_or_path", None)) if found else ""
+        return cls(prefix, add_files, further_files or {}, Adapter.of(module), complex_names(module), base)
 
     def published(self, name: str) -> str:
         """A tensor's name in the emission."""
@@ -102,6 +105,7 @@ class Naming:
             "copied": sorted(copied),
             "files": texts,
             **({"complex": sorted(self.complex)} if self.complex else {}),
+            **({"base_model": self.base_model} if self.base_model else {}),
         }
 
     def as_they_are(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -158,6 +162,7 @@ class Exporter:
             copied=merge.copied,
             **({"lora": {"products": merge.lora_products}} if merge.lora_products else {}),
             **({"recomputed": merge.recomputed} if merge.recomputed else {}),
+            **({"base_model": self._naming.base_model} if self._naming.base_model else {}),
             stripped_prefix=self._naming.prefix,
             **record,
         )

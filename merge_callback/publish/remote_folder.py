@@ -75,7 +75,7 @@ class RemoteFolder(RemoteFiles):
                 self._write_emission(name, held, source, run_id)
                 return name
             there = self.record(name)
-            if (there.run_id, there.files) == (run_id, record.files):
+            if (there.run_id, there.own_files) == (run_id, record.own_files):
                 if _UPLOADING in held:
                     self._files.rm_file(self._path(name, _UPLOADING))
                 return name

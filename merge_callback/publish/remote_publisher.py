@@ -68,6 +68,11 @@ class RemotePublisher(Publisher):
             return name and self.folder / name
         return f"{self.url}/{self._places.get(name, name)}"
 
+    @property
+    def remote_names(self) -> dict[str, str]:
+        """The names that emissions have in the remote folder, as far as they are others than here."""
+        return {here: there for here, there in dict(self._places).items() if here != there}
+
     def finish_uploads(self, timeout: float | None = None) -> None:
         """Tries once more to upload what is not uploaded yet, for so many seconds at most."""
         self._submit()

@@ -17,7 +17,7 @@ from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.evidence import Evidence, HeldBatches
 from merge_callback.recovery.inquiry import Inquiry
 from merge_callback.recovery.restore import Recovery
-from merge_callback.recovery.spike_log import RECORD, announce, append, number, sentence_of
+from merge_callback.recovery.spike_log import RECORD, announce, append, number, sentence, sentence_of
 from merge_callback.recovery.step_origins import StepOrigins
 from merge_callback.signals.drift import DRIFT_STEPS
 from merge_callback.signals.host import Host, report
@@ -338,6 +338,7 @@ class SpikePolicy:
         if self._merger().ranks.is_first:
             event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
             append(self.dirpath, event, self.before_writing)
+            self.host.record("spike", record["step"], record=record, text=sentence(record))
         announce(self.host, record)
         if self.options.on_spike is None:
             return

@@ -37,7 +37,7 @@ def test_adapters_of_a_run_are_merged_into_an_adapter(given, tmp_path, capsys, m
     save_adapters(tmp_path / "run")
     assert main(["merge", "--quiet", str(tmp_path / given), "--output", str(tmp_path / "out")]) == 0
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"adapter_model.safetensors", "adapter_config.json", "merge.json"}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "merge.json", "README.md"}
     merged = load_file(tmp_path / "out/adapter_model.safetensors")
     product = merged[NEW.format("B")] @ merged[NEW.format("A")]
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
@@ -64,7 +64,8 @@ def test_an_adapter_beside_a_whole_model_is_left_out_with_its_configuration(tmp_
     for step, folder in enumerate(folders):
         save_file({"w": torch.full((2,), float(step))}, folder / "model.safetensors")
     assert main(["merge", "--quiet", *map(str, folders), "--output", str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "merge.json"}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"model.safetensors", "merge.json", "README.md"}
 
 
 # What peft itself makes of it.
@@ -159,5 +160,5 @@ def test_learned_prompts_are_published_as_the_module_alone(peft, tmp_path):
     base = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2))
     prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     module, merge = trained(peft.get_peft_model(base, prompts), tmp_path)
-    assert {path.name for path in merge.iterdir()} == {"model.safetensors", "merge.json"}
+    assert {path.name for path in merge.iterdir()} == {"model.safetensors", "merge.json", "README.md"}
     module.load_state_dict(load_merge(merge))

@@ -55,12 +55,17 @@ def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+def here(name: str) -> str:
+    """What a file is called beside the merge, which has a card of its own."""
+    return "README.original.md" if name == "README.md" else name
+
+
 def test_every_file_that_is_no_weights_is_taken_along_and_the_others_are_named(tmp_path, capsys):
     folders = model_folders(tmp_path, files=[*TAKEN, *LEFT])
     assert merge(*folders, "--output", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == {"model.safetensors", "merge.json", *TAKEN}
+    assert names(tmp_path / "out") == {"model.safetensors", "merge.json", "README.md", *map(here, TAKEN)}
     for name in TAKEN:
-        assert (tmp_path / "out" / name).read_bytes() == (folders[1] / name).read_bytes()
+        assert (tmp_path / "out" / here(name)).read_bytes() == (folders[1] / name).read_bytes()
     told = capsys.readouterr().err
     record = json.loads((tmp_path / "out/merge.json").read_text())
     assert record["left_out"].keys() == {name.partition("/")[0] for name in LEFT}
@@ -74,7 +79,7 @@ def test_a_merge_with_sub_folders_is_replaced_and_nothing_else(tmp_path, capsys)
     folders = model_folders(tmp_path, files=TAKEN)
     arguments = [*folders, "--output", tmp_path / "out", "--force"]
     assert merge(*arguments) == merge(*arguments) == 0
-    assert names(tmp_path / "out") == {"model.safetensors", "merge.json", *TAKEN}
+    assert names(tmp_path / "out") == {"model.safetensors", "merge.json", "README.md", *map(here, TAKEN)}
     assert not list(tmp_path.glob(".out*"))
     (tmp_path / "out/code/mine.py").write_text("")
     capsys.readouterr()
@@ -98,7 +103,7 @@ def test_a_merge_with_sub_folders_is_replaced_and_nothing_else(tmp_path, capsys)
 def test_the_weights_keep_their_file_s_name(tmp_path, weights):
     folders = model_folders(tmp_path, weights)
     assert merge(*folders, "--output", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == {weights, "config.json", "merge.json"}
+    assert names(tmp_path / "out") == {weights, "config.json", "merge.json", "README.md"}
     assert torch.equal(load_file(tmp_path / "out" / weights)["w"], torch.full((4,), 0.5))
     assert torch.equal(load_merge(tmp_path / "out")["w"], torch.full((4,), 0.5))
     assert merge(*folders, "--output", tmp_path / "split", "--shard-size", 60) == 0

@@ -220,7 +220,7 @@ def test_a_merge_is_replaced_by_force(tmp_path, monkeypatch, at_once, old):
         warnings.simplefilter("error")
         assert merge(tmp_path / "step=2.safetensors", "--output", tmp_path / "out", "--force") == 0
     assert value(tmp_path / "out") == 2.0
-    assert sorted(os.listdir(tmp_path / "out")) == ["merge.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "merge.json", "model.safetensors"]
     assert not list(tmp_path.glob(".*"))
 
 

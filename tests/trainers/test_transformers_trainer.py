@@ -565,3 +565,15 @@ def test_two_ranks_merge_and_are_restored_like_one(sharded, tmp_path):
     (event,) = map(json.loads, (tmp_path / "spike" / "merges" / "spikes.jsonl").read_text().splitlines())
     assert event["event"] == "restore"
     assert event["evidence"]["source"] == "batch"
+
+
+def test_the_callback_shows_its_run_in_python_when_it_is_over(tmp_path):
+    merging = CheckpointMergeTrainerCallback(**OPTIONS)
+    train(tmp_path, merging, eval_strategy="steps", eval_steps=4)
+    assert [s.step for s in merging.window] == [8, 10, 12]
+    rows = [row for row in merging.history if row["event"] == "validation"]
+    assert [(row["step"], row["merge_step"]) for row in rows] == [(4, 4), (8, 8), (12, 12)]
+    scores = {row["merge_step"]: row["merged_eval_loss"] for row in rows}
+    assert merging.best.name.startswith(f"step={min(scores, key=scores.get):08d}-")
+    assert merging.latest == (tmp_path / "merges/latest").resolve()
+    assert_same_bits(merging.merge(), load_merge(merging.latest))

@@ -13,6 +13,7 @@ import torch
 from torch.optim import Optimizer
 
 from merge_callback.engine.probe import first_sequences
+from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info, warn
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class CheckpointMergeCallback(LightningCallback):
+class CheckpointMergeCallback(RunResults, LightningCallback):
     """Keeps a rolling window of weight snapshots, merges them, and rescues the run with them after a spike.
 
     At every interval the callback takes a snapshot of the weights, measures its distance to an earlier one
@@ -56,6 +57,9 @@ class CheckpointMergeCallback(LightningCallback):
 
     Under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each rank stores its own shards,
     and its share of what several ranks hold in common.
+
+    While the run goes on and afterwards, ``window``, ``latest``, ``best`` and ``history`` show what there is,
+    and ``merge()`` merges the window now.
 
     Note:
         The module's validation hooks run a second time for the merged weights.
@@ -108,8 +112,8 @@ class CheckpointMergeCallback(LightningCallback):
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
-        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
-            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
+        lora: How LoRA adapters are merged that peft has put into the model: ``"delta"`` by what they add (the
+            nearest factors to the merge of the products B A), ``"factors"`` A and B each for itself.
         base: The model that this run and ``experts`` began as; not needed if all are LoRA adapters.
         experts: Finished experts: checkpoints or LoRA adapters. After each validation this run's weights are
             merged with them by ``method`` (a name: λ and density are tuned on the validation data), and
@@ -244,7 +248,6 @@ class CheckpointMergeCallback(LightningCallback):
             self.session = self.session.follow_model()
             if self.session is None:
                 return
-            self._validation.sharding = self.session.sharding
             self.session.take_snapshot()
         if self.options.evaluate:
             self._validation.note_beginning()
@@ -279,12 +282,10 @@ class CheckpointMergeCallback(LightningCallback):
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
-            if self.options.evaluate and self._validation:
-                if self.session.experts:
-                    self._validation.update_expert(self.session.experts, self.session.live())
-                else:
-                    note = self.session.pipeline.note_validation
-                    self._validation.update(self.session.current_merge(), note)
+            if self._validation and self.options.evaluate:
+                self._validation.update(self.session)
+            elif self._validation:
+                self._validation.note_live(self.session)
 
     def _offer(self, batch: Any) -> None:
         """Offers a probe batch; until the session begins, it is kept."""
@@ -336,6 +337,9 @@ class CheckpointMergeCallback(LightningCallback):
     def state_dict(self) -> dict[str, Any]:
         """Token clock, phase, and the records of the window's snapshots, as primitives."""
         return self._state(self.session) if self.session else self._resume
+
+    def _run(self) -> tuple[MergeSession | None, dict[str, Any]]:
+        return self.session, self._resume
 
     def _state(self, session: MergeSession, to_keep: bool = True) -> dict[str, Any]:
         assert self._validation is not None

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from functools import partial
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,17 +21,16 @@ from torch import Tensor, nn
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
-from merge_callback.engine.validations import gains
+from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import Scored
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
-from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
 from merge_callback.trainers.lightning.private import (
     callback_metrics,
@@ -92,52 +92,35 @@ class MergedValidation:
         """Notes which weights a live validation is run with."""
         self._seen.note_live()
 
-    def update(self, merge: Merge | None, note: Callable[..., Mapping[str, float]]) -> None:
-        """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
+    def update(self, session: MergeSession) -> None:
+        """Validates the present merge, if it is new, or those of the live weights with finished experts.
 
-        Afterwards there are ``merged/…`` values of exactly the metrics that the merge was validated with. A
-        monitor must find its key from the first validation on, so until there is a merge the live values are
-        repeated.
-
-        Args:
-            merge: the present one, if any.
-            note: what ``SnapshotPipeline.note_validation`` does.
+        A failed validation is logged; the run goes on. Afterwards there are ``merged/…`` values of exactly
+        the metrics that the merge was validated with. A monitor must find its key from the first validation
+        on, so until there is a merge the live values are repeated.
 
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        live = self._live()
-        if merge is not None and merge.step != self.step:
+        self.sharding = session.sharding
+        live, scored = self._live(), None
+        if session.experts:
+            scored = self._validate_experts(session.experts, session.live(), live)
+        elif (merge := session.current_merge()) is not None and merge.step != self.step:
+            seconds = -time.monotonic()
             merged = self._validate(merge.arena)
             if merged is not None:
-                self._note(merge.step, live, merged, partial(note, merge))
+                scored = self._scored(live, merged, merge.step)
+                scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
+        if scored is not None:
+            self.step, self._has_failed, self.metrics = scored.step, False, dict(scored.shown)
+            self._report_missing(sorted(live.keys() - scored.metrics.keys()))
+        session.note_validation(live, scored)
         self._show(live)
 
-    def update_expert(self, experts: ExpertMerge, model: ModelTensors) -> None:
-        """Validates the merges of the live weights with finished experts, and keeps what the best one scores.
-
-        A failed merge or validation is logged; the run goes on.
-
-        Raises:
-            HalfRestoredError: if the live weights could not be put back, on any rank.
-        """
-        live, results = self._live(), validation_results(self.trainer)
-        is_lower = self._directions.lower_is_better
-        lower = {name: is_lower(name, self.trainer, results, self.module) for name in live}
-        monitored = [name.removeprefix(MERGED) for name in sorted(self._monitored())]
-        try:
-            found = experts.validate(model, self._validate, lower, monitored)
-        except Exception as error:
-            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
-                raise
-            log.exception("merge: the merge with the other experts failed; training goes on")
-            found = None
-        if found is None:
-            self.step, self.metrics, self._has_failed = -1, {}, True
-        else:
-            merged, numbers = found
-            self._note(self._host.step, live, merged, numbers=numbers)
-        self._show(live)
+    def note_live(self, session: MergeSession) -> None:
+        """Notes what the live weights score, if no merge is to be validated."""
+        session.note_validation(self._live())
 
     def _live(self) -> dict[str, Tensor]:
         return epoch_metrics(validation_results(self.trainer), self.trainer.callback_metrics)
@@ -189,20 +172,30 @@ class MergedValidation:
             return None
         return metrics
 
-    def _note(
-        self,
-        step: int,
-        live: Mapping[str, Tensor],
-        merged: Mapping[str, Tensor],
-        note: Callable[..., Mapping[str, float]] = gains,
-        numbers: Mapping[str, float] | None = None,
-    ) -> None:
-        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers."""
-        self.step, self._has_failed = step, False
-        self.metrics = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
-        lower = self._lower_is_better(live, merged)
-        report(self._host, {**self.metrics, **note(live, merged, lower), **(numbers or {})})
-        self._report_missing(sorted(live.keys() - merged.keys()))
+    def _validate_experts(
+        self, experts: ExpertMerge, model: ModelTensors, live: Mapping[str, Tensor]
+    ) -> Scored | None:
+        """What the best merge of the live weights with finished experts scores; a failure is logged."""
+        results, is_lower = validation_results(self.trainer), self._directions.lower_is_better
+        lower = {name: is_lower(name, self.trainer, results, self.module) for name in live}
+        monitored = [name.removeprefix(MERGED) for name in sorted(self._monitored())]
+        seconds = -time.monotonic()
+        try:
+            found = experts.validate(model, self._validate, lower, monitored)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            found = None
+        if found is None:
+            self.step, self.metrics, self._has_failed = -1, {}, True
+            return None
+        scored = self._scored(live, found[0], self._host.step)
+        return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
+
+    def _scored(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor], step: int) -> Scored:
+        shown = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
+        return Scored(merged, shown, self._lower_is_better(live, merged), step)
 
     def _monitored(self) -> set[str]:
         monitors = [getattr(c, "monitor", None) for c in self.trainer.callbacks]  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
+from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.messages import warn
 from merge_callback.options import Options
@@ -28,7 +29,7 @@ _STATE = "merge_callback{}.json"
 """In each of the trainer's checkpoints: the state of the first callback, ``""``, and of further ones."""
 
 
-class CheckpointMergeTrainerCallback(TrainerCallback):
+class CheckpointMergeTrainerCallback(RunResults, TrainerCallback):
     """Keeps a rolling window of weight snapshots in a Hugging Face ``Trainer``, and merges them.
 
     It does what ``CheckpointMergeCallback`` does under Lightning, and takes the same options, but for
@@ -41,7 +42,9 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
     best checkpoint follow the merge. Scalars go to the loggers of ``report_to`` and to ``state.log_history``.
 
     The state is saved with each of the trainer's checkpoints, and ``train(resume_from_checkpoint=…)``
-    restores it. Training with the callback and no spike is bit for bit training without it.
+    restores it. ``window``, ``latest``, ``best``, ``history`` and ``merge()`` show what there is, while the
+    training goes on and afterwards. Training with the callback and no spike is bit for bit training without
+    it.
 
     Note:
         ``compute_metrics`` is called a second time, for the merged weights.
@@ -72,6 +75,7 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
             )
         self.options = Options.resolve(**options)
         self.session: MergeSession | None = None
+        self._last_state: dict[str, Any] = {}  # of the training that is over
         self._trainer: Trainer | None = None
         self._replaced: list[tuple[object, str, partial[Any]]] = []
         self._half_restored = False
@@ -163,6 +167,10 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
             session, self.session = self.session, None
             self._put_back()
             session.finish()
+            self._last_state = session.state_dict()
+
+    def _run(self) -> tuple[MergeSession | None, dict[str, Any]]:
+        return self.session, self._last_state
 
     def _train(self, present: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``trainer.train``; lets go of the folder if it raises."""
@@ -263,6 +271,10 @@ class CheckpointMergeTrainerCallback(TrainerCallback):
         self._half_restored = session.is_half_restored or isinstance(error, HalfRestoredError)
         if not self._half_restored:  # else nothing is saved until the next training begins
             self._put_back()
+        try:
+            self._last_state = session.state_dict(to_keep=False)
+        except Exception:
+            log.exception("merge: the state of the training could not be kept")
         try:
             session.close()
         except Exception:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -16,12 +18,11 @@ from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
-from merge_callback.engine.validations import gains
+from merge_callback.engine.validations import Scored
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
-from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
@@ -44,6 +45,7 @@ class MergedEvaluation:
         self._found: dict[str, tuple[int, dict[str, float]]] = {}  # by prefix: the merge's step, its metrics
         self._failed: set[str] = set()
         self._told: set[str] = set()
+        self._noted: dict[str, Any] = {}  # for ``History.add_validation``
 
     def run_live(self, present: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Runs the trainer's ``evaluation_loop``, and notes it."""
@@ -68,12 +70,19 @@ class MergedEvaluation:
         if (evaluated := self._host.evaluated) is None:
             return
         prefix = evaluated.prefix
+        scored = None
         if session.experts:
-            self._evaluate_expert(session, session.experts, evaluated)
+            scored = self._evaluate_experts(session, session.experts, evaluated)
         elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
+            seconds = -time.monotonic()
             found = self._evaluate(merge.arena, session, evaluated)
             if found is not None:
-                self._note(merge.step, evaluated, found, partial(session.pipeline.note_validation, merge))
+                scored = self._scored(found, prefix, merge.step)
+                scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
+        if scored is not None:
+            self._failed.discard(prefix)
+            self._found[prefix] = scored.step, dict(scored.shown)
+        session.note_validation(evaluated.metrics, scored)
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -90,9 +99,11 @@ class MergedEvaluation:
         """Goes on from a ``state_dict``."""
         self._found = {prefix: (step, dict(metrics)) for prefix, (step, metrics) in state.items()}
 
-    def _evaluate_expert(self, session: MergeSession, experts: ExpertMerge, evaluated: Evaluated) -> None:
-        """Evaluates the merges of the live weights with finished experts, and notes the best's metrics."""
-        prefix = evaluated.prefix
+    def _evaluate_experts(
+        self, session: MergeSession, experts: ExpertMerge, evaluated: Evaluated
+    ) -> Scored | None:
+        """What the best merge of the live weights with finished experts scores; a failure is logged."""
+        prefix, seconds = evaluated.prefix, -time.monotonic()
         lower = {name: self._lower_is_better(name, prefix) for name in evaluated.metrics}
         wanted = [_live(self._best, prefix) or self._best]
         try:
@@ -104,10 +115,11 @@ class MergedEvaluation:
             log.exception("merge: the merge with the other experts failed; training goes on")
             self._found.pop(prefix, None)
             self._failed.add(prefix)
-            return
-        if found is not None:
-            merged, numbers = found
-            self._note(session.step, evaluated, merged, numbers=numbers)
+            return None
+        if found is None:
+            return None
+        scored = self._scored(found[0], prefix, session.step)
+        return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
 
     def _evaluate(
         self, merged: Arena, session: MergeSession, evaluated: Evaluated
@@ -131,20 +143,9 @@ class MergedEvaluation:
             return None
         return found
 
-    def _note(
-        self,
-        step: int,
-        evaluated: Evaluated,
-        found: Mapping[str, float],
-        note: Callable[..., Mapping[str, float]] = gains,
-        numbers: Mapping[str, float] | None = None,
-    ) -> None:
-        """Logs what the merge of a step scores, what ``note`` makes of it, and further numbers."""
-        prefix = evaluated.prefix
-        self._failed.discard(prefix)
-        self._found[prefix] = (step, {_merged(name): value for name, value in found.items()})
-        noted = note(evaluated.metrics, found, self._directions(found, prefix))
-        report(self._host, {**self._found[prefix][1], **noted, **(numbers or {})})
+    def _scored(self, found: Mapping[str, float], prefix: str, step: int) -> Scored:
+        shown = {_merged(name): value for name, value in found.items()}
+        return Scored(found, shown, self._directions(found, prefix), step)
 
     def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         host = self._host
