@@ -132,5 +132,5 @@ def test_a_very_small_study_runs_to_its_pictures(tmp_path):
     ]
     subprocess.run(command, check=True, cwd=ROOT)
     record = json.loads((tmp_path / "upcycling.json").read_text())
-    assert len(record["findings"]) == 14
+    assert len(record["findings"]) == 15
     assert len(list(tmp_path.glob("upcycling_*.png"))) == 3

@@ -306,7 +306,8 @@ def beside_merged(record: dict[str, Any]) -> list[str]:
         for name, scores in others.items():
             each = [minus(stopped["merged"][m], scores[m][: len(stopped["merged"][m])]) for m in METHODS]
             by_seed = [mean(seed) for seed in zip(*each, strict=True)]
-            texts.append(f"{mean(by_seed):+.1f} ({min(by_seed):+.1f} to {max(by_seed):+.1f}) against {name}")
+            span = f" ({min(by_seed):+.1f} to {max(by_seed):+.1f})" if len(by_seed) > 1 else ""
+            texts.append(f"{mean(by_seed):+.1f}{span} against {name}")
         sentences.append(f"{KINDS.get(kind, 'LoRA')}: {', '.join(texts)}.")
     return sentences
 
