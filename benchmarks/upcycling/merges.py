@@ -24,6 +24,8 @@ GRIDS: dict[str, tuple[list[float], list[float]]] = {
 }
 """Of each method the values of λ, and of the density."""
 
+METHODS = tuple(GRIDS)
+
 
 @dataclass(frozen=True)
 class Merge:
@@ -89,6 +91,3 @@ def search(grid: Sequence[float], score: Callable[[float], float]) -> tuple[floa
         best = max(known, key=lambda i: known[i])
         wanted = {i for i in (best - reach, best + reach) if 0 <= i < len(grid)}
     return known[best], grid[best]
-
-
-METHODS = tuple(GRIDS)

@@ -86,10 +86,12 @@ def take(optimizer: Optimizer, loss: Tensor) -> None:
 
 
 def copy_of(weights: Weights) -> dict[str, Tensor]:
+    """Weights that training doesn't change."""
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
 def with_weights(weights: Weights) -> Encoder:
+    """A model."""
     model = Encoder()
     model.load_state_dict(dict(weights))
     return model
@@ -126,6 +128,7 @@ def features(model: Any, contexts: Tensor) -> Tensor:
 
 
 def logits(model: Any, task: Task, part: str) -> Tensor:
+    """Of all examples of a part, `(examples, classes)`."""
     return task.head(features(model, task.parts[part].contexts))
 
 
@@ -142,6 +145,7 @@ def accuracies(weights: Weights, tasks: Sequence[Task], part: str) -> list[float
 
 
 def mean(values: Sequence[float]) -> float:
+    """The mean of some numbers."""
     return sum(values) / len(values)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.upcycling.corpus import CONTEXT, PAD, File, encode, files
 
 Labelled = Iterator[tuple[int, int, str]]
-"""Line, column and label of positions; what precedes one is what the model sees."""
+"""Line, from 1, column and label of positions; what precedes one is what the model sees."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,10 @@ def column(file: File) -> Labelled:
     for token in _tokens(file):
         if token.type == tokenize.NAME:
             yield *token.start, str(min(since, 7))
-        since = (
-            0
-            if token.type in (tokenize.NEWLINE, tokenize.NL)
-            else since + (token.type not in (tokenize.INDENT, tokenize.DEDENT))
-        )
+        if token.type in (tokenize.NEWLINE, tokenize.NL):
+            since = 0
+        elif token.type not in (tokenize.INDENT, tokenize.DEDENT):
+            since += 1
 
 
 def _tokens(file: File) -> Iterator[tokenize.TokenInfo]:
@@ -144,9 +143,11 @@ def sample(task: str, held_out: bool, count: int, seed: int) -> Examples:
     room = dict.fromkeys(classes, 2 * count // len(classes))
     chosen: dict[tuple[int, ...], str] = {}
     for text, label in (positions[i] for i in order.tolist()):
-        if room[label] and (context := tuple(encode(text)[-CONTEXT:])) not in chosen:
+        lexemes = encode(text)[-CONTEXT:]
+        context = (*[PAD] * (CONTEXT - len(lexemes)), *lexemes)
+        if room[label] and context not in chosen:
             room[label] -= 1
-            chosen[(PAD,) * (CONTEXT - len(context)) + context] = label
+            chosen[context] = label
             if len(chosen) == count:
                 break
     labels = torch.tensor([classes.index(label) for label in chosen.values()])
