@@ -109,7 +109,7 @@ def _figure_1(record: dict[str, Any]) -> Iterator[Finding]:
             )
     if found := record.get("moerged"):
         steps = [step for step in found if step.isdigit()]
-        best = max(steps, key=lambda step: mean(found[step]["trained"]))
+        best = max(steps, key=lambda step: mean(found[step]["validation"]))
         lost = minus(found[best]["trained"], found[steps[-1]]["trained"])
         yield Finding(
             "Fig. 1, right",

@@ -19,7 +19,7 @@ PER_TASK = 8
 def moerged(
     study: Study, base: Weights, experts: Sequence[Factors], tasks: Sequence[Task], seed: int
 ) -> dict[str, list[float]]:
-    """The test accuracy of each task, `by_arrow` and `trained`."""
+    """The test accuracy of each task, `by_arrow` and `trained`, and the latter's on `validation` examples."""
     model = moerge(with_weights(base), experts, k=2)
     scores = {"by_arrow": [accuracy(model, task, "test") for task in tasks]}
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], study.rates[2], weight_decay=0.0)
@@ -35,4 +35,6 @@ def moerged(
             for task, x, part in zip(tasks, features, parts, strict=True)
         ]
         take(optimizer, torch.stack(losses).mean())
-    return {**scores, "trained": [accuracy(model, task, "test") for task in tasks]}
+    for name, part in (("trained", "test"), ("validation", "validation")):
+        scores[name] = [accuracy(model, task, part) for task in tasks]
+    return scores
