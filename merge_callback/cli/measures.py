@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_callback.analysis.interference import (
     Counts,
@@ -32,9 +33,17 @@ from merge_callback.analysis.tables import (
 )
 from merge_callback.checkpoints.lora import as_deltas, as_task_vectors
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
+from merge_callback.cli.imports import import_named
 from merge_callback.offline.alignment import aligned
 from merge_callback.offline.selection import select
 from merge_callback.snapshots.files import printable
+
+_MEASURES = {
+    "logits": ("cosine distance of the logits", ""),
+    "probabilities": ("KL divergence of the probabilities", ", in nats"),
+    "activations": ("cosine distance of the activations", ""),
+}
+"""Functional distances: what they are, and their unit."""
 
 
 def add_diversity(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +60,19 @@ def add_diversity(parser: argparse.ArgumentParser) -> None:
     add("--by-layer", action="store_true", help="the distances of every layer, too")
     add("--csv", type=Path, metavar="FILE", help="write every pair's distance to a table, too")
     add("--plot", type=Path, metavar="FILE.png", help="draw the distances, too; needs matplotlib")
+    add(
+        "--probe",
+        metavar="MODULE:FUNCTION",
+        help="also compare what the checkpoints compute: the function returns a model and a batch that its "
+        "forward takes, as my_probe:build; the module may lie in the current folder",
+    )
+    add(
+        "--probe-layers",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="with --probe, the modules whose activations are compared (the model's largest stack of blocks)",
+    )
 
 
 def add_interference(parser: argparse.ArgumentParser) -> None:
@@ -96,17 +118,34 @@ def _diversity(parsed: argparse.Namespace) -> int:
     for option, path in (("--csv", parsed.csv), ("--plot", parsed.plot)):
         _check_no_input(option, path, checkpoints)
     lags = _lags(parsed.lag, len(checkpoints))
+    probe = _built(parsed.probe) if parsed.probe else None
     found = pairwise_distances([c.tensors for c in checkpoints], labels=[c.path for c in checkpoints])
+    functional: dict[str, Tensor] = {}
+    if probe:
+        from merge_callback.analysis.functional import pairwise_functional
+
+        try:
+            tensors = [
+                {**c.tensors, **{n: c.tensors[kept] for n, kept in c.tied.items()}} for c in checkpoints
+            ]
+            labels = [c.path for c in checkpoints]
+            functional = pairwise_functional(*probe, tensors, parsed.probe_layers, labels)
+        except (TypeError, RuntimeError) as error:  # of the model's own code
+            raise ValueError(f"--probe {parsed.probe}: {error!r}") from error
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
     model, layers = found.model(), found.by_layer() if parsed.by_layer else {}
-    for line in _diversity_report(sources, found, model, layers, lags):
+    for line in (
+        *_diversity_report(sources, found, model, layers, lags),
+        *_functional_report(functional, lags),
+    ):
         print(printable(line))
     if parsed.csv:
-        write_csv(parsed.csv, sources, {WHOLE_MODEL: model, **layers})
+        write_csv(parsed.csv, sources, {WHOLE_MODEL: model, **layers}, functional)
     if parsed.plot:
         from merge_callback.analysis.plots import draw_distances
 
-        draw_distances(parsed.plot, sources, model, lags, layers)
+        shown = {_MEASURES[name][0]: matrix for name, matrix in functional.items()}
+        draw_distances(parsed.plot, sources, model, lags, layers, shown)
     return 0
 
 
@@ -124,6 +163,31 @@ def _diversity_report(
     if layers:
         yield ""
         yield from layer_table(layers, lags[-1])
+
+
+def _functional_report(functional: Mapping[str, Tensor], lags: Sequence[int]) -> Iterator[str]:
+    for name, matrix in functional.items():
+        for table in (matrix_table(matrix, *_MEASURES[name]), curve_table(matrix, lags)):
+            yield ""
+            yield from table
+
+
+def _built(spec: str) -> tuple[nn.Module, Any]:
+    """The model and the batch that a function of the user's returns.
+
+    Raises:
+        ValueError: if there is no such function, or it returns anything else.
+    """
+    module, _, function = spec.partition(":")
+    if not module or not function:
+        raise ValueError(f"--probe {spec}: name a function as MODULE:FUNCTION, e.g. my_probe:build")
+    build = getattr(import_named(f"--probe {spec}", module), function, None)
+    if not callable(build):
+        raise ValueError(f"--probe {spec}: the module has no function {function!r}")
+    built = build()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise ValueError(f"--probe {spec}: must return (model, batch), not a {type(built).__name__}")
+    return built
 
 
 def _lags(asked: int | None, count: int) -> list[int]:
