@@ -175,7 +175,7 @@ def provide(part: str, names: dict) -> None:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
         names |= hugging_face()
-    if 'load_merge("merges/latest")' in part:
+    if 'load_merge("merges/latest"' in part:
         train(
             names["model"],
             CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),

@@ -22,6 +22,11 @@ class FitOptionsError(ValueError):
     """An option of the trainer or the callback that can't be used."""
 
 
+_FIT = """Trains a LightningModule from a configuration in YAML, as LightningCLI does. Every option of the
+trainer, the callbacks, the module and the data may stand in the file or here, by its path. The demo's model and
+data are the defaults. Example: merge-callback fit --config config.yaml --trainer.max_steps 1000. To check a
+configuration without training: merge-callback validate --config config.yaml."""
+
 _INIT_FROM = (
     "Folder of a merge, such as run/merges/latest, whose weights the model begins with: a next stage, with "
     "a new optimizer. A run that is resumed (--ckpt_path) goes on with its own weights."
@@ -170,6 +175,6 @@ def _run(kind: type[MergeCLI], arguments: Sequence[str], exit_on_error: bool = T
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        parser_kwargs={"prog": "merge-callback", **options, "fit": options},
+        parser_kwargs={"prog": "merge-callback", **options, "fit": {**options, "description": _FIT}},
         args=["fit", *arguments],
     )
