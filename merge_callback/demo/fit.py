@@ -23,9 +23,9 @@ class FitOptionsError(ValueError):
 
 
 _FIT = """Trains a LightningModule from a configuration in YAML, as LightningCLI does. Every option of the
-trainer, the callbacks, the module and the data may stand in the file or here, by its path. The demo's model and
-data are the defaults. Example: merge-callback fit --config config.yaml --trainer.max_steps 1000. To check a
-configuration without training: merge-callback validate --config config.yaml."""
+trainer, the callbacks, the module and the data may stand in the file or here, by its path. The demo's model
+and data are the defaults. Example: merge-callback fit --config config.yaml --trainer.max_steps 1000. To check
+a configuration without training: merge-callback validate --config config.yaml."""
 
 _INIT_FROM = (
     "Folder of a merge, such as run/merges/latest, whose weights the model begins with: a next stage, with "
