@@ -32,7 +32,10 @@ from merge_callback.reduce import blocks, compiled, one_pass
 
 TENSOR = 1 << 24
 GIGA = 1e9
-SPARE = 5  # snapshots' worth of memory beside the N: output, fp32 total of bf16, AveragedModel's, temporaries
+SUMS = 8  # weighted sums that are made of one read
+SPARE = (
+    5 + SUMS
+)  # snapshots' worth of memory beside the N: outputs, fp32 total of bf16, AveragedModel's, more
 
 
 class Variant(NamedTuple):
@@ -59,6 +62,8 @@ class Snapshots:
         # bf16 is summed in fp32 here, as by us.
         narrow = dtype != torch.float32
         self.total = torch.zeros(self.size, dtype=torch.float32, device=device) if narrow else self.out
+        self.outs = [torch.zeros(self.size, dtype=dtype, device=device) for _ in range(SUMS)]
+        self.rows = [[(1 + (i + k) % 3) / (2 * count) for i in range(count)] for k in range(SUMS)]
         self.tensors = [flat.split(TENSOR) for flat in self.flat]
         self.weights = [1 / count] * count
         self.contrast = [-1.0, *[0.0] * (count - 2), 1.0]
@@ -106,6 +111,19 @@ def merges_with_diversity(s: Snapshots) -> list[Variant]:
         "apart: stack().mean, difference": lambda: (stack_mean(s), squared_distance(s)),
     }
     return [Variant("merge + diversity", name, run, moved) for name, run in runs.items()]
+
+
+def several_merges(s: Snapshots) -> list[Variant]:
+    """K weighted sums; what is counted are N reads and K writes."""
+    moved, ends = s.bytes * (len(s.flat) + SUMS), [s.size]
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: one_pass(s.flat, s.rows, s.outs),
+        "ours, with diversity": lambda: one_pass(s.flat, s.rows, s.outs, s.contrast, ends),
+        "one after another": lambda: [
+            one_pass(s.flat, row, out) for row, out in zip(s.rows, s.outs, strict=True)
+        ],
+    }
+    return [Variant(f"{SUMS} merges", name, run, moved) for name, run in runs.items()]
 
 
 def ties(s: Snapshots) -> list[Variant]:
@@ -199,7 +217,7 @@ def measure(s: Snapshots, options: argparse.Namespace) -> dict[str, Any]:
     compiled_sum, compile_seconds = compile_sum(s) if options.compile else (None, None)
     variants = [*bandwidths(s), *merges(s, compiled_sum), *merges_with_diversity(s)]
     check(s, variants)
-    variants += ties(s)
+    variants += [*several_merges(s), *ties(s)]
     times: dict[Variant, list[float]] = {variant: [] for variant in variants}
     for turn in range(options.rounds):
         for variant in variants:
@@ -212,6 +230,7 @@ def summary(s: Snapshots, times: dict[Variant, list[float]], compile_seconds: fl
     rates = {v: [v.moved / t / GIGA for t in spent] for v, spent in times.items()}
     reads = [v for v in times if v.name.startswith("read")]
     read = max(reads, key=lambda v: statistics.median(rates[v]))
+    copy = next(v for v in times if v.name == "copy")
     figures: dict[str, Any] = {
         "count": len(s.flat),
         "dtype": str(s.out.dtype).removeprefix("torch."),
@@ -224,6 +243,7 @@ def summary(s: Snapshots, times: dict[Variant, list[float]], compile_seconds: fl
         row["seconds"] = statistics.median(times[v])
         row["gigabytes_per_second"] = statistics.median(rates[v])
         row["of_read_bandwidth"] = in_each_round(rates[v], rates[read])
+        row["of_copy_bandwidth"] = in_each_round(rates[v], rates[copy])
         ours = next(times[o] for o in times if o.group == v.group and o.name in ("ours", "copy"))
         row["times_ours"] = in_each_round(times[v], ours)
     return figures
@@ -239,11 +259,12 @@ def show(figures: dict[str, Any]) -> None:
     print(f"\nN = {count}, {dtype}, {size} GB each; read by {figures['read_by']}")
     if figures["compile_seconds"] is not None:
         print(f"  torch.compile took {figures['compile_seconds']:.1f} s the first time")
-    for group in ("bandwidth", "merge", "merge + diversity", "ties"):
+    for group in ("bandwidth", "merge", "merge + diversity", f"{SUMS} merges", "ties"):
         for name, row in figures.get(group, {}).items():
             slower = "" if group == "bandwidth" else f"   {row['times_ours']:5.2f} x the time of ours"
             rate, share = row["gigabytes_per_second"], 100 * row["of_read_bandwidth"]
-            print(f"  {group:18} {name:32} {rate:7.1f} GB/s  {share:4.0f} % of read{slower}", flush=True)
+            told = f"{rate:7.1f} GB/s  {share:4.0f} % of read {100 * row['of_copy_bandwidth']:4.0f} % of copy"
+            print(f"  {group:18} {name:32} {told}{slower}", flush=True)
 
 
 def parse() -> argparse.Namespace:

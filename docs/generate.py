@@ -1,10 +1,10 @@
-"""Writes into the README and the pages what the code knows: options, metrics, methods, measurements.
+"""Writes into the README and the pages what the code knows: options, metrics, events, methods, measurements.
 
     python docs/generate.py            # rewrites all between <!-- generated: NAME --> and <!-- end -->
     python docs/generate.py --check    # exits with 1 if one is out of date
 
 Options are read from signatures, docstrings and dataclass fields, metrics from ``METRICS``, methods from the
-registry, and what they gained from ``benchmarks/results/methods.json``.
+registry, and what was measured from ``benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -14,26 +14,35 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
-from merge_callback.metrics import METRICS
+from merge_callback.metrics import (
+    DIVERSITY_CHANGE,
+    DIVERSITY_RMS,
+    GAIN,
+    IS_SPIKING,
+    MERGED,
+    METRICS,
+    PHASE,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
 _BLOCK = re.compile(r"(?s)<!-- generated: (.+?) -->\n.*?<!-- end -->")
 
 _FIRST = (
-    "merged/<name>",
-    "merge/gain/<name>",
-    "merge/diversity_rms",
-    "merge/diversity_change",
-    "merge/phase",
-    "merge/spike",
+    f"{MERGED}<name>",
+    f"{GAIN}<name>",
+    DIVERSITY_RMS,
+    DIVERSITY_CHANGE,
+    PHASE,
+    IS_SPIKING,
 )
 """The metrics that the README shows."""
 
@@ -98,6 +107,15 @@ def metrics() -> str:
     )
 
 
+def events() -> str:
+    """Every kind of event, with what it holds."""
+    rows = [
+        (f"`{kind.name}`", kind.written, "; ".join(f"`{name}` {text}" for name, text in kind.entries.items()))
+        for kind in KINDS
+    ]
+    return table(("event", "written", "holds"), rows)
+
+
 def first_metrics() -> str:
     """The metrics that matter most, for the README."""
     return table(("metric", "meaning"), ((f"`{m.name}`", m.meaning) for m in METRICS if m.name in _FIRST))
@@ -159,8 +177,52 @@ def live() -> str:
     )
 
 
-def _measured() -> Any:
-    return json.loads((ROOT / "benchmarks/results/methods.json").read_text())
+def forecast_rules() -> str:
+    """How far each rule's forecasts of the annealed loss are off."""
+    rows = [
+        (name, str(found["cases"]), f"{found['mean']:+.3f}", *_absolute(found))
+        for name, found in _measured("forecast")["rules"]["loss"].items()
+    ]
+    return table(("forecast", "forks", "mean error", "its spread", "mean size", "largest"), rows)
+
+
+def _absolute(found: Mapping[str, float]) -> list[str]:
+    return [f"{found[key]:.3f}" for key in ("spread", "mean absolute", "largest")]
+
+
+def forecast_shares() -> str:
+    """How far the annealed model is ahead of the merge, over the merge's gain, by length of the decay."""
+    known = _measured("forecast")["shares"]
+    return table(
+        ("decay, of the steps before", "forks", "of the loss", "of the accuracy"),
+        (
+            (
+                name,
+                str(found["cases"]),
+                *("{mean:.2f} ± {spread:.2f}".format(**known[m][name]) for m in known),
+            )
+            for name, found in known["loss"].items()
+        ),
+    )
+
+
+def advice_runs() -> str:
+    """Every line of the measured runs, and whether what came later bears it out."""
+    runs = _measured("advice")["runs"]
+    verdicts = {True: "yes", False: "**no**", None: "nothing came"}
+    rows = [
+        (
+            run["name"],
+            ", ".join(f"{line['rule']} at {line['step']}" for line in run["lines"]) or "none",
+            ", ".join(verdicts[line["borne out"]] for line in run["lines"]),
+        )
+        for run in runs
+    ]
+    return table(("run", "lines, at their steps", "borne out"), rows)
+
+
+def _measured(name: str = "methods") -> Any:
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
 def _blocks() -> dict[str, Callable[[], str]]:
@@ -168,11 +230,15 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "options": callback_options,
         "spike options": spike_options,
         "metrics": metrics,
+        "events": events,
         "first metrics": first_metrics,
         "methods": lambda: methods_table("docs/methods/"),
         "methods, from their folder": lambda: methods_table(""),
         "gains": gains,
         "live loss": live,
+        "forecast rules": forecast_rules,
+        "forecast shares": forecast_shares,
+        "advice runs": advice_runs,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]

@@ -22,6 +22,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
+from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
 from merge_callback.spike_options import SpikeOptions, resolve_spike
@@ -55,8 +56,11 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate": True,
         "evaluate_with": (),
         "diversity_lag": 2,
+        "probe": None,
         "exclude": (),
         "lora": "delta",
+        "base": None,
+        "experts": (),
         "lower_is_better": (),
         "higher_is_better": (),
         "spike": None,
@@ -65,6 +69,23 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 """The default of each option, the same for all training loops."""
 
 MethodOption = str | MergeMethod | Mapping[str, str | MergeMethod]
+
+
+@dataclass(frozen=True)
+class ExpertOptions:
+    """Finished experts that the merge of this run's expert is made with.
+
+    Args:
+        base: what all of them began as; ``None`` if they are adapters.
+        paths: of the finished ones.
+        method: how they are merged.
+        is_tuned: whether its options are chosen on validation data.
+    """
+
+    base: Path | None
+    paths: tuple[Path, ...]
+    method: MergeMethod
+    is_tuned: bool
 
 
 @dataclass(frozen=True)
@@ -92,8 +113,10 @@ class Options:
     evaluate: bool
     evaluate_with: tuple[str, ...]
     diversity_lag: int
+    probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
+    experts: ExpertOptions | None
     lower_is_better: tuple[str, ...]
     higher_is_better: tuple[str, ...]
     spike: SpikeOptions
@@ -114,6 +137,11 @@ class Options:
         given = {**DEFAULTS, **given}
         every, unit = resolve_interval(given["every_n_tokens"], given["every_n_steps"])
         keep_last = given["keep_last"]
+        experts = resolve_experts(given["base"], given["experts"], given["method"])
+        if experts:
+            given["method"] = "auto"  # the given one is that of the experts
+            if not given["evaluate"]:
+                raise ValueError("evaluate=False and experts=[…] were both given: the merge is evaluated")
         return cls(
             window=resolve_window(given["window"]),
             every=every,
@@ -134,8 +162,10 @@ class Options:
             evaluate=true_or_false("evaluate", given["evaluate"]),
             evaluate_with=resolve_classes(given["evaluate_with"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),
+            experts=experts,
             lower_is_better=patterns("lower_is_better", given["lower_is_better"]),
             higher_is_better=patterns("higher_is_better", given["higher_is_better"]),
             spike=resolve_spike(given["spike"], given["window"]),
@@ -238,6 +268,36 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
                     f"window={len(weighted.weights)}"
                 ) from None
     return methods
+
+
+def resolve_experts(base: object, experts: object, method: MethodOption) -> ExpertOptions | None:
+    """The finished experts of this run's base, and how all of them are merged.
+
+    A method that is given by its name is tuned on validation data; by default it is ``task_arithmetic``.
+
+    Raises:
+        ValueError: for a base without experts, what is not a list of paths, or a method for each phase.
+    """
+    if isinstance(experts, (str, os.PathLike)):
+        experts = [experts]
+    if not isinstance(experts, Sequence) or not all(isinstance(p, (str, os.PathLike)) for p in experts):
+        raise ValueError(f"experts={experts!r} must be a list of the paths of finished experts")
+    if base is not None and not isinstance(base, (str, os.PathLike)):
+        raise ValueError(f"base={base!r} must be the path of the model that the experts began as")
+    if not experts:
+        if base is not None:
+            raise ValueError(
+                f"base={str(base)!r} has no meaning without experts=[…], the paths of finished ones"
+            )
+        return None
+    if isinstance(method, Mapping):
+        raise ValueError(f"method={method!r}: with experts=… it is one method, which merges the experts")
+    try:
+        chosen = resolve_method("task_arithmetic" if method == "auto" else method)
+    except ValueError as error:
+        raise ValueError(f"method={method!r}: {error}") from None
+    paths = tuple(local_path(path) for path in experts)
+    return ExpertOptions(local_path(base) if base else None, paths, chosen, isinstance(method, str))
 
 
 def _by_phase(method: MethodOption) -> dict[str, str | MergeMethod]:

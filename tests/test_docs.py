@@ -24,7 +24,7 @@ from merge_callback.cli.main import main
 from merge_callback.demo import DemoData, DemoModule
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.schedule import WSDSchedule
-from merge_callback.merging import METHODS
+from merge_callback.merging import METHODS, Ties
 from merge_callback.metrics import METRICS, described
 
 
@@ -39,6 +39,7 @@ generate = load_generator()
 
 SMALLER = {
     "max_steps=100_000": "max_steps=12",
+    "max_steps=2_048": "max_steps=12",
     "total_steps=100_000": "total_steps=12",
     "every_n_steps=2_000": "every_n_steps=3",
     "eval_steps=1_000": "eval_steps=6",
@@ -128,7 +129,6 @@ def write_checkpoints() -> list[Path]:
             torch.save({"state_dict": state, "global_step": step, "pytorch-lightning_version": "2.6.6"}, path)
             written.append(path)
     shutil.copy("run/first.ckpt", "base.ckpt")
-    write_adapters()
     for folder in ("run-a/final", "run-b/final"):
         Path(folder).mkdir(parents=True)
         save_file({"layer.weight": torch.randn(4, 4)}, f"{folder}/model.safetensors")
@@ -136,18 +136,19 @@ def write_checkpoints() -> list[Path]:
 
 
 def write_adapters() -> None:
-    """Three adapters and their base, by the names of their page."""
-    name = "layers.0.q_proj"
+    """Three adapters and their base, by the names of their pages."""
+    transformers = pytest.importorskip("transformers")
+    heads = {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 6}
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
+    transformers.LlamaModel(transformers.LlamaConfig(**heads, **shape)).save_pretrained("model")
+    name = "base_model.model.layers.0.self_attn.q_proj.lora_"
     for index, task in enumerate(("law", "code", "math")):
         folder = Path("experts") / task
         folder.mkdir(parents=True)
         factors = {"A": torch.randn(4, 8), "B": torch.randn(6, 4) + index}
-        tensors = {f"base_model.model.{name}.lora_{f}.weight": t for f, t in factors.items()}
-        save_file(tensors, folder / "adapter_model.safetensors")
+        save_file({f"{name}{f}.weight": t for f, t in factors.items()}, folder / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
         (folder / "adapter_config.json").write_text(json.dumps(config))
-    Path("model").mkdir()
-    save_file({f"{name}.weight": torch.randn(6, 8)}, "model/model.safetensors")
 
 
 MY_METHODS = """
@@ -171,11 +172,13 @@ def provide(part: str, names: dict) -> None:
         merging = CheckpointMergeCallback(every_n_steps=2, dirpath="logs/version_0/merges")
         train(small_model(), merging, data=names["data"], max_steps=8)
         shutil.copy(ROOT / "example_configs/wsd_gpt.yaml", "config.yaml")
+    if "experts/law" in part:
+        write_adapters()
     if "pl_model" in part:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
         names |= hugging_face()
-    if 'load_merge("merges/latest"' in part:
+    if any(use in part for use in ('load_merge("merges/latest"', 'read_history("merges")', "report merges")):
         train(
             names["model"],
             CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),
@@ -279,12 +282,24 @@ def test_the_messages_under_troubleshooting_are_those_of_the_code():
 
 
 def test_all_that_is_logged_is_in_the_table(tmp_path):
-    merging = CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, count_tokens=lambda batch: 64)
+    base = {name: tensor.clone() for name, tensor in small_model().state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file({name: tensor + 1 for name, tensor in base.items()}, tmp_path / "sibling.safetensors")
+    files = {"base": tmp_path / "base.safetensors", "experts": [tmp_path / "sibling.safetensors"]}
+    options = {"dirpath": tmp_path / "merges", "count_tokens": lambda batch: 64, "method": Ties()}
+    merging = CheckpointMergeCallback(every_n_steps=2, **options, **files)
     trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)
     unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
-    assert unseen == ["merged_eval_<name>", "merge/loss_baseline", "merge/loss_threshold", "merge/lr_factor"]
+    assert unseen == [
+        "merged_eval_<name>",
+        "merge/forecast/<name>",
+        "merge/forecast_error/<name>",
+        "merge_spike/baseline",
+        "merge_spike/threshold",
+        "merge_spike/lr_factor",
+    ]
     assert described("val_loss") is None
 
 

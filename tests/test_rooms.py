@@ -14,6 +14,7 @@ PACKAGE = ROOT / "merge_callback"
 TOP = [
     "transformers",
     "cli",
+    "report",
     "demo",
     "transformers",
     "trainers",
@@ -26,14 +27,23 @@ TOP = [
     "checkpoints",
     "analysis",
 ]
-BOTTOM = ["snapshots", "signals", "spike_options", "merging", "diversity", "sharding", "reduce"]
-ROOMS = [*TOP, *BOTTOM, "metrics", "messages", "checks", "torch_metric", "urls"]
+BOTTOM = [
+    "snapshots",
+    "signals",
+    "spike_options",
+    "probe_options",
+    "merging",
+    "diversity",
+    "sharding",
+    "reduce",
+]
+ROOMS = [*TOP, *BOTTOM, "metrics", "events", "messages", "checks", "torch_metric", "urls"]
 """From the top to the bottom."""
 
 MAY_USE = {
     "lightning": {"trainers/lightning", "demo"},
     "pytorch_lightning": {"trainers/lightning"},
-    "transformers": {"trainers"},
+    "transformers": {"trainers", "cli"},
 }
 """Training frameworks, and who may import them."""
 

@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class Scores(NamedTuple):
+    """The mean score of each example that was seen, in the order of their ids."""
+
+    ids: Tensor
+    """``(examples,)`` int64."""
+    scores: Tensor
+    """``(examples,)`` fp32."""
+
+
 def el2n(logits: Tensor, labels: Tensor) -> Tensor:
     """``‖p − onehot(y)‖₂`` of each example, p the softmax: EL2N of one seed.
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_callback.analysis.difficulty import el2n
+from merge_callback.analysis.difficulty import Scores, el2n
 from merge_callback.torch_metric import Metric
-
-
-class Scores(NamedTuple):
-    """The mean score of each example that was seen, in the order of their ids."""
-
-    ids: Tensor
-    """``(examples,)`` int64."""
-    scores: Tensor
-    """``(examples,)`` fp32."""
 
 
 class El2n(Metric):

@@ -92,6 +92,21 @@ def interference(
     return counts
 
 
+@one_thread()
+@torch.no_grad()
+def count_tensor(tensors: Sequence[Tensor], top: float = 20.0) -> Counts:
+    """The counts of one tensor's task vectors, of which any may be 0 everywhere.
+
+    Args:
+        tensors: that of θ_init, then those of the N ≥ 2 checkpoints, on the CPU.
+        top: the percentage of entries that are kept.
+
+    Raises:
+        ValueError: for entries that are not finite.
+    """
+    return _count_group([tensors], top, BLOCK, "a tensor")
+
+
 def count(pruned: Tensor) -> Counts:
     """The counts of a block of N pruned task vectors, ``(N, any size)``."""
     # In one run's task vectors the same entries tend to be large, so most columns are all 0.

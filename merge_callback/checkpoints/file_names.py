@@ -1,5 +1,6 @@
 """The names that the files of checkpoints go by: each is defined once, here or in the room that writes it."""
 
+from merge_callback.events import PROVENANCE
 from merge_callback.snapshots.manifest import MANIFEST
 from merge_callback.snapshots.shard_files import SHARDS
 from merge_callback.snapshots.window_folder import WINDOW
@@ -26,9 +27,6 @@ __all__ = [
     "WEIGHTS_ALONE",
     "WINDOW",
 ]
-
-PROVENANCE = "merge.json"
-"""The record of a merge; a folder that has it is an emission, or what the command has merged."""
 
 CARD, CARD_BEFORE = "README.md", "README.original.md"
 """The card of a merge, and somebody's own one of the checkpoint that the merge is like."""

@@ -40,7 +40,7 @@ examples:
   merge-callback demo --spike
 """
 
-_ON_FILES = {"merge", "diversity", "interference", "inspect", "methods", "prune"}
+_ON_FILES = {"merge", "diversity", "interference", "difficulty", "moerge", "inspect", "methods", "prune"}
 
 
 def run() -> None:
@@ -68,6 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["fit"]:  # before argparse: everything after it is LightningCLI's, --help too
         return _fit(arguments[1:])
+    if arguments[:1] == ["report"]:  # before the others are imported: a page needs no torch
+        from merge_callback.cli.report import report
+
+        try:
+            return report(arguments[1:])
+        except (ValueError, OSError) as error:
+            return _refuse(str(error))
     if arguments[:1] == ["demo"]:
         # Before torch loads OpenMP: by default a thread that waits spins for milliseconds, which starves the
         # one it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take
@@ -108,9 +115,11 @@ def _refuse(reason: str) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
+    from merge_callback.cli.difficulty import add_difficulty
     from merge_callback.cli.inspect import add_inspect
     from merge_callback.cli.measures import add_diversity, add_interference
     from merge_callback.cli.merge import add_merge, add_methods
+    from merge_callback.cli.moerge import add_moerge
     from merge_callback.cli.prune import add_prune
     from merge_callback.cli.validate import add_validate
 
@@ -126,6 +135,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")
     )
     add_merge(commands.add_parser("merge", help="merge checkpoint files, of any size, in little memory"))
+    add_moerge(commands.add_parser("moerge", help="make one model of LoRA experts that routes each token"))
     add_methods(commands.add_parser("methods", help="list the merging methods, their options and sources"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
     add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
@@ -133,6 +143,10 @@ def _make_parser() -> argparse.ArgumentParser:
     add_prune(commands.add_parser("prune", help="remove older merges that a run has published"))
     commands.add_parser("fit", help="train from a LightningCLI configuration: fit --config config.yaml")
     add_validate(commands.add_parser("validate", help="check such a configuration without training"))
+    commands.add_parser("report", help="draw a page of a run, or show it while the run goes on")
+    add_difficulty(
+        commands.add_parser("difficulty", help="tell which examples are hard, and what a merge forgets")
+    )
     return parser
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +18,7 @@ import torch
 from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.checks import one_of, resolve_dtype, resolve_size
 from merge_callback.cli.config_file import checked, is_plain, read_options
+from merge_callback.cli.imports import import_all
 from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_method
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames
@@ -159,10 +156,10 @@ def import_methods(arguments: Sequence[str]) -> None:
     early.add_argument("--config", type=Path)
     with suppress(argparse.ArgumentError):  # which the command's own parser tells
         named, _ = early.parse_known_args(arguments)
-        _import(getattr(named, "imports", []), here=True)
+        import_all(getattr(named, "imports", []), here=True)
         if "config" in named:
             imports = read_options(named.config).get("import") or []
-            _import(checked(f"{named.config}: 'import'", imports, list), here=False)
+            import_all(checked(f"{named.config}: 'import'", imports, list), here=False)
 
 
 def add_methods(parser: argparse.ArgumentParser) -> None:
@@ -244,51 +241,6 @@ def _own_line(error: Exception, method: MergeMethod) -> str:
         return ""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f"{file}:{lines[-1]}" if lines else ""
-
-
-class _InCurrentFolder(MetaPathFinder):
-    """Finds one module in the current folder, if Python finds it nowhere else.
-
-    One alone: the folder may be a downloaded one, and whatever is imported later, by torch say, must not be
-    found there.
-    """
-
-    def __init__(self, module: str) -> None:
-        self.name = module.partition(".")[0]
-
-    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        """The module, or the package that it lies in."""
-        return PathFinder.find_spec(fullname, [os.getcwd()]) if fullname == self.name else None
-
-
-def _import(modules: Iterable[str], here: bool) -> None:
-    """Imports the modules that register methods.
-
-    Args:
-        modules: their names.
-        here: from the current folder, too: not on the word of a file, which may be anyone's.
-    """
-    for module in modules:
-        finders = [_InCurrentFolder(module)] if here else []
-        sys.meta_path += finders
-        try:
-            import_module(module)
-        except Exception as error:  # someone's code may raise anything
-            kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
-            reason = " ".join(f"{kind}{error}".split())
-            raise ValueError(f"--import {module}: {reason}{_mend(module, error, here)}") from None
-        finally:
-            for finder in finders:
-                sys.meta_path.remove(finder)
-
-
-def _mend(module: str, error: Exception, here: bool) -> str:
-    if not isinstance(error, ImportError):
-        return ""
-    missing = error.name
-    if not here:
-        return "; a module of the current folder has to be named on the command line, with --import"
-    return f"; if {missing} lies in the same folder, name it first" if missing and missing != module else ""
 
 
 def _job(

@@ -9,6 +9,8 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
+from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, GAIN, MERGED, PHASE, TOKENS, WINDOW
+
 PHASES = ("warmup", "stable", "decay")
 """Names of the codes that the callback logs as `merge/phase`."""
 
@@ -52,8 +54,8 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Adds a row."""
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        tokens, phase = metrics.get("merge/tokens"), metrics.get("merge/phase")
-        gain = metrics.get("merge/gain/val_loss")
+        tokens, phase = metrics.get(TOKENS), metrics.get(PHASE)
+        gain = metrics.get(f"{GAIN}val_loss")
         row = Row(
             step=trainer.global_step,
             tokens=None if tokens is None else int(tokens),
@@ -61,11 +63,11 @@ class Recorder(Callback):
             learning_rate=self.learning_rates[-1],
             live_loss=metrics["val_loss"],
             # Before there is a merge, the callback repeats the live loss here, so a monitor finds its key.
-            merged_loss=None if gain is None else metrics["merged/val_loss"],
+            merged_loss=None if gain is None else metrics[f"{MERGED}val_loss"],
             gain=gain,
-            diversity_rms=metrics.get("merge/diversity_rms"),
-            diversity_change=metrics.get("merge/diversity_change"),
-            snapshots=int(metrics.get("merge/window", 0)),
+            diversity_rms=metrics.get(DIVERSITY_RMS),
+            diversity_change=metrics.get(DIVERSITY_CHANGE),
+            snapshots=int(metrics.get(WINDOW, 0)),
         )
         self.rows.append(row)
 

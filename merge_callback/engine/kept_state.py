@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 
 from merge_callback.engine.random_state import Restore, generator_restore, is_the_run
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.capture import ModelTensors, settled
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.live_merge import HalfRestoredError, free_memory
 
@@ -88,6 +88,9 @@ def kept_weights(
 
     try:
         yield model.tensors, restore
+    except BaseException:
+        settled(root)
+        raise
     finally:
         restore()
 

@@ -14,11 +14,11 @@ from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import as_before, in_mode_of_evaluation
 from merge_callback.sharding import Sharding
 from merge_callback.signals.host import Host
-from merge_callback.snapshots.merge import Merge
+from merge_callback.snapshots.arena import Arena
 
 
 @contextmanager
-def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dict[str, Tensor]]:
+def merged_weights(host: Host, merged: Arena, sharding: Sharding) -> Iterator[dict[str, Tensor]]:
     """In this context the live model has the weights of a merge; all ranks enter and leave together.
 
     On exit, also by an exception, the live weights, all buffers and the global random generators are as they
@@ -26,7 +26,7 @@ def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dic
 
     Args:
         host: the run.
-        merge: a merge of its window.
+        merged: the weights; this rank's part of them.
         sharding: says what each rank keeps.
 
     Yields:
@@ -35,7 +35,7 @@ def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dic
     Raises:
         HalfRestoredError: if the live weights could not be put back.
     """
-    device = merge.arena.buffer.device
+    device = merged.buffer.device
 
     @contextmanager
     def as_it_was() -> Iterator[None]:
@@ -53,7 +53,7 @@ def merged_weights(host: Host, merge: Merge, sharding: Sharding) -> Iterator[dic
         tensors, restore = stack.enter_context(kept_weights(host.module, host.root, device))
 
         def put_in() -> dict[str, Tensor]:
-            merge.arena.copy_to(sharding.own(tensors))
+            merged.copy_to(sharding.own(tensors))
             return tensors
 
         with torch.inference_mode(False), torch.no_grad():

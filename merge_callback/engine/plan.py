@@ -30,6 +30,7 @@ class Plan:
         frozen_bytes: frozen bytes of a snapshot, on all ranks together, if these are stored only once.
         batches: batches of the whole run, if the steps per batch are still to be measured; else ``None``. A
             manual optimization takes any number of steps per batch, and those of all its optimizers count.
+        experts: how many finished experts this one is merged with, and by which method; empty if none.
     """
 
     window: int
@@ -45,6 +46,7 @@ class Plan:
     methods: dict[str, str]
     frozen_bytes: int = 0
     batches: int | None = None
+    experts: str = ""
 
     @classmethod
     def of(cls, options: Options, store: SnapshotStore, host: Host) -> Plan:
@@ -53,6 +55,7 @@ class Plan:
         Raises:
             ValueError: if a full window does not fit.
         """
+        experts = options.experts
         return cls(
             window=options.window,
             every=options.every,
@@ -67,15 +70,14 @@ class Plan:
             methods={phase: method.name for phase, method in options.methods.items()},
             frozen_bytes=store.whole.only(store.expected).nbytes,
             batches=None if host.total_steps else host.total_batches,
+            experts=f"{len(experts.paths)} finished experts by {experts.method.name}" if experts else "",
         )
 
     def lines(self) -> list[str]:
         """The lines to report at the start of fit."""
         place = f"{self.storage}, lost with the process"
         if self.folder:
-            here = Path.cwd()
-            shown = self.folder.relative_to(here) if self.folder.is_relative_to(here) else self.folder
-            place = f"{self.storage} ({shown})"
+            place = f"{self.storage} ({from_here(self.folder)})"
         one, every = in_bytes(self.snapshot_bytes), f"{self.every:,} {self.unit}"
         share = (
             "" if self.rank_bytes == self.snapshot_bytes else f" ({in_bytes(self.rank_bytes)} of this rank)"
@@ -86,6 +88,7 @@ class Plan:
             f"merge: {one} per snapshot{share}{once}, {in_bytes(self.window_bytes)} in total, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
+            *([f"merge: after each validation, merged with {self.experts}"] if self.experts else []),
         ]
 
     def measured(self, tokens_per_step: float) -> list[str]:
@@ -110,7 +113,7 @@ class Plan:
     def warnings(self, tokens_per_step: float | None = None) -> list[str]:
         """What the user loses if the run is too short for the window."""
         count = self.count(tokens_per_step)
-        if count is None or count >= self.window:
+        if count is None or count >= self.window or self.experts:
             return []
         end = f"the run ends after {self.total_steps:,} steps, with {count} of {self.window} snapshots"
         lost = "nothing will be merged" if count < 2 else "the window never fills"
@@ -144,6 +147,12 @@ class Plan:
         if self.total_steps is None:
             return "; the run has no set end"
         return f"; {int(self.total_steps / steps)} in this run of {self.total_steps:,} steps"
+
+
+def from_here(path: Path) -> Path:
+    """A path as one would type it in the current folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def in_bytes(size: float) -> str:

@@ -62,6 +62,15 @@ def new_window(
     return Window(options.window, store, folder.run_id)
 
 
+def still_needed(window: Window, count: int) -> int:
+    """The bytes that a window will still take of its disk, if it is to hold ``count`` snapshots."""
+    if window.store.folder is None:
+        return 0
+    first, further = window.store.sizes
+    kept = len(window.snapshots)
+    return first + count * further - (first + (kept - 1) * further if kept else 0)
+
+
 def note_publishing(window: Window, naming: Naming, model: ModelTensors, exclude: Sequence[str]) -> None:
     """Records in the window how its merges are published, so that its files can be merged later."""
     if window.store.folder is None or not window.ranks.is_first:

@@ -7,12 +7,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
+from shlex import quote
 from typing import Any, SupportsFloat
 
 from torch.optim import Optimizer
 
+from merge_callback.checkpoints.merge_record import versions
 from merge_callback.engine.background import Background
+from merge_callback.engine.events import EventFile
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
     entries_beside,
@@ -21,12 +24,15 @@ from merge_callback.engine.model_parts import (
     shapes_of,
     tensor_changes,
 )
-from merge_callback.engine.plan import Plan
+from merge_callback.engine.plan import Plan, from_here
 from merge_callback.engine.run_folder import RunFolder
-from merge_callback.engine.run_window import new_window, note_publishing, restore_window
+from merge_callback.engine.run_window import new_window, note_publishing, restore_window, still_needed
+from merge_callback.engine.siblings import Siblings
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
+from merge_callback.engine.validations import Scored
 from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
+from merge_callback.metrics import GAIN
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming
@@ -34,7 +40,7 @@ from merge_callback.publish.remote_publisher import RemotePublisher
 from merge_callback.recovery.spike_watch import SpikeWatch
 from merge_callback.sharding import Ranks, Sharding
 from merge_callback.signals.applied_lr import AppliedLR
-from merge_callback.signals.host import Host
+from merge_callback.signals.host import Host, report
 from merge_callback.signals.lr_phase import LRPhaseDetector
 from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
@@ -113,6 +119,7 @@ class MergeSession:
         window = new_window(options, model, self.sharding, host.device, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.pipeline = SnapshotPipeline(options, host, window, self._publisher(), naming)
+        self.experts = self._expert_merge(model, naming)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
@@ -121,10 +128,14 @@ class MergeSession:
             self._put_folder_in_order()
             self.plan = Plan.of(options, window.store, host)
             _report_plan([*self.plan.lines(), *folder.notices], self.plan.warnings())
+            if self.ranks.is_first:
+                host.record = self._events().write
             if resume:
                 self._load_state_dict(resume)
+            self._record_phase()
         except BaseException:
-            self.close()
+            self._let_go()
+            self._give_folder_back(_PATIENCE)
             raise
         self._first = (self.step, self.clock.tokens)
         self._is_measured, self._batches = False, 0
@@ -193,7 +204,8 @@ class MergeSession:
             self.spikes.begin_batch(batch, batch_idx)
         if self.clock.countable is None and (batch is not None or tokens is not None):
             error = _failure(self.clock.count, batch) if tokens is None else None
-            bearable = isinstance(error, ValueError) and self.options.unit == "steps"
+            needs_none = self.options.unit == "steps" or self.options.experts is not None
+            bearable = isinstance(error, ValueError) and needs_none
             self.ranks.agree(None if bearable else error)
             self.clock.countable = all(self.ranks.exchange(error is None))
 
@@ -300,17 +312,29 @@ class MergeSession:
         is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
         self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
 
-    def note_validation(
-        self,
-        live: Mapping[str, SupportsFloat],
-        logged: Mapping[str, float] = MappingProxyType({}),
-        merge_step: int | None = None,
-        lower: Mapping[str, bool | None] = MappingProxyType({}),
-    ) -> None:
-        """Notes what a validation has found; see ``History.add_validation``."""
+    def note_validation(self, live: Mapping[str, SupportsFloat], scored: Scored | None = None) -> None:
+        """Logs and keeps what a validation has found; all ranks call it.
+
+        Args:
+            live: what the live weights score, by metric.
+            scored: what a merge scores, if one was validated with them.
+        """
+        logged: dict[str, float] = {}
+        if scored is not None:
+            logged = {**scored.shown, **self.pipeline.note_validation(live, scored), **scored.numbers}
+            report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
+        merge_step, lower = (scored.step, scored.lower) if scored else (None, {})
         self.pipeline.history.add_validation(at, live, logged, merge_step, lower)
+        self.host.record(
+            "validation",
+            self.host.step,
+            scores={"live": live, **({"merged": scored.metrics} if scored else {})},
+            gains={name.removeprefix(GAIN): v for name, v in logged.items() if name.startswith(GAIN)},
+            merge=merge_step,
+            seconds=scored.seconds if scored else None,
+        )
 
     def current_merge(self, merger: WindowMerger | None = None) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this.
@@ -323,6 +347,25 @@ class MergeSession:
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model, merger) if is_same else None
 
+    def _expert_merge(self, model: ModelTensors, naming: Naming) -> ExpertMerge | None:
+        """The merge of this run's expert with its siblings, if it has any.
+
+        Raises:
+            ValueError, OSError: on all ranks, if one can't open them.
+        """
+        if (given := self.options.experts) is None:
+            return None
+        layout, excluded = self.window.store.layout, self.options.exclude
+        siblings = self.ranks.agreed(
+            partial(Siblings, given.base, given.paths, model, naming, self.sharding, layout, excluded)
+        )
+        if siblings.apart:
+            info(
+                f"merge: {', '.join(sorted(siblings.apart)[:5])}{' …' * (len(siblings.apart) > 5)} stay this "
+                "expert's own in merges with others: the base has no such tensors, or of other shapes"
+            )
+        return ExpertMerge(siblings, given.method, given.is_tuned, self.ranks)
+
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         model = self.live()
@@ -330,6 +373,8 @@ class MergeSession:
             warn(f"merge: the last merge is of the model before its tensors changed: {change}")
         self.pipeline.finish(model, self.step)
         self._let_go()
+        self.host.record("end", self.step, finished=True)
+        info(f"merge: for a page of this run: merge-callback report {quote(str(from_here(self.dirpath)))}")
         for shared in (self.pipeline, self.sharding, self.ranks):
             shared.close()
         self._give_folder_back(None if self.ranks.size == 1 else _LAST_UPLOADS)
@@ -337,6 +382,7 @@ class MergeSession:
     def close(self) -> None:
         """Releases the folder and the learning rates, and stops waiting for the other ranks."""
         self._let_go()
+        self.host.record("end", self.step, finished=False)
         self._give_folder_back(_PATIENCE)
 
     def _let_go(self) -> None:
@@ -371,6 +417,7 @@ class MergeSession:
             "phases": self.phases.state_dict(),
             **kept,
             "spikes": self.spikes.state_dict() if self.spikes else None,
+            **({"experts": self.experts.state_dict()} if self.experts else {}),
         }
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -382,7 +429,15 @@ class MergeSession:
         self.pipeline.load_state_dict(state)
         if restore_window(self.window, self.folder, state, self.host.step):
             self._report_resume()
+        self.host.record(
+            "resumed",
+            self.step,
+            tokens=self.clock.tokens or None,
+            snapshots=[snapshot.step for snapshot in self.window.snapshots],
+        )
         self.pipeline.publish_again(self.live(), state)
+        if self.experts and "experts" in state:
+            self.experts.load_state_dict(state["experts"])
         if self.spikes and state.get("spikes"):
             if "numbers" not in state["spikes"]:
                 warn("merge: the checkpoint is from an older version, so spike detection starts from scratch")
@@ -393,8 +448,9 @@ class MergeSession:
         steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
         tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
         info(
-            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, the "
-            f"learning rate is in its {self.phases.phase.value} phase since step {self.phases.since:,}"
+            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, "
+            f"{self.pipeline.published} merges were published, the learning rate is in its "
+            f"{self.phases.phase.value} phase since step {self.phases.since:,}"
         )
 
     def _watch_for_spikes(self) -> SpikeWatch | None:
@@ -425,6 +481,28 @@ class MergeSession:
             return Publisher(folder.path, options.keep_last, options.max_shard_bytes)
         return RemotePublisher(
             folder.path, options.keep_last, options.max_shard_bytes, folder.url, folder.run_id, Background()
+        )
+
+    def _events(self) -> EventFile:
+        """The run's event file."""
+        options, plan, folder = self.options, self.plan, self.folder
+        run = {
+            "run_id": folder.run_id,
+            "window": options.window,
+            "every": options.every,
+            "unit": options.unit,
+            "methods": plan.methods,
+            "total_steps": plan.total_steps,
+            "storage": options.storage,
+            "url": folder.url,
+            "ranks": self.ranks.size,
+            "snapshot_bytes": plan.snapshot_bytes,
+            "window_bytes": plan.window_bytes,
+            "versions": versions(),
+        }
+        assert self.lock is not None
+        return EventFile(
+            self.dirpath, run, self.lock.check, partial(still_needed, self.window, options.window)
         )
 
     def _put_folder_in_order(self) -> None:
@@ -470,9 +548,14 @@ class MergeSession:
         if segment != self.phases.segment:
             self.window.relabel(self.phases.phase.value, self.phases.since)
             self.merger.forget()
+            self._record_phase()
+
+    def _record_phase(self) -> None:
+        since = self.phases.since * self.step // max(1, self.phases.steps)  # several optimizers step in turn
+        self.host.record("phase", self.step, phase=self.phases.phase.value, since=since)
 
     def _report_tokens_per_step(self) -> None:
-        if self.options.unit == "tokens":
+        if self.options.unit == "tokens" and self.countable:
             self.statistics.flush_to_clock()
             per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
             _report_plan(self.plan.measured(per_step), self.plan.warnings(per_step))

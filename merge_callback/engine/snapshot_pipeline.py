@@ -5,21 +5,29 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from statistics import fmean
+from typing import Any, SupportsFloat, TypeVar
 
-from merge_callback.engine.advice import advice
+from merge_callback.analysis.layer_groups import layer_groups
+from merge_callback.diversity.functional import Features
+from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
 from merge_callback.engine.history import History
+from merge_callback.engine.probe import Probe
+from merge_callback.engine.validations import Scored, closing_line, gains
 from merge_callback.messages import info, warn
+from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Exporter, Naming
 from merge_callback.recovery.schedule_free import evaluated_weights
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
+from merge_callback.signals.host import log as log_metrics
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
@@ -38,13 +46,17 @@ _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 @dataclass
 class _Report:
-    """What is logged about a snapshot, and at which step."""
+    """What is logged about a snapshot, and at which step; ``stall`` are the seconds that training waited."""
 
     logged_step: int
     phase: Phase
     snapshot: Snapshot
+    stall: float = 0.0
     window: int = 0
+    segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
+    features: Features | None = None
+    functional: dict[str, float] = field(default_factory=dict)
 
 
 class SnapshotPipeline:
@@ -71,21 +83,21 @@ class SnapshotPipeline:
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._merger = WindowMerger(window, options.methods, lag, options.exclude, options.lora)
-        if apart := self._merger.merged_apart:
-            info(
-                f"merge: {', '.join(apart)} merges the factors A and B of LoRA adapters each for itself; a "
-                "linear method (method='sma') in a run of one process merges what they add together"
-            )
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self.history = History()
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
-        self._advised: list[str] = []
+        self.published = 0  # number of merges
+        trained = window.store.whole.only(window.store.whole.names - window.store.expected)
+        numel = sum(group.numel for group in trained.groups)
+        self.advice = Advice(options.window, numel, host.total_steps)
         self._pending: Done | None = None  # set when the last snapshot is in the window
         self._reports: list[_Report] = []
+        self._layers: dict[str, list[str]] = {}  # the names of the measured tensors, by layer
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
         self._warned_of_waiting = False
 
@@ -125,9 +137,13 @@ class SnapshotPipeline:
             live: the live model's tensors, or the error that kept them from being read.
             may_publish: whether a merge may be published: not while the loss is an outlier.
         """
+        stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
-        model, captured = self._capture(live, snapshot.step)
         report = _Report(self.host.log_step, phase, snapshot)
+        with evaluated_weights(self.host.optimizers):
+            report.features = self.probe.run() if self.probe else None
+            model, captured = self._capture(live, snapshot.step)
+        report.stall = stall + time.monotonic()
         self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
 
     def wait_until_merged(self) -> None:
@@ -174,6 +190,15 @@ class SnapshotPipeline:
             log.exception("merge: the window could not be merged; training goes on")
             return None
 
+    def note_validation(self, live: Mapping[str, SupportsFloat], scored: Scored) -> dict[str, float]:
+        """What is logged of a merge's validation besides its metrics; see ``Advice.after_validation``."""
+        if scored.newest is None:
+            return gains(live, scored.metrics, scored.lower)
+        metrics, line = self.advice.after_validation(scored.newest, live, scored.metrics, scored.lower)
+        if line:
+            info(line)
+        return metrics
+
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
         self.wait()
@@ -185,7 +210,9 @@ class SnapshotPipeline:
         self._handed_in = self._window.ranks.from_first(self._emitted)  # only that one knows what it wrote
         self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
-        if not self.publisher.published:
+        if self.publisher.published:
+            info(closing_line(self.advice.validations, self.published, self.publisher))
+        elif self.options.experts is None:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
     def _why_nothing(self, step: int) -> str:
@@ -227,7 +254,8 @@ class SnapshotPipeline:
             "taken": self._taken,
             "handed_in": self._handed_in,
             "published": list(self.publisher.published),
-            "advised": list(self._advised),
+            "emissions": self.published,
+            "advice": self.advice.state_dict(),
             "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
@@ -238,7 +266,9 @@ class SnapshotPipeline:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores everything from a ``state_dict``, except the window."""
         self._taken = state["taken"]
-        self._advised = list(state["advised"])
+        self.published = state.get("emissions", len(state["published"]))
+        if "advice" in state:  # older versions have none
+            self.advice.load_state_dict(state["advice"])
         self.history.load_state_dict(state.get("history", {}))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
@@ -254,8 +284,7 @@ class SnapshotPipeline:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
         if isinstance(live, Exception):
             return ModelTensors(), Captured(error=live)
-        with evaluated_weights(self.host.optimizers):
-            return live, self._window.capture(live.tensors, live.frozen, step)
+        return live, self._window.capture(live.tensors, live.frozen, step)
 
     def _wait_for_the_last(self, step: int) -> None:
         waited = -time.monotonic()
@@ -281,17 +310,44 @@ class SnapshotPipeline:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+        seconds = -time.monotonic()
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
             return
         self._taken += 1
+        if self.probe and report.features:
+            report.functional = self.probe.compare(report.features)
         emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
-        evaluate = self.options.evaluate and self.host.will_validate
+        evaluate = self.options.evaluate and self.host.will_validate and self.options.experts is None
         self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
         if emit:
             self._emit(model)
-        report.window, report.diversity = len(self._window), self._merger.diversity
+        report.window, report.segment = len(self._window), self._window.segment()
+        report.diversity = self._merger.diversity
         self._reports.append(report)
+        self._record(report, seconds + time.monotonic())
+
+    def _record(self, report: _Report, seconds: float) -> None:
+        snapshot, window = report.snapshot, self._window.snapshots
+        self.host.record(
+            "snapshot",
+            snapshot.step,
+            tokens=snapshot.tokens,
+            lr=snapshot.lr,
+            phase=snapshot.phase,
+            bytes=self._window.store.sizes[len(window) > 1],
+            stall=report.stall,
+            background=seconds,
+            window=[kept.step for kept in window],
+            diversity=report.diversity and report.diversity["rms"],
+            layers=self._diversity_of_layers(),
+        )
+
+    def _diversity_of_layers(self) -> dict[str, float]:
+        values = self._merger.rms_by_tensor
+        if values.keys() != {name for names in self._layers.values() for name in names}:
+            self._layers = layer_groups(values)
+        return {group: fmean(values[name] for name in names) for group, names in self._layers.items()}
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Adds a captured snapshot to the window; returns whether that succeeded."""
@@ -309,10 +365,10 @@ class SnapshotPipeline:
         if merge is not None and merge.step != self._handed_in:
             self._handed_in = merge.step
             prepared = self._prepared(merge, model.tied)
-            done = self.background.submit(partial(self._publish, merge.step, prepared))
+            done = self.background.submit(partial(self._publish, merge, prepared))
             merge.published = done.wait
 
-    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], object] | Exception:
+    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], Path | None] | Exception:
         """A function that publishes a merge, or the error that keeps this rank from it."""
         try:
             return self._exporter.prepare(
@@ -326,14 +382,32 @@ class SnapshotPipeline:
         except Exception as error:  # the other ranks have to learn of it
             return error
 
-    def _publish(self, step: int, prepared: Callable[[], object] | Exception) -> None:
+    def _publish(self, merge: Merge, prepared: Callable[[], Path | None] | Exception) -> None:
+        seconds = -time.monotonic()
         try:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
-            if not isinstance(prepared, Exception):
-                prepared()
-            self._emitted = step
+            if not isinstance(prepared, Exception) and (folder := prepared()):
+                self._record_emission(merge, folder, seconds + time.monotonic())
+            self._emitted, self.published = merge.step, self.published + 1
         except Exception as error:
-            warn(f"merge: the merge of step {step} was not published ({error!r}); training goes on")
+            warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
+
+    def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
+        newest, size = merge.snapshots[-1], None
+        with suppress(OSError):  # it may be uploaded, and gone from here
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        self.host.record(
+            "emission",
+            merge.step,
+            path=folder.name,
+            method=merge.method.name,
+            phase=newest.phase,
+            tokens=newest.tokens,
+            snapshots=[snapshot.step for snapshot in merge.snapshots],
+            weights=merge.weights,
+            bytes=size,
+            seconds=seconds,
+        )
 
     def _warn_of_cuts(self) -> None:
         for line in self._window.drop_cut():
@@ -380,18 +454,19 @@ class SnapshotPipeline:
     def _log(self, report: _Report) -> None:
         snapshot, diversity = report.snapshot, report.diversity
         metrics: dict[str, float] = {
-            "merge/phase": report.phase.code,
-            "merge/lr_ratio": snapshot.lr_ratio,
-            "merge/window": report.window,
+            PHASE: report.phase.code,
+            LR_RATIO: snapshot.lr_ratio,
+            WINDOW: report.window,
         }
         if snapshot.tokens is not None:
-            metrics["merge/tokens"] = snapshot.tokens
+            metrics[TOKENS] = snapshot.tokens
         if diversity is not None:
-            metrics["merge/diversity_rms"] = diversity["rms"]
-            metrics["merge/diversity_change"] = diversity["change_percent"]
-        self.host.log(metrics, report.logged_step)
+            metrics[DIVERSITY_RMS] = diversity["rms"]
+            metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
+        metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
+        log_metrics(self.host, metrics, snapshot.step, report.logged_step)
         self._logged |= metrics
         self.history.add_snapshot(snapshot, metrics)
-        change = diversity["change_percent"] if diversity else None
-        if line := advice(report.phase, snapshot.since, change, self._advised):
+        if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
             info(line)
+            self.host.record("advice", snapshot.step, text=line)

@@ -19,6 +19,10 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>
 """What peft calls a factor: in a model the adapter's name follows, in a file ``.weight`` or nothing."""
 
 
+_NO_DIRECTION = 1e-3
+"""A direction whose share is smaller than this, of the largest one's, counts as none."""
+
+
 @dataclass(frozen=True)
 class LowRank:
     """The matrix ``scale · B A``.
@@ -89,6 +93,32 @@ class LowRank:
         b, a = left @ (u[:, :kept] * root), (right @ (v[:kept].mT * root)).mT
         return LowRank(b.to(wide), a.to(wide).contiguous())
 
+    def near(self, a: Tensor) -> LowRank:
+        """The same matrix, in factors whose A is near another one; it comes from ``cut`` or ``nearest``.
+
+        ``B R⁻¹`` and ``R A`` have the same product for every invertible R. An optimizer's moments and the
+        pace of the training belong to one R, which balanced factors would change; and a direction that is 0
+        in both factors never trains again.
+
+        Args:
+            a: (rank, columns), of at least this matrix's rank. If it lacks one of the matrix's directions,
+                the factors stay balanced, with rows and columns of zeros.
+
+        Returns:
+            Factors of that rank, in fp64.
+        """
+        norms = torch.linalg.vector_norm(self.a.double(), dim=1)  # the roots of the singular values
+        used = norms > _NO_DIRECTION * norms.max() if len(norms) else norms > 0
+        right = (self.a.double()[used] / norms[used, None]).mT
+        left, like = self.b.double()[:, used] * norms[used], a.double()
+        turned = like @ right
+        u, values, v = torch.linalg.svd(turned, full_matrices=False)
+        if len(values) and values[-1] <= _NO_DIRECTION * values[0]:
+            padded = like.new_zeros(len(a) - self.rank, self.shape[1])
+            columns = like.new_zeros(self.shape[0], len(a) - self.rank)
+            return LowRank(torch.cat([self.b.double(), columns], 1), torch.cat([self.a.double(), padded]))
+        return LowRank((left @ v.mT / values) @ u.mT, like - u @ (u.mT @ (like - turned @ right.mT)))
+
     def to(self, dtype: torch.dtype) -> LowRank:
         """With factors of another dtype."""
         return replace(self, b=self.b.to(dtype), a=self.a.to(dtype))
@@ -121,17 +151,26 @@ def total(parts: Sequence[LowRank], weights: Sequence[float], dtype: torch.dtype
     return LowRank(torch.cat(columns, 1), torch.cat([part.a.to(kind) for part in parts]))
 
 
-def nearest(matrix: Tensor, rank: int) -> LowRank:
+def nearest(matrix: Tensor, rank: int, around: Tensor | None = None) -> LowRank:
     """The nearest matrix of a rank to a dense one, in balanced factors (fp32, fp64 for fp64).
 
     Args:
         matrix: (rows, columns).
         rank: at least 1; more than the smaller side has no effect.
+        around: (directions, columns): its rows span most of the matrix. The result is then found by subspace
+            iteration from there, which is up to 1e-3 farther away, and takes a tenth of the time or less.
     """
-    u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    if around is None or 2 * len(around) > min(matrix.shape):
+        u, values, v = torch.linalg.svd(matrix.double(), full_matrices=False)
+    else:
+        exact, basis = matrix.to(wide), torch.linalg.qr(around.to(wide).mT).Q
+        for _ in range(2):
+            basis = torch.linalg.qr(exact.mT @ torch.linalg.qr(exact @ basis).Q).Q
+        u, values, v = torch.linalg.svd((exact @ basis).double(), full_matrices=False)
+        v = v @ basis.double().mT
     kept = min(rank, len(values))
     root = values[:kept].sqrt()
-    wide = torch.promote_types(matrix.dtype, torch.float32)
     return LowRank((u[:, :kept] * root).to(wide), (v[:kept] * root[:, None]).to(wide))
 
 

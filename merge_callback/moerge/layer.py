@@ -69,15 +69,16 @@ class MoergedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.ranks, self.scales = tuple(ranks), tuple(scales)
         weight = next(base.parameters())
-        with weight.device:
+        device = torch.device("cpu") if weight.is_meta else weight.device  # of a base that is only described
+        with device:
             self.lora_A = nn.Parameter(torch.empty(sum(ranks), in_features, dtype=torch.float32))
             self.lora_B = nn.Parameter(torch.empty(out_features, sum(ranks), dtype=torch.float32))
             self.router = nn.Parameter(torch.empty(len(ranks), in_features, dtype=torch.float32))
-        experts = torch.arange(len(ranks), device=weight.device)
-        rows = torch.tensor(self.ranks, device=weight.device)
+        experts = torch.arange(len(ranks), device=device)
+        rows = torch.tensor(self.ranks, device=device)
         self.register_buffer("expert_of", experts.repeat_interleave(rows), persistent=False)
         # No buffer: .to(torch.bfloat16) would round it.
-        self._scale = torch.tensor(self.scales, device=weight.device).repeat_interleave(rows)
+        self._scale = torch.tensor(self.scales, device=device).repeat_interleave(rows)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps ``(…, in)`` to ``(…, out)``, in the base layer's dtype."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from merge_callback.messages import warn
 from merge_callback.signals.host import Host
-from merge_callback.snapshots.files import append_line
+from merge_callback.snapshots.files import append_line, plain
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def append(
         before_writing: raises an ``OSError`` if the folder belongs to another run by now.
     """
     path = folder / RECORD
-    line = json.dumps({key: _json(value) for key, value in record.items()}, allow_nan=False, default=str)
+    line = json.dumps(plain(record), allow_nan=False, default=str)
     try:
         before_writing()
         append_line(path, line)
@@ -114,12 +114,3 @@ def number(value: float) -> str:
     if math.isfinite(value):
         return f"{value:.4g}"
     return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}infinity"
-
-
-def _json(value: Any) -> Any:
-    """JSON has no NaN and no infinities, so they become strings that ``float`` reads."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return [_json(item) for item in value]
-    return {k: _json(v) for k, v in value.items()} if isinstance(value, Mapping) else value

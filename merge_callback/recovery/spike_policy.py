@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback.messages import warn
+from merge_callback.metrics import BASELINE, IS_SPIKING, LR_FACTOR, RESTORES, SCORE, THRESHOLD
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.evidence import Evidence, HeldBatches
 from merge_callback.recovery.inquiry import Inquiry
 from merge_callback.recovery.restore import Recovery
-from merge_callback.recovery.spike_log import RECORD, announce, append, number, sentence_of
+from merge_callback.recovery.spike_log import RECORD, announce, append, number, sentence, sentence_of
 from merge_callback.recovery.step_origins import StepOrigins
 from merge_callback.signals.drift import DRIFT_STEPS
 from merge_callback.signals.host import Host, report
@@ -143,15 +144,15 @@ class SpikePolicy:
     def metrics(self, spike: float) -> dict[str, float]:
         """The logged metrics; ``spike`` is 1 while something speaks against the weights."""
         metrics = {
-            "merge/spike": spike,
-            "merge/restores": float(self.restores.count),
-            "merge/spike_score": self.numbers.score.value,
+            IS_SPIKING: spike,
+            RESTORES: float(self.restores.count),
+            SCORE: self.numbers.score.value,
         }
         loss = self.numbers.loss
         if not math.isnan(threshold := loss.threshold):
-            metrics |= {"merge/loss_baseline": loss.baseline, "merge/loss_threshold": threshold}
+            metrics |= {BASELINE: loss.baseline, THRESHOLD: threshold}
         if self.restores.count:
-            metrics["merge/lr_factor"] = self.recovery.lr.factor(self.host.step)
+            metrics[LR_FACTOR] = self.recovery.lr.factor(self.host.step)
         return metrics
 
     def state_dict(self) -> dict[str, Any]:
@@ -337,6 +338,7 @@ class SpikePolicy:
         if self._merger().ranks.is_first:
             event = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}
             append(self.dirpath, event, self.before_writing)
+            self.host.record("spike", record["step"], record=record, text=sentence(record))
         announce(self.host, record)
         if self.options.on_spike is None:
             return

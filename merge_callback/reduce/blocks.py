@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from merge_callback.reduce.passes import Outs, Weights, rows_of
+
 BLOCK = 1 << 19
 """Elements per block: the fp32 accumulator (2 MiB) and one block of input stay in the last-level cache.
 On a 2-core EPYC, N=10, blocks of 2^19 to 2^20 were the fastest of 2^16 … 2^21. The split is fixed, so the
@@ -26,20 +28,20 @@ def accumulator_dtype(*tensors: Tensor) -> torch.dtype:
 
 def one_pass(
     sources: Sequence[Tensor],
-    weights: Sequence[float] | None,
-    out: Tensor | None,
+    weights: Weights,
+    out: Outs,
     contrast: Sequence[float] | None,
     bounds: Sequence[int],
 ) -> Tensor | None:
     """See ``reduce.one_pass``."""
-    wide = accumulator_dtype(*sources)
+    rows, wide = rows_of(weights, out), accumulator_dtype(*sources)
     block = min(BLOCK, _BLOCK_ALONE) if contrast is None and torch.get_num_threads() == 1 else BLOCK
     total, scratch, other = (_buffer(sources[0], wide, min(block, sources[0].numel())) for _ in range(3))
     squares = torch.zeros(len(bounds), dtype=torch.float64, device=sources[0].device)
     for start in range(0, sources[0].numel(), block):
         blocks = [source[start : start + block] for source in sources]
-        if weights is not None and out is not None:
-            _weighted_sum(blocks, weights, out[start : start + block], total, scratch)
+        for row in rows:
+            _weighted_sum(blocks, row.weights, row.out[start : start + block], total, scratch)
         if contrast is not None:
             _add_squares(squares, _contrast(blocks, contrast, other, scratch), bounds, start)
     return None if contrast is None else squares.cpu()

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from merge_callback.reduce.passes import Cut
+from merge_callback.reduce.passes import Cut, Outs, Row, Weights, rows_of
 
 _SHARE = 1 << 23  # least bytes per thread: half a millisecond; starting one on a busy core takes longer
 
-_VERSION = 2  # version of the structures below and the functions in kernels.c, which has the same number
+_VERSION = 3  # version of the structures below and the functions in kernels.c, which has the same number
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTED, _CONTRASTED = 1, 2
@@ -56,6 +56,17 @@ class _Pass(ctypes.Structure):
         ("segments", ctypes.c_int64),
         ("partials", ctypes.c_void_p),
         ("next", ctypes.c_int64),
+    )
+
+
+class _Sums(ctypes.Structure):
+    _fields_ = (
+        ("first", _Pass),
+        ("weights", ctypes.POINTER(ctypes.c_float)),
+        ("starts", ctypes.POINTER(ctypes.c_float)),
+        ("outs", ctypes.POINTER(ctypes.c_void_p)),
+        ("out_dtypes", ctypes.POINTER(ctypes.c_int32)),
+        ("count", ctypes.c_int64),
     )
 
 
@@ -98,6 +109,7 @@ class _Split(ctypes.Structure):
 _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("reduce_instructions", ctypes.c_int, ()),
     ("reduce_take_chunks", None, (ctypes.POINTER(_Pass), ctypes.c_int)),
+    ("reduce_take_sums", None, (ctypes.POINTER(_Sums), ctypes.c_int)),
     ("reduce_combine", None, (ctypes.POINTER(_Pass), ctypes.c_void_p)),
     ("reduce_elect_chunks", None, (ctypes.POINTER(_Election), ctypes.c_int)),
     (
@@ -130,26 +142,30 @@ def takes(tensors: Sequence[Tensor]) -> bool:
 
 def one_pass(
     sources: Sequence[Tensor],
-    weights: Sequence[float] | None,
-    out: Tensor | None,
+    weights: Weights,
+    out: Outs,
     contrast: Sequence[float] | None,
     bounds: Sequence[int],
 ) -> Tensor | None:
     """See ``reduce.one_pass``; the arguments are checked there."""
-    target = out if weights is not None else None
-    terms = _terms(sources, weights if target is not None else None, contrast)
-    ends = np.asarray(bounds, dtype=np.int64)
-    work = _Pass((_Source * len(terms))(*terms), len(terms), sources[0].numel())
+    rows, ends = rows_of(weights, out), np.asarray(bounds, dtype=np.int64)
+    terms = _terms(sources, [row.weights for row in rows], contrast)
+    work = _Pass((_Source * len(terms))(*(term for term, _ in terms)), len(terms), sources[0].numel())
     chunks = _chunks(work.size)
-    work.roles = _WEIGHTED if any(term.roles & _WEIGHTED for term in terms) else 0
-    if target is not None:
-        work.out, work.out_dtype = target.data_ptr(), _DTYPES[target.dtype]
     if contrast is not None:
         partials = np.zeros(len(ends) + chunks)
         work.partials, work.bounds, work.segments = partials.ctypes.data, ends.ctypes.data, len(ends)
-    _in_threads(_loaded().reduce_take_chunks, work, min(chunks, _bytes(sources) // _SHARE))
-    if target is not None:
-        increment_version(target)  # as in-place operations do, so that autograd notices
+    most = min(chunks, _bytes(sources) // _SHARE)
+    if len(rows) > 1:
+        _in_threads(_loaded().reduce_take_sums, sums := _sums(work, rows, terms, contrast), most)
+        work = sums.first
+    else:
+        work.roles = _WEIGHTED if any(term.roles & _WEIGHTED for term, _ in terms) else 0
+        if rows:
+            work.out, work.out_dtype = rows[0].out.data_ptr(), _DTYPES[rows[0].out.dtype]
+        _in_threads(_loaded().reduce_take_chunks, work, most)
+    for row in rows:
+        increment_version(row.out)  # as in-place operations do, so that autograd notices
     return None if contrast is None else _combined(work)
 
 
@@ -209,17 +225,39 @@ def split(
 
 
 def _terms(
-    sources: Sequence[Tensor], weights: Sequence[float] | None, contrast: Sequence[float] | None
-) -> list[_Source]:
-    """The sources that take part in either sum."""
+    sources: Sequence[Tensor], rows: Sequence[Sequence[float]], contrast: Sequence[float] | None
+) -> list[tuple[_Source, list[float]]]:
+    """The sources that take part in a sum, each with its factors: of each row, and of the contrast."""
     terms = []
     for i, source in enumerate(sources):
-        weight = 0.0 if weights is None else float(weights[i])
-        factor = 0.0 if contrast is None else float(contrast[i])
-        roles = (_WEIGHTED if weight else 0) | (_CONTRASTED if factor else 0)
-        if roles:
-            terms.append(_Source(source.data_ptr(), _DTYPES[source.dtype], roles, weight, factor))
+        factors = [float(each[i]) for each in (*rows, *([] if contrast is None else [contrast]))]
+        weight = factors[0] if rows else 0.0
+        factor = 0.0 if contrast is None else factors[-1]
+        if any(factors):
+            roles = (_WEIGHTED if weight else 0) | (_CONTRASTED if factor else 0)
+            terms.append((_Source(source.data_ptr(), _DTYPES[source.dtype], roles, weight, factor), factors))
     return terms
+
+
+def _sums(
+    work: _Pass,
+    rows: Sequence[Row],
+    terms: Sequence[tuple[_Source, list[float]]],
+    contrast: Sequence[float] | None,
+) -> _Sums:
+    """Several sums of the sources, and their contrast, which is one sum more, without an output."""
+    count = len(rows) + (contrast is not None)
+    factors = [factor for _, each in terms for factor in each]
+    starts = [-0.0 if any(row.weights) else 0.0 for row in rows]
+    outs, dtypes = [row.out.data_ptr() for row in rows], [_DTYPES[row.out.dtype] for row in rows]
+    return _Sums(
+        work,
+        (ctypes.c_float * len(factors))(*factors),
+        (ctypes.c_float * count)(*starts),
+        (ctypes.c_void_p * count)(*outs),
+        (ctypes.c_int32 * count)(*dtypes),
+        count,
+    )
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

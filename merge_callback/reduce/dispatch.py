@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Sized
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from merge_callback.reduce import blocks, compiled
-from merge_callback.reduce.passes import Elect, Pass
+from merge_callback.reduce.passes import Elect, Outs, Pass, Row, Weights, rows_of
 
 EAGER = os.environ.get("MERGE_CALLBACK_EAGER", "") not in ("", "0")
 """Whether to use only PyTorch's own operations, e.g. to rule out a kernel: ``MERGE_CALLBACK_EAGER=1``."""
@@ -24,22 +24,22 @@ NARROW = frozenset({torch.float32, torch.bfloat16, torch.float16})
 @torch.no_grad()
 def one_pass(
     sources: Sequence[Tensor],
-    weights: Sequence[float] | None = None,
-    out: Tensor | None = None,
+    weights: Weights = None,
+    out: Outs = None,
     contrast: Sequence[float] | None = None,
     bounds: Sequence[int] = (),
 ) -> Tensor | None:
     """Writes ``out = Σ weights[i] · sources[i]`` and sums ``(Σ contrast[i] · sources[i])²`` by segment.
 
-    Each source is read once: both sums are formed while a part of it sits in registers or cache. A factor of
+    Each source is read once: all sums are formed while a part of it sits in registers or cache. A factor of
     0 leaves its source out, even if that holds NaN. An element is summed in the order of the sources, in
-    fp32, or in fp64 if a source is fp64.
+    fp32, or in fp64 if a source is fp64. Of K sums each has the bits that it has alone.
 
     Args:
         sources: N flat tensors of ``n`` elements, of any floating-point dtypes, on one device.
-        weights: N factors; ``None`` leaves ``out`` untouched (squares only).
+        weights: N factors, or K rows of N; ``None`` leaves ``out`` untouched (squares only).
         out: flat, ``n`` elements, any floating-point dtype; receives the one final cast. Must not overlap a
-            source.
+            source. For K rows, K of them, which must not overlap each other.
         contrast: N factors, or ``None``; −1 and 1 for two sources, and 0 for the others, give their distance.
         bounds: ends of the segments in elements, ascending, the last one ``n``; needed with ``contrast``.
 
@@ -49,13 +49,14 @@ def one_pass(
     Raises:
         ValueError: if the numbers of elements or of factors differ, or ``bounds`` do not end with ``n``.
     """
-    _check(sources, weights, out, contrast, bounds)
-    return _backend(sources, out)(sources, weights, out, contrast, bounds)
+    rows = rows_of(weights, out)
+    _check(sources, rows, weights, out, contrast, bounds)
+    return _backend(sources, rows)(sources, weights, out, contrast, bounds)
 
 
-def _backend(sources: Sequence[Tensor], out: Tensor | None) -> Pass:
+def _backend(sources: Sequence[Tensor], rows: Sequence[Row]) -> Pass:
     """The fastest pass that takes these tensors; ``blocks`` takes all."""
-    tensors = list(sources) if out is None else [*sources, out]
+    tensors = [*sources, *(row.out for row in rows)]
     if triton_serves(*tensors):
         from merge_callback.reduce import triton_kernels  # imports Triton
 
@@ -118,18 +119,22 @@ def _runs_on(device: torch.device) -> bool:
 
 def _check(
     sources: Sequence[Tensor],
-    weights: Sequence[float] | None,
-    out: Tensor | None,
+    rows: Sequence[Row],
+    weights: Weights,
+    out: Outs,
     contrast: Sequence[float] | None,
     bounds: Sequence[int],
 ) -> None:
     """Refuses arguments with which a kernel would read or write beyond the tensors' memory."""
     size = sources[0].numel()
-    for tensor in sources if out is None else (*sources, out):
+    outs = [out] if isinstance(out, Tensor) else out or []
+    for tensor in (*sources, *outs):
         if tensor.numel() != size:
             raise ValueError(f"tensors must have equal numbers of elements, got {tensor.numel()} and {size}")
-    for name, factors in (("weights", weights), ("contrast", contrast)):
-        if factors is not None and len(factors) != len(sources):
+    given: list[Sized] = [row.weights for row in rows] or ([] if weights is None else [weights])
+    named = [("weights", each) for each in given] + ([] if contrast is None else [("contrast", contrast)])
+    for name, factors in named:
+        if len(factors) != len(sources):
             raise ValueError(f"{name}: {len(factors)} factors for {len(sources)} sources; give one for each")
     if contrast is not None:
         _check_bounds(bounds, size)

@@ -1,4 +1,4 @@
-/* Weighted sum and squared contrast of N flat arrays: one read of each, all sums in registers. TIES' two passes.
+/* Weighted sums and squared contrast of N flat arrays: one read of each, all sums in registers. TIES' two passes.
  *
  * No Python here: compiled.py loads the library with ctypes and calls `reduce_take_chunks` in each of its
  * threads, then `reduce_combine`. The passes themselves are in kernels_pass.h and kernels_ties.h, compiled once
@@ -18,6 +18,7 @@
 
 #define GROUP 64      /* elements of every source that are summed at once: 256 bytes, four lines, in fp32 */
 #define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
+#define CACHED 24576  /* bytes of all sources that stay in the first-level cache for further sums */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
 #define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
 #define STREAMED (2 << 20) /* bytes of output from which on writes bypass the caches */
@@ -52,6 +53,16 @@ typedef struct {
     int64_t next;     /* the first chunk that no thread has taken */
 } Pass;
 
+/* K weighted sums of the same sources; `pass` has these, and no output of its own. */
+typedef struct {
+    Pass pass;
+    const float *weights; /* K for each source; 0 leaves it out */
+    const float *starts;  /* K; what a sum begins with: -0, and 0 if no source has a weight in it */
+    char *const *outs;    /* K of them; NULL is the contrast, which is squared */
+    const int32_t *out_dtypes;
+    int64_t count; /* K */
+} Sums;
+
 typedef struct {
     const char *data;
     int64_t end;   /* before it magnitudes up to `below` are trimmed, from it on up to `at_most` */
@@ -79,7 +90,7 @@ typedef struct {
     int32_t low, high;
 } Split;
 
-const int64_t reduce_version = 2;   /* of all structures and functions: compiled.py has the same number */
+const int64_t reduce_version = 3;   /* of all structures and functions: compiled.py has the same number */
 const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -89,6 +100,14 @@ static int64_t width(int32_t dtype) { return dtype == FP32 ? 4 : 2; }
 /* Whether an output is written past the caches. One that fits is left in them for the next reader. */
 static int streams(const char *out, int32_t dtype, int64_t size) {
     return size * width(dtype) >= STREAMED && (uintptr_t)out % 64 == 0;
+}
+
+/* Elements of a block that some of the sums are made of before the others are: all, if these are at once. */
+static int64_t part_of_block(const Sums *sums, int64_t at_once) {
+    int64_t bytes = 0, part = BLOCK;
+    for (int64_t i = 0; i < sums->pass.count; i++) bytes += width(sums->pass.sources[i].dtype);
+    while (sums->count > at_once && part > GROUP && part * bytes > CACHED) part /= 2;
+    return part;
 }
 
 /* The first segment that ends after element `at`. */
@@ -200,6 +219,13 @@ void reduce_take_chunks(Pass *pass, int instructions) {
         take_chunks_avx2(pass);
 }
 
+void reduce_take_sums(Sums *sums, int instructions) {
+    if (instructions == AVX512)
+        take_sums_avx512(sums);
+    else
+        take_sums_avx2(sums);
+}
+
 void reduce_elect_chunks(Election *election, int instructions) {
     if (instructions == AVX512)
         elect_chunks_avx512(election);
@@ -270,6 +296,11 @@ int reduce_instructions(void) { return 1; }
 void reduce_take_chunks(Pass *pass, int instructions) {
     (void)instructions;
     take_chunks_plain(pass);
+}
+
+void reduce_take_sums(Sums *sums, int instructions) {
+    (void)instructions;
+    take_sums_plain(sums);
 }
 
 void reduce_elect_chunks(Election *election, int instructions) {

@@ -146,3 +146,117 @@ static TARGET void NAME(take_chunks)(Pass *pass) {
     }
     NAME(fence)();
 }
+
+/* Vectors of a source that are widened at once for several sums, whose registers they share. */
+#define FEW (LANES == 16 ? 4 : 2)
+#define SIDE (FEW * LANES)
+
+INLINE void NAME(load_side)(NAME(Lanes) *x, const char *data, int32_t dtype) {
+    UNROLL for (int v = 0; v < FEW; v++)
+        x[v] = dtype == FP32   ? NAME(load_fp32)(data + 4 * LANES * v)
+               : dtype == BF16 ? NAME(load_bf16)(data + 2 * LANES * v)
+                               : NAME(load_fp16)(data + 2 * LANES * v);
+}
+
+INLINE void NAME(store_side)(const NAME(Lanes) *x, char *out, int32_t dtype, int stream) {
+    UNROLL for (int v = 0; v < FEW; v++) {
+        if (dtype == FP32) {
+            if (stream)
+                NAME(stream_fp32)(out + 4 * LANES * v, x[v]);
+            else
+                NAME(store_fp32)(out + 4 * LANES * v, x[v]);
+            continue;
+        }
+        NAME(Halves) half = dtype == BF16 ? NAME(to_bf16)(x[v]) : NAME(to_fp16)(x[v]);
+        if (stream)
+            NAME(stream_half)(out + 2 * LANES * v, half);
+        else
+            NAME(store_half)(out + 2 * LANES * v, half);
+    }
+}
+
+/* `rows` sums from `first` on, of SIDE elements, or of the `count` that are left at the end. */
+INLINE void NAME(sum_side)(const Sums *sums, int64_t first, int rows, int64_t at, int64_t count, float *contrasts) {
+    NAME(Lanes) total[4][FEW], x[FEW];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < FEW; v++) total[r][v] = NAME(spread)(sums->starts[first + r]);
+    const float *weights = sums->weights + first;
+    for (const Source *source = sums->pass.sources; source < sums->pass.sources + sums->pass.count;
+         source++, weights += sums->count) {
+        const char *data = source->data + at * width(source->dtype);
+        char padded[4 * SIDE];
+        if (count < SIDE) {
+            memset(padded, 0, sizeof padded);
+            data = memcpy(padded, data, count * width(source->dtype));
+        } else if (first == 0) {
+            for (int64_t line = 0; line < SIDE * width(source->dtype); line += 64)
+                __builtin_prefetch(data + AHEAD + line);
+        }
+        NAME(load_side)(x, data, source->dtype);
+        UNROLL for (int r = 0; r < rows; r++)
+            if (weights[r] != 0) {
+                NAME(Lanes) weight = NAME(spread)(weights[r]);
+                UNROLL for (int v = 0; v < FEW; v++) total[r][v] = NAME(fma)(x[v], weight, total[r][v]);
+            }
+    }
+    UNROLL for (int r = 0; r < rows; r++) {
+        char *out = sums->outs[first + r];
+        int32_t dtype = out ? sums->out_dtypes[first + r] : FP32;
+        char *place = out ? out + at * width(dtype) : (char *)contrasts;
+        char padded[4 * SIDE];
+        if (count < SIDE) {
+            NAME(store_side)(total[r], padded, dtype, 0);
+            memcpy(place, padded, count * width(dtype));
+        } else {
+            NAME(store_side)(total[r], place, dtype, streams(out, dtype, sums->pass.size));
+        }
+    }
+}
+
+INLINE void NAME(sum_sides)(
+    const Sums *sums, int64_t first, int rows, int64_t start, int64_t stop, float *contrasts) {
+    int64_t at = start;
+    for (; at + SIDE <= stop; at += SIDE) NAME(sum_side)(sums, first, rows, at, SIDE, contrasts + at - start);
+    if (at < stop)
+        NAME(sum_side)(sums, first, rows, at, stop - at, contrasts + at - start);
+}
+
+/* Four sums at once, then four others of what is in the cache by now. */
+static TARGET void NAME(sum_part)(const Sums *sums, int64_t start, int64_t stop, float *contrasts) {
+    for (int64_t first = 0; first < sums->count; first += 4) switch (sums->count - first) {
+        case 1:
+            NAME(sum_sides)(sums, first, 1, start, stop, contrasts);
+            break;
+        case 2:
+            NAME(sum_sides)(sums, first, 2, start, stop, contrasts);
+            break;
+        case 3:
+            NAME(sum_sides)(sums, first, 3, start, stop, contrasts);
+            break;
+        default:
+            NAME(sum_sides)(sums, first, 4, start, stop, contrasts);
+        }
+}
+
+static TARGET void NAME(take_sums)(Sums *sums) {
+    Pass *pass = &sums->pass;
+    int64_t part = part_of_block(sums, 4);
+    float contrasts[BLOCK];
+    for (;;) {
+        int64_t chunk = __atomic_fetch_add(&pass->next, 1, __ATOMIC_RELAXED);
+        if (chunk * CHUNK >= pass->size)
+            break;
+        int64_t stop = smaller((chunk + 1) * CHUNK, pass->size);
+        int64_t segment = pass->partials ? segment_at(pass, chunk * CHUNK) : 0;
+        for (int64_t at = chunk * CHUNK; at < stop; at += BLOCK) {
+            int64_t end = smaller(at + BLOCK, stop);
+            for (int64_t begin = at; begin < end; begin += part)
+                NAME(sum_part)(sums, begin, smaller(begin + part, end), contrasts + begin - at);
+            if (pass->partials)
+                segment = NAME(add_squares)(pass, at, end, contrasts, segment);
+        }
+    }
+    NAME(fence)();
+}
+#undef FEW
+#undef SIDE

@@ -16,17 +16,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from merge_callback.reduce.triton_sources import elements, load, on, table, written
+from merge_callback.reduce.passes import Outs, Row, Weights, rows_of
+from merge_callback.reduce.triton_sources import KINDS, elements, load, on, pointers, table, written
 
 BLOCK = 1024
-"""Elements per program: 8 per thread, of each of the two sums."""
+"""Elements per program: 8 per thread, of each of the sums."""
+
+ROWS = 8
+"""Sums that one launch makes: 64 registers per thread for their elements."""
 
 
 @torch.no_grad()
 def one_pass(
     sources: Sequence[Tensor],
-    weights: Sequence[float] | None = None,
-    out: Tensor | None = None,
+    weights: Weights = None,
+    out: Outs = None,
     contrast: Sequence[float] | None = None,
     bounds: Sequence[int] = (),
     block: int = BLOCK,
@@ -37,8 +41,9 @@ def one_pass(
 
     Args:
         sources: N flat contiguous tensors of ``n`` elements, fp32, bf16 or fp16, on one device.
-        weights: N factors; ``None`` leaves ``out`` untouched.
-        out: flat, contiguous, ``n`` elements, one of these dtypes; receives the one final cast.
+        weights: N factors, or K rows of N; ``None`` leaves ``out`` untouched.
+        out: flat, contiguous, ``n`` elements, one of these dtypes; receives the one final cast. Or K of them;
+            all of one dtype are written in one read of the sources for each 8.
         contrast: N factors, or ``None``.
         bounds: ends of the segments in elements, ascending, the last one ``n``.
         block: elements per program, a power of 2.
@@ -46,43 +51,119 @@ def one_pass(
     Returns:
         With ``contrast``: fp64 on the CPU, one sum of squares per segment. Else ``None``.
     """
-    size, device = sources[0].numel(), sources[0].device
-    merges = weights is not None and out is not None
+    size, device, rows = sources[0].numel(), sources[0].device, rows_of(weights, out)
     squares = torch.zeros(len(bounds) if contrast is not None else 0, dtype=torch.float64, device=device)
-    if size and (merges or len(squares)):
-        given = weights if merges and weights is not None else [0.0] * len(sources)
+    if size and (rows or len(squares)):
         with on(device):
-            _launch(sources, given, out if merges else None, contrast, bounds, squares, block)
+            measured: Sequence[float] | None = contrast
+            for part in _launches(rows):
+                _launch(sources, part, measured, bounds if measured is not None else (), squares, block)
+                measured = None
     return None if contrast is None else squares.cpu()
+
+
+def _launches(rows: Sequence[Row]) -> list[list[Row]]:
+    """Up to ``ROWS`` sums of one dtype each; one without any, if only squares are wanted."""
+    alike = [[row for row in rows if row.out.dtype == dtype] for dtype in {row.out.dtype: 0 for row in rows}]
+    return [part[i : i + ROWS] for part in alike for i in range(0, len(part), ROWS)] or [[]]
 
 
 def _launch(
     sources: Sequence[Tensor],
-    weights: Sequence[float],
-    out: Tensor | None,
+    rows: Sequence[Row],
     contrast: Sequence[float] | None,
     bounds: Sequence[int],
     squares: Tensor,
     block: int,
 ) -> None:
-    factors = contrast if contrast is not None else [0.0] * len(sources)
-    # Sources that take no part in either sum are not read at all.
-    used = [i for i, pair in enumerate(zip(weights, factors, strict=True)) if any(pair)] or [0]
-    tiles = triton.cdiv(sources[0].numel(), block)
-    rows = table([sources[i] for i in used], bounds, [weights[i] for i in used], [factors[i] for i in used])
+    count = len(sources)
+    factors = contrast if contrast is not None else [0.0] * count
+    given = [row.weights for row in rows] or [[0.0] * count]
+    # Sources that take no part in any sum are not read at all.
+    used = [i for i, each in enumerate(zip(*given, factors, strict=True)) if any(each)] or [0]
+    tiles, segments = triton.cdiv(sources[0].numel(), block), len(bounds)
     # Tile t and segment s use place t + s: along the tensor both only grow, so no two pairs share a place.
-    partials = torch.empty(tiles + len(squares), dtype=torch.float32, device=squares.device)
-    _sum_tile[(tiles,)](
-        rows.integers, rows.factors, rows.sources, partials if out is None else out, partials, len(squares),
-        sources[0].numel(), rows.kind, rows.aligned, out is not None, len(squares) > 0, block,
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    if out is not None:
-        written(out)
-    if len(squares):
-        _sum_segment[(len(squares),)](
-            rows.integers, 2 * rows.sources, partials, squares, block, 1024, enable_fp_fusion=True
+    partials = torch.empty(tiles + segments, dtype=torch.float32, device=squares.device)
+    taken, measure = [sources[i] for i in used], [factors[i] for i in used]
+    if len(rows) > 1:
+        height = triton.next_power_of_2(len(rows))
+        padded = [*given, *[[0.0] * count] * (height - len(rows))]
+        weights = [each[i] for i in used for each in padded]
+        addresses = [row.out.data_ptr() for row in (*rows, *rows[:1] * (height - len(rows)))]
+        rows_sent = table(taken, [*bounds, *addresses], measure, weights)
+        _sum_rows[(tiles,)](
+            rows_sent.integers, rows_sent.factors, rows_sent.sources, partials, segments, len(rows),
+            sources[0].numel(), rows_sent.kind, rows_sent.aligned, KINDS[rows[0].out.dtype],
+            all(address % 16 == 0 for address in addresses), segments > 0, height, block,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    else:
+        out = rows[0].out if rows else partials
+        rows_sent = table(taken, bounds, [given[0][i] for i in used], measure)
+        _sum_tile[(tiles,)](
+            rows_sent.integers, rows_sent.factors, rows_sent.sources, out, partials, segments,
+            sources[0].numel(), rows_sent.kind, rows_sent.aligned, bool(rows), segments > 0, block,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+    for row in rows:
+        written(row.out)
+    if segments:
+        _sum_segment[(segments,)](
+            rows_sent.integers, 2 * rows_sent.sources, partials, squares, block, 1024, enable_fp_fusion=True
         )
+
+
+@triton.jit(do_not_specialize=["count", "segments", "rows", "size"])
+def _sum_rows(
+    table, factors, count, partials, segments, rows, size,
+    kind: tl.constexpr, aligned: tl.constexpr, written: tl.constexpr, lined_up: tl.constexpr,
+    measures: tl.constexpr, height: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of each weighted sum, and the squares of its contrast by segment."""
+    offsets = elements(tl.program_id(0), block)
+    outs = table + 2 * count + segments
+    if tl.program_id(0) + 1 < tl.num_programs(0):
+        other = _several(
+            table, factors, count, outs, rows, offsets, None, kind, aligned, written, lined_up, measures,
+            height, block,
+        )  # fmt: skip
+    else:
+        other = _several(
+            table, factors, count, outs, rows, offsets, offsets < size, kind, aligned, written, lined_up,
+            measures, height, block,
+        )  # fmt: skip
+    if measures:
+        _store_partials(table + 2 * count, partials, segments, size, offsets, other * other, block)
+
+
+@triton.jit
+def _several(
+    table, factors, count, outs, rows, offsets, inside,
+    kind: tl.constexpr, aligned: tl.constexpr, written: tl.constexpr, lined_up: tl.constexpr,
+    measures: tl.constexpr, height: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Writes the weighted sums of the elements that are inside, and returns their contrast."""
+    row = tl.arange(0, height)
+    total = tl.zeros([height, block], tl.float32)
+    other = tl.zeros([block], tl.float32)
+    for i in tl.range(0, count):
+        values = load(tl.load(table + i), tl.load(table + count + i), offsets, inside, kind, aligned)
+        weight = tl.load(factors + count + i * height + row)[:, None]
+        total = tl.where(weight != 0, total + weight * values[None, :], total)
+        if measures:
+            factor = tl.load(factors + i)
+            other = tl.where(factor != 0, other + factor * values, other)
+    address = tl.load(outs + row)
+    if written == 0:
+        places, values = pointers(address, tl.float32, lined_up), total
+    elif written == 1:
+        places, values = pointers(address, tl.bfloat16, lined_up), total.to(tl.bfloat16)
+    else:
+        places, values = pointers(address, tl.float16, lined_up), total.to(tl.float16)
+    real = (row < rows)[:, None]
+    here = real if inside is None else real & inside[None, :]
+    tl.store(places[:, None] + offsets[None, :], values, mask=here)
+    return other
 
 
 @triton.jit(do_not_specialize=["count", "segments", "size"])

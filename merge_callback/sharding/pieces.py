@@ -135,6 +135,10 @@ class Piece:
             box.of(whole).copy_(flat[start : start + box.numel].view(box.shape))
             start += box.numel
 
+    def take(self, whole: Tensor) -> Tensor:
+        """The piece's elements of the whole tensor, flat: the inverse of ``place``."""
+        return torch.cat([whole.new_empty(0), *(box.of(whole).reshape(-1) for box in self.boxes)])
+
 
 def split_rows(sizes: Sequence[tuple[int, int]], parts: int) -> list[list[int]]:
     """Splits tensors, laid end to end, into ``parts`` runs of whole rows of nearly equal bytes.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import HandleTrainingState, TrainingState
 from torch.distributed.fsdp._traversal_utils import _get_fsdp_handles
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -55,6 +56,31 @@ def resharding(root: nn.Module) -> Callable[[], None]:
     """
     modules = [module for module in root.modules() if isinstance(module, FSDPModule)]
     return partial(_reshard, modules, _fsdp1_handles(root))
+
+
+def settle(root: nn.Module) -> None:
+    """Ends a forward pass that an exception has cut off, between two steps of training.
+
+    FSDP modules take it to be under way for ever: they would neither show their shards nor gather their
+    parameters for the next one.
+    """
+    for module in root.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            module.training_state = TrainingState.IDLE
+        elif isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            if hasattr(module, "reset_iter_state"):  # torch 2.13
+                if state._is_root:
+                    module.reset_iter_state()
+                continue
+            state._training_state = state._training_state.__class__.IDLE
+            state._state_ctx.iter_forward_root = None
+            for group in getattr(state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]):
+                if group is not None:
+                    group.wait_for_unshard()
+                    group._training_state = state._training_state
+    for handle in _fsdp1_handles(root):
+        handle._training_state = HandleTrainingState.IDLE
 
 
 def _reshard(modules: Sequence[FSDPModule], handles: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
@@ -36,6 +36,15 @@ class UnrepeatableStepError(RuntimeError):
     """The training step can't be run again just to compute a loss; the message says why."""
 
 
+class Record(Protocol):
+    """Adds an event to the run's event file; see ``EventFile.write``."""
+
+    def __call__(self, kind: str, step: int, **entries: Any) -> None: ...  # noqa: D102
+
+
+def _forget(kind: str, step: int, **entries: Any) -> None: ...
+
+
 class Host(Protocol):
     """One training run, as its training loop presents it to the engine.
 
@@ -58,6 +67,7 @@ class Host(Protocol):
         is_manual: whether the number of optimizer steps per batch is not known in advance.
         will_validate: whether the loop is going to validate merged weights.
         epoch: number of completed epochs.
+        record: adds an event to the run's event file. The session sets it, on the first rank.
     """
 
     module: nn.Module
@@ -92,6 +102,7 @@ class Host(Protocol):
     counts_batches: bool = True
     is_manual: bool = False
     further_files: Mapping[str, bytes] = MappingProxyType({})
+    record: Record = staticmethod(_forget)
 
     @property
     def will_validate(self) -> bool:  # noqa: D102
@@ -127,6 +138,21 @@ class Host(Protocol):
         """Returns a function that gives the scalars newly logged under matching names, without waiting."""
         return dict
 
+    @property
+    def probed(self) -> nn.Module:
+        """The module whose ``forward`` takes a batch and returns logits."""
+        return self.module
+
+    def forward_pass(self) -> AbstractContextManager[Callable[..., Any]]:
+        """A context for a forward pass of ``probed`` in evaluation mode, between two steps, on all ranks.
+
+        It yields what to call with the arguments of ``forward``, and sees to the loop's precision and to what
+        the module logs. The engine keeps and restores everything else. DDP's wrapper is left out: it would
+        talk to the other ranks, and note that it was called.
+        """
+        is_ddp = isinstance(self.root, nn.parallel.DistributedDataParallel)
+        return nullcontext(self.module if is_ddp else self.root)
+
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """A rehearsal of training batches (``"batch"``) or of the first validation ones (``"validation"``).
 
@@ -147,4 +173,17 @@ class Host(Protocol):
 def report(host: Host, metrics: Mapping[str, float]) -> None:
     """Logs scalars now and exposes them; all ranks call it at the same time."""
     host.expose(metrics)
-    host.log(metrics, host.log_step)
+    log(host, metrics, host.step, host.log_step)
+
+
+def log(host: Host, metrics: Mapping[str, float], step: int, log_step: int) -> None:
+    """Logs scalars and records them.
+
+    Args:
+        host: the run.
+        metrics: the scalars, by name.
+        step: optimizer steps taken when they arose.
+        log_step: the step on the loggers' axis.
+    """
+    host.log(metrics, log_step)
+    host.record("metrics", step, values=metrics, log_step=log_step)

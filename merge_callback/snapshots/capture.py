@@ -140,7 +140,7 @@ class LiveModel:
         self._parts = [vars(part) for part in self._module.modules()]
         if not all(isinstance(part.get(name), dict) for part in self._parts for name in _HOLDERS):
             return  # TorchScript makes up what a module holds at each look
-        self._content, self._reshard = _content(self._parts), _resharding(self._root)
+        self._content, self._reshard = _content(self._parts), resharding_of(self._root)
         saved = (tensor for _, tensor in _saved_tensors(self._module) if id(tensor) in found.names)
         own = {found.names[id(tensor)]: tensor for tensor in saved}
         self._parameters = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
@@ -195,17 +195,25 @@ def _local_pieces(root: nn.Module) -> Callable[[Tensor], tuple[Tensor, Piece]]:
         return lambda tensor: ((own := local(tensor).data), Piece.all_of(own.shape))
     from merge_callback.sharding.shards import flat_pieces, local_piece  # costs most of a second
 
-    _resharding(root)()
+    resharding_of(root)()
     return partial(local_piece, flat=flat_pieces(root))
 
 
-def _resharding(root: nn.Module) -> Callable[[], None]:
+def resharding_of(root: nn.Module) -> Callable[[], None]:
     """A function that has the modules of a model show their shards, if it is sharded."""
     if not _is_distributed():
         return _nothing
     from merge_callback.sharding.shards import resharding
 
     return resharding(root)
+
+
+def settled(root: nn.Module) -> None:
+    """Ends a forward pass of a sharded model that an exception has cut off: the next one would fail."""
+    if _is_distributed():
+        from merge_callback.sharding.shards import settle
+
+        settle(root)
 
 
 def _nothing() -> None:

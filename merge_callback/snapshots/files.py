@@ -8,11 +8,12 @@ larger than metadata ever is.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -102,8 +103,13 @@ def open_own(path: Path) -> IO[str]:
     return file
 
 
-def append_line(path: Path, line: str) -> None:
-    """Adds a line to a text file of ours, durably; a line before it that a kill cut off is ended first.
+def append_line(path: Path, line: str, durable: bool = True) -> None:
+    """Adds a line to a text file of ours; a line before it that a kill cut off is ended first.
+
+    Args:
+        path: of the file.
+        line: without its end.
+        durable: wait until it would survive a power loss.
 
     Raises:
         OSError: if the file is a link, or nothing that can be appended to, or the disk is full.
@@ -117,9 +123,26 @@ def append_line(path: Path, line: str) -> None:
         torn = size > 0 and os.pread(file.fileno(), 1, size - 1) != b"\n"
         file.write(f"{chr(10) if torn else ''}{line}\n")
         file.flush()
-        os.fsync(file.fileno())
-    if not size:
+        if durable:
+            os.fsync(file.fileno())
+    if durable and not size:
         sync(path.parent)
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: it has no NaN and no infinities, so they become strings that ``float`` reads.
+
+    A tensor with one element becomes its number.
+
+    >>> plain({"loss": float("nan"), "steps": (1, 2)})
+    {'loss': 'nan', 'steps': [1, 2]}
+    """
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if hasattr(value, "__float__") and not isinstance(value, int):
+        value = float(value)
+        return value if math.isfinite(value) else str(value)
+    return {k: plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ import gc
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def merge_into_all(
     arenas: Sequence[Arena],
     tensors: Mapping[str, Tensor],
     copied: Collection[str],
+    known: Mapping[str, Tensor],
 ) -> None:
     """As ``merge_into``, on all ranks; once more if that fails on one, since only live tensors are written.
 
@@ -40,7 +42,7 @@ def merge_into_all(
     """
     for is_last in (False, True):
         try:
-            return ranks.agreed(partial(merge_into, weights, arenas, tensors, copied))
+            return ranks.agreed(partial(merge_into, weights, arenas, tensors, copied, known))
         except Exception as error:
             if is_last:
                 raise
@@ -53,6 +55,7 @@ def merge_into(
     arenas: Sequence[Arena],
     tensors: Mapping[str, Tensor],
     copied: Collection[str] = (),
+    known: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Merges snapshots straight into live tensors, in place.
 
@@ -63,8 +66,10 @@ def merge_into(
         arenas: of a window's snapshots from its oldest on.
         tensors: by name, in any dtypes and memory formats, on any device.
         copied: names of tensors that are taken from the newest snapshot, as integer ones always are.
+        known: merges of other tensors that were made already, flat.
     """
     newest = flat_tensors(arenas, [n for n in tensors if n in copied or not is_floating(arenas[-1], n)])
+    given = {**newest, **known}
     apart = in_common(arenas).intersection(copied)
     for name, kept in arenas[-1].shared_tensors().items():
         if name in apart:
@@ -72,7 +77,7 @@ def merge_into(
     for group in groups(arenas, apart):
         stored = [arena.find(group) for arena in arenas]
         flats = [flat for flat, _ in stored]
-        _merge_group_into(group, flats, delta_weights(stored, weights), tensors, copied, newest)
+        _merge_group_into(group, flats, delta_weights(stored, weights), tensors, given)
 
 
 def free_memory() -> None:
@@ -87,8 +92,7 @@ def _merge_group_into(
     flats: Sequence[Tensor],
     factors: Sequence[float],
     tensors: Mapping[str, Tensor],
-    copied: Collection[str],
-    newest: Mapping[str, Tensor],
+    given: Mapping[str, Tensor],
 ) -> None:
     def merge(start: int, stop: int) -> None:
         for segment in group.segments:
@@ -96,8 +100,8 @@ def _merge_group_into(
                 continue
             sources = [flat[segment.start : segment.stop] for flat in flats]
             tensor = tensors[segment.name]
-            if segment.name in copied or not group.dtype.is_floating_point:
-                overwrite(tensor, newest[segment.name].view(segment.shape))
+            if segment.name in given:
+                overwrite(tensor, given[segment.name].view(segment.shape))
             elif _is_flat(tensor, sources[0].device):
                 one_pass(sources, factors, tensor.view(-1))
             else:

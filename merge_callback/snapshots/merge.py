@@ -19,7 +19,7 @@ from merge_callback.snapshots.arena_merge import in_common, merge_arenas, merge_
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors
 from merge_callback.snapshots.live_merge import HalfRestoredError, merge_into_all
-from merge_callback.snapshots.lora_merge import factor_pairs, merge_factors
+from merge_callback.snapshots.lora_merge import merge_factors, product_pairs
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError, Snapshot
 from merge_callback.snapshots.window import Window
 
@@ -85,12 +85,13 @@ class WindowMerger:
         self.sharding, self.ranks = window.store.sharding, window.ranks
         self.first_rms: float | None = None  # what the diversity is compared with
         self.diversity: dict[str, Any] | None = None
+        self.rms_by_tensor: dict[str, float] = {}  # that it is the mean of, until the next measurement
         self._numel = {name: s.numel for name, (_, s) in window.store.whole.places.items()}
         self._vectors = vectors_of(self._numel)
         self._merge: Merge | None = None
         self._made: Merge | None = None  # the last one, which may still be published, though forgotten
         self._out: Arena | None = None
-        self._pairs = factor_pairs(self._numel) if lora == "delta" else []
+        self._pairs = product_pairs(self.sharding.wholes) if lora == "delta" else []
 
     def measure(self, model: ModelTensors, merge: bool) -> None:
         """Reads the window once after an append: the newest pair's diversity and, if asked, the merge.
@@ -98,6 +99,7 @@ class WindowMerger:
         Each rank reads what it keeps; of the diversity one number per tensor is summed over all ranks.
         """
         self._merge = self.diversity = None
+        self.rms_by_tensor = {}
         pair = self.window.pair(self.lag)
         try:
             squares = self.ranks.agreed(partial(self._measured, model, pair, merge))
@@ -149,10 +151,11 @@ class WindowMerger:
             return own, weights, self._copied(model, snapshots)
 
         own, weights, copied = self.ranks.agreed(prepare)
+        products = self.ranks.agreed(partial(self._products, method, snapshots, copied))
         arenas = self._arenas(snapshots[-1])
         factors = self._factors(snapshots, weights)[: len(arenas)]
         try:
-            merge_into_all(self.ranks, factors, arenas, own, copied)
+            merge_into_all(self.ranks, factors, arenas, own, copied, products)
             self.sharding.spread(model.tensors)
         except Exception as error:
             raise HalfRestoredError(f"the live weights are overwritten in part only: {error!r}") from error
@@ -184,8 +187,7 @@ class WindowMerger:
         if self._made is not None:
             self._made.wait()
         self._out = self._room(snapshots[-1].arena, copied)
-        trajectory = Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
-        weights, products = None, 0
+        trajectory, weights = _trajectory(snapshots), None
         if isinstance(method, LinearMethod):
             weights = method.normalised_weights(trajectory.positions)
             squares = merge_arenas(
@@ -196,13 +198,14 @@ class WindowMerger:
                 self._factors(pair, (-1.0, 1.0)) if pair else None,
                 self.window.snapshots.index(snapshots[-1]),
             )
-            if self.merges_products(method):
-                given = [partial(flat_tensors, self._arenas(snapshot)) for snapshot in snapshots]
-                products = merge_factors(given, weights, self._out.own_tensors(), copied)
         else:
             chains = [self._arenas(snapshot) for snapshot in snapshots]
-            merge_tensors(method, chains, self._out, copied, trajectory, self.sharding)
+            apart = copied.union(*self._pairs)  # the factors are overwritten
+            merge_tensors(method, chains, self._out, apart, trajectory, self.sharding)
             squares = self._distance(pair) if pair else {}
+        products = self._products(method, snapshots, copied)
+        for name, part in products.items():
+            self._out.flat(name).copy_(part)
         recomputed = self._recompute(self._out, copied, model.matching(self.exclude))
         self._check_finite(self._out, snapshots)
         self._merge = self._made = Merge(
@@ -211,20 +214,18 @@ class WindowMerger:
             snapshots,
             weights,
             sorted(copied.difference(recomputed)),
-            lora_products=products,
+            lora_products=len(products) // 2,
             recomputed=recomputed,
         )
         return squares
 
-    def merges_products(self, method: MergeMethod) -> bool:
-        """Whether a method merges LoRA adapters by their products: if it is linear, and this rank has all."""
-        return bool(self._pairs) and self.ranks.size == 1 and isinstance(method, LinearMethod)
-
-    @property
-    def merged_apart(self) -> list[str]:
-        """The methods that merge the factors of LoRA adapters apart, though products are wanted."""
-        methods = {method.name for method in self.methods.values() if not self.merges_products(method)}
-        return sorted(methods) if self._pairs else []
+    def _products(
+        self, method: MergeMethod, snapshots: Sequence[Snapshot], copied: Collection[str]
+    ) -> dict[str, Tensor]:
+        """This rank's parts of LoRA's factors, merged by their products, but those that are copied."""
+        pairs = [pair for pair in self._pairs if not {*pair} & {*copied}]
+        given = [partial(flat_tensors, self._arenas(snapshot)) for snapshot in snapshots]
+        return merge_factors(pairs, given, method, _trajectory(snapshots), self.sharding)
 
     def _recompute(self, merged: Arena, copied: Collection[str], excluded: Collection[str]) -> list[str]:
         """Finds spectral norm's vectors for the merged weights; on several ranks, none has a whole weight."""
@@ -304,7 +305,8 @@ class WindowMerger:
         self, names: Sequence[str], squares: Tensor, pair: tuple[Snapshot, Snapshot]
     ) -> None:
         numel = torch.tensor([self._numel[name] for name in names], dtype=torch.int64)
-        rms = float(rms_per_tensor(squares, numel).mean())
+        values = rms_per_tensor(squares, numel)
+        self.rms_by_tensor, rms = dict(zip(names, values.tolist(), strict=True)), float(values.mean())
         if self.first_rms is None:
             self.first_rms = rms
         older, newer = pair
@@ -315,6 +317,10 @@ class WindowMerger:
             "steps": [older.step, newer.step],
             "tokens": [older.tokens, newer.tokens],
         }
+
+
+def _trajectory(snapshots: Sequence[Snapshot]) -> Trajectory:
+    return Trajectory(positions(snapshots), [snapshot.step for snapshot in snapshots])
 
 
 def positions(snapshots: Sequence[Snapshot]) -> list[float]:

@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -235,6 +236,12 @@ class SnapshotStore:
         layout = self.whole if of_all_ranks else self.layout
         own = layout.only(layout.names - self.expected)
         return layout.nbytes + (count - 1) * self.coding.packed(own).nbytes
+
+    @cached_property
+    def sizes(self) -> tuple[int, int]:
+        """Bytes of a window's first snapshot, and of each further one, on all ranks together."""
+        first = self.nbytes(1, of_all_ranks=True)
+        return first, self.nbytes(2, of_all_ranks=True) - first
 
     def peak_nbytes(self, count: int, of_all_ranks: bool = False) -> int:
         """Bytes of the most that lies there at once: the newest is taken in before the oldest goes."""

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.charts import Charts
 from merge_callback.engine.kept_state import PythonState, kept_weights, put_back, reset_metrics
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import Scored, gains
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED, SPIKE_TEXT
 from merge_callback.options import Options
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError, report
 from merge_callback.snapshots.live_merge import HalfRestoredError
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 
 ComputeLoss = Callable[[Any], Tensor | float]
 
-_NOT_HERE = ("evaluate", "evaluate_with")  # options of loops that validate by themselves
+_NOT_HERE = ("evaluate", "evaluate_with", "base", "experts")  # options of loops that validate by themselves
 
 
 class CheckpointMerger(RunResults):
@@ -66,7 +68,7 @@ class CheckpointMerger(RunResults):
             decide.
         scaler: of fp16 training.
         log_every: optimizer steps between the logs of what is known of spikes.
-        **options: those of ``CheckpointMergeCallback``, except for ``evaluate`` and ``evaluate_with``. The
+        **options: those of ``CheckpointMergeCallback``, except for those about validations. The
             default ``dirpath`` is ``merges`` in the current folder.
 
     Attributes:
@@ -97,13 +99,15 @@ class CheckpointMerger(RunResults):
             if name in options:
                 raise TypeError(f"{name!r} is for trainers that validate; here use merged_weights()")
         self.options = Options.resolve(**options)
+        if self.options.probe and self.options.probe.is_validation:
+            raise ValueError(f"probe={options['probe']!r}: the loop's validation is its own; pass a batch")
         self._host = LoopHost(model, optimizer, total_steps, log, compute_loss, scaler, log_every)
         self._session: MergeSession | None = None
         self._state: dict[str, Any] = {}
         self._is_begun = self._is_swapped = False
-        self._swapped_step: int | None = None  # of the merge that the model had last
         self._has_stepped = False  # whether an optimizer was seen to step since the last call of ``step``
         self._told: set[str] = set()
+        self._shown: Merge | None = None  # the merge that was validated since the last step
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
 
     @property
@@ -155,7 +159,7 @@ class CheckpointMerger(RunResults):
         if not self._has_stepped:  # it is stepped in some other way, such as in hooks of the backward pass
             for optimizer in self._host.optimizers:
                 session.note_step(optimizer)
-        self._has_stepped = False
+        self._has_stepped, self._shown = False, None
         self._host.steps_taken += 1
         self._host.scalars = dict(scalars or {})
         session.begin_batch(batch, self._host.steps_taken - 1, tokens)
@@ -180,15 +184,15 @@ class CheckpointMerger(RunResults):
         if merge is None or self._session is None:
             yield None
             return
-        self._is_swapped, self._swapped_step = True, merge.step
+        self._is_swapped, self._shown = True, merge
         try:
-            with merged_weights(self._host, merge, self._session.sharding):
+            with merged_weights(self._host, merge.arena, self._session.sharding):
                 yield merge
         finally:
             self._is_swapped = False
 
     def log_validation(self, live: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
-        """Logs what a validation has found: ``merged/<name>``, and ``merge/gain/<name>``.
+        """Logs what a validation has found: ``merged/<name>``, and ``merge_gain/<name>``.
 
         A gain is positive if the merge is better, whichever way the metric improves: ``lower_is_better`` and
         ``higher_is_better`` tell, or a name that is a standard term.
@@ -205,14 +209,15 @@ class CheckpointMerger(RunResults):
             if lower[name] is None and name not in self._told:
                 self._told.add(name)
                 info(
-                    f"merge: no merge/gain/{name} is logged: whether lower or higher is better is not known; "
+                    f"merge: no {GAIN}{name} is logged: whether lower or higher is better is not known; "
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
-        values = {f"merged/{name}": value for name, value in found.items()}
-        values |= gains(live, found, lower)
-        report(self._host, values)
-        if self._session is not None:
-            self._session.note_validation(live, values, self._swapped_step, lower)
+        values = {f"{MERGED}{name}": float(value) for name, value in found.items()}
+        if self._session is None or self._shown is None:
+            report(self._host, values | gains(live, found, lower))
+            return
+        newest = self._shown.snapshots[-1]
+        self._session.note_validation(live, Scored(found, values, lower, newest.step, newest))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.
@@ -311,6 +316,8 @@ class LoopHost(Host):
         self.metrics: dict[str, float] = {}
         self.scalars: dict[str, Tensor | float] = {}
         self._total, self._log, self._compute_loss = total_steps, log, compute_loss
+        self._charts = Charts()
+        self._fabrics = model if model is not self.root else None  # wrapper, which sees to the precision
 
     @property
     def step(self) -> int:
@@ -330,6 +337,7 @@ class LoopHost(Host):
         if hasattr(self._log, "add_scalar"):
             for name, value in metrics.items():
                 self._log.add_scalar(name, value, step)
+            self._charts.show(self._log, metrics)
         else:
             self._log(dict(metrics), step)
 
@@ -341,7 +349,7 @@ class LoopHost(Host):
         """Shows an event in a ``SummaryWriter``."""
         if hasattr(self._log, "add_text") and _is_first():
             try:
-                self._log.add_text("merge/spike", text, step)
+                self._log.add_text(SPIKE_TEXT, text, step)
             except Exception:
                 log.exception("merge: %s could not show the event; training goes on", type(self._log))
 
@@ -360,6 +368,10 @@ class LoopHost(Host):
             }
 
         return matching
+
+    def forward_pass(self) -> AbstractContextManager[Callable[..., Any]]:
+        """Calls what Fabric has made of the model, or else the model as it is, without autocast."""
+        return nullcontext(self._fabrics) if self._fabrics is not None else super().forward_pass()
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Calls ``compute_loss`` again."""

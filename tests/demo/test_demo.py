@@ -18,7 +18,7 @@ from checkpoint_files import ROOT
 from distributed_runs import fit, run_ranks
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_runs import QUIET, seed
 
 from merge_callback import CheckpointMergeCallback, load_merge
@@ -489,6 +489,19 @@ def test_example_configs_of_experts_train(name, tmp_path, monkeypatch):
     assert main(["fit", "--config", str(CONFIGS / f"{name}.yaml"), *short]) == 0
     (expert,) = (tmp_path / f"demo_run/{name}/version_0/checkpoints").iterdir()
     assert re.fullmatch(r"step=(5|10)-val_acc=0\.\d{4}\.ckpt", expert.name)
+
+
+@pytest.mark.slow
+def test_the_config_of_an_expert_that_its_merge_stops_trains(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo_run").mkdir()
+    for name in ("base", "expert0", "expert1"):
+        save_file(TokenKindModule().state_dict(), f"demo_run/{name}.safetensors")
+    short = ["--trainer.max_steps=5", "--trainer.val_check_interval=5", "--data.max_bytes=40_000"]
+    config = str(CONFIGS / "expert_merged.yaml")
+    assert main(["fit", "--config", config, *short]) == 0
+    (expert,) = Path("demo_run/expert_merged/version_0/checkpoints").iterdir()
+    assert expert.name == "step=5.ckpt"
 
 
 def test_every_byte_of_source_has_the_kind_of_its_token():

@@ -1,32 +1,10 @@
-"""Advice to the user, and which way a metric improves."""
+"""Which way a metric improves."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from merge_callback.engine.advice import advice
-from merge_callback.signals.lr_phase import Phase
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
-
-
-def test_the_decay_is_announced_once_per_segment():
-    given = []
-    assert "since step 4200" in advice(Phase.DECAY, 4200, None, given)
-    assert advice(Phase.DECAY, 4200, None, given) is None
-    assert "since step 9000" in advice(Phase.DECAY, 9000, None, given)
-
-
-def test_spent_diversity_is_announced_once():
-    given = []
-    assert advice(Phase.STABLE, 0, -80.0, given) is None
-    assert "93 % closer" in advice(Phase.STABLE, 0, -93.0, given)
-    assert advice(Phase.STABLE, 0, -95.0, given) is None
-
-
-@pytest.mark.parametrize("phase", [Phase.WARMUP, Phase.STABLE])
-def test_there_is_no_advice_while_merging_pays(phase):
-    assert advice(phase, 0, None, []) is None
-    assert advice(phase, 0, 5.0, []) is None
 
 
 @pytest.mark.parametrize(

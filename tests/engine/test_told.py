@@ -30,8 +30,8 @@ def test_a_resume_says_what_it_took_over(checkpoint, caplog):
         resumed(checkpoint, merging(checkpoint.parent))
     [line] = [r.message for r in caplog.records if "resumed at" in r.message]
     assert line == (
-        "merge: resumed at step 8: the snapshots of steps 4, 6, 8 are back, the learning rate is in its "
-        "stable phase since step 0"
+        "merge: resumed at step 8: the snapshots of steps 4, 6, 8 are back, 3 merges were published, the "
+        "learning rate is in its stable phase since step 0"
     )
 
 

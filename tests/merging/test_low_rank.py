@@ -58,6 +58,50 @@ def test_a_cut_is_the_nearest_matrix_of_its_rank_in_balanced_factors(shape):
     assert exact.norm() == pytest.approx(float(torch.linalg.vector_norm(exact.dense())))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_factors_near_others_have_the_same_product_and_their_basis(shape):
+    rows, columns, rank = shape
+    parts = drawn(*shape)
+    parts = [LowRank(parts[0].b + 0.1 * p.b, parts[0].a + 0.1 * p.a) for p in parts]
+    mean_a, mean_b = (sum(getattr(p, f).double() for p in parts) / 3 for f in ("a", "b"))
+    cut = total(parts, [1 / 3] * 3, torch.float64).cut(rank)
+    found = cut.near(mean_a)
+    assert (found.rank, found.a.dtype) == (rank, torch.float64)
+    torch.testing.assert_close(found.dense(), cut.dense(), rtol=1e-12, atol=1e-12)
+    assert torch.dist(found.a, mean_a) < 0.05 * torch.linalg.vector_norm(mean_a)
+    if rank <= min(rows, columns):
+        assert torch.dist(found.b, mean_b) < 0.05 * torch.linalg.vector_norm(mean_b)
+
+
+def test_near_others_no_direction_is_lost_for_the_training():
+    (part,) = drawn(6, 8, 3, count=1)
+    b = part.b.clone()
+    b[:, 1] = 0  # it has not moved since the initialisation
+    whole = total([LowRank(b, part.a)] * 2, [0.5] * 2, torch.float64)
+    cut = whole.cut(3)
+    assert torch.linalg.svdvals(cut.a)[-1] < 1e-6  # and its column of B is 0, too: neither has a gradient
+    found = cut.near(part.a)
+    torch.testing.assert_close(found.dense(), whole.dense(), rtol=1e-9, atol=1e-9)
+    assert torch.linalg.svdvals(found.a)[-1] > 0.5 * torch.linalg.svdvals(part.a)[-1]
+    nothing = total([LowRank(0 * b, part.a)] * 2, [0.5] * 2, torch.float64).cut(3).near(part.a)
+    assert torch.equal(nothing.a, part.a.double())
+    assert not nothing.b.any()
+    elsewhere = whole.cut(3).near(torch.zeros(4, 8))
+    assert elsewhere.rank == 4
+    torch.testing.assert_close(elsewhere.dense(), whole.dense(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_nearest_is_found_around_the_directions_that_it_mostly_lies_in():
+    parts = drawn(60, 80, 3)
+    generator = torch.Generator().manual_seed(0)
+    matrix = sum(p.dense() for p in parts)
+    matrix += 0.05 * matrix.std() * torch.randn(60, 80, generator=generator)
+    around = torch.cat([p.a for p in parts])
+    exact = relative_error(nearest(matrix, 3), matrix)
+    assert relative_error(nearest(matrix, 3, around), matrix) == pytest.approx(exact, rel=1e-5)
+    assert torch.equal(nearest(matrix, 3, around[:1].expand(50, -1)).a, nearest(matrix, 3).a)  # too many
+
+
 def test_distances_of_equal_matrices_and_of_nothing_are_zero():
     (matrix,) = drawn(9, 7, 3, count=1)
     assert matrix.distance(matrix) < 1e-14 * matrix.norm()

@@ -217,8 +217,8 @@ def test_a_change_of_the_data_that_is_far_above_the_noise_is_accepted(tmp_path):
     run = spiking(tmp_path, Level(), 240, slow, spike={"action": "warn"}, fit={"log_every_n_steps": 20})
 
     assert [event["event"] for event in run.events] == ["warn", "shift"]
-    assert run.watch.metrics[240]["merge/spike"] == 0
-    assert run.watch.metrics[240]["merge/loss_baseline"] > 5000
+    assert run.watch.metrics[240]["merge_spike/is_spiking"] == 0
+    assert run.watch.metrics[240]["merge_spike/baseline"] > 5000
     assert not any(snapshot["in_spike"] for snapshot in run.window)  # they are of healthy weights after all
 
 
@@ -267,21 +267,23 @@ def test_every_logger_shows_the_spike(tmp_path):
     run = spiking(tmp_path / "merges", fit={"logger": loggers, "log_every_n_steps": 5})
 
     with open(tmp_path / "csv/version_0/metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row["merge/spike"]]
-    spikes = {int(row["step"]) + 1: float(row["merge/spike"]) for row in rows}
+        rows = [row for row in csv.DictReader(file) if row["merge_spike/is_spiking"]]
+    spikes = {int(row["step"]) + 1: float(row["merge_spike/is_spiking"]) for row in rows}
     assert [step for step, spike in spikes.items() if spike] == [FIRES]
     assert {step: spikes[step] for step in (75, 80, 90, 100)} == {75: 0, 80: 0, 90: 0, 100: 0}
-    assert float(rows[-1]["merge/restores"]) == 1
-    known = [row for row in rows if row["merge/loss_threshold"]]
-    assert all(float(row["merge/loss_threshold"]) > float(row["merge/loss_baseline"]) > 0 for row in known)
+    assert float(rows[-1]["merge_spike/restores"]) == 1
+    known = [row for row in rows if row["merge_spike/threshold"]]
+    assert all(float(row["merge_spike/threshold"]) > float(row["merge_spike/baseline"]) > 0 for row in known)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = EventAccumulator(str(tmp_path / "board/version_0"))
     board.Reload()
-    assert [e.value for e in board.Scalars("merge/restores")][-1] == 1
-    assert {"merge/spike", "merge/loss_baseline", "merge/loss_threshold"} <= set(board.Tags()["scalars"])
-    (text,) = board.Tensors("merge/spike/text_summary")
+    assert [e.value for e in board.Scalars("merge_spike/restores")][-1] == 1
+    assert {"merge_spike/is_spiking", "merge_spike/baseline", "merge_spike/threshold"} <= set(
+        board.Tags()["scalars"]
+    )
+    (text,) = board.Tensors("merge_spike/events/text_summary")
     said = text.tensor_proto.string_val[0].decode()
     assert f"5 outliers from step {SPIKE} to {FIRES - 1}" in said
     assert "steps 60, 65, 70" in said

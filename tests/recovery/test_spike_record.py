@@ -153,7 +153,7 @@ def test_an_event_is_a_warning_and_a_text_in_tensorboard(tmp_path):
     board.experiment.flush()
     shown = EventAccumulator(board.log_dir)
     shown.Reload()
-    (event,) = shown.Tensors("merge/spike/text_summary")
+    (event,) = shown.Tensors("merge_spike/events/text_summary")
     assert event.step == 124
     assert event.tensor_proto.string_val[0].decode() == sentence(RESTORE)
 

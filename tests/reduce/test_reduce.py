@@ -37,6 +37,50 @@ def randn(size, seed, dtype=torch.float32):
     return torch.randn(size, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("measured", [False, True])
+def test_several_sums_have_each_the_bits_that_it_has_alone(count, measured):
+    size = 70_001 if BEST else 12_345
+    kinds = [torch.float32, torch.bfloat16, torch.float16]
+    sources = [randn(size, i, kinds[i % 3]) for i in range(7)]
+    sources[5][::7] = torch.nan
+    rows = [randn(7, 100 + k).tolist() for k in range(count)]
+    for k, row in enumerate(rows):
+        row[5] = 0.0  # its NaN is to reach no sum
+        row[k % 5] = 0.0
+    rows[-1] = [0.0] * 7
+    contrast, bounds = ([-1.0, 0, 0, 1, 0, 0, 0], [5, 5, 4097, size]) if measured else (None, ())
+    outs = [torch.full((size,), torch.nan, dtype=kinds[k % 3]) for k in range(count)]
+    squares = one_pass(sources, rows, outs, contrast, bounds)
+    for row, out in zip(rows, outs, strict=True):
+        one_pass(sources, row, alone := torch.empty_like(out))
+        assert torch.equal(out.view(torch.int8), alone.view(torch.int8))
+    if measured:
+        assert torch.equal(squares, one_pass(sources, contrast=contrast, bounds=bounds))
+    else:
+        assert squares is None
+
+
+def test_several_sums_of_fp64_and_of_nothing():
+    sources = [randn(99, i, torch.float64) for i in range(3)]
+    one_pass(
+        sources, [[1, 2, 3], [0, 0, 1]], outs := [torch.empty(99, dtype=torch.float64) for _ in range(2)]
+    )
+    torch.testing.assert_close(outs[0], sources[0] + 2 * sources[1] + 3 * sources[2])
+    assert torch.equal(outs[1], sources[2])
+    one_pass([torch.empty(0)], [[1.0], [2.0]], [torch.empty(0), torch.empty(0)])
+
+
+def test_rows_that_do_not_fit_are_refused():
+    sources, out = [torch.ones(4), torch.ones(4)], torch.empty(4)
+    with pytest.raises(ValueError, match="weights: 2 rows for 1 outputs; give one for each"):
+        one_pass(sources, [[1, 2], [3, 4]], [out])
+    with pytest.raises(ValueError, match="weights: 1 factors for 2 sources"):
+        one_pass(sources, [[1, 2], [3]], [out, out.clone()])
+    with pytest.raises(ValueError, match="equal numbers of elements, got 3 and 4"):
+        one_pass(sources, [[1, 2], [3, 4]], [out, torch.empty(3)])
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_weighted_sum_matches_fp64(size, dtype):

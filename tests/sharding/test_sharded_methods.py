@@ -1,14 +1,10 @@
 """Every method gives the same bits whether one process has a tensor or several share it out."""
 
-import itertools
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
+from thread_ranks import Threads, columns, ranges, rows, taken
 
 from merge_callback.merging import Inputs, Shard, Trajectory, resolve_method
-from merge_callback.sharding import Piece, Ranks
 
 METHODS = [
     ("sma", {}),
@@ -28,68 +24,6 @@ METHODS = [
 ROUNDED = {"noise", "slerp"}  # their global sums are added in another order
 
 
-class Threads(Ranks):
-    """Ranks that are threads of this process."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.size = size
-        self.messages = 0
-        self._own = threading.local()
-        self._barrier = threading.Barrier(size, timeout=60)
-        self._told: dict[int, object] = {}
-
-    def exchange(self, value):
-        self.messages += self._own.rank == 0
-        self._told[self._own.rank] = value
-        self._barrier.wait()
-        told = [self._told[rank] for rank in range(self.size)]
-        self._barrier.wait()
-        return told
-
-    def total(self, numbers):
-        return numbers.copy_(sum(self.exchange(numbers.clone())))
-
-    def run(self, function):
-        def on(rank):
-            self._own.rank = rank
-            try:
-                return function(rank)
-            except BaseException:
-                self._barrier.abort()
-                raise
-
-        with ThreadPoolExecutor(self.size) as pool:
-            return list(pool.map(on, range(self.size)))
-
-
-def rows(shape, ranks):
-    """Slices of the first dimension, the last rank having less, or nothing."""
-    step = -(-shape[0] // ranks)
-    bounds = [min(shape[0], step * rank) for rank in range(ranks + 1)]
-    return [
-        Piece.box(shape, (a, *(0 for _ in shape[1:])), (b - a, *shape[1:]))
-        for a, b in itertools.pairwise(bounds)
-    ]
-
-
-def columns(shape, ranks):
-    """Slices of the last dimension: the elements of the ranks lie in between each other."""
-    step = -(-shape[-1] // ranks)
-    bounds = [min(shape[-1], step * rank) for rank in range(ranks + 1)]
-    return [
-        Piece.box(shape, (*(0 for _ in shape[1:]), a), (*shape[:-1], b - a))
-        for a, b in itertools.pairwise(bounds)
-    ]
-
-
-def ranges(shape, ranks):
-    """Stretches of the flattened tensor, as FSDP1 shards it, very uneven ones."""
-    size = torch.Size(shape).numel()
-    bounds = [0, *(size * (rank + 1) // (3 * ranks) for rank in range(ranks - 1)), size]
-    return [Piece.flat(shape, a, b) for a, b in itertools.pairwise(bounds)]
-
-
 def snapshots(kind: str, shapes) -> dict[str, list[torch.Tensor]]:
     """Four snapshots of two tensors. Coarse ones differ by few distinct amounts: most thresholds are ties."""
     generator = torch.Generator().manual_seed(5)
@@ -102,11 +36,6 @@ def snapshots(kind: str, shapes) -> dict[str, list[torch.Tensor]]:
             start = (start * 8).round() / 8
         found[name] = [start, *(start + sum(steps[: i + 1]) for i in range(3))]
     return found
-
-
-def taken(piece: Piece, tensor: torch.Tensor) -> torch.Tensor:
-    parts = [box.of(tensor).reshape(-1) for box in piece.boxes]
-    return torch.cat(parts) if parts else tensor.new_empty(0)
 
 
 def merge_all(method, tensors, trajectory, pieces=None, ranks=None):

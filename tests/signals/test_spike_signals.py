@@ -177,7 +177,7 @@ def test_the_spike_score_is_logged(tmp_path):
     spiking(tmp_path / "m", spike=EVIDENCE, fit={"logger": logger, "log_every_n_steps": 5})
 
     with open(tmp_path / "csv/version_0/metrics.csv") as file:
-        scores = [float(row["merge/spike_score"]) for row in csv.DictReader(file) if row["merge/spike_score"]]
+        scores = [float(row["merge_spike/score"]) for row in csv.DictReader(file) if row["merge_spike/score"]]
     assert scores[0] == 0
     assert 0 < scores[-1] <= 5 / 99
 
@@ -315,7 +315,8 @@ def test_a_trial_leaves_nothing_behind(tmp_path):
         found = run({**fit, "logger": logger})
         with open(tmp_path / name / "version_0/metrics.csv") as file:
             rows = [
-                {k: v for k, v in row.items() if not k.startswith("merge/")} for row in csv.DictReader(file)
+                {k: v for k, v in row.items() if not k.startswith(("merge/", "merge_"))}
+                for row in csv.DictReader(file)
             ]
         logged[name] = [row for row in rows if row["loss_step"] or row["loss_epoch"]]
         return found

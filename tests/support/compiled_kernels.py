@@ -66,7 +66,9 @@ def calls():
 
 def sum_up(given):
     ones = [1.0] * len(given)
-    triton_kernels.one_pass(given, ones, torch.empty_like(given[-1]), ones, [7, given[0].numel()])
+    ends = [7, given[0].numel()]
+    triton_kernels.one_pass(given, ones, torch.empty_like(given[-1]), ones, ends)
+    triton_kernels.one_pass(given, [ones] * 8, [torch.empty_like(given[-1]) for _ in range(8)], ones, ends)
 
 
 def elect(given):

@@ -68,7 +68,7 @@ class Curves(Logger):
     def live(self) -> list[tuple[int, dict[str, float]]]:
         """What is logged apart from the merging."""
         kept = [
-            (step, {n: v for n, v in metrics.items() if not n.startswith(("merge/", "merged/"))})
+            (step, {n: v for n, v in metrics.items() if not n.startswith(("merge/", "merge_", "merged/"))})
             for step, metrics in self.rows
         ]
         return [row for row in kept if row[1]]

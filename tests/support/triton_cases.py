@@ -159,6 +159,24 @@ def test_what_has_no_part_in_a_sum_may_be_nan():
     assert found.tolist() == [100]
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("measured", [False, True], ids=["sums", "sums and squares"])
+def test_several_sums_have_each_the_bits_that_it_has_alone(count, measured):
+    size, sources = 405, several(5, 405, MIXTURE, randn)
+    sources[3][:] = torch.nan
+    rows = [[0.1 * k, 0.3 - k, 0.0 if k else 2.0, 0.0, 0.7] for k in range(count)]
+    contrast, bounds = ([-1.0, 0, 0, 0, 1], [*BOUNDS, size]) if measured else (None, ())
+    outs = [torch.full((size + 1,), 9.0, dtype=MIXTURE[k // 9], device=DEVICE)[k % 2 :] for k in range(count)]
+    outs = [out[:size] for out in outs]
+    squares = triton_kernels.one_pass(sources, rows, outs, contrast, bounds, block=64)
+    for row, out in zip(rows, outs, strict=True):
+        triton_kernels.one_pass(sources, row, alone := torch.empty_like(out), block=64)
+        assert torch.equal(out, alone)
+    if measured:
+        expected = triton_kernels.one_pass(sources, contrast=contrast, bounds=bounds, block=64)
+        assert torch.equal(squares, expected)
+
+
 def test_nothing_to_sum_is_no_error():
     empty, out = torch.empty(0, device=DEVICE), torch.full((5,), torch.nan, device=DEVICE)
     assert triton_kernels.one_pass([empty], [1.0], empty, [1.0], [0, 0]).tolist() == [0, 0]

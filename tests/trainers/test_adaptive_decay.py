@@ -1,14 +1,18 @@
 """``WarmupAdaptiveDecay``: the rates that are really applied, when it cuts them, when it stops."""
 
+import math
 from itertools import groupby, pairwise
 
 import pytest
 import torch
+from distributed_runs import run_jobs
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.strategies import DDPStrategy
+from spiking_runs import FIRES, Line, spiking
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from training_runs import QUIET, assert_same_bits, loader, one_thread, rows, train, weights_of
+from training_runs import QUIET, assert_same_bits, loader, one_thread, rows, seed, train, weights_of
 
 from merge_callback import CheckpointMergeCallback, WarmupAdaptiveDecay
 
@@ -211,10 +215,84 @@ def test_beside_the_merging_callback_a_cut_begins_a_new_phase(tmp_path):
     assert levels(module.rates, 10) == [((0.4,), 20), ((0.2,), 15), ((0.1,), 15)]
 
 
+def test_the_ramp_after_a_restore_multiplies_its_rates(tmp_path):
+    class Measured(Line):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_acc", 0.5)
+
+    callback = adaptive(warmup_steps=10, patience=15, min_lr=1e-4)
+    every = {**EVERY_5, "val": loader(8), "limit_val_batches": 1}
+    found = spiking(tmp_path, module=Measured, callbacks=(callback,), fit=every)
+    assert len(found.restores) == 1
+    # The first look is at 15, and the fifteenth after it at 90, in the middle of the ramp of 10 steps.
+    scheduled = [0.02 * min(1, step / 10) * (1 if step <= 90 else 0.5) for step in range(1, 101)]
+    ramp = [1.0] * FIRES + [i / 10 for i in range(1, 11)] + [1.0] * 5
+    assert found.watch.scheduled == pytest.approx(scheduled)
+    assert found.module.applied == pytest.approx([a * b for a, b in zip(scheduled, ramp, strict=True)])
+
+
+FALLS = {"one falls": (0.001, -0.002), "first rank only": (0.0, None), "one has NaN": (0.001, math.nan)}
+"""What each rank's metric gains with every step; ``None`` if the rank does not log it."""
+
+
+class OfRank(Scripted):
+    """Logs what only this rank saw."""
+
+    def __init__(self, slopes):
+        super().__init__(groups=(0.4, 0.1))
+        self.slopes = slopes
+
+    def validation_step(self, batch, batch_idx):
+        slope = self.slopes[self.global_rank]
+        if slope is not None:
+            self.log("val_acc", 0.5 + slope * self.trainer.global_step)
+
+
+def rates_of_rank(slopes, folder, resume_from=None):
+    seed()
+    module = OfRank(slopes)
+    folder.mkdir(exist_ok=True)
+    path = resume_from and folder / f"{resume_from}.ckpt"
+    saved = () if resume_from else (Saved(folder, (7, 23, 25)),)
+    ranks = {
+        "devices": 2,
+        "strategy": DDPStrategy(process_group_backend="gloo"),
+        "use_distributed_sampler": False,
+    }
+    run(module, adaptive(warmup_steps=10), *saved, ckpt_path=path, **ranks)
+    return module.rates, weights_of(module)
+
+
+@pytest.mark.slow
+def test_all_ranks_decide_the_same_whatever_each_of_them_saw(tmp_path):
+    jobs = {
+        (name, step): (rates_of_rank, {"slopes": slopes, "folder": tmp_path / name, "resume_from": step})
+        for name, slopes in FALLS.items()
+        for step in (None, 7, 23, 25)
+    }
+    found = run_jobs(2, jobs)
+    warmup = [(0.04 * step, 0.01 * step) for step in range(1, 11)]
+    for (name, step), ranks in found.items():
+        first = 15 if name == "one has NaN" else 20  # else the first look is the best
+        held = [(0.4, 0.1)] * first + [(0.2, 0.05)] * 15 + [(0.1, 0.025)] * 15
+        for rates, weights in ranks:
+            torch.testing.assert_close(rates, (warmup + held)[step or 0 :], msg=str((name, step)))
+            assert_same_bits(weights, found[name, None][0][1])
+
+
 class Scheduled(Scripted):
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 10)]
+
+
+class OnPlateau(Scripted):
+    def configure_optimizers(self):
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer := super().configure_optimizers())
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "monitor": "val_acc"},
+        }
 
 
 class TwoOptimizers(Scripted):
@@ -228,11 +306,12 @@ class TwoOptimizers(Scripted):
     ("module", "options", "message"),
     [
         (Scheduled(), {}, "so does the module's StepLR; return the optimizer alone"),
+        (OnPlateau(), {}, "so does the module's ReduceLROnPlateau; return the optimizer alone"),
         (TwoOptimizers(), {}, "one optimizer that has an lr, not with 2"),
         (Scripted(), {"limit_val_batches": 0}, "this run has no validation"),
         (Scripted(groups=(0.05,)), {}, r"below min_lr=0.06, but the optimizer's lr is only 0.05"),
     ],
-    ids=["scheduler", "optimizers", "validation", "rate"],
+    ids=["scheduler", "plateau", "optimizers", "validation", "rate"],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(module, options, message):
     with pytest.raises(MisconfigurationException, match=message):

@@ -81,7 +81,7 @@ def test_merged_metrics_and_gains_are_logged_at_the_steps_of_the_live_ones(runs)
     assert bool(names) != case.own_weights
     for name in names:
         live, twin = merged.curves.of(name), merged.curves.of(f"merged/{name}")
-        gains = merged.curves.of(f"merge/gain/{name}")
+        gains = merged.curves.of(f"merge_gain/{name}")
         assert gains.keys() == (set() if sounds_lower(name) is None and not gains else twin.keys())
         if live:  # a metric of which Lightning logs only the forks, or none, has a twin all the same
             assert twin.keys() == {step for step in live if step >= min(twin)}
@@ -105,7 +105,7 @@ def test_before_the_first_merge_the_live_metrics_stand_in(tmp_path):
     run = fit(Case(), merging(tmp_path, every_n_steps=6), max_epochs=3)
     first, *later = run.metrics.seen.values()
     assert first["merged/val_loss"] == first["val_loss"]
-    assert "merge/gain/val_loss" not in first
+    assert "merge_gain/val_loss" not in first
     assert all(seen["merged/val_loss"] != seen["val_loss"] for seen in later)
     assert run.curves.of("merged/val_loss").keys() == {15, 23}
 
@@ -138,7 +138,7 @@ def test_an_own_axis_of_training_moves_no_curve_of_validation(tmp_path):
     run = fit(Case(Thousandfold), merging(tmp_path))
     live = run.curves.of("val_loss").keys()
     assert run.curves.of("merged/val_loss").keys() == live
-    assert run.curves.of("merge/gain/val_loss").keys() == live
+    assert run.curves.of("merge_gain/val_loss").keys() == live
 
 
 class Caching(Classifier):

@@ -69,12 +69,12 @@ def named(tmp_path_factory) -> dict[str, float]:
 @pytest.mark.parametrize("name", [*IMPROVE_DOWNWARDS, "penalty"])
 def test_a_gain_is_positive_where_the_merge_scores_lower_on_what_should_fall(name, named):
     assert named["merged/val_loss"] != named["val_loss"]
-    assert named[f"merge/gain/{name}"] == pytest.approx(named[name] - named[f"merged/{name}"], abs=1e-6)
+    assert named[f"merge_gain/{name}"] == pytest.approx(named[name] - named[f"merged/{name}"], abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [*IMPROVE_UPWARDS, "score"])
 def test_a_gain_is_positive_where_the_merge_scores_higher_on_what_should_rise(name, named):
-    assert named[f"merge/gain/{name}"] == pytest.approx(named[f"merged/{name}"] - named[name], abs=1e-6)
+    assert named[f"merge_gain/{name}"] == pytest.approx(named[f"merged/{name}"] - named[name], abs=1e-6)
 
 
 def test_a_metric_object_says_itself_which_way_it_improves(tmp_path):
@@ -91,7 +91,7 @@ def test_a_metric_object_says_itself_which_way_it_improves(tmp_path):
             self.log("inception", self.inception)
 
     seen = fit(Case(Measured), merging(tmp_path)).metrics.seen[16]
-    assert seen["merge/gain/inception"] == pytest.approx(
+    assert seen["merge_gain/inception"] == pytest.approx(
         seen["inception"] - seen["merged/inception"], abs=1e-6
     )
 
@@ -134,10 +134,10 @@ def test_numbers_that_metric_objects_return_improve_as_these_say(tmp_path, caplo
     with caplog.at_level("INFO"):
         seen = fit(Case(Numbers), merging(tmp_path)).metrics.seen[16]
     for name in ("val/A", "x/C", "renamed"):
-        assert seen[f"merge/gain/{name}"] == pytest.approx(seen[name] - seen[f"merged/{name}"], abs=1e-6)
+        assert seen[f"merge_gain/{name}"] == pytest.approx(seen[name] - seen[f"merged/{name}"], abs=1e-6)
     for name in ("val/B", "direct"):
-        assert seen[f"merge/gain/{name}"] == pytest.approx(seen[f"merged/{name}"] - seen[name], abs=1e-6)
-    assert "merge/gain/unclear" not in seen
+        assert seen[f"merge_gain/{name}"] == pytest.approx(seen[f"merged/{name}"] - seen[name], abs=1e-6)
+    assert "merge_gain/unclear" not in seen
     assert "merged/unclear" in seen
     told = [record.message for record in caplog.records if "higher_is_better" in record.message]
     assert len(told) == 1
@@ -154,8 +154,8 @@ def test_of_a_name_that_only_contains_a_metrics_no_direction_is_known(name):
 def test_options_say_which_way_a_metric_improves(tmp_path):
     options = {"lower_is_better": ["unclear"], "higher_is_better": "val/A"}
     seen = fit(Case(Numbers), merging(tmp_path, **options)).metrics.seen[16]
-    assert seen["merge/gain/unclear"] == pytest.approx(seen["unclear"] - seen["merged/unclear"], abs=1e-6)
-    assert seen["merge/gain/val/A"] == pytest.approx(seen["merged/val/A"] - seen["val/A"], abs=1e-6)
+    assert seen["merge_gain/unclear"] == pytest.approx(seen["unclear"] - seen["merged/unclear"], abs=1e-6)
+    assert seen["merge_gain/val/A"] == pytest.approx(seen["merged/val/A"] - seen["val/A"], abs=1e-6)
 
 
 def test_a_scheduler_that_monitors_says_which_way_a_metric_improves(tmp_path):
@@ -166,4 +166,4 @@ def test_a_scheduler_that_monitors_says_which_way_a_metric_improves(tmp_path):
             return [optimizer], [{"scheduler": plateau, "monitor": "unclear"}]
 
     seen = fit(Case(Scheduled), merging(tmp_path)).metrics.seen[16]
-    assert seen["merge/gain/unclear"] == pytest.approx(seen["merged/unclear"] - seen["unclear"], abs=1e-6)
+    assert seen["merge_gain/unclear"] == pytest.approx(seen["merged/unclear"] - seen["unclear"], abs=1e-6)

@@ -306,9 +306,9 @@ def test_a_module_that_is_validated_with_other_weights_leaves_no_merged_value(ki
     case = Case(kind, trainer={"num_sanity_val_steps": 0})
     run, plain = fit(case, merging(tmp_path)), fit(case)
     assert_same_bits(weights_of(run.module), weights_of(plain.module))
-    names = {name for name in run.metrics.seen[16] if name.startswith(("merged/", "merge/gain/"))}
+    names = {name for name in run.metrics.seen[16] if name.startswith(("merged/", "merge_gain/"))}
     if kind is Registering:  # it is merged, too
-        assert names == {"merged/val_loss", "merge/gain/val_loss"}
+        assert names == {"merged/val_loss", "merge_gain/val_loss"}
     else:
         assert not names
         assert "hooks of Swapping put weights of its own in" in caplog.text
@@ -329,8 +329,8 @@ class FailingTwice(Classifier):
 def test_after_a_failed_merged_validation_nothing_follows_the_live_weights(tmp_path):
     seen = fit(Case(FailingTwice), merging(tmp_path), max_epochs=3).metrics.seen
     for step in (8, 16):
-        assert not [name for name in seen[step] if name.startswith(("merged/", "merge/gain/"))]
-    assert {"merged/val_loss", "merge/gain/val_loss"} <= seen[24].keys()
+        assert not [name for name in seen[step] if name.startswith(("merged/", "merge_gain/"))]
+    assert {"merged/val_loss", "merge_gain/val_loss"} <= seen[24].keys()
 
 
 def test_monitors_live_through_a_failed_merged_validation(tmp_path):

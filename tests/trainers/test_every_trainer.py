@@ -111,7 +111,7 @@ def through_transformers(folder):
     seed(1)
     trainer.train()
     metrics = {name: value for entry in trainer.state.log_history for name, value in entry.items()}
-    names = {"merged_eval_loss": "merged/val_loss", "merge/gain/eval_loss": "merge/gain/val_loss"}
+    names = {"merged_eval_loss": "merged/val_loss", "merge_gain/eval_loss": "merge_gain/val_loss"}
     return net.net.state_dict(), {names.get(name, name): value for name, value in metrics.items()}
 
 
@@ -153,7 +153,7 @@ def test_every_training_loop_gives_the_same_merges(loop, lightning, tmp_path):
         assert_same_bits(published[name], wanted[name])
     merged = {k: v for k, v in expected_metrics.items() if k.startswith("merge")}
     assert {k: v for k, v in metrics.items() if k.startswith("merge")} == pytest.approx(merged, rel=1e-6)
-    assert "merge/gain/val_loss" in merged
+    assert "merge_gain/val_loss" in merged
 
 
 PLAIN = """
@@ -193,7 +193,7 @@ with merge_callback.CheckpointMerger(
                 net.weight.mul_(50)
     state = merger.state_dict()
 merges = len(list(pathlib.Path(sys.argv[1]).glob("step=*")))
-found = {"restores": merger.metrics["merge/restores"], "loss": float(loss.detach()), "merges": merges}
+found = {"restores": merger.metrics["merge_spike/restores"], "loss": float(loss.detach()), "merges": merges}
 print(json.dumps({**found, "step": state["step"]}))
 """
 

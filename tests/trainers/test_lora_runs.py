@@ -4,31 +4,19 @@ import json
 
 import pytest
 import torch
+from adapted import Adapted
 from killed_run import wait_for_snapshots
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
+from spiking_runs import FIRES, Line, spiking, used
 from torch import nn
-from training_runs import Classifier, assert_same_bits, emissions, loader, seed, train
+from training_runs import Classifier, assert_same_bits, emissions, loader, mean_of, seed, train
 
-from merge_callback import CheckpointMergeCallback, load_merge
+from merge_callback import CheckpointMergeCallback, load_merge, merge_state_dicts
 from merge_callback.checks import one_of
 from merge_callback.options import Options
-from merge_callback.snapshots.lora_merge import factor_pairs, merge_factors
 
 A, B = "net.2.lora_A.default.weight", "net.2.lora_B.default.weight"
-
-
-class Adapted(nn.Module):
-    """A linear layer with factors by the names that peft gives them."""
-
-    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
-        super().__init__()
-        self.base_layer = base.requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
-
-    def forward(self, x):
-        return self.base_layer(x) + 2 * self.lora_B["default"](self.lora_A["default"](x))
 
 
 def run(folder, **options):
@@ -43,17 +31,28 @@ def run(folder, **options):
     return load_file(merge / "model.safetensors"), snapshots, json.loads((merge / "merge.json").read_text())
 
 
+def product(state):
+    return state[B].double() @ state[A].double()
+
+
+def cut(matrix):
+    """The nearest matrix of rank 2."""
+    u, values, v = torch.linalg.svd(matrix)
+    return (u[:, :2] * values[:2]) @ v[:2]
+
+
 @pytest.mark.parametrize("options", [{}, {"snapshot_codec": "delta-fp16"}], ids=["whole", "differences"])
 def test_a_linear_merge_is_the_nearest_of_the_adapters_rank_to_the_mean_of_the_products(options, tmp_path):
     merged, snapshots, record = run(tmp_path, method="sma", **options)
     assert record["lora"] == {"products": 1}
     if options:
         return  # the snapshots are differences; the same code reads them
-    mean = torch.stack([s[B].double() @ s[A].double() for s in snapshots]).mean(0)
-    u, values, v = torch.linalg.svd(mean)
-    nearest = (u[:, :2] * values[:2]) @ v[:2]
-    found = merged[B].double() @ merged[A].double()
-    torch.testing.assert_close(found, nearest, rtol=1e-5, atol=1e-6)
+    mean = torch.stack([product(s) for s in snapshots]).mean(0)
+    found = product(merged)
+    torch.testing.assert_close(found, cut(mean), rtol=1e-5, atol=1e-6)
+    for name in (A, B):  # the factors are those of this run, not of another basis
+        average = torch.stack([s[name] for s in snapshots]).mean(0)
+        assert torch.dist(merged[name], average) < 0.1 * torch.linalg.vector_norm(average)
     apart = torch.stack([s[B] for s in snapshots]).mean(0) @ torch.stack([s[A] for s in snapshots]).mean(0)
     assert torch.dist(found, mean) < torch.dist(apart.double(), mean)
     others = [name for name in merged if name not in (A, B) and name in snapshots[0] and "num" not in name]
@@ -61,13 +60,45 @@ def test_a_linear_merge_is_the_nearest_of_the_adapters_rank_to_the_mean_of_the_p
         torch.testing.assert_close(merged[name], torch.stack([s[name] for s in snapshots]).mean(0))
 
 
-def test_factors_are_merged_apart_where_that_is_asked_for_or_the_method_is_not_linear(tmp_path, caplog):
+@pytest.mark.parametrize("method", ["ties", "slerp", "dare"])
+def test_any_other_method_merges_the_dense_products(method, tmp_path):
+    merged, snapshots, record = run(tmp_path, method=method)
+    assert record["lora"] == {"products": 1}
+    if method == "dare":  # its draws depend on the snapshots' steps
+        assert torch.linalg.matrix_rank(product(merged)) == 2
+        return
+    dense = merge_state_dicts([{"w": product(s).float()} for s in snapshots], method)["w"]
+    torch.testing.assert_close(product(merged), cut(dense.double()), rtol=1e-5, atol=1e-6)
+    other = merge_state_dicts([{"w": s["net.0.weight"]} for s in snapshots], method)["w"]
+    torch.testing.assert_close(merged["net.0.weight"], other)
+
+
+def test_a_restore_merges_the_products_too(tmp_path):
+    class AdaptedLine(Line):
+        def __init__(self):
+            super().__init__(lr=0.005)
+            self.net[2] = Adapted(nn.Linear(8, 6), 2)
+            self.net.append(nn.Linear(6, 1))
+
+    found = spiking(tmp_path, module=AdaptedLine)
+    (event,) = found.restores
+    snapshots = [found.watch.weights[step] for step in used(event)]
+    restored = found.watch.weights[FIRES]
+    mean = torch.stack([product(s) for s in snapshots]).mean(0)
+    torch.testing.assert_close(product(restored), cut(mean), rtol=1e-5, atol=1e-6)
+    for name in (A, B):
+        average = torch.stack([s[name] for s in snapshots]).mean(0)
+        assert torch.dist(restored[name], average) < 0.1 * torch.linalg.vector_norm(average)
+    others = {name for name in restored if "lora" not in name}
+    expected = mean_of([{n: s[n] for n in others} for s in snapshots])
+    for name in others:
+        torch.testing.assert_close(restored[name], expected[name])
+
+
+def test_factors_are_merged_apart_where_that_is_asked_for(tmp_path):
     merged, snapshots, record = run(tmp_path / "factors", method="sma", lora="factors")
     torch.testing.assert_close(merged[A], torch.stack([s[A] for s in snapshots]).mean(0))
     assert "lora" not in record
-    with caplog.at_level("INFO"):
-        assert "lora" not in run(tmp_path / "ties", method="ties")[2]
-    assert "ties merges the factors A and B" in caplog.text
     with pytest.raises(ValueError, match="lora='other' must be one of 'delta', 'factors'"):
         CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, lora="other")
 
@@ -81,26 +112,6 @@ def test_without_a_method_adapters_are_averaged_in_the_decay_too(tmp_path):
     }
     given = Options.resolve(every_n_steps=2, method="ties")
     assert given.for_adapters().methods == given.methods
-
-
-def test_pairs_are_found_by_peft_s_names_and_copied_ones_left_alone():
-    names = [
-        A,
-        B,
-        "x.lora_embedding_A.one",
-        "x.lora_embedding_B.one",
-        "y.lora_A.weight",
-        "lora_A",
-        "z.A.weight",
-    ]
-    assert factor_pairs(names) == [(A, B), ("x.lora_embedding_A.one", "x.lora_embedding_B.one")]
-    seed()
-    given = [{A: torch.randn(2, 5), B: torch.randn(4, 2)} for _ in range(3)]
-    out = {A: torch.zeros(2, 5), B: torch.zeros(4, 2)}
-    sources = [lambda names, tensors=tensors: tensors for tensors in given]
-    assert merge_factors(sources, [1 / 3] * 3, out, {A}) == 0
-    assert not any(tensor.any() for tensor in out.values())
-    assert merge_factors(sources, [1 / 3] * 3, out, ()) == 1
 
 
 def test_the_window_of_a_lora_run_takes_what_trains_and_the_base_once(tmp_path):
@@ -148,4 +159,3 @@ def test_a_merge_on_demand_is_by_products_while_the_run_goes_on_and_refused_afte
     assert_same_bits(asks.merge, load_merge(merging.latest))
     with pytest.raises(RuntimeError, match="the run is over, and it has trained LoRA adapters: call merge"):
         merging.merge()
-    assert merging.merge("ties") is not None

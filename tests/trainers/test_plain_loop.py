@@ -257,9 +257,35 @@ def test_gains_are_positive_where_the_merge_is_better(tmp_path):
         "merged/loss": 1.5,
         "merged/mine": 3,
         "merged/odd": 2,
-        "merge/gain/loss": 0.5,
-        "merge/gain/mine": 2,
+        "merge_gain/loss": 0.5,
+        "merge_gain/mine": 2,
     }
+
+
+def test_a_summary_writer_shows_live_and_merged_on_one_chart_and_gains_are_noted(tmp_path):
+    class Writer:
+        layouts = ()
+
+        def add_scalar(self, *_): ...
+
+        def add_custom_scalars(self, layout):
+            self.layouts = (*self.layouts, layout)
+
+    (model, optimizer), writer = make(), Writer()
+    with one_thread(), CheckpointMerger(model, optimizer, log=writer, dirpath=tmp_path, **OPTIONS) as merger:
+        for step in range(12):
+            merger.step(loss=take_step(model, optimizer, step))
+        for metric in ("loss", "loss", "x"):
+            with merger.merged_weights():
+                pass
+            merger.log_validation(live={metric: 2}, merged={metric: 1})
+        pipeline = merger._session.pipeline
+        assert [v.gains for v in pipeline.advice.validations.recent] == [{"loss": 1}]
+    assert [[*layout["Live and merged"]] for layout in writer.layouts] == [["loss"], ["loss", "x"]]
+    assert writer.layouts[0]["Live and merged"]["loss"] == [
+        "Multiline",
+        ["loss$", "merged/loss$", "merge/forecast/loss$"],
+    ]
 
 
 def test_what_the_callback_and_the_merger_take_by_default_is_the_same():

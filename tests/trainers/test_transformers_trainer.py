@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -129,12 +130,37 @@ def timeless(entry):
 
 def own_log(run):
     """What the trainer has logged by itself."""
-    ours = ("merge/", "merged_eval_")
+    ours = ("merge/", "merge_", "merged_eval_")
     return [timeless(entry) for entry in history(run) if not any(k.startswith(ours) for k in entry)]
 
 
 def history(run):
     return run.state.log_history
+
+
+def test_tensorboard_draws_live_and_merged_on_one_chart(tmp_path):
+    from transformers.integrations import TensorBoardCallback
+
+    class Writer:
+        tags, layouts = set(), ()
+
+        def add_scalar(self, tag, *_):
+            self.tags.add(tag)
+
+        def add_custom_scalars(self, layout):
+            self.layouts = (*self.layouts, layout)
+
+        def add_text(self, *_): ...
+        def flush(self): ...
+        def close(self): ...
+
+    writer = Writer()
+    merging = CheckpointMergeTrainerCallback(window=3, every_n_steps=2, dirpath=tmp_path / "merges")
+    train(tmp_path, merging, TensorBoardCallback(writer), **EVALUATED)
+    (layout,) = writer.layouts
+    (patterns,) = [tags for _, tags in layout["Live and merged"].values()]
+    drawn = {tag for tag in writer.tags if any(re.match(pattern, tag) for pattern in patterns)}
+    assert drawn == {"eval/loss", "train/merged_eval_loss"}
 
 
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 4, "gradient_accumulation_steps": 2}
@@ -177,7 +203,7 @@ def test_the_merge_is_evaluated_on_the_same_data(unbroken, tmp_path):
         entry["step"]: entry["merged_eval_loss"] for entry in history(run) if "merged_eval_loss" in entry
     }
     live = {entry["step"]: entry["eval_loss"] for entry in history(run) if "eval_loss" in entry}
-    gains = [entry["merge/gain/eval_loss"] for entry in history(run) if "merge/gain/eval_loss" in entry]
+    gains = [entry["merge_gain/eval_loss"] for entry in history(run) if "merge_gain/eval_loss" in entry]
     assert [*found] == [4, 8, 12]
     for merge in emissions(folder)[::2]:
         alone = trainer_of(tmp_path, model=GPT2LMHeadModel.from_pretrained(merge))
@@ -412,6 +438,31 @@ def test_what_is_not_for_a_trainer_is_refused():
         CheckpointMergeTrainerCallback(windw=3)
     with pytest.raises(ValueError, match="window=1"):
         CheckpointMergeTrainerCallback(window=1)
+
+
+def test_a_live_adapter_is_evaluated_merged_with_a_finished_one(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def adapted(value):
+        model = language_model()
+        base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        seed(value)
+        config = peft.LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+        return peft.get_peft_model(model, config), base
+
+    (sibling, base), (model, _) = adapted(3), adapted(4)
+    sibling.save_pretrained(tmp_path / "sibling")
+    callback = CheckpointMergeTrainerCallback(every_n_steps=50, experts=[tmp_path / "sibling"])
+    run = train(tmp_path, callback, model=model, max_steps=2, eval_strategy="steps", eval_steps=1)
+    found = [entry for entry in history(run) if "merged_eval_loss" in entry]
+    assert [entry["merge_experts/evaluated"] <= 5 for entry in found] == [False, True]
+    whole = [expert.merge_and_unload().state_dict() for expert in (model, sibling)]
+    scale = found[-1]["merge_experts/scale"]
+    merged = {n: t + scale * (whole[0][n] - t) + scale * (whole[1][n] - t) for n, t in base.items()}
+    expected = language_model()
+    expected.load_state_dict(merged)
+    run = trainer_of(tmp_path / "by hand", model=expected)
+    assert run.evaluate()["eval_loss"] == pytest.approx(found[-1]["merged_eval_loss"], rel=1e-4)
 
 
 @pytest.mark.slow

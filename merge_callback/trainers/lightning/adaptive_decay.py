@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from merge_callback.checks import not_negative, one_of, positive
 from merge_callback.messages import info, warn
+from merge_callback.metrics import MERGED
 from merge_callback.trainers.lightning.base import LightningCallback
 from merge_callback.trainers.lightning.private import names_of
 
@@ -30,7 +32,8 @@ class WarmupAdaptiveDecay(LightningCallback):
     The callback sets the rates itself, so the module returns its optimizer alone, without an LR scheduler.
     Each parameter group has its own η_max, the ``lr`` that it was given, and training stops when the rates of
     all groups are below ``min_lr``. Steps are optimizer steps, whatever ``accumulate_grad_batches`` is.
-    Several ranks decide by the mean of their values.
+    Several ranks decide by the mean of the values of those that logged the metric, so it need not be
+    synchronised.
 
     The metric is read when the run validates, so validate every ``every_n_steps`` steps. If validations are
     more frequent, some are passed over; if they are rarer, each is read, and a warning at the start says so.
@@ -39,7 +42,9 @@ class WarmupAdaptiveDecay(LightningCallback):
 
     A ``CheckpointMergeCallback`` in the same trainer sees a warm-up and a stable phase. A cut whose rate is
     then held for 0.5 % of the run begins a new stable phase, so merges do not cross it; several cuts in
-    quicker succession are a decay. Merged metrics (``"merged/val_acc"``) can be monitored.
+    quicker succession are a decay. It needs 0.5 % of the run, too, to see that the warm-up is over, and
+    takes no snapshot before: let ``max_steps`` be what the run may need. Merged metrics
+    (``"merged/val_acc"``) can be monitored. After a spike's restore its ramp multiplies these rates.
 
     Example::
 
@@ -175,12 +180,17 @@ class WarmupAdaptiveDecay(LightningCallback):
         return float(self.factor ** self._state["cuts"])
 
     def _value(self, trainer: Trainer) -> float | None:
-        """The metric's value, the same on all ranks; ``None`` before the first merge for a merged metric."""
+        """The mean over the ranks that logged the metric; ``None`` before the first merge for a merged one.
+
+        Every rank gets the same, also if only the first one logged it.
+        """
         value = trainer.callback_metrics.get(self.monitor)
-        if value is not None:
-            device = trainer.strategy.root_device
-            return float(trainer.strategy.reduce(value.detach().float().to(device), reduce_op="mean"))
-        if self.monitor.startswith("merged/"):
+        own = [0.0, 0.0] if value is None else [float(value), 1.0]
+        pair = torch.tensor(own, dtype=torch.float32, device=trainer.strategy.root_device)
+        total, ranks = trainer.strategy.reduce(pair, reduce_op="sum").tolist()
+        if ranks:
+            return float(total / ranks)
+        if self.monitor.startswith(MERGED):
             return None
         raise names_of(trainer).MisconfigurationException(
             f"WarmupAdaptiveDecay monitors {self.monitor}, but this validation didn't log it; it logged "

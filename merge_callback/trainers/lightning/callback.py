@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Optimizer
 
+from merge_callback.engine.probe import first_sequences
 from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
@@ -46,9 +47,9 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
     training goes on with the data that come next. Apart from that, the live weights are never touched:
     training with the callback is bit for bit training without it.
 
-    In the stable phase of a schedule, a merge scores about what the model would score after annealing
-    (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that were
-    really applied. A merge never crosses phases and never holds snapshots of the warm-up.
+    In the stable phase of a schedule, a merge is ahead of the live weights by much of what annealing would
+    bring (arXiv 2505.12082). In the decay the gain fades. The phase is inferred from the learning rates that
+    were really applied. A merge never crosses phases and never holds snapshots of the warm-up.
 
     Everything is written to ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its
     window back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
@@ -104,13 +105,21 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
             validation hooks. These run for the merged weights, too; all other callbacks do not.
         diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
             between the oldest and the newest.
+        probe: Measures on one fixed batch how far what the model computes has moved, too: logits,
+            probabilities and activations. ``"validation"``, or ``True``, takes the first 8 sequences of the
+            first validation batch; else a batch, a function that returns one, or a ``ProbeOptions``, which
+            names layers, too.
         exclude: ``fnmatch`` patterns of names that are copied from the newest snapshot instead of averaged,
             e.g. ``["*.router.bias"]``. Integer buffers and frozen parameters are always copied. What does not
             train and no snapshot can hold, such as a quantised base, is left out if a pattern matches it.
-        lora: How a linear method merges LoRA adapters that peft has put into the model: ``"delta"`` by what
-            they add (the nearest factors to the mean of B A), ``"factors"`` A and B each for itself.
+        lora: How LoRA adapters are merged that peft has put into the model: ``"delta"`` by what they add (the
+            nearest factors to the merge of the products B A), ``"factors"`` A and B each for itself.
+        base: The model that this run and ``experts`` began as; not needed if all are LoRA adapters.
+        experts: Finished experts: checkpoints or LoRA adapters. After each validation this run's weights are
+            merged with them by ``method`` (a name: λ and density are tuned on the validation data), and
+            ``merged/…`` is what that merge scores. Stop where it peaks.
         lower_is_better: ``fnmatch`` patterns of validation metrics for which lower is better, for the sign of
-            ``merge/gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
+            ``merge_gain/…``. Needed if no monitor's mode, torchmetrics object or standard name shows it.
         higher_is_better: The same for metrics for which higher is better.
         spike: What counts as a loss spike, and what is done about it: a ``SpikeOptions``, a mapping of its
             options, or its action alone, ``spike="warn"``.
@@ -142,8 +151,11 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         evaluate: bool = True,
         evaluate_with: Sequence[str | type[Callback]] = (),
         diversity_lag: int = 2,
+        probe: Any = None,
         exclude: Sequence[str] = (),
         lora: str = "delta",
+        base: str | os.PathLike[str] | None = None,
+        experts: Sequence[str | os.PathLike[str]] = (),
         lower_is_better: Sequence[str] = (),
         higher_is_better: Sequence[str] = (),
         spike: SpikeOptions | str | bool | dict[str, Any] | None = None,
@@ -163,6 +175,7 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         self._host: LightningHost | None = None
         self._validation: MergedValidation | None = None
         self._resume: dict[str, Any] = {}
+        self._first_batch: Any = None  # of a sanity check
         self._loaded = self._half_restored = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,6 +217,8 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         self._host = LightningHost(trainer, pl_module)
         named = taking_part(trainer, options.evaluate_with)
         self.session = MergeSession.begin(options, self._host, self._resume)
+        self._offer(self._first_batch)
+        self._first_batch = None
         directions = MetricDirections(options.lower_is_better, options.higher_is_better)
         self._validation = MergedValidation(self._host, self.session.sharding, directions, named)
         if "validation" in self._resume:
@@ -233,10 +248,21 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
             self.session = self.session.follow_model()
             if self.session is None:
                 return
-            self._validation.sharding = self.session.sharding
             self.session.take_snapshot()
         if self.options.evaluate:
             self._validation.note_beginning()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the first batch as the probe batch, if there is none yet."""
+        if batch_idx == dataloader_idx == 0:
+            self._offer(batch)
 
     def on_validation_batch_end(
         self,
@@ -256,9 +282,19 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         """Validates the merged weights, if the window has something new since the last validation."""
         if self.session and not trainer.sanity_checking:
             self.session.pipeline.wait_until_merged()  # so that a monitor finds the same metrics on all ranks
-            if self.options.evaluate and self._validation:
-                self._validation.update(self.session.current_merge())
-                self.session.note_validation(**self._validation.found)
+            if self._validation and self.options.evaluate:
+                self._validation.update(self.session)
+            elif self._validation:
+                self._validation.note_live(self.session)
+
+    def _offer(self, batch: Any) -> None:
+        """Offers a probe batch; until the session begins, it is kept."""
+        if batch is None or self.options.probe is None or not self.options.probe.is_validation:
+            return
+        if self.session is None:
+            self._first_batch = first_sequences(batch)
+        elif self.session.pipeline.probe:
+            self.session.pipeline.probe.offer(batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publishes the last merge; the live model keeps its own weights."""

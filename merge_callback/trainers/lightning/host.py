@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,20 +17,28 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DistributedSampler, SequentialSampler
 
+from merge_callback.engine.charts import Charts
+from merge_callback.metrics import SPIKE_TEXT
 from merge_callback.signals.host import Host, Rehearsal
 from merge_callback.trainers.lightning.private import (
+    LOGGER_CONNECTOR,
+    RESULTS,
     callback_metrics,
     logged_now,
     logged_step,
     names_of,
+    own_logger_connector,
     step_progress,
+    tag_prefix,
     training_loader,
 )
+from merge_callback.trainers.lightning.quiet import quiet_logger
 from merge_callback.trainers.lightning.rehearsal import (
     rehearsed_training,
     rehearsed_validation,
     validation_loss,
 )
+from merge_callback.trainers.lightning.undisturbed import replaced
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -59,6 +68,7 @@ class LightningHost(Host):
         self.is_manual = not module.automatic_optimization
         self._progress = step_progress(trainer)
         self._failing: list[Logger] = []
+        self._charts: dict[int, Charts] = {}  # by the logger's id
         self._epochs: Any = trainer.fit_loop.epoch_progress.current
 
     @property
@@ -126,11 +136,16 @@ class LightningHost(Host):
         for logger in self.trainer.loggers:
             try:
                 logger.log_metrics(dict(metrics), step=step)
+                self._charts_of(logger).show(getattr(logger, "experiment", None), metrics)
                 logger.save()
             except Exception:
                 if logger not in self._failing:  # once: a server that is gone stays so
                     self._failing.append(logger)
                     log.exception("merge: %s failed; training goes on without", type(logger).__name__)
+
+    def _charts_of(self, logger: Logger) -> Charts:
+        prefix = tag_prefix(logger)
+        return self._charts.setdefault(id(logger), Charts(lambda name: f"{prefix}{name}"))
 
     def expose(self, metrics: Mapping[str, float]) -> None:
         """Puts scalars into ``trainer.callback_metrics``."""
@@ -143,7 +158,7 @@ class LightningHost(Host):
             try:
                 experiment = getattr(logger, "experiment", None)
                 if hasattr(experiment, "add_text"):
-                    experiment.add_text("merge/spike", text, step)  # type: ignore[union-attr]
+                    experiment.add_text(SPIKE_TEXT, text, step)  # type: ignore[union-attr]
             except Exception:
                 log.exception("merge: %s could not show the event; training goes on", type(logger).__name__)
 
@@ -174,6 +189,42 @@ class LightningHost(Host):
             return found
 
         return new_values
+
+    @property
+    def probed(self) -> nn.Module:
+        """The module; if it defines no ``forward``, the largest of its parts."""
+        module = self.lightning_module
+        if type(module).forward is not names_of(self.trainer).LightningModule.forward:
+            return module
+        return max(
+            module.children(), key=lambda part: sum(p.numel() for p in part.parameters()), default=module
+        )
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[Callable[..., Any]]:
+        """Calls the module in the trainer's precision; what it logs meanwhile goes nowhere."""
+        trainer, probed = self.trainer, self.probed
+        plugin, loop = trainer.precision_plugin, trainer.fit_loop.epoch_loop
+        with ExitStack() as stack:
+            called = stack.enter_context(super().forward_pass())
+            if probed is not self.module:
+                if called is not self.module:
+                    raise RuntimeError(f"under FSDP, {type(self.module).__name__} has to define forward")
+                called = probed
+            quiet = [quiet_logger(logger) for logger in trainer.loggers]
+            for owner, name, value in (
+                (trainer, "loggers", quiet),
+                (trainer, LOGGER_CONNECTOR, own_logger_connector(trainer)),
+                (loop, RESULTS, names_of(trainer)._ResultCollection(training=True)),
+            ):
+                stack.enter_context(replaced(owner, name, value))
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                args, kwargs = plugin.convert_input((args, kwargs))
+                with plugin.forward_context():
+                    return called(*args, **kwargs)
+
+            yield call
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Runs the training step, or the validation, again."""

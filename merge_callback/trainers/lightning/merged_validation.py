@@ -9,24 +9,28 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
+from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import Scored
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
-from merge_callback.signals.host import report
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
 from merge_callback.trainers.lightning.private import (
     callback_metrics,
@@ -70,7 +74,6 @@ class MergedValidation:
         self._directions, self._reported_unknown = directions or MetricDirections(), False
         self.step = -1
         self.metrics: dict[str, float] = {}
-        self.found: dict[str, Any] = {"live": {}}  # by the last validation, for ``History.add_validation``
         self._random: RandomState | None = None
         self._trackers: dict[nn.Module, int] | None = None
         self._seen = SeenWeights(self.trainer, self.module)
@@ -89,30 +92,49 @@ class MergedValidation:
         """Notes which weights a live validation is run with."""
         self._seen.note_live()
 
-    def update(self, merge: Merge | None) -> None:
-        """Validates ``merge`` if it is new. A failed validation is logged; the run goes on.
+    def update(self, session: MergeSession) -> None:
+        """Validates the present merge, if it is new, or those of the live weights with finished experts.
 
-        Afterwards there are ``merged/…`` values of exactly the metrics that the merge was validated with. A
-        monitor must find its key from the first validation on, so until there is a merge the live values are
-        repeated.
+        A failed validation is logged; the run goes on. Afterwards there are ``merged/…`` values of exactly
+        the metrics that the merge was validated with. A monitor must find its key from the first validation
+        on, so until there is a merge the live values are repeated.
 
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        results = validation_results(self.trainer)
-        live = epoch_metrics(results, self.trainer.callback_metrics)
-        self.found = {"live": live}
-        if merge is not None and merge.step != self.step:
-            self._validate(merge, live)
+        self.sharding = session.sharding
+        live, scored = self._live(), None
+        if session.experts:
+            scored = self._validate_experts(session.experts, session.live(), live)
+        elif (merge := session.current_merge()) is not None and merge.step != self.step:
+            seconds = -time.monotonic()
+            merged = self._validate(merge.arena)
+            if merged is not None:
+                scored = self._scored(live, merged, merge.step)
+                scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
+        if scored is not None:
+            self.step, self._has_failed, self.metrics = scored.step, False, dict(scored.shown)
+            self._report_missing(sorted(live.keys() - scored.metrics.keys()))
+        session.note_validation(live, scored)
+        self._show(live)
+
+    def note_live(self, session: MergeSession) -> None:
+        """Notes what the live weights score, if no merge is to be validated."""
+        session.note_validation(self._live())
+
+    def _live(self) -> dict[str, Tensor]:
+        return epoch_metrics(validation_results(self.trainer), self.trainer.callback_metrics)
+
+    def _show(self, live: Mapping[str, Tensor]) -> None:
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
-            known = {f"merged/{name}": value for name, value in live.items()}
+            known = {f"{MERGED}{name}": value for name, value in live.items()}
         shown = self.trainer.callback_metrics
         shown.update(known)
-        missing = {f"merged/{name}" for name in live} - known.keys()
+        missing = {f"{MERGED}{name}" for name in live} - known.keys()
         for name in missing:
             shown.pop(name, None)
-            shown.pop(name.replace("merged/", "merge/gain/", 1), None)
+            shown.pop(name.replace(MERGED, GAIN, 1), None)
         # A monitor that does not find its key ends the run.
         shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
         self._hold_stopping(missing)
@@ -121,14 +143,15 @@ class MergedValidation:
         """Leaves the trainer's callbacks as they were."""
         self._hold_stopping(())
 
-    def _validate(self, merge: Merge, live: Mapping[str, Tensor]) -> None:
+    def _validate(self, merged: Arena) -> dict[str, Tensor] | None:
+        """The metrics of a merge; ``None`` if its validation failed, which is logged."""
         problem = None
         try:
             with self._directions.listening(self.module):
-                merged = validate_with(
+                metrics = validate_with(
                     self.trainer,
                     self.module,
-                    merge.arena,
+                    merged,
                     self._random,
                     self.sharding,
                     self._taking_part,
@@ -146,13 +169,33 @@ class MergedValidation:
                 raise HalfRestoredError("a merged validation could not restore the live weights") from problem
             log.exception("merge: validation with the merged weights failed; the live weights were restored")
             self.step, self.metrics, self._has_failed = -1, {}, True
-            return
-        self.step, self._has_failed = merge.step, False
-        self.metrics = {f"merged/{name}": float(value) for name, value in merged.items()}
-        logged = {**self.metrics, **self._gains(live, merged)}
-        self.found |= {"logged": logged, "merge_step": merge.step}
-        report(self._host, logged)
-        self._report_missing(sorted(live.keys() - merged.keys()))
+            return None
+        return metrics
+
+    def _validate_experts(
+        self, experts: ExpertMerge, model: ModelTensors, live: Mapping[str, Tensor]
+    ) -> Scored | None:
+        """What the best merge of the live weights with finished experts scores; a failure is logged."""
+        results, is_lower = validation_results(self.trainer), self._directions.lower_is_better
+        lower = {name: is_lower(name, self.trainer, results, self.module) for name in live}
+        monitored = [name.removeprefix(MERGED) for name in sorted(self._monitored())]
+        seconds = -time.monotonic()
+        try:
+            found = experts.validate(model, self._validate, lower, monitored)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            found = None
+        if found is None:
+            self.step, self.metrics, self._has_failed = -1, {}, True
+            return None
+        scored = self._scored(live, found[0], self._host.step)
+        return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
+
+    def _scored(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor], step: int) -> Scored:
+        shown = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
+        return Scored(merged, shown, self._lower_is_better(live, merged), step)
 
     def _monitored(self) -> set[str]:
         monitors = [getattr(c, "monitor", None) for c in self.trainer.callbacks]  # type: ignore[attr-defined]
@@ -178,20 +221,21 @@ class MergedValidation:
                 f"evaluate_with={named}"
             )
 
-    def _gains(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, float]:
-        """The gains; reports once which metrics have none, and the remedy."""
+    def _lower_is_better(
+        self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
+    ) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         results = validation_results(self.trainer)
         is_lower = self._directions.lower_is_better
         lower = {name: is_lower(name, self.trainer, results, self.module) for name in merged if name in live}
-        self.found["lower"] = lower
         unknown = sorted(name for name, direction in lower.items() if direction is None)
         if unknown and not self._reported_unknown:
             self._reported_unknown = True
             info(
-                f"merge: no merge/gain/… is logged for {', '.join(unknown)}, since it is not known whether "
+                f"merge: no {GAIN}… is logged for {', '.join(unknown)}, since it is not known whether "
                 f"lower is better; pass lower_is_better={unknown[:1]}, or higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def state_dict(self) -> dict[str, Any]:
         """The last validated merge and its metrics, as primitives."""

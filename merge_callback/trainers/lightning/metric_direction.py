@@ -12,6 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from merge_callback.engine.metric_names import said_lower, sounds_lower
+from merge_callback.metrics import MERGED
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -86,12 +87,12 @@ def _monitored(name: str, trainer: Trainer) -> bool | None:
     modes = {
         callback.mode
         for callback in trainer.callbacks  # type: ignore[attr-defined]
-        if str(getattr(callback, "monitor", None)).removeprefix("merged/") == name
+        if str(getattr(callback, "monitor", None)).removeprefix(MERGED) == name
     }
     modes |= {
         config.scheduler.mode
         for config in getattr(trainer, "lr_scheduler_configs", ())
-        if str(config.monitor).removeprefix("merged/") == name and hasattr(config.scheduler, "mode")
+        if str(config.monitor).removeprefix(MERGED) == name and hasattr(config.scheduler, "mode")
     }
     return modes == {"min"} if modes in ({"min"}, {"max"}) else None
 

@@ -26,6 +26,7 @@ _HOMES = {
     "DeepSpeedStrategy": "pytorch.strategies",
     "EarlyStopping": "pytorch.callbacks",
     "FSDPStrategy": "pytorch.strategies",
+    "LightningModule": "pytorch",
     "ModelParallelStrategy": "pytorch.strategies",
     "RunningStage": "pytorch.trainer.states",
     "SingleDeviceStrategy": "pytorch.strategies",
@@ -240,3 +241,9 @@ def validation_loop(trainer: Trainer, at_most: float = math.inf) -> Any:
     """
     names = names_of(trainer)
     return _merged_evaluation_loop(names._EvaluationLoop)(trainer, names, at_most)
+
+
+def tag_prefix(logger: Any) -> str:
+    """What a logger puts before every name."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}" if prefix else ""

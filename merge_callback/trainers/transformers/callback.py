@@ -115,6 +115,8 @@ class CheckpointMergeTrainerCallback(RunResults, TrainerCallback):
         self._gradient_norm: Tensor | float | None = None
         self._replace(trainer, "training_step", self._training_step)
         self._replace(trainer, "evaluation_loop", self._evaluation.run_live)
+        if self.options.probe and self.options.probe.is_validation:
+            self._replace(trainer, "prediction_step", self._prediction_step)
         self._replace(trainer, "save_model", self._save_model)
         if self.options.spike.grad_norm:
             self._replace(trainer.accelerator, "clip_grad_norm_", self._clip_gradients)
@@ -187,6 +189,14 @@ class CheckpointMergeTrainerCallback(RunResults, TrainerCallback):
         loss = present(model, inputs, *args, **kwargs)
         self._batch = (loss, inputs)
         return loss
+
+    def _prediction_step(
+        self, present: Callable[..., Any], model: Any, inputs: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """``trainer.prediction_step``; takes the first batch as the probe batch, if there is none yet."""
+        if self.session and self.session.pipeline.probe:
+            self.session.pipeline.probe.offer(inputs)
+        return present(model, inputs, *args, **kwargs)
 
     def _end_batch(self, session: MergeSession) -> bool:
         """Counts the last micro-batch; says whether a snapshot is due."""

@@ -22,9 +22,12 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.integrations.integration_utils import rewrite_logs
 
+from merge_callback.engine.charts import Charts
 from merge_callback.engine.kept_state import PythonState, kept_weights, put_back
 from merge_callback.engine.random_state import RandomState
+from merge_callback.metrics import MERGED_EVAL, SPIKE_TEXT
 from merge_callback.recovery.evidence import copied
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError
 
@@ -89,6 +92,7 @@ class TransformersHost(Host):
         self.evaluated: Evaluated | None = None
         self._logged: dict[str, float] = {}
         self._is_logging = False
+        self._charts = Charts(_tag_in_tensorboard, MERGED_EVAL)
         self.further_files = _files_of(trainer.processing_class)
 
     @property
@@ -136,6 +140,8 @@ class TransformersHost(Host):
             handler.on_log(trainer.args, state, control, dict(metrics))
         finally:
             control.should_log, self._is_logging = should_log, False
+        for callback in handler.callbacks:
+            self._charts.show(getattr(callback, "tb_writer", None), metrics)
 
     def note_log(self, logs: Mapping[str, float]) -> None:
         """Notes what the trainer itself logs."""
@@ -147,7 +153,7 @@ class TransformersHost(Host):
         for callback in self.trainer.callback_handler.callbacks:
             if (writer := getattr(callback, "tb_writer", None)) is not None:
                 try:
-                    writer.add_text("merge/spike", text, step)
+                    writer.add_text(SPIKE_TEXT, text, step)
                 except Exception:
                     log.exception("merge: TensorBoard could not show the event; training goes on")
 
@@ -167,6 +173,12 @@ class TransformersHost(Host):
             }
 
         return new_values
+
+    @contextmanager
+    def forward_pass(self) -> Iterator[Callable[..., Any]]:
+        """Calls the model in the trainer's precision."""
+        with self.trainer.compute_loss_context_manager(), super().forward_pass() as called:
+            yield called
 
     def rehearse(self, source: str, device: torch.device) -> Rehearsal:
         """Runs the trainer's training step without its backward pass, or some of its prediction steps."""
@@ -307,3 +319,7 @@ def _refill(container: Any, kept: Any) -> None:
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _tag_in_tensorboard(name: str) -> str:
+    return str(next(iter(rewrite_logs({name: 0.0}))))  # type: ignore[no-untyped-call]

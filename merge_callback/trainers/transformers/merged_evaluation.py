@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
 
 from transformers import Trainer
 
-from merge_callback.engine.advice import gains
+from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.session import MergeSession
+from merge_callback.engine.validations import Scored
 from merge_callback.messages import info
+from merge_callback.metrics import GAIN, MERGED_EVAL
 from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
-from merge_callback.signals.host import report
+from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
@@ -63,14 +66,23 @@ class MergedEvaluation:
         Raises:
             HalfRestoredError: if the live weights could not be put back, on any rank.
         """
-        evaluated, merge = self._host.evaluated, session.current_merge()
-        if evaluated is None:
+        merge = None if session.experts else session.current_merge()
+        if (evaluated := self._host.evaluated) is None:
             return
         prefix = evaluated.prefix
-        self._noted = {}
-        if merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
-            self._evaluate(session, merge, evaluated)
-        session.note_validation(evaluated.metrics, **self._noted)
+        scored = None
+        if session.experts:
+            scored = self._evaluate_experts(session, session.experts, evaluated)
+        elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
+            seconds = -time.monotonic()
+            found = self._evaluate(merge.arena, session, evaluated)
+            if found is not None:
+                scored = self._scored(found, prefix, merge.step)
+                scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
+        if scored is not None:
+            self._failed.discard(prefix)
+            self._found[prefix] = scored.step, dict(scored.shown)
+        session.note_validation(evaluated.metrics, scored)
         if prefix in self._found:
             metrics |= self._found[prefix][1]
         elif prefix not in self._failed:
@@ -87,10 +99,35 @@ class MergedEvaluation:
         """Goes on from a ``state_dict``."""
         self._found = {prefix: (step, dict(metrics)) for prefix, (step, metrics) in state.items()}
 
-    def _evaluate(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> None:
+    def _evaluate_experts(
+        self, session: MergeSession, experts: ExpertMerge, evaluated: Evaluated
+    ) -> Scored | None:
+        """What the best merge of the live weights with finished experts scores; a failure is logged."""
+        prefix, seconds = evaluated.prefix, -time.monotonic()
+        lower = {name: self._lower_is_better(name, prefix) for name in evaluated.metrics}
+        wanted = [_live(self._best, prefix) or self._best]
+        try:
+            evaluate = partial(self._evaluate, session=session, evaluated=evaluated)
+            found = experts.validate(session.live(), evaluate, lower, wanted)
+        except Exception as error:
+            if isinstance(error, HalfRestoredError) or DeferredSignals.has_raised(error):
+                raise
+            log.exception("merge: the merge with the other experts failed; training goes on")
+            self._found.pop(prefix, None)
+            self._failed.add(prefix)
+            return None
+        if found is None:
+            return None
+        scored = self._scored(found[0], prefix, session.step)
+        return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
+
+    def _evaluate(
+        self, merged: Arena, session: MergeSession, evaluated: Evaluated
+    ) -> dict[str, float] | None:
+        """The metrics of a merge, by the names of the live ones; ``None`` if it failed, which is logged."""
         ranks, problem, prefix = session.ranks, None, evaluated.prefix
         try:
-            found = self._with(merge, session, evaluated)
+            found = self._with(merged, session, evaluated)
         except Exception as error:
             if DeferredSignals.has_raised(error):
                 raise
@@ -103,38 +140,38 @@ class MergedEvaluation:
             log.exception("merge: evaluation with the merged weights failed; the live weights are back")
             self._found.pop(prefix, None)
             self._failed.add(prefix)
-            return
-        self._failed.discard(prefix)
-        self._found[prefix] = (merge.step, {_merged(name): value for name, value in found.items()})
-        logged = {**self._found[prefix][1], **self._gains(evaluated.metrics, found, prefix)}
-        self._noted |= {"logged": logged, "merge_step": merge.step}
-        report(self._host, logged)
+            return None
+        return found
 
-    def _with(self, merge: Merge, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
-        """The metrics of the merge, by the names of the live ones."""
+    def _scored(self, found: Mapping[str, float], prefix: str, step: int) -> Scored:
+        shown = {_merged(name): value for name, value in found.items()}
+        return Scored(found, shown, self._directions(found, prefix), step)
+
+    def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
         host = self._host
         with (
             DeferredSignals() as signals,
             host.undisturbed([evaluated.dataloader]),
             signals.let_through(),
-            merged_weights(host, merge, session.sharding),
+            merged_weights(host, merged, session.sharding),
         ):
             evaluated.random.restore()
             output = evaluated.run()
         return _measured(output.metrics)
 
-    def _gains(self, live: Mapping[str, float], merged: Mapping[str, float], prefix: str) -> dict[str, float]:
-        lower = self._noted["lower"] = {name: self._lower_is_better(name, prefix) for name in merged}
+    def _directions(self, merged: Mapping[str, float], prefix: str) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
+        lower = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
             name for name, is_lower in lower.items() if is_lower is None and name not in self._told
         )
         if unknown:
             self._told.update(unknown)
             info(
-                f"merge: no merge/gain/… is logged for {', '.join(unknown)}: whether lower or higher is "
+                f"merge: no {GAIN}… is logged for {', '.join(unknown)}: whether lower or higher is "
                 f"better is not known; say so with lower_is_better={unknown[:1]}, or with higher_is_better="
             )
-        return gains(live, merged, lower)
+        return lower
 
     def _lower_is_better(self, name: str, prefix: str) -> bool | None:
         said = said_lower(name, self._options.lower_is_better, self._options.higher_is_better)
@@ -156,7 +193,7 @@ def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _merged(name: str) -> str:
-    return f"merged_{name}"
+    return f"{MERGED_EVAL}{name}"
 
 
 def _live(name: str, prefix: str) -> str:

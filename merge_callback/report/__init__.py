@@ -1,0 +1,1 @@
+"""The report of a run: one page, drawn from its event file."""

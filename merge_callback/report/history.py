@@ -1,0 +1,113 @@
+"""Reads the event file of a run: what happened in the run as it is now."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merge_callback.events import EVENTS, FORMAT
+from merge_callback.snapshots.files import open_regular
+
+Event = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in a run.
+
+    Args:
+        folder: the run's folder.
+        run: the newest event of the kind ``run``, which describes it.
+        events: all other events, in the order in which they were written.
+        begun: when it began, in seconds since 1970.
+        ended: when the last event was written.
+        seconds: that its processes ran, without the breaks between them.
+    """
+
+    folder: Path
+    run: Event
+    events: tuple[Event, ...]
+    begun: float
+    ended: float
+    seconds: float
+
+    def of(self, kind: str) -> list[Event]:
+        """The events of a kind, in the order of their steps; of several at a step, that is the written one.
+
+        Snapshots and emissions are unique by step: the last one written counts.
+        """
+        found = sorted((e for e in self.events if e["event"] == kind), key=lambda event: event["step"])
+        if kind in ("snapshot", "emission"):
+            return list({event["step"]: event for event in found}.values())
+        return found
+
+
+def read_history(folder: Path | str) -> History:
+    """What happened in a run, without what an abandoned branch of it did after the step it was resumed from.
+
+    Args:
+        folder: the run's folder; or one that has it, such as a logger's.
+
+    Raises:
+        ValueError: if there is no event file, or it is of a later format.
+    """
+    folder = Path(folder)
+    if not (folder / EVENTS).exists():
+        found = [path.parent for path in (folder / "merges", *folder.glob("merges-*")) if _has(path)]
+        found = [folder / "merges"] if _has(folder / "merges") else found
+        if not found:
+            raise ValueError(f"{folder}: no {EVENTS} is there; name the folder that a run's merges go to")
+        folder = found[0]
+    with open_regular(folder / EVENTS) as file:
+        return history_of(folder, file)
+
+
+def _has(folder: Path) -> bool:
+    return (folder / EVENTS).exists()
+
+
+def history_of(folder: Path, lines: Iterable[bytes]) -> History:
+    """The history that the lines of an event file tell.
+
+    Raises:
+        ValueError: if they are of a later format, or tell of no run.
+    """
+    run: Event | None = None
+    events: list[Event] = []
+    begun = ended = seconds = 0.0
+    for event in filter(None, map(_event, lines)):
+        if event["event"] == "run":
+            if event.get("format", FORMAT) > FORMAT:
+                raise ValueError(
+                    f"{folder / EVENTS}: format {event['format']}, and this version of merge-callback reads "
+                    f"up to {FORMAT}; install a newer one"
+                )
+            if run is not None and run.get("run_id") != event.get("run_id"):
+                events, run, seconds = [], None, 0.0
+            begun, ended = begun if run else event["time"], event["time"]
+            run, events = event, [past for past in events if past["event"] != "end"]  # it goes on
+            continue
+        seconds, ended = seconds + max(0.0, event["time"] - ended), event["time"]
+        if event["event"] == "resumed":
+            events = [past for past in events if past["step"] <= event["step"]]
+        events.append(event)
+    if run is None:
+        raise ValueError(f"{folder / EVENTS}: tells of no run")
+    return History(folder, run, tuple(events), begun, ended, seconds)
+
+
+def _event(line: bytes) -> Event | None:
+    """The event on a line; ``None`` for a line that was cut off."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(event, dict):
+        return None
+    told, step, when = event.get("event"), event.get("step"), event.get("time")
+    return (
+        event if isinstance(told, str) and isinstance(step, int) and isinstance(when, (int, float)) else None
+    )
