@@ -55,12 +55,12 @@ class History:
     def best(self, steps: Collection[int]) -> int | None:
         """The step of the merge that scored best in its validation; ``None`` if none of them was validated.
 
-        The metric is the first one whose direction is known, a loss before others.
+        The metric is the first one by its name whose direction is known, a loss before others.
 
         Args:
             steps: of the merges in question, those of their newest snapshots.
         """
-        metrics = sorted(self.lower, key=lambda name: "loss" not in name.lower())
+        metrics = sorted(self.lower, key=lambda name: ("loss" not in name, name))
         for metric in metrics[:1]:
             sign = 1 if self.lower[metric] else -1
             scores = {
