@@ -78,7 +78,7 @@ class RunResults:
 
     @property
     def best(self) -> Path | str | None:
-        """The emission that scored best in its validation, of those that ``keep_last`` has left.
+        """The emission that scored best in its validation, of those that are still there.
 
         ``None`` if none of them was validated. The metric is the first one whose direction is known (see
         ``lower_is_better``), a loss before others.
@@ -86,8 +86,8 @@ class RunResults:
         session, state = self._run()
         history = session.pipeline.history if session else History.of(state.get("history", {}))
         place = self._published()
-        step = history.best({*map(step_of, place.names)})
-        return next((place.path_of(name) for name in reversed(place.names) if step_of(name) == step), None)
+        best = history.ranked({*map(step_of, place.names)})[:1]
+        return next((place.path_of(name) for name in reversed(place.names) if step_of(name) in best), None)
 
     @property
     def history(self) -> list[dict[str, Any]]:

@@ -325,8 +325,9 @@ class MergeSession:
             report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
-        merge_step, lower = (scored.step, scored.lower) if scored else (None, {})
-        self.pipeline.history.add_validation(at, live, logged, merge_step, lower)
+        newest, lower = (scored.newest, scored.lower) if scored else (None, {})
+        merge_step = newest.step if newest else None
+        self.pipeline.keep_validation(at, live, logged, merge_step, lower)
         self.host.record(
             "validation",
             self.host.step,
