@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback import METHODS, CheckpointMergeCallback, ProbeOptions, SpikeOptions
 from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import (
@@ -96,6 +96,15 @@ def spike_options() -> str:
     return table(
         ("option", "default", "meaning"),
         ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(SpikeOptions)),
+    )
+
+
+def probe_options() -> str:
+    """Every option of ``ProbeOptions``."""
+    told = arguments(ProbeOptions.__doc__ or "")
+    return table(
+        ("option", "default", "meaning"),
+        ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(ProbeOptions)),
     )
 
 
@@ -177,6 +186,16 @@ def live() -> str:
     )
 
 
+def functional_diversity() -> str:
+    """How far each measure fell in the demo's decay."""
+    changes = _measured("functional_diversity")["demo"]["changes"]
+    rows = [
+        (name, f"{found['stable']:.2g}", f"{100 * found['decay']:.0f} %", f"{100 * found['end']:.1f} %")
+        for name, found in changes.items()
+    ]
+    return table(("measure", "stable phase", "decay", "last snapshot"), rows)
+
+
 def forecast_rules() -> str:
     """How far each rule's forecasts of the annealed loss are off."""
     rows = [
@@ -225,10 +244,49 @@ def _measured(name: str = "methods") -> Any:
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
+def study_findings() -> str:
+    """What the paper found, and what the study did."""
+    return table(
+        ("where", "the paper", "here", "verdict"),
+        (
+            [f[key] for key in ("where", "paper", "ours", "verdict")]
+            for f in _measured("upcycling")["findings"]
+        ),
+    )
+
+
+def study_stopping() -> str:
+    """The accuracies of the study's experts and merges, by how the experts were stopped."""
+    columns = ("experts", "average", "task_arithmetic", "ties", "dare")
+    head = ("", "stopped by", "mean step", *(f"`{c}`" if c != "experts" else c for c in columns))
+    rows = (
+        [row["kind"], row["rule"], str(row["step"] or ""), *(f"{row[c]:.1f}" for c in columns)]
+        for row in _measured("upcycling")["stopping"]
+    )
+    return table(head, rows)
+
+
+def study_merged() -> str:
+    """Where stopping by the merge's accuracy stands among the other ways."""
+    return "\n".join(f"- {sentence}" for sentence in _measured("upcycling")["beside_merged"])
+
+
+def study_size() -> str:
+    """How many seeds the study has, section by section."""
+    known = _measured("upcycling")
+    counts = {name: len(seeds) for name, seeds in known["seeds"].items()}
+    fewer = [name for name, count in counts.items() if count < max(counts.values())]
+    missing = f" Of {', '.join(fewer)} there are fewer yet." if fewer else ""
+    date, cpu = known["date"], known["machine"]["cpu"]
+    return f"Seeds of the experts: {max(counts.values())}.{missing} Measured on {date} ({cpu}, one thread)."
+
+
 def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
         "spike options": spike_options,
+        "probe options": probe_options,
+        "functional diversity": functional_diversity,
         "metrics": metrics,
         "events": events,
         "first metrics": first_metrics,
@@ -239,6 +297,10 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "forecast rules": forecast_rules,
         "forecast shares": forecast_shares,
         "advice runs": advice_runs,
+        "study, findings": study_findings,
+        "study, stopping": study_stopping,
+        "study, merged": study_merged,
+        "study, size": study_size,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]

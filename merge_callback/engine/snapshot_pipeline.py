@@ -198,7 +198,7 @@ class SnapshotPipeline:
             return gains(live, scored.metrics, scored.lower)
         metrics, line = self.advice.after_validation(scored.newest, live, scored.metrics, scored.lower)
         if line:
-            info(line)
+            self._advise(scored.newest.step, line)
         return metrics
 
     def keep_validation(self, *found: Any) -> None:
@@ -486,5 +486,8 @@ class SnapshotPipeline:
         self._logged |= metrics
         self.history.add_snapshot(snapshot, metrics)
         if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
-            info(line)
-            self.host.record("advice", snapshot.step, text=line)
+            self._advise(snapshot.step, line)
+
+    def _advise(self, step: int, line: str) -> None:
+        info(line)
+        self.host.record("advice", step, text=line)

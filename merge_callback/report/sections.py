@@ -191,7 +191,8 @@ def _merge_row(run: RunView, event: Event, metric: str | None, target: Path) -> 
         found = run.validated(event) or {"scores": {}, "gains": {}}
         live, merged = (number(found["scores"].get(w, {}).get(metric)) for w in ("live", "merged"))
         gain = number(found["gains"].get(metric))
-        kind = None if gain is None else "good" if gain > 0 else "bad"
+        is_clear = gain is not None and abs(gain) > 2 * (run.noise(metric) or 0.0)
+        kind = None if not is_clear else "good" if gain and gain > 0 else "bad"
         cells += [shown(live), shown(merged), tag("span", signed(gain), class_=kind)]
     return (*cells, in_bytes(number(event.get("bytes"))), _record(run, event, target))
 
