@@ -1,12 +1,12 @@
 """A second training stage from the merge of the first one's last snapshots, or from its last weights.
 
-    python benchmarks/second_stage.py             # 5 minutes on one idle core
+    python benchmarks/second_stage.py             # 7 minutes on one idle core
     python benchmarks/second_stage.py --seeds 1
 
-The demo's model trains at a constant learning rate, with the callback. Then two runs train on with other text
-(torch's own source files), from the same batches, each with a new optimizer and a warm-up: one from the last
-weights, one from the callback's last merge; and the same at a lower learning rate. Loss and gradient norm of
-every step are compared.
+The demo's model trains at a constant learning rate, with the callback. Then three runs train on with other
+text (torch's own source files), from the same batches, each with a new optimizer and a warm-up: from the last
+weights, from the callback's last merge, of ten snapshots, and from the merge of the last three. All of it at
+two learning rates. Loss and gradient norm of every step are compared.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ RATES, WARMUP = (4e-3, 1e-3), 20
 """Learning rates of the second stage, a half and an eighth of the first's, and its warm-up in steps."""
 
 SPANS = {"steps 1-5": (0, 5), "steps 6-20": (5, 20), "steps 21-100": (20, 100), "steps 201-300": (200, 300)}
+
+
+STARTS = {
+    "last": ("from the last weights", "tab:blue"),
+    "merge": ("from the merge of ten", "tab:orange"),
+    "merge of 3": ("from the merge of three", "tab:green"),
+}
+"""What the second stage begins with, and how it is drawn."""
 
 
 class Curves(Callback):
@@ -64,13 +72,15 @@ def held_out(module: DemoModule, data: DemoData) -> float:
 
 
 def first_stage(seed: int) -> dict[str, dict[str, Tensor]]:
-    """The last weights, and the last merge."""
+    """The last weights, and the merges of the last ten and three snapshots."""
     seed_everything(seed, verbose=False)
     module = DemoModule(schedule=WSDSchedule(200, FIRST - 200, 0))
     with TemporaryDirectory() as folder:
         merging = CheckpointMergeCallback(every_n_steps=EVERY, dirpath=folder, evaluate=False)
         fit(module, DemoData(seed=seed), FIRST, merging)
-        return {"last": module.state_dict(), "merge": load_merge(Path(folder, "latest"), module)}
+        few = merging.merge(last=3)
+        assert few is not None
+        return {"last": module.state_dict(), "merge": load_merge(Path(folder, "latest")), "merge of 3": few}
 
 
 def second_stage(seed: int, weights: dict[str, Tensor], rate: float) -> dict[str, Any]:
@@ -91,26 +101,25 @@ def second_stage(seed: int, weights: dict[str, Tensor], rate: float) -> dict[str
 
 
 def summary(runs: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
-    """Means over spans of steps by start, and the difference of the merge's to the last weights', by seed."""
-
-    def mean(run: dict[str, Any], curve: str, first: int, last: int) -> float:
-        return statistics.mean(run[curve][first:last])
-
-    found: dict[str, Any] = {}
-    for curve in ("loss", "grad_norm"):
-        for span, ends in SPANS.items():
-            by_seed = {start: [mean(run[start], curve, *ends) for run in runs] for start in ("last", "merge")}
-            found[f"{curve}, {span}"] = {
-                **{start: statistics.mean(values) for start, values in by_seed.items()},
-                "difference": [m - v for m, v in zip(by_seed["merge"], by_seed["last"], strict=True)],
-            }
+    """Means over spans of steps by start, and the differences to those of the last weights, by seed."""
+    found = {
+        f"{curve}, {span}": _compared(
+            [{s: statistics.mean(c[curve][slice(*ends)]) for s, c in run.items()} for run in runs]
+        )
+        for curve in ("loss", "grad_norm")
+        for span, ends in SPANS.items()
+    }
     for when in ("before", "after"):
-        values = {s: [run[s]["held_out"][when] for run in runs] for s in ("last", "merge")}
-        found[f"held-out loss {when}"] = {
-            **{start: statistics.mean(numbers) for start, numbers in values.items()},
-            "difference": [m - v for m, v in zip(values["merge"], values["last"], strict=True)],
-        }
+        found[f"held-out loss {when}"] = _compared(
+            [{s: c["held_out"][when] for s, c in r.items()} for r in runs]
+        )
     return found
+
+
+def _compared(runs: list[dict[str, float]]) -> dict[str, Any]:
+    """The mean of each start over the seeds, and its difference to the last weights in each."""
+    means = {start: statistics.mean(run[start] for run in runs) for start in STARTS}
+    return {**means, "difference": {s: [run[s] - run["last"] for run in runs] for s in STARTS if s != "last"}}
 
 
 def draw(runs: dict[float, list[dict[str, dict[str, Any]]]], path: Path) -> None:
@@ -122,11 +131,10 @@ def draw(runs: dict[float, list[dict[str, dict[str, Any]]]], path: Path) -> None
     titles = ("training loss, nats per byte", "gradient norm before clipping")
     for row, (rate, found) in zip(axes, runs.items(), strict=True):
         for axis, curve, title in zip(row, ("loss", "grad_norm"), titles, strict=True):
-            for start, colour in (("last", "tab:blue"), ("merge", "tab:orange")):
+            for start, (label, colour) in STARTS.items():
                 lines = torch.tensor([run[start][curve][:100] for run in found])
                 for line in lines:
                     axis.plot(range(1, 101), line, color=colour, alpha=0.25, linewidth=0.8)
-                label = "from the last weights" if start == "last" else "from the merge"
                 axis.plot(range(1, 101), lines.mean(0), color=colour, linewidth=1.6, label=label)
             axis.set_title(f"{title}, learning rate {rate:g}", fontsize=9)
             axis.grid(alpha=0.3)
