@@ -244,6 +244,43 @@ def _measured(name: str = "methods") -> Any:
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
 
+def study_findings() -> str:
+    """What the paper found, and what the study did."""
+    return table(
+        ("where", "the paper", "here", "verdict"),
+        (
+            [f[key] for key in ("where", "paper", "ours", "verdict")]
+            for f in _measured("upcycling")["findings"]
+        ),
+    )
+
+
+def study_stopping() -> str:
+    """The accuracies of the study's experts and merges, by how the experts were stopped."""
+    columns = ("experts", "average", "task_arithmetic", "ties", "dare")
+    head = ("", "stopped by", "mean step", *(f"`{c}`" if c != "experts" else c for c in columns))
+    rows = (
+        [row["kind"], row["rule"], str(row["step"] or ""), *(f"{row[c]:.1f}" for c in columns)]
+        for row in _measured("upcycling")["stopping"]
+    )
+    return table(head, rows)
+
+
+def study_merged() -> str:
+    """Where stopping by the merge's accuracy stands among the other ways."""
+    return "\n".join(f"- {sentence}" for sentence in _measured("upcycling")["beside_merged"])
+
+
+def study_size() -> str:
+    """How many seeds the study has, section by section."""
+    known = _measured("upcycling")
+    counts = {name: len(seeds) for name, seeds in known["seeds"].items()}
+    fewer = [name for name, count in counts.items() if count < max(counts.values())]
+    missing = f" Of {', '.join(fewer)} there are fewer yet." if fewer else ""
+    date, cpu = known["date"], known["machine"]["cpu"]
+    return f"Seeds of the experts: {max(counts.values())}.{missing} Measured on {date} ({cpu}, one thread)."
+
+
 def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
@@ -260,6 +297,10 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "forecast rules": forecast_rules,
         "forecast shares": forecast_shares,
         "advice runs": advice_runs,
+        "study, findings": study_findings,
+        "study, stopping": study_stopping,
+        "study, merged": study_merged,
+        "study, size": study_size,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]

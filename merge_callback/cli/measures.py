@@ -31,7 +31,7 @@ from merge_callback.analysis.tables import (
     source_table,
     write_csv,
 )
-from merge_callback.checkpoints.lora import as_deltas
+from merge_callback.checkpoints.lora import as_deltas, as_task_vectors
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
 from merge_callback.cli.imports import import_named
 from merge_callback.offline.alignment import aligned
@@ -114,7 +114,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
 def _diversity(parsed: argparse.Namespace) -> int:
     if parsed.plot and not _has_matplotlib():
         return 1
-    checkpoints = _open_all(parsed)
+    checkpoints = aligned(as_deltas(_open_all(parsed)))
     for option, path in (("--csv", parsed.csv), ("--plot", parsed.plot)):
         _check_no_input(option, path, checkpoints)
     lags = _lags(parsed.lag, len(checkpoints))
@@ -203,12 +203,14 @@ def _lags(asked: int | None, count: int) -> list[int]:
 
 def _interference(parsed: argparse.Namespace) -> int:
     base = open_checkpoint(parsed.base, state_key=parsed.state_key) if parsed.base else None
-    found = _open_all(parsed, has_base=base is None)
-    checkpoints = [c for c in found if base is None or c.path.resolve() != base.path.resolve()]
-    base, *checkpoints = aligned([*([base] if base else []), *checkpoints])
+    found = _open_all(parsed)
+    if not (deltas := as_task_vectors(found, base)):
+        others = [c for c in found if base is None or c.path.resolve() != base.path.resolve()]
+        deltas = [*([base] if base else []), *others]
+    base, *checkpoints = aligned(deltas)
     if len(checkpoints) < 2:
         raise ValueError(
-            f"interference needs at least two checkpoints besides the base {base.path}, "
+            f"interference needs at least two checkpoints besides the base ({base.path}), "
             f"got {len(checkpoints)}"
         )
     counts = interference(
@@ -250,13 +252,12 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
     return f"{name:20}{pair_mean(measure):>10.2f}{cells}{by_chance:>12}".rstrip()
 
 
-def _open_all(parsed: argparse.Namespace, has_base: bool = False) -> list[Checkpoint]:
-    """The checkpoints to measure; of adapters what they add, and ``has_base`` puts a base of zeros first."""
+def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
+    """The checkpoints to measure."""
     selection = select(parsed.checkpoints, parsed.last, parsed.every, keep_order=parsed.keep_order)
     for note in selection.notes:
         print(printable(note), file=sys.stderr)
-    opened = [open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen]
-    return aligned(as_deltas(opened, has_base))
+    return [open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen]
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:
