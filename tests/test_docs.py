@@ -196,7 +196,7 @@ def provide(part: str, names: dict) -> None:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
         names |= hugging_face()
-    if any(use in part for use in ('load_merge("merges/latest")', 'read_history("merges")', "report merges")):
+    if any(use in part for use in ('load_merge("merges/latest"', 'read_history("merges")', "report merges")):
         train(
             names["model"],
             CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),

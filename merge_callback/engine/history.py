@@ -55,12 +55,12 @@ class History:
     def ranked(self, steps: Collection[int]) -> list[int]:
         """The steps of those merges that were validated, the one that scored best first.
 
-        The metric is the first one whose direction is known, a loss before others.
+        The metric is the first one by its name whose direction is known, a loss before others.
 
         Args:
             steps: of the merges in question, those of their newest snapshots.
         """
-        metrics = sorted(self.lower, key=lambda name: "loss" not in name.lower())
+        metrics = sorted(self.lower, key=lambda name: ("loss" not in name, name))
         for metric in metrics[:1]:
             sign = 1 if self.lower[metric] else -1
             scores = {

@@ -15,7 +15,7 @@ from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.checks import positive
 from merge_callback.engine.history import History
 from merge_callback.engine.session import MergeSession
-from merge_callback.merging import LinearMethod, MergeMethod, resolve_method
+from merge_callback.merging import MergeMethod, resolve_method
 from merge_callback.offline.job import Job
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.options import MERGED_PHASES, Options
@@ -201,7 +201,7 @@ def _merge_of_files(
     if not all(snapshot.file for snapshot in snapshots):
         raise RuntimeError(f"the run is over, and its window was in memory only: {remedy}")
     paths = [Path(window["folder"], snapshot.file) for snapshot in snapshots]
-    if isinstance(method, LinearMethod) and options.lora == "delta" and _has_adapters(paths[-1]):
+    if options.lora == "delta" and _has_adapters(paths[-1]):
         raise RuntimeError(f"the run is over, and it has trained LoRA adapters: {remedy}")
     with TemporaryDirectory() as folder:
         merge_files(Job(paths, method), Path(folder) / "merge")

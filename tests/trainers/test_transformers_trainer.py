@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 from merge_callback import load_merge  # noqa: E402
 from merge_callback.diversity.features import Call, features_of  # noqa: E402
 from merge_callback.diversity.functional import functional_distances  # noqa: E402
+from merge_callback.report.history import read_history  # noqa: E402
 from merge_callback.snapshots.live_merge import HalfRestoredError  # noqa: E402
 from merge_callback.transformers import CheckpointMergeTrainerCallback  # noqa: E402
 
@@ -230,6 +231,16 @@ def test_the_merge_is_evaluated_on_the_same_data(unbroken, tmp_path):
         alone = trainer_of(tmp_path, model=GPT2LMHeadModel.from_pretrained(merge))
         assert found[int(merge.name[5:13])] == alone.evaluate()["eval_loss"]
     assert gains == pytest.approx([live[step] - found[step] for step in found])
+
+
+def test_the_event_file_tells_what_was_evaluated(unbroken):
+    logged = {entry["step"]: entry for entry in history(unbroken.run) if "merged_eval_loss" in entry}
+    events = read_history(unbroken.folder).of("validation")
+    assert [event["step"] for event in events] == [*logged]
+    for event, entry in zip(events, logged.values(), strict=True):
+        assert event["merge"] == event["step"]
+        assert event["scores"]["merged"]["eval_loss"] == entry["merged_eval_loss"]
+        assert event["gains"]["eval_loss"] == entry["merge_gain/eval_loss"]
 
 
 def test_a_resumed_run_is_the_unbroken_one(unbroken, tmp_path):
