@@ -150,10 +150,11 @@ def _stopped(axes: Axes, record: dict[str, Any], kind: str, title: str) -> None:
         "v0": "v0",
         "v1": "v1",
         "adaptive": "adaptive decay",
-        "merged": "merged/val_acc",
+        "merged": "merged/val_acc, looks as v1",
         "merged_own": "the same, own task",
+        "merged_v0": "merged/val_acc, looks as v0",
     }
-    for (rule, label), colour, mark in zip(rules.items(), COLOURS, "s^Dv*", strict=True):
+    for (rule, label), colour, mark in zip(rules.items(), (*COLOURS, "#B8860B"), "s^Dv*P", strict=True):
         found = record[f"stopped/{kind}"][rule]
         at = mean([mean(each) for each in found["steps"]])
         axes.plot(at, mean(found["task_arithmetic"]), mark, color=colour, label=label, markersize=8)
