@@ -6,8 +6,8 @@ A small model of the demo's kind trains on the demo's text under schedules of al
 a merger. It is validated live and merged every 40 steps, and its weights are copied every 10 steps, so that
 other windows can be looked at afterwards. Each rule has a check on the validations after its line:
 
-* ``fading``: in the rest of that phase the gains are on average smaller than before it;
-* ``spent``: none of them is more than a fifth of what it was before;
+* ``fading``: in the rest of that phase the gains are on average smaller than the last three before it;
+* ``spent``: none of them is more than a fifth of the largest before it, or 0.1 % of the loss;
 * ``lagging``: fewer snapshots score better, then and at the next validation;
 * ``few``: ten snapshots score better on average over the rest of that phase.
 """
@@ -23,8 +23,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -252,31 +253,46 @@ class Run:
         return loss
 
     def judged(self, line: dict[str, Any]) -> dict[str, Any]:
-        """The line with what came later, and whether that bears it out; ``None`` if nothing came."""
-        at = next(v for v in reversed(self.validations) if v["step"] <= line["step"])
-        rest = [
-            v
-            for v in self.validations
-            if v["step"] >= line["step"] and (v["phase"], v["since"]) == (at["phase"], at["since"])
-        ]
-        before = [v["gain"] for v in self.validations if v["step"] < line["step"] and v["phase"] == "stable"]
-        later: dict[str, Any] = {}
-        verdict: bool | None = None
-        if line["rule"] in ("fading", "spent") and rest and before:
-            usual, gains = statistics.mean(before[-5:]), [v["gain"] for v in rest]
-            later = {"gain before": usual, "gains later": gains}
-            verdict = statistics.mean(map(abs, gains)) < abs(usual)
-            if line["rule"] == "spent":
-                verdict = max(map(abs, gains)) <= abs(usual) / 5
-        if line["rule"] in ("lagging", "few") and rest:
-            looked_at = rest[:2] if line["rule"] == "lagging" else rest
-            count = 3 if line["rule"] == "lagging" else 10
-            other = [self.loss_of_last(count, v) for v in looked_at]
-            merged = [v["live"] - v["gain"] for v in looked_at]
-            later = {f"loss of {count}": other, "loss of the window": merged}
-            better = [a < b for a, b in zip(other, merged, strict=True)]
-            verdict = all(better) if line["rule"] == "lagging" else sum(other) < sum(merged)
-        return {**line, "later": later, "borne out": verdict}
+        """A line with what another window would have scored, if it advises one."""
+        counts = {"lagging": 3, "few": 10}
+        if (count := counts.get(line["rule"])) is None:
+            return line
+        rest = following(line, self.validations, self.plan.schedule)[: 2 if count == 3 else None]
+        other = [self.loss_of_last(count, v) for v in rest]
+        return {**line, "later": {"loss advised": other, "loss": [v["live"] - v["gain"] for v in rest]}}
+
+
+def following(
+    line: Mapping[str, Any], validations: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> list[Mapping[str, Any]]:
+    """The validations of the phase that a line was given in, from then on until the learning rate rises."""
+    at = next(v for v in reversed(validations) if v["step"] <= line["step"])
+    rest = [v for v in validations if v["step"] >= line["step"]]
+    same = [v for v in rest if (v["phase"], v["since"]) == (at["phase"], at["since"])]
+    rate = schedule(line["step"] - 1)
+    return [*takewhile(lambda v: schedule(v["step"] - 1) <= rate, same)]
+
+
+def with_verdict(
+    line: dict[str, Any], validations: Sequence[Mapping[str, Any]], schedule: Schedule
+) -> dict[str, Any]:
+    """A line with what came later, and whether that bears it out; ``None`` if nothing came."""
+    later, verdict = line.get("later", {}), None
+    if line["rule"] in ("fading", "spent"):
+        rest = following(line, validations, schedule)
+        gains = [v["gain"] for v in rest]
+        before = [v["gain"] for v in validations if v["step"] < line["step"] and v["phase"] == "stable"]
+        later = {"gains before": before[-3:], "largest gain before": max(before), "gains": gains}
+        if gains and line["rule"] == "spent":
+            verdict = max(map(abs, gains)) <= max(max(before) / 5, rest[0]["live"] / 1000)
+        elif gains:
+            verdict = statistics.mean(gains) < statistics.mean(before[-3:])
+    elif later["loss"]:
+        pairs = [*zip(later["loss advised"], later["loss"], strict=True)]
+        verdict = sum(a for a, _ in pairs) < sum(b for _, b in pairs)
+        if line["rule"] == "lagging":
+            verdict = all(a < b for a, b in pairs)
+    return {**line, "later": later, "borne out": verdict}
 
 
 def record_of(plan: Plan) -> dict[str, Any]:
@@ -311,6 +327,9 @@ def main() -> None:
             half.write_text(json.dumps(record_of(plan)))
             os.replace(half, file)
         records.append(record := json.loads(file.read_text()))
+        record["lines"] = [
+            with_verdict(line, record["validations"], plan.schedule) for line in record["lines"]
+        ]
         print(f"\n{record['name']} ({record['seconds']:.0f} s)")
         for line in record["lines"]:
             print(f"  {line['step']} {line['line']}\n    borne out: {line['borne out']} {line['later']}")

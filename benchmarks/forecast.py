@@ -1,6 +1,6 @@
 """How well a merge at a constant learning rate tells what annealing would give, over forks that anneal.
 
-    python benchmarks/forecast.py --cache FOLDER      # 30 minutes on one idle core, in all; resumable
+    python benchmarks/forecast.py --cache FOLDER      # 20 minutes on one idle core, in all; resumable
 
 The demo's models, dense and mixtures of experts, train at a constant learning rate. At several steps the
 weights are validated, merged in several ways from the snapshots so far, and a fork anneals from there: that
@@ -55,13 +55,19 @@ class Trunk:
     experts: int = 0
     width: int = 64
 
+    @property
+    def forks(self) -> list[Fork]:
+        """Those that leave it: of a narrow model fewer."""
+        return FORKS if self.width == 64 else FORKS_OF_NARROW
+
 
 TRUNKS = [
     *(Trunk("dense", seed) for seed in range(3)),
-    Trunk("experts", 0, experts=4),
-    Trunk("dense, half the width", 6, width=32),
-    Trunk("dense, half the learning rate", 3, 4e-3),
-    Trunk("experts", 1, experts=4),
+    Trunk("experts, narrow", 0, experts=4, width=32),
+    Trunk("dense, narrow", 0, width=32),
+    Trunk("dense, narrow, half the learning rate", 1, 4e-3, width=32),
+    Trunk("experts, narrow, half the learning rate", 1, 4e-3, experts=4, width=32),
+    Trunk("experts, narrow", 2, experts=4, width=32),
 ]
 
 
@@ -83,6 +89,8 @@ FORKS = [
     Fork(2400, 600, "linear"),
 ]
 """A quarter of the steps so far at three lengths; at the last one a tenth and a half, too, and a line."""
+
+FORKS_OF_NARROW = [Fork(1200, 300), Fork(1600, 400), Fork(1600, 160)]
 
 
 class Run:
@@ -177,7 +185,7 @@ def _beyond(origin: State, end: State, share: float) -> State:
 def measured(trunk: Trunk) -> list[dict[str, Any]]:
     """What was known at each fork of a trunk, and what the forks reached."""
     run, taken = Run(trunk), dict[int, State]()
-    found, forks = [], {fork.step: [f for f in FORKS if f.step == fork.step] for fork in FORKS}
+    found, forks = [], {fork.step: [f for f in trunk.forks if f.step == fork.step] for fork in trunk.forks}
     for step in run.train(max(forks)):
         if step % STORED == 0:
             taken[step] = copy.deepcopy(run.model.state_dict())

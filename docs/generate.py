@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from merge_callback import METHODS, CheckpointMergeCallback, SpikeOptions
+from merge_callback import METHODS, CheckpointMergeCallback, ProbeOptions, SpikeOptions
 from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
 from merge_callback.metrics import (
@@ -99,6 +99,15 @@ def spike_options() -> str:
     )
 
 
+def probe_options() -> str:
+    """Every option of ``ProbeOptions``."""
+    told = arguments(ProbeOptions.__doc__ or "")
+    return table(
+        ("option", "default", "meaning"),
+        ((f"`{f.name}`", shown(f.default), told[f.name]) for f in fields(ProbeOptions)),
+    )
+
+
 def metrics() -> str:
     """Every metric."""
     return table(
@@ -175,6 +184,16 @@ def live() -> str:
     return table(
         ("weights", *_POINTS.values()), [["live", *(f"{found[p]['live']['mean']:.3f}" for p in _POINTS)]]
     )
+
+
+def functional_diversity() -> str:
+    """How far each measure fell in the demo's decay."""
+    changes = _measured("functional_diversity")["demo"]["changes"]
+    rows = [
+        (name, f"{found['stable']:.2g}", f"{100 * found['decay']:.0f} %", f"{100 * found['end']:.1f} %")
+        for name, found in changes.items()
+    ]
+    return table(("measure", "stable phase", "decay", "last snapshot"), rows)
 
 
 def forecast_rules() -> str:
@@ -266,6 +285,8 @@ def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
         "spike options": spike_options,
+        "probe options": probe_options,
+        "functional diversity": functional_diversity,
         "metrics": metrics,
         "events": events,
         "first metrics": first_metrics,

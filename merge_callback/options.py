@@ -51,6 +51,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "emit_every": 1,
         "format": "safetensors",
         "keep_last": 3,
+        "keep_best": 1,
         "strip_prefix": None,
         "max_shard_size": "5GB",
         "evaluate": True,
@@ -108,6 +109,7 @@ class Options:
     emit_every: int
     format: str
     keep_last: int | None
+    keep_best: int
     strip_prefix: str | None
     max_shard_bytes: int
     evaluate: bool
@@ -157,6 +159,7 @@ class Options:
             emit_every=not_negative("emit_every", given["emit_every"]),
             format=resolve_format(given["format"]),
             keep_last=None if keep_last is None else positive("keep_last", keep_last),
+            keep_best=not_negative("keep_best", given["keep_best"]),
             strip_prefix=resolve_prefix(given["strip_prefix"]),
             max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
             evaluate=true_or_false("evaluate", given["evaluate"]),

@@ -17,17 +17,23 @@ _NO_BATCH = (type(None), str, bytes, bool, int, float)
 class ProbeOptions:
     """On which batch, and at which layers, functional diversity is measured.
 
+    Example::
+
+        CheckpointMergeCallback(every_n_steps=2_000, probe=ProbeOptions(layers=["model.layers.*"]))
+
+    Args:
+        batch: ``"validation"`` takes the first 8 sequences of the first validation batch. Or a batch, or a
+            function that returns one: a tensor, a mapping by the names that the model's ``forward`` takes, or
+            a tuple whose first items it takes.
+        layers: ``fnmatch`` patterns of the modules whose activations are compared. By default the blocks of
+            the model's largest stack of blocks.
+
     Raises:
         ValueError: for an option that makes no sense; the message names it, its value and the remedy.
     """
 
     batch: Any = VALIDATION
-    """``"validation"`` takes the first 8 sequences of the first validation batch. Or a batch, or a function
-    that returns one: a tensor, a mapping by the names that the model's ``forward`` takes, or a tuple whose
-    first items it takes."""
     layers: tuple[str, ...] = ()
-    """``fnmatch`` patterns of the modules whose activations are compared, e.g. ``["model.layers.*"]``. By
-    default the blocks of the model's largest stack of blocks."""
 
     @property
     def is_validation(self) -> bool:

@@ -115,7 +115,8 @@ def names(tmp_path, monkeypatch):
     for name in METHODS.keys() - known:
         del METHODS[name]
     READERS[:] = readers
-    sys.modules.pop("my_methods", None)
+    for module in ("my_methods", "my_probe"):
+        sys.modules.pop(module, None)
 
 
 def write_checkpoints() -> list[Path]:
@@ -163,11 +164,28 @@ class LastK(LinearMethod):
 """
 
 
+MY_PROBE = """
+import torch
+
+class Routed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4, bias=False)
+        self.layer.router_bias = torch.nn.Parameter(torch.zeros(4))
+    def forward(self, x):
+        return self.layer(x) + self.layer.router_bias
+
+def build():
+    return Routed(), torch.ones(2, 4)
+"""
+
+
 def provide(part: str, names: dict) -> None:
     """Adds what only some pages need, and what is dear to make."""
     if "paths" in part or "merge-callback " in part:
         names["paths"] = write_checkpoints()[:4]
         Path("my_methods.py").write_text(MY_METHODS)
+        Path("my_probe.py").write_text(MY_PROBE)
     if "logs/version_0/merges" in part:
         merging = CheckpointMergeCallback(every_n_steps=2, dirpath="logs/version_0/merges")
         train(small_model(), merging, data=names["data"], max_steps=8)
@@ -178,7 +196,7 @@ def provide(part: str, names: dict) -> None:
         names["pl_model"], names["data"] = older_model(), loader()
     if "hf_model" in part:
         names |= hugging_face()
-    if any(use in part for use in ('load_merge("merges/latest")', 'read_history("merges")', "report merges")):
+    if any(use in part for use in ('load_merge("merges/latest"', 'read_history("merges")', "report merges")):
         train(
             names["model"],
             CheckpointMergeCallback(every_n_steps=2, dirpath="merges"),
@@ -287,7 +305,7 @@ def test_all_that_is_logged_is_in_the_table(tmp_path):
     save_file({name: tensor + 1 for name, tensor in base.items()}, tmp_path / "sibling.safetensors")
     files = {"base": tmp_path / "base.safetensors", "experts": [tmp_path / "sibling.safetensors"]}
     options = {"dirpath": tmp_path / "merges", "count_tokens": lambda batch: 64, "method": Ties()}
-    merging = CheckpointMergeCallback(every_n_steps=2, **options, **files)
+    merging = CheckpointMergeCallback(every_n_steps=2, probe=True, **options, **files)
     trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)

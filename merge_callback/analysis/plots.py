@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -33,8 +34,9 @@ def draw_distances(
     distances: Tensor,
     lags: Sequence[int],
     layers: Mapping[str, Tensor] | None = None,
+    functional: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Draws the matrix next to its curves, and below them the curves of the layers.
+    """Draws the matrix next to its curves, below them the curves of the layers and of functional distances.
 
     Args:
         path: the PNG file.
@@ -42,18 +44,20 @@ def draw_distances(
         distances: the model's distances, ``(N, N)``.
         lags: the lags of the curves; the layers' curves have the last one.
         layers: the distances ``(N, N)`` of each layer, or ``None``.
+        functional: the functional distances ``(N, N)`` by name, or ``None``.
     """
     # A figure with its own canvas, since pyplot would set the caller's global backend.
-    height = HEIGHT + (LAYERS_HEIGHT if layers else 0)
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    heights = (HEIGHT, *[LAYERS_HEIGHT] * (bool(layers) + bool(functional)))
+    figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    heights = (HEIGHT, LAYERS_HEIGHT) if layers else (HEIGHT,)
     parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     matrix, curve = parts[0].subplots(1, 2, width_ratios=(1, 1.25))
     _draw_matrix(matrix, distances)
     _draw_curves(curve, sources, distances, lags)
     if layers:
         _draw_layers(parts[1].subplots(), sources, layers, lags[-1])
+    if functional:
+        _draw_shares(parts[-1].subplots(), sources, {"RMS of the weights": distances, **functional}, lags[-1])
     figure.savefig(path, format="png")
 
 
@@ -99,6 +103,23 @@ def _draw_layers(axes: Axes, sources: Sequence[Source], layers: Mapping[str, Ten
     axes.set_title(f"Distance to the checkpoint {lag} before, by layer", fontsize=12, loc="left")
     _finish_curves(axes, sources, exponent)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=9)
+
+
+def _draw_shares(axes: Axes, sources: Sequence[Source], measures: Mapping[str, Tensor], lag: int) -> None:
+    """Each measure as a share of its first value: their units differ."""
+    positions, label = _positions(sources)
+    for (name, distances), color in zip(measures.items(), _COLORS, strict=False):
+        curve = consecutive(distances, lag)
+        shares = [value / curve[0] if curve[0] else math.nan for value in curve]
+        axes.plot(positions[lag:], shares, marker="o", markersize=3, color=color, label=name)
+    axes.set_title(
+        f"Distances to the checkpoint {lag} before, as shares of the first", fontsize=12, loc="left"
+    )
+    axes.set(xlabel=label, ylabel="share of the first")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.legend(frameon=False)
 
 
 def _draw_curve(axes: Axes, sources: Sequence[Source], distances: Tensor, lag: int, **style: Any) -> None:

@@ -39,10 +39,12 @@ def source_table(sources: Sequence[Source]) -> Iterator[str]:
         yield f"{_label(number)}{_grouped(s.step):>10}{_grouped(s.tokens):>18}  {s.path}"
 
 
-def matrix_table(distances: Tensor) -> Iterator[str]:
+def matrix_table(
+    distances: Tensor, what: str = "RMS distance", unit: str = ", in the unit of the weights"
+) -> Iterator[str]:
     """The distances of all pairs of checkpoints, in units of a power of ten."""
     exponent = power_of_ten(distances)
-    yield f"RMS distance in 1e{exponent:+03d}, in the unit of the weights"
+    yield f"{what} in 1e{exponent:+03d}{unit}"
     count = len(distances)
     yield f"{'':5}" + "".join(f"{f'[{j}]':>8}" for j in range(1, count))
     for i in range(1, count):
@@ -73,7 +75,12 @@ def layer_table(layers: Mapping[str, Tensor], lag: int) -> Iterator[str]:
         yield f"{group:{width}}{cells}{_signed(changes(curve)[-1]):>8}"
 
 
-def write_csv(path: Path, sources: Sequence[Source], groups: Mapping[str, Tensor]) -> None:
+def write_csv(
+    path: Path,
+    sources: Sequence[Source],
+    groups: Mapping[str, Tensor],
+    functional: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes one line per group and pair, the older checkpoint first; ``change_percent`` is relative to the
     first pair of the same lag. Checkpoints are named by their paths, and unknown values are left empty.
 
@@ -81,21 +88,27 @@ def write_csv(path: Path, sources: Sequence[Source], groups: Mapping[str, Tensor
         path: the file; replaced if it exists.
         sources: the checkpoints of the rows and columns.
         groups: the distances, ``(N, N)``, of the whole model and of any layers.
+        functional: the functional distances of the whole model, ``(N, N)`` each: one more column each.
     """
+    functional = functional or {}
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(_COLUMNS.split())
+        writer.writerow([*_COLUMNS.split(), *functional])
         for group, distances in groups.items():
-            writer.writerows(_csv_rows(group, sources, distances))
+            more = functional if group == WHOLE_MODEL else {}
+            writer.writerows(_csv_rows(group, sources, distances, more))
 
 
-def _csv_rows(group: str, sources: Sequence[Source], distances: Tensor) -> Iterator[list[object]]:
+def _csv_rows(
+    group: str, sources: Sequence[Source], distances: Tensor, functional: Mapping[str, Tensor]
+) -> Iterator[list[object]]:
     for lag in range(1, len(sources)):
         curve = consecutive(distances, lag)
+        more = [consecutive(matrix, lag) for matrix in functional.values()]
         pairs = zip(sources, sources[lag:], curve, changes(curve), strict=False)
-        for a, b, value, change in pairs:
+        for i, (a, b, value, change) in enumerate(pairs):
             pair = [a.path, b.path, lag, a.step, b.step, a.tokens, b.tokens]
-            yield [group, *pair, value, None if math.isnan(change) else change]
+            yield [group, *pair, value, None if math.isnan(change) else change, *(m[i] for m in more)]
 
 
 def power_of_ten(distances: Tensor) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback.checkpoints.checkpoint import read_json
+from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.file_names import (
     ADAPTER_CONFIG,
     CARD,
@@ -207,7 +208,7 @@ def _yaml(values: Mapping[str, Any]) -> str:
 def _metadata(folder: Path) -> Mapping[str, Any]:
     """The metadata of the card in a folder; empty if there is none that can be read."""
     try:
-        text = read_small(folder / CARD, _MOST).decode()
+        text = read_small(contained(folder, CARD), _MOST).decode()
         found = re.match(r"---\n(.*?)\n---(\n|\Z)", text, re.DOTALL)
         return _mapping(read_value(found[1])) if found else {}
     except (OSError, ValueError):  # CorruptFileError and UnicodeDecodeError among them

@@ -8,6 +8,7 @@ from merge_callback.snapshots.window_folder import WINDOW
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "BEST",
     "BIN_INDEX",
     "BIN_WEIGHTS",
     "CARD",
@@ -31,8 +32,8 @@ __all__ = [
 CARD, CARD_BEFORE = "README.md", "README.original.md"
 """The card of a merge, and somebody's own one of the checkpoint that the merge is like."""
 
-LATEST = "latest"
-"""What points at the newest emission: a symlink, or a text file in a remote folder."""
+LATEST, BEST = "latest", "best"
+"""What points at the newest emission, and at the best one: symlinks, or text files in a remote folder."""
 
 MERGED_CKPT = "merged.ckpt"
 """The file of a merge that was written for Lightning."""

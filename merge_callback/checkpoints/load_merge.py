@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.snapshots.capture import clean_name
 from merge_callback.urls import is_remote, local_path
@@ -16,13 +17,14 @@ def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, T
     """The tensors of a published merge, by all their names (tied ones too): ready for ``load_state_dict``.
 
     They usually are those of the LightningModule; if a prefix was stripped from the names (``"model."``, as
-    of a wrapped Hugging Face model), those of the model under it: ``module.model.load_state_dict(…)``.
+    of a wrapped Hugging Face model), those of the model under it: ``module.model.load_state_dict(…)``. With
+    ``module``, they are its own in any case: ``module.load_state_dict(load_merge(path, module))``.
 
     Args:
         path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
             (``s3://…/merges/latest``), from which the emission is copied to a temporary folder first.
-        module: what they are to be loaded into, if a part of it is compiled or checkpoints activations:
-            the names are those of its ``state_dict`` then, with the ``_orig_mod`` that published names lack.
+        module: what they are to be loaded into: the names are those of its ``state_dict`` then, with the
+            prefix that was stripped and the ``_orig_mod`` of compiled parts, which published names lack.
 
     Returns:
         New tensors in memory, in the shapes and dtypes of the files.
@@ -43,5 +45,8 @@ def load_merge(path: str | Path, module: nn.Module | None = None) -> dict[str, T
     merge = open_checkpoint(path)
     tensors = {name: tensor.clone() for name, tensor in merge.tensors.items()}
     tensors |= {alias: tensors[kept] for alias, kept in merge.tied.items()}
-    own = {} if module is None else {clean_name(name): name for name in module.state_dict()}
-    return {own.get(name, name): tensor for name, tensor in tensors.items()}
+    if module is None:
+        return tensors
+    own = {clean_name(name): name for name in module.state_dict()}
+    prefix = str(read_record(path).content.get("stripped_prefix") or "")
+    return {own.get(name) or own.get(prefix + name) or name: tensor for name, tensor in tensors.items()}

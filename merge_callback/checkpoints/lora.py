@@ -16,6 +16,7 @@ from torch import Tensor
 from merge_callback.checkpoints.checkpoint import Checkpoint, read_json
 from merge_callback.checkpoints.file_names import ADAPTER_CONFIG
 from merge_callback.merging.low_rank import FACTOR, LowRank
+from merge_callback.messages import warn
 
 PREFIX = "base_model.model."
 """What peft puts before the names of the model's own modules."""
@@ -183,33 +184,65 @@ def adapters_of(checkpoints: Sequence[Checkpoint]) -> list[LoraAdapter]:
     return adapters
 
 
-def as_deltas(checkpoints: Sequence[Checkpoint], has_base: bool = False) -> list[Checkpoint]:
+def as_deltas(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Adapters as what they add to their base, for measures; other checkpoints as they are.
 
     Args:
         checkpoints: all adapters of LoRA, or none.
-        has_base: whether a base of zeros is put first. Tensors that replace the base's are left out then.
 
     Raises:
-        ValueError: if only some are, if one can't be taken apart, or if their layers differ in shape.
+        ValueError: if only some are, if one can't be taken apart, or if they differ in the shapes of their
+            layers, or in which tensors replace the base's.
+    """
+    adapters = adapters_of(checkpoints)
+    return _measured(adapters) if adapters else list(checkpoints)
+
+
+def as_task_vectors(checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> list[Checkpoint]:
+    """Adapters as what they add to a base of zeros, which comes first; nothing if there are no adapters.
+
+    Args:
+        checkpoints: see `as_deltas`.
+        base: the model; only needed for tensors that replace the base's, which are left out without it.
+
+    Raises:
+        ValueError: see `as_deltas`; or if the base lacks such a tensor.
     """
     adapters = adapters_of(checkpoints)
     if not adapters:
-        return list(checkpoints)
+        return []
+    path, known = (Path("their base"), {}) if base is None else (base.path, base.tensors)
+    if base is None:
+        if names := sorted({plain(name) for adapter in adapters for name in adapter.whole}):
+            warn(f"left out, as they replace the base's tensors, and no --base was given: {', '.join(names)}")
+        adapters = [replace(adapter, whole={}) for adapter in adapters]
+    measured, first = _measured(adapters), adapters[0]
+    if missing := next((plain(name) for name in first.whole if plain(name) not in known), None):
+        raise ValueError(f"{path} has no {missing!r}: the adapters are of another model")
+    own = {name: known[plain(name)] for name in first.whole}
+    nothing = DeltaWeights(replace(first, layers={}, whole=own), _layers_of(adapters), own)
+    return [replace(first.checkpoint, path=path, tensors=nothing), *measured]
+
+
+def _measured(adapters: Sequence[LoraAdapter]) -> list[Checkpoint]:
+    layers, first = _layers_of(adapters), adapters[0]
+    for adapter in adapters:
+        if other := adapter.whole.keys() ^ first.whole.keys():
+            raise ValueError(
+                f"{plain(min(other))} replaces the base's tensor in one of {first.checkpoint.path} and "
+                f"{adapter.checkpoint.path} only; they can't be compared"
+            )
+    return [replace(a.checkpoint, tensors=DeltaWeights(a, layers, first.whole)) for a in adapters]
+
+
+def _layers_of(adapters: Sequence[LoraAdapter]) -> dict[str, LoraFactors]:
+    """All adapted layers, each as one of the adapters has it."""
     layers = {module: layer for adapter in adapters for module, layer in adapter.layers.items()}
     for adapter in adapters:
         for module, layer in adapter.layers.items():
             if layer.matrix.shape != layers[module].matrix.shape:
                 raise ValueError(f"{module}: ΔW has another shape in {adapter.checkpoint.path}")
-    whole = [] if has_base else list(adapters[0].whole)
-    measured = [
-        replace(adapter.checkpoint, tensors=DeltaWeights(adapter, layers, whole)) for adapter in adapters
-    ]
-    if has_base:
-        nothing = replace(adapters[0], layers={}, whole={})
-        base = replace(adapters[0].checkpoint, path=Path("0"), tensors=DeltaWeights(nothing, layers))
-        return [base, *measured]
-    return measured
+    return layers
 
 
 def plain(name: str) -> str:

@@ -50,7 +50,7 @@ _WEIGHTS = re.compile(
     re.DOTALL,
 )
 _OF_THE_RUN = re.compile(
-    r"trainer_state\.json|(train|eval|all|test|predict)_results\.json|events\.out\.tfevents.*|latest"
+    r"trainer_state\.json|(train|eval|all|test|predict)_results\.json|events\.out\.tfevents.*|latest|best"
     r"|.*\.(log|lock)"
 )
 _PARTS = ("model_index.json", "modules.json")  # of diffusers and of Sentence Transformers

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from merge_callback.analysis.interference import (
     Counts,
@@ -30,11 +31,19 @@ from merge_callback.analysis.tables import (
     source_table,
     write_csv,
 )
-from merge_callback.checkpoints.lora import as_deltas
+from merge_callback.checkpoints.lora import as_deltas, as_task_vectors
 from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
+from merge_callback.cli.imports import import_named
 from merge_callback.offline.alignment import aligned
 from merge_callback.offline.selection import select
 from merge_callback.snapshots.files import printable
+
+_MEASURES = {
+    "logits": ("cosine distance of the logits", ""),
+    "probabilities": ("KL divergence of the probabilities", ", in nats"),
+    "activations": ("cosine distance of the activations", ""),
+}
+"""Functional distances: what they are, and their unit."""
 
 
 def add_diversity(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +60,19 @@ def add_diversity(parser: argparse.ArgumentParser) -> None:
     add("--by-layer", action="store_true", help="the distances of every layer, too")
     add("--csv", type=Path, metavar="FILE", help="write every pair's distance to a table, too")
     add("--plot", type=Path, metavar="FILE.png", help="draw the distances, too; needs matplotlib")
+    add(
+        "--probe",
+        metavar="MODULE:FUNCTION",
+        help="also compare what the checkpoints compute: the function returns a model and a batch that its "
+        "forward takes, as my_probe:build; the module may lie in the current folder",
+    )
+    add(
+        "--probe-layers",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="with --probe, the modules whose activations are compared (the model's largest stack of blocks)",
+    )
 
 
 def add_interference(parser: argparse.ArgumentParser) -> None:
@@ -92,21 +114,38 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
 def _diversity(parsed: argparse.Namespace) -> int:
     if parsed.plot and not _has_matplotlib():
         return 1
-    checkpoints = _open_all(parsed)
+    checkpoints = aligned(as_deltas(_open_all(parsed)))
     for option, path in (("--csv", parsed.csv), ("--plot", parsed.plot)):
         _check_no_input(option, path, checkpoints)
     lags = _lags(parsed.lag, len(checkpoints))
+    probe = _built(parsed.probe) if parsed.probe else None
     found = pairwise_distances([c.tensors for c in checkpoints], labels=[c.path for c in checkpoints])
+    functional: dict[str, Tensor] = {}
+    if probe:
+        from merge_callback.analysis.functional import pairwise_functional
+
+        try:
+            tensors = [
+                {**c.tensors, **{n: c.tensors[kept] for n, kept in c.tied.items()}} for c in checkpoints
+            ]
+            labels = [c.path for c in checkpoints]
+            functional = pairwise_functional(*probe, tensors, parsed.probe_layers, labels)
+        except (TypeError, RuntimeError) as error:  # of the model's own code
+            raise ValueError(f"--probe {parsed.probe}: {error!r}") from error
     sources = [Source(c.path, c.step, c.tokens) for c in checkpoints]
     model, layers = found.model(), found.by_layer() if parsed.by_layer else {}
-    for line in _diversity_report(sources, found, model, layers, lags):
+    for line in (
+        *_diversity_report(sources, found, model, layers, lags),
+        *_functional_report(functional, lags),
+    ):
         print(printable(line))
     if parsed.csv:
-        write_csv(parsed.csv, sources, {WHOLE_MODEL: model, **layers})
+        write_csv(parsed.csv, sources, {WHOLE_MODEL: model, **layers}, functional)
     if parsed.plot:
         from merge_callback.analysis.plots import draw_distances
 
-        draw_distances(parsed.plot, sources, model, lags, layers)
+        shown = {_MEASURES[name][0]: matrix for name, matrix in functional.items()}
+        draw_distances(parsed.plot, sources, model, lags, layers, shown)
     return 0
 
 
@@ -126,6 +165,31 @@ def _diversity_report(
         yield from layer_table(layers, lags[-1])
 
 
+def _functional_report(functional: Mapping[str, Tensor], lags: Sequence[int]) -> Iterator[str]:
+    for name, matrix in functional.items():
+        for table in (matrix_table(matrix, *_MEASURES[name]), curve_table(matrix, lags)):
+            yield ""
+            yield from table
+
+
+def _built(spec: str) -> tuple[nn.Module, Any]:
+    """The model and the batch that a function of the user's returns.
+
+    Raises:
+        ValueError: if there is no such function, or it returns anything else.
+    """
+    module, _, function = spec.partition(":")
+    if not module or not function:
+        raise ValueError(f"--probe {spec}: name a function as MODULE:FUNCTION, e.g. my_probe:build")
+    build = getattr(import_named(f"--probe {spec}", module), function, None)
+    if not callable(build):
+        raise ValueError(f"--probe {spec}: the module has no function {function!r}")
+    built = build()
+    if not (isinstance(built, tuple) and len(built) == 2 and isinstance(built[0], nn.Module)):
+        raise ValueError(f"--probe {spec}: must return (model, batch), not a {type(built).__name__}")
+    return built
+
+
 def _lags(asked: int | None, count: int) -> list[int]:
     """Neighbours, and those the option asks for; by default those of the callback, if there are any."""
     if count < 2:
@@ -139,12 +203,14 @@ def _lags(asked: int | None, count: int) -> list[int]:
 
 def _interference(parsed: argparse.Namespace) -> int:
     base = open_checkpoint(parsed.base, state_key=parsed.state_key) if parsed.base else None
-    found = _open_all(parsed, has_base=base is None)
-    checkpoints = [c for c in found if base is None or c.path.resolve() != base.path.resolve()]
-    base, *checkpoints = aligned([*([base] if base else []), *checkpoints])
+    found = _open_all(parsed)
+    if not (deltas := as_task_vectors(found, base)):
+        others = [c for c in found if base is None or c.path.resolve() != base.path.resolve()]
+        deltas = [*([base] if base else []), *others]
+    base, *checkpoints = aligned(deltas)
     if len(checkpoints) < 2:
         raise ValueError(
-            f"interference needs at least two checkpoints besides the base {base.path}, "
+            f"interference needs at least two checkpoints besides the base ({base.path}), "
             f"got {len(checkpoints)}"
         )
     counts = interference(
@@ -186,13 +252,12 @@ def _measure_line(name: str, measure: Tensor, by_chance: str) -> str:
     return f"{name:20}{pair_mean(measure):>10.2f}{cells}{by_chance:>12}".rstrip()
 
 
-def _open_all(parsed: argparse.Namespace, has_base: bool = False) -> list[Checkpoint]:
-    """The checkpoints to measure; of adapters what they add, and ``has_base`` puts a base of zeros first."""
+def _open_all(parsed: argparse.Namespace) -> list[Checkpoint]:
+    """The checkpoints to measure."""
     selection = select(parsed.checkpoints, parsed.last, parsed.every, keep_order=parsed.keep_order)
     for note in selection.notes:
         print(printable(note), file=sys.stderr)
-    opened = [open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen]
-    return aligned(as_deltas(opened, has_base))
+    return [open_checkpoint(path, state_key=parsed.state_key) for path in selection.chosen]
 
 
 def _check_no_input(option: str, path: Path | None, checkpoints: Sequence[Checkpoint]) -> None:

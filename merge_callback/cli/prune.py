@@ -14,9 +14,9 @@ from merge_callback.publish.published import Emission, emissions, latest_in, lin
 from merge_callback.snapshots.files import printable
 
 _DESCRIPTION = """\
-Remove older merges that a run has published. What stays: the newest N of each run, what `latest` or
-another link in the folder leads to, the window, and every folder with something in it that the run has
-not written. A run that is going on may be pruned, too.
+Remove older merges that a run has published. What stays: the newest N of each run and the last of its
+stable phase, what `latest`, `best` or another link in the folder leads to, the window, and every folder
+with something in it that the run has not written. A run that is going on may be pruned, too.
 
 Without `latest` nothing is removed: such merges may still wait for their upload."""
 
@@ -46,10 +46,16 @@ def _prune(parsed: argparse.Namespace) -> int:
     by_run = defaultdict[str | None, list[Emission]](list)
     for emission in emissions(folder):
         by_run[emission.record.run_id].append(emission)
+    stable = [
+        [e.path for e in found if e.record.content.get("phase") == "stable"] for found in by_run.values()
+    ]
+    preserved = [paths[-1] for paths in stable if paths]
     count = freed = 0
     for older in (emission for found in by_run.values() for emission in found[:-keep_last]):
         name, size, link = older.path.name, older.nbytes, linked(folder).get(older.path.name)
         reason = f"{link} leads to it" if link else older.foreign()
+        if older.path in preserved:
+            reason = "it is the last of the stable phase"
         if not reason and not parsed.dry_run:
             remove_emission(folder, name)
         verb = "keeps" if reason else "would remove" if parsed.dry_run else "removed"

@@ -3,6 +3,7 @@
 from merge_callback.demo.crops import DemoData
 from merge_callback.demo.expert import TokenKindData, TokenKindModule
 from merge_callback.demo.gpt import GPT, GPTConfig
+from merge_callback.demo.gradient_norm import GradientNorm
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule, wsd_factor
 from merge_callback.demo.text import load_corpus
@@ -12,6 +13,7 @@ __all__ = [
     "DemoData",
     "DemoModule",
     "GPTConfig",
+    "GradientNorm",
     "TokenKindData",
     "TokenKindModule",
     "WSDSchedule",

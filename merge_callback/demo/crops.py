@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from merge_callback.demo.text import load_corpus
+from merge_callback.demo.text import load_corpus, package_folder
 
 
 class Batch(TypedDict):
@@ -100,6 +100,7 @@ class DemoData(LightningDataModule):
         epoch_batches: Batches per epoch; an epoch of random crops is only a unit for the progress bar.
         validation_batches: Batches per validation of all processes together.
         max_bytes: Read no more text than this.
+        package: An installed package whose own source files are the text instead, such as "torch".
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class DemoData(LightningDataModule):
         epoch_batches: int = 5400,
         validation_batches: int = 24,
         max_bytes: int = 8_000_000,
+        package: str | None = None,
     ) -> None:
         super().__init__()
         self.batch_size = batch_size
@@ -118,10 +120,15 @@ class DemoData(LightningDataModule):
         self.epoch_batches = epoch_batches
         self.validation_batches = validation_batches
         self.max_bytes = max_bytes
+        self.package = package
 
     def setup(self, stage: str) -> None:
-        """Reads the text, which takes some tens of milliseconds."""
-        self.corpus = load_corpus(self.max_bytes)
+        """Reads the text, which takes some tens of milliseconds.
+
+        Raises:
+            ValueError: If there is too little, or no such package.
+        """
+        self.corpus = load_corpus(self.max_bytes, self.package and package_folder(self.package))
 
     def train_dataloader(self) -> RandomCrops:
         """Makes the stateful training loader; the processes split each batch."""

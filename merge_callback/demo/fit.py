@@ -15,24 +15,60 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from merge_callback import CheckpointMergeCallback
+from merge_callback import CheckpointMergeCallback, load_merge
 
 
 class FitOptionsError(ValueError):
     """An option of the trainer or the callback that can't be used."""
 
 
+_FIT = """Trains a LightningModule from a configuration in YAML, as LightningCLI does. Every option of the
+trainer, the callbacks, the module and the data may stand in the file or here, by its path. The demo's model
+and data are the defaults. Example: merge-callback fit --config config.yaml --trainer.max_steps 1000. To check
+a configuration without training: merge-callback validate --config config.yaml."""
+
+_INIT_FROM = (
+    "Folder of a merge, such as run/merges/latest, whose weights the model begins with: a next stage, with "
+    "a new optimizer. A run that is resumed (--ckpt_path) goes on with its own weights."
+)
+
+
 class MergeCLI(LightningCLI):
     """A LightningCLI for any module and data; those of the demo are the defaults."""
 
+    def before_fit(self) -> None:
+        """Loads the merge that a next stage begins with, unless the run is resumed."""
+        config = self.config.fit
+        if config.init_from is not None and config.ckpt_path is None:
+            _begin_with(self.model, config.init_from)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sets the defaults."""
+        """Adds `--init_from`, and sets the defaults."""
+        parser.add_argument("--init_from", "--init-from", type=str | None, default=None, help=_INIT_FROM)
         parser.set_defaults(
             {
                 "model": {"class_path": "merge_callback.demo.DemoModule"},
                 "data": {"class_path": "merge_callback.demo.DemoData"},
             }
         )
+
+
+def _begin_with(module: LightningModule, path: str) -> None:
+    """Loads a merge into a module that is not trained yet.
+
+    Raises:
+        FitOptionsError: if there is none, or it is of another model.
+    """
+    try:
+        module.load_state_dict(load_merge(path, module))
+    except FileNotFoundError as error:
+        raise FitOptionsError(f"--init_from={path}: {error}") from None
+    except (RuntimeError, ValueError) as error:  # a model of configure_model has no tensors yet
+        reason = " ".join(str(error).split())
+        raise FitOptionsError(
+            f"--init_from={path}: it does not fit the model: {reason:.300}; give the model the options that "
+            "the merged one had, and make its layers in __init__"
+        ) from None
 
 
 def fit(arguments: Sequence[str]) -> None:
@@ -139,6 +175,6 @@ def _run(kind: type[MergeCLI], arguments: Sequence[str], exit_on_error: bool = T
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        parser_kwargs={"prog": "merge-callback", **options, "fit": options},
+        parser_kwargs={"prog": "merge-callback", **options, "fit": {**options, "description": _FIT}},
         args=["fit", *arguments],
     )

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,6 +54,19 @@ def load_corpus(max_bytes: int = 8_000_000, root: str | Path | None = None) -> C
         ValueError: If there is too little Python source below `root`.
     """
     return _load(max_bytes, str(root or Path(os.__file__).parent))
+
+
+def package_folder(name: str) -> Path:
+    """Finds the folder of an installed package, without importing it.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    spec = find_spec(name)
+    folders = spec.submodule_search_locations if spec else None
+    if not folders:
+        raise ValueError(f"package={name!r} is no package that is installed; name one, such as 'torch'")
+    return Path(folders[0])
 
 
 @lru_cache(maxsize=2)

@@ -157,8 +157,9 @@ def _parameters(module: nn.Module) -> tuple[list[str], set[str], bool]:
 
 def _is_stack(part: nn.Module) -> bool:
     kinds = {type(child) for child in part.children()}
-    uniform = isinstance(part, nn.Sequential) and len(kinds) == 1
-    return len(part._modules) > 1 and (isinstance(part, nn.ModuleList) or uniform)
+    if isinstance(part, nn.Sequential):
+        return len(part) > 1 and len(kinds) == 1
+    return isinstance(part, nn.ModuleList) and len(part) > 0
 
 
 def _children(parts: Mapping[str, nn.Module], name: str) -> dict[str, nn.Module]:

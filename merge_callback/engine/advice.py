@@ -40,7 +40,7 @@ class Seen:
     """What a rule looks at. Spans reach from the oldest to the newest snapshot of the merge.
 
     ``share`` is the span's share of the training since the segment began; ``gains`` are those of the last
-    validated merges of the segment in ``metric``, ``usual_gains`` those of the stable phase before.
+    validated merges of the segment in ``metric``, ``usual_gains`` the last three of the stable phase before.
     ``diversity`` is relative to the median of that phase. Tokens, and what follows from them, are ``None``
     unless they are counted.
     """
@@ -66,7 +66,7 @@ def fading(seen: Seen) -> str | None:
     """The decay has brought the snapshots together: gains shrink."""
     if seen.phase != "decay" or seen.diversity is None or not _SPENT < seen.diversity <= 0.5:
         return None
-    if seen.usual_gains and min(seen.usual_gains[-3:]) <= 0:
+    if seen.usual_gains and min(seen.usual_gains) <= 0:
         return None  # what did not gain has nothing to lose
     return (
         f"the learning rate decays since step {seen.since:,}, and the snapshots lie "
@@ -80,6 +80,9 @@ def spent(seen: Seen) -> str | None:
     """Near the end of a decay, merge and live weights are the same."""
     if seen.phase != "decay" or seen.diversity is None or seen.diversity > _SPENT:
         return None
+    small = max(seen.usual_gains, default=0.0) / 5
+    if seen.metric and not (seen.gains and abs(seen.gains[-1]) <= small):
+        return None  # in a short decay a long window still lags
     return (
         f"the snapshots lie {1 - seen.diversity:.0%} closer together than before the decay: until the "
         f"learning rate rises again, a merge scores about what the live weights do ({_PG}, Fig. 3)"
@@ -180,6 +183,7 @@ class Advice:
         self.given: list[str] = []  # rules, with the segments that they gave a line in
         self._usual: list[float] = []  # diversities of the last stable segment
         self._usual_at = (0, 0)  # when that began, and the steps between the two of a pair
+        self._usual_gains: list[float] = []  # the last three of the stable phase
         self._seen: Seen | None = None
         self._phase = ""  # of the newest snapshot
 
@@ -237,6 +241,8 @@ class Advice:
             lower: whether lower is better, by metric; ``None`` if that is not known.
         """
         logged = self.validations.note(newest, live, merged, lower)
+        if newest.phase == "stable":
+            self._usual_gains = self.validations.last_gains((newest.phase, newest.since))[-3:]
         seen, is_stable = self._seen, self._phase == newest.phase == "stable"
         if seen and is_stable and seen.step == newest.step and seen.merged >= SNAPSHOTS:
             logged |= self.validations.forecasts(merged, lower)
@@ -248,6 +254,7 @@ class Advice:
             "given": list(self.given),
             "usual": list(self._usual),
             "usual_at": list(self._usual_at),
+            "usual_gains": list(self._usual_gains),
             "validations": self.validations.state_dict(),
         }
 
@@ -255,6 +262,7 @@ class Advice:
         """Goes on from a ``state_dict``."""
         self.given, self._usual = list(state["given"]), list(state["usual"])
         self._usual_at = (state["usual_at"][0], state["usual_at"][1])
+        self._usual_gains = list(state["usual_gains"])
         self.validations.load_state_dict(state["validations"])
 
     def _relative(self, segment: Sequence[Snapshot], diversity: Mapping[str, Any] | None) -> float | None:
@@ -279,7 +287,7 @@ class Advice:
             self._seen,
             metric=self.validations.metric,
             gains=self.validations.last_gains((self._seen.phase, self._seen.since)),
-            usual_gains=self.validations.last_gains(("stable", self._usual_at[0])),
+            usual_gains=self._usual_gains,
         )
         for rule in RULES:
             key = rule.__name__ if rule in _ONCE else f"{rule.__name__} {seen.phase} {seen.since}"

@@ -9,11 +9,15 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from merge_callback.events import EVENTS, FORMAT
-from merge_callback.snapshots.files import append_line, plain
+from merge_callback.snapshots.files import append_line, open_regular, plain
+
+_BEGINNING = b'{"event": "run"'
+"""How an event file begins."""
 
 _LEFT_FREE = 1 << 20
 """Bytes that events leave free besides: a manifest and a record of spikes are worth more."""
@@ -60,6 +64,7 @@ class EventFile:
                 raise OSError(errno.ENOSPC, "the rest of the disk is left to the window")
             with self._one_at_a_time:
                 if not self._is_begun or not self._path.exists():
+                    self._check_own()
                     self._append("run", step, {"format": FORMAT, **self._run})
                     self._is_begun = True
                 self._append(kind, step, entries)
@@ -69,6 +74,12 @@ class EventFile:
                 log.warning(
                     "merge: events could not be written to %s (%r); training goes on", self._path, error
                 )
+
+    def _check_own(self) -> None:
+        """Raises an ``OSError`` if the file is somebody else's; a line of ours may have been cut off."""
+        with suppress(FileNotFoundError), open_regular(self._path) as file:
+            if not _BEGINNING.startswith(file.read(len(_BEGINNING))):
+                raise OSError(f"{self._path}: is no event file; move it away")
 
     def _append(self, kind: str, step: int, entries: Mapping[str, Any]) -> None:
         event = {"event": kind, "time": round(time.time(), 3), "step": step, **entries}

@@ -14,9 +14,12 @@ from merge_callback.engine.siblings import Siblings
 from merge_callback.merging import MergeMethod
 from merge_callback.messages import info
 from merge_callback.metrics import EXPERTS
-from merge_callback.sharding import Ranks
+from merge_callback.options import Options
+from merge_callback.publish.export import Naming
+from merge_callback.sharding import Ranks, Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.layout import Layout
 
 _STEPS = [round(0.05 * i, 2) for i in range(1, 21)]
 GRIDS: Mapping[str, Mapping[str, list[float]]] = {
@@ -55,6 +58,27 @@ class ExpertMerge:
                 self._method = replace(method, normalize=False)  # type: ignore[type-var]
         self._best: tuple[int, ...] | None = None
         self._has_told = False
+
+    @classmethod
+    def of(
+        cls, options: Options, model: ModelTensors, naming: Naming, sharding: Sharding, layout: Layout
+    ) -> ExpertMerge | None:
+        """The merge of a run's expert with its siblings, if the options name any.
+
+        Raises:
+            ValueError, OSError: on all ranks, if one can't open them.
+        """
+        if (given := options.experts) is None:
+            return None
+        siblings = sharding.ranks.agreed(
+            partial(Siblings, given.base, given.paths, model, naming, sharding, layout, options.exclude)
+        )
+        if siblings.apart:
+            info(
+                f"merge: {', '.join(sorted(siblings.apart)[:5])}{' …' * (len(siblings.apart) > 5)} stay this "
+                "expert's own in merges with others: the base has no such tensors, or of other shapes"
+            )
+        return cls(siblings, given.method, given.is_tuned, sharding.ranks)
 
     def validate(
         self,

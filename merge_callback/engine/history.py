@@ -52,24 +52,24 @@ class History:
         scores = {name: float(value) for name, value in live.items()}
         self._add({"event": "validation", **at, "merge_step": merge_step}, {**scores, **logged})
 
-    def best(self, steps: Collection[int]) -> int | None:
-        """The step of the merge that scored best in its validation; ``None`` if none of them was validated.
+    def ranked(self, steps: Collection[int]) -> list[int]:
+        """The steps of those merges that were validated, the one that scored best first.
 
-        The metric is the first one whose direction is known, a loss before others.
+        The metric is the first one by its name whose direction is known, a loss before others.
 
         Args:
             steps: of the merges in question, those of their newest snapshots.
         """
-        metrics = sorted(self.lower, key=lambda name: "loss" not in name.lower())
+        metrics = sorted(self.lower, key=lambda name: ("loss" not in name, name))
         for metric in metrics[:1]:
             sign = 1 if self.lower[metric] else -1
             scores = {
                 row["merge_step"]: sign * score
-                for row in self.rows
+                for row in list(self.rows)  # in one piece: training may add rows
                 if row.get("merge_step") in steps and math.isfinite(score := _merged(row, metric))
             }
-            return min(scores, key=lambda step: (scores[step], -step), default=None)
-        return None
+            return sorted(scores, key=lambda step: (scores[step], -step))
+        return []
 
     def scores(self, merge_step: int) -> dict[str, dict[str, float]]:
         """What a merge and the live weights scored in its validation, by metric; empty if there was none.

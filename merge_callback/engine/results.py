@@ -15,7 +15,7 @@ from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.checks import positive
 from merge_callback.engine.history import History
 from merge_callback.engine.session import MergeSession
-from merge_callback.merging import LinearMethod, MergeMethod, resolve_method
+from merge_callback.merging import MergeMethod, resolve_method
 from merge_callback.offline.job import Job
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.options import MERGED_PHASES, Options
@@ -78,7 +78,7 @@ class RunResults:
 
     @property
     def best(self) -> Path | str | None:
-        """The emission that scored best in its validation, of those that ``keep_last`` has left.
+        """The emission that scored best in its validation, of those that are still there.
 
         ``None`` if none of them was validated. The metric is the first one whose direction is known (see
         ``lower_is_better``), a loss before others.
@@ -86,8 +86,8 @@ class RunResults:
         session, state = self._run()
         history = session.pipeline.history if session else History.of(state.get("history", {}))
         place = self._published()
-        step = history.best({*map(step_of, place.names)})
-        return next((place.path_of(name) for name in reversed(place.names) if step_of(name) == step), None)
+        best = history.ranked({*map(step_of, place.names)})[:1]
+        return next((place.path_of(name) for name in reversed(place.names) if step_of(name) in best), None)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -201,7 +201,7 @@ def _merge_of_files(
     if not all(snapshot.file for snapshot in snapshots):
         raise RuntimeError(f"the run is over, and its window was in memory only: {remedy}")
     paths = [Path(window["folder"], snapshot.file) for snapshot in snapshots]
-    if isinstance(method, LinearMethod) and options.lora == "delta" and _has_adapters(paths[-1]):
+    if options.lora == "delta" and _has_adapters(paths[-1]):
         raise RuntimeError(f"the run is over, and it has trained LoRA adapters: {remedy}")
     with TemporaryDirectory() as folder:
         merge_files(Job(paths, method), Path(folder) / "merge")

@@ -12,9 +12,7 @@ from typing import Any, SupportsFloat
 
 from torch.optim import Optimizer
 
-from merge_callback.checkpoints.merge_record import versions
 from merge_callback.engine.background import Background
-from merge_callback.engine.events import EventFile
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
@@ -26,18 +24,15 @@ from merge_callback.engine.model_parts import (
 )
 from merge_callback.engine.plan import Plan, from_here
 from merge_callback.engine.run_folder import RunFolder
-from merge_callback.engine.run_window import new_window, note_publishing, restore_window, still_needed
-from merge_callback.engine.siblings import Siblings
+from merge_callback.engine.run_window import new_window, note_publishing, restore_window
+from merge_callback.engine.session_parts import event_file, publisher_of, watch_for_spikes
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.engine.validations import Scored
 from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import info, warn
 from merge_callback.metrics import GAIN
 from merge_callback.options import Options
-from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming
-from merge_callback.publish.remote_publisher import RemotePublisher
-from merge_callback.recovery.spike_watch import SpikeWatch
 from merge_callback.sharding import Ranks, Sharding
 from merge_callback.signals.applied_lr import AppliedLR
 from merge_callback.signals.host import Host, report
@@ -51,7 +46,6 @@ from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
 from merge_callback.snapshots.window import Window
-from merge_callback.spike_options import DEFAULT
 
 log = logging.getLogger(__name__)
 
@@ -118,18 +112,20 @@ class MergeSession:
         self.phases = LRPhaseDetector(host.total_batches)
         window = new_window(options, model, self.sharding, host.device, folder, resume)
         note_publishing(window, naming, model, options.exclude)
-        self.pipeline = SnapshotPipeline(options, host, window, self._publisher(), naming)
-        self.experts = self._expert_merge(model, naming)
+        self.pipeline = SnapshotPipeline(
+            options, host, window, publisher_of(options, folder, self.ranks), naming
+        )
+        self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
-        self.spikes = self._watch_for_spikes()
+        self.spikes = watch_for_spikes(options, host, self.pipeline, self.statistics, folder.path)
         try:
             self._put_folder_in_order()
             self.plan = Plan.of(options, window.store, host)
             _report_plan([*self.plan.lines(), *folder.notices], self.plan.warnings())
             if self.ranks.is_first:
-                host.record = self._events().write
+                host.record = event_file(options, self.plan, folder, self.ranks, window).write
             if resume:
                 self._load_state_dict(resume)
             self._record_phase()
@@ -325,8 +321,9 @@ class MergeSession:
             report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
-        merge_step, lower = (scored.step, scored.lower) if scored else (None, {})
-        self.pipeline.history.add_validation(at, live, logged, merge_step, lower)
+        newest, lower = (scored.newest, scored.lower) if scored else (None, {})
+        merge_step = newest.step if newest else None
+        self.pipeline.keep_validation(at, live, logged, merge_step, lower)
         self.host.record(
             "validation",
             self.host.step,
@@ -346,25 +343,6 @@ class MergeSession:
         self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model, merger) if is_same else None
-
-    def _expert_merge(self, model: ModelTensors, naming: Naming) -> ExpertMerge | None:
-        """The merge of this run's expert with its siblings, if it has any.
-
-        Raises:
-            ValueError, OSError: on all ranks, if one can't open them.
-        """
-        if (given := self.options.experts) is None:
-            return None
-        layout, excluded = self.window.store.layout, self.options.exclude
-        siblings = self.ranks.agreed(
-            partial(Siblings, given.base, given.paths, model, naming, self.sharding, layout, excluded)
-        )
-        if siblings.apart:
-            info(
-                f"merge: {', '.join(sorted(siblings.apart)[:5])}{' …' * (len(siblings.apart) > 5)} stay this "
-                "expert's own in merges with others: the base has no such tensors, or of other shapes"
-            )
-        return ExpertMerge(siblings, given.method, given.is_tuned, self.ranks)
 
     def finish(self) -> None:
         """Publishes the last merge of the run, unless it is published already."""
@@ -451,58 +429,6 @@ class MergeSession:
             f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, "
             f"{self.pipeline.published} merges were published, the learning rate is in its "
             f"{self.phases.phase.value} phase since step {self.phases.since:,}"
-        )
-
-    def _watch_for_spikes(self) -> SpikeWatch | None:
-        options = self.options.spike
-        if options.action == "off":
-            return None
-        watch = partial(
-            SpikeWatch,
-            host=self.host,
-            merger=partial(getattr, self.pipeline, "merger"),  # no lambda: it would keep the session alive
-            statistics=self.statistics,
-            dirpath=self.dirpath,
-            last_good_merge=self.pipeline.newest_emission_up_to,
-        )
-        try:
-            return watch(options)
-        except ValueError as error:
-            if options is not DEFAULT:
-                raise
-            # The user has not asked for restores, so the run trains on even if they are impossible.
-            warn(f"merge: loss spikes are only reported, nothing is restored: {error}")
-            return watch(replace(options, action="warn"))
-
-    def _publisher(self) -> Publisher:
-        """The publisher of this run's merges; only that of the first rank, which publishes, uploads."""
-        options, folder = self.options, self.folder
-        if folder.url is None or not self.ranks.is_first:
-            return Publisher(folder.path, options.keep_last, options.max_shard_bytes)
-        return RemotePublisher(
-            folder.path, options.keep_last, options.max_shard_bytes, folder.url, folder.run_id, Background()
-        )
-
-    def _events(self) -> EventFile:
-        """The run's event file."""
-        options, plan, folder = self.options, self.plan, self.folder
-        run = {
-            "run_id": folder.run_id,
-            "window": options.window,
-            "every": options.every,
-            "unit": options.unit,
-            "methods": plan.methods,
-            "total_steps": plan.total_steps,
-            "storage": options.storage,
-            "url": folder.url,
-            "ranks": self.ranks.size,
-            "snapshot_bytes": plan.snapshot_bytes,
-            "window_bytes": plan.window_bytes,
-            "versions": versions(),
-        }
-        assert self.lock is not None
-        return EventFile(
-            self.dirpath, run, self.lock.check, partial(still_needed, self.window, options.window)
         )
 
     def _put_folder_in_order(self) -> None:

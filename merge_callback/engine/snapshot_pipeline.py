@@ -23,6 +23,7 @@ from merge_callback.messages import info, warn
 from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
+from merge_callback.publish.emission import step_of
 from merge_callback.publish.export import Exporter, Naming
 from merge_callback.recovery.schedule_free import evaluated_weights
 from merge_callback.sharding import Ranks
@@ -90,6 +91,7 @@ class SnapshotPipeline:
         self.history = History()
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
+        self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
         self.published = 0  # number of merges
         trained = window.store.whole.only(window.store.whole.names - window.store.expected)
@@ -196,8 +198,13 @@ class SnapshotPipeline:
             return gains(live, scored.metrics, scored.lower)
         metrics, line = self.advice.after_validation(scored.newest, live, scored.metrics, scored.lower)
         if line:
-            info(line)
+            self._advise(scored.newest.step, line)
         return metrics
+
+    def keep_validation(self, *found: Any) -> None:
+        """Keeps what a validation has found (see ``History``); another emission may be the best by it."""
+        self.history.add_validation(*found)
+        self.background.submit(self._protect)
 
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
@@ -255,6 +262,7 @@ class SnapshotPipeline:
             "handed_in": self._handed_in,
             "published": list(self.publisher.published),
             "emissions": self.published,
+            "last_stable": self._last_stable,
             "advice": self.advice.state_dict(),
             "window": self._window.state_dict(to_keep),
             "first_diversity": self._merger.first_rms,
@@ -270,6 +278,7 @@ class SnapshotPipeline:
         if "advice" in state:  # older versions have none
             self.advice.load_state_dict(state["advice"])
         self.history.load_state_dict(state.get("history", {}))
+        self._last_stable = state.get("last_stable", -1)
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
@@ -386,11 +395,20 @@ class SnapshotPipeline:
         seconds = -time.monotonic()
         try:
             self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
+            if merge.snapshots[-1].phase == "stable":
+                self._last_stable = merge.step
+            self._protect()
             if not isinstance(prepared, Exception) and (folder := prepared()):
                 self._record_emission(merge, folder, seconds + time.monotonic())
             self._emitted, self.published = merge.step, self.published + 1
         except Exception as error:
             warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
+
+    def _protect(self) -> None:
+        """Keeps the best emissions, and the last one of the stable phase, whatever comes after them."""
+        if (count := self.options.keep_best) and self._window.ranks.is_first:
+            best = self.history.ranked({*map(step_of, self.publisher.published)})
+            self.publisher.protect({*best[:count], self._last_stable}, best[0] if best else None)
 
     def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
         newest, size = merge.snapshots[-1], None
@@ -468,5 +486,8 @@ class SnapshotPipeline:
         self._logged |= metrics
         self.history.add_snapshot(snapshot, metrics)
         if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
-            info(line)
-            self.host.record("advice", snapshot.step, text=line)
+            self._advise(snapshot.step, line)
+
+    def _advise(self, step: int, line: str) -> None:
+        info(line)
+        self.host.record("advice", step, text=line)

@@ -6,14 +6,14 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from merge_callback.checkpoints.card import write_card
-from merge_callback.checkpoints.file_names import CARD, LATEST, PROVENANCE
+from merge_callback.checkpoints.file_names import BEST, CARD, LATEST, PROVENANCE
 from merge_callback.checkpoints.merge_record import MergeRecord, find_record
 from merge_callback.checkpoints.safetensors_shards import shard_names, split_shards, write_index
 from merge_callback.publish.provenance import emission_name
@@ -32,7 +32,7 @@ from merge_callback.snapshots.safetensors_file import file_checksum, tensors_ent
 
 log = logging.getLogger(__name__)
 
-_DRAFT = hidden_names(f"step=.*|{LATEST}", "tmp|old")
+_DRAFT = hidden_names(f"step=.*|{LATEST}|{BEST}", "tmp|old")
 
 
 class ModelFiles:
@@ -51,7 +51,7 @@ class ModelFiles:
 
 
 class Publisher:
-    """Publishes merges as folders, keeps the last few, and points ``latest`` at the newest.
+    """Publishes merges as folders, keeps the last few and the best; ``latest`` and ``best`` lead to them.
 
     Args:
         folder: where the emissions appear.
@@ -62,6 +62,8 @@ class Publisher:
     def __init__(self, folder: Path, keep_last: int | None, max_shard_bytes: int) -> None:
         self.folder, self.keep_last, self.max_shard_bytes = folder, keep_last, max_shard_bytes
         self.published: list[str] = []
+        self._protected: Collection[int] = ()  # steps of the emissions that stay besides
+        self._best: str | None = None  # the name of the one that ``best`` leads to
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError if it may not be done
 
     def sweep(self) -> None:
@@ -123,6 +125,19 @@ class Publisher:
             self.published = [*(p for p in self.published if p != target.name), target.name]
         self._conclude(target.name)
         return target
+
+    def protect(self, steps: Collection[int], best: int | None) -> None:
+        """Keeps emissions besides the last few, and points ``best`` at one of them.
+
+        Args:
+            steps: theirs.
+            best: that of the one; ``None`` if nothing is known.
+        """
+        self._protected = steps
+        name = next((n for n in reversed(self.published) if step_of(n) == best), None)
+        if name is not None and name != self._best:
+            self._best = name
+            self._point_best(name)
 
     def write_safetensors(
         self,
@@ -186,8 +201,16 @@ class Publisher:
 
     def _conclude(self, name: str) -> None:
         """What follows once a merge is in its place."""
-        if self._point_latest(name):
+        if self._point(LATEST, name):
             self._retain()
+
+    def _point_best(self, name: str) -> None:
+        self._point(BEST, name)
+
+    def _surplus(self, names: Sequence[str]) -> list[str]:
+        """Those of some names that are not to be kept any more; oldest first, as these are."""
+        older = [] if self.keep_last is None else names[: -self.keep_last]
+        return [name for name in older if step_of(name) not in self._protected]
 
     def _place(self, made: Path, name: str, files: Mapping[str, str]) -> Path:
         for path in made.iterdir():  # the files that add_files wrote are not durable yet
@@ -202,22 +225,20 @@ class Publisher:
         put_in_place(made, target)
         return target
 
-    def _point_latest(self, name: str) -> bool:
+    def _point(self, pointer: str, name: str) -> bool:
+        place = self.folder / pointer
         try:
-            with replacing(self.folder / LATEST) as pointer:  # durably: the merge that it pointed at may go
-                pointer.symlink_to(name, target_is_directory=True)
+            with replacing(place) as link:  # durably: the merge that it pointed at may go
+                link.symlink_to(name, target_is_directory=True)
         except OSError as error:
-            log.warning("merge: could not point %s at %s: %s", self.folder / LATEST, name, error)
-            return not (
-                self.folder / LATEST
-            ).is_symlink()  # it still points at an older merge: that one stays
+            log.warning("merge: could not point %s at %s: %s", place, name, error)
+            return not place.is_symlink()  # it still points at an older merge: that one stays
         return True
 
     def _retain(self) -> None:
-        if self.keep_last is None:
-            return
-        while len(self.published) > self.keep_last:
-            self._remove(self.published.pop(0))
+        for name in self._surplus(self.published):
+            self.published.remove(name)
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         with contextlib.suppress(OSError):

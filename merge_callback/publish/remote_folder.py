@@ -1,7 +1,7 @@
 """A folder that fsspec reaches (``s3://…``, ``gs://…``): emissions appear there whole, or not at all.
 
 Object stores know no renames. So the files of an emission come first and ``merge.json`` last; what has none
-is no emission. ``latest`` is a small text file with the name of the newest one.
+is no emission. ``latest`` and ``best`` are small text files with the name of one.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from merge_callback.checkpoints.file_names import LATEST, PROVENANCE
+from merge_callback.checkpoints.file_names import PROVENANCE
 from merge_callback.checkpoints.merge_record import read_record
 from merge_callback.checkpoints.remote_files import RemoteFiles
 
@@ -81,9 +81,9 @@ class RemoteFolder(RemoteFiles):
                 return name
         raise FileExistsError(f"{self.url}/{source.name}: too many versions of it are there already")
 
-    def point_latest(self, name: str) -> None:
-        """Has ``latest`` name an emission."""
-        self._write(LATEST, name)
+    def point(self, pointer: str, name: str) -> None:
+        """Has ``latest`` or ``best`` name an emission."""
+        self._write(pointer, name)
 
     def remove(self, name: str, run_id: str) -> None:
         """Removes an emission of a run: first of all what makes it one."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from merge_callback.checkpoints.file_names import PROVENANCE
+from merge_callback.checkpoints.file_names import BEST, LATEST, PROVENANCE
 from merge_callback.checkpoints.merge_record import find_record
 from merge_callback.publish.emission import Publisher, step_of
 from merge_callback.publish.remote_folder import RemoteFolder
@@ -50,6 +50,7 @@ class RemotePublisher(Publisher):
         self._remote: RemoteFolder | None = None
         self._own: list[str] = []  # of this run's emissions the remote ones, oldest first
         self._places: dict[str, str] = {}  # the remote names of those that have another one here
+        self._best_there: str | None = None  # what ``best`` names there
         self._is_queued = False
         self._resumed_at = (
             -1
@@ -84,8 +85,11 @@ class RemotePublisher(Publisher):
             log.warning("merge: not everything is in %s yet; the rest stays in %s", self.url, self.folder)
 
     def _conclude(self, name: str) -> None:
-        if self.keep_last is not None:
-            del self.published[: -self.keep_last]
+        for surplus in self._surplus(self.published):
+            self.published.remove(surplus)
+        self._submit()
+
+    def _point_best(self, name: str) -> None:
         self._submit()
 
     def _submit(self) -> None:
@@ -103,14 +107,14 @@ class RemotePublisher(Publisher):
     def _upload(self) -> None:
         self._is_queued = False
         waiting = self._waiting()
-        if self.keep_last is not None:
-            for folder in waiting[: -self.keep_last]:
-                self._remove(folder.name)
-            waiting = waiting[-self.keep_last :]
+        surplus = set(self._surplus([folder.name for folder in waiting]))
+        for name in surplus:
+            self._remove(name)
         try:
-            for folder in waiting:
+            for folder in (folder for folder in waiting if folder.name not in surplus):
                 self._upload_one(folder)
                 self._retain_remote()
+            self._point_remote_best()
         except Exception as error:
             log.warning(
                 "merge: %s could not be uploaded to %s (%r); it stays in %s and is tried again with the next "
@@ -130,15 +134,21 @@ class RemotePublisher(Publisher):
         name = self._remote.upload(folder, self.run_id)
         self._places[folder.name] = name
         self._own = sorted({*self._own, name})  # it may be there, uploaded before this run was resumed
-        self._remote.point_latest(name)
+        self._remote.point(LATEST, name)
         self._remove(folder.name)
 
     def _retain_remote(self) -> None:
-        if self._remote is None or self.keep_last is None:
-            return
-        try:
-            while len(self._own) > self.keep_last:
-                self._remote.remove(self._own[0], self.run_id)
-                del self._own[0]
-        except Exception as error:
-            log.warning("merge: %s/%s could not be removed (%r)", self.url, self._own[0], error)
+        for name in self._surplus(self._own):
+            try:
+                assert self._remote is not None
+                self._remote.remove(name, self.run_id)
+                self._own.remove(name)
+            except Exception as error:
+                log.warning("merge: %s/%s could not be removed (%r)", self.url, name, error)
+                return
+
+    def _point_remote_best(self) -> None:
+        best = self._best and self._places.get(self._best)
+        if best and best != self._best_there and self._remote is not None:
+            self._remote.point(BEST, best)
+            self._best_there = best

@@ -54,19 +54,25 @@ def read_history(folder: Path | str) -> History:
     Raises:
         ValueError: if there is no event file, or it is of a later format.
     """
-    folder = Path(folder)
-    if not (folder / EVENTS).exists():
-        found = [path.parent for path in (folder / "merges", *folder.glob("merges-*")) if _has(path)]
-        found = [folder / "merges"] if _has(folder / "merges") else found
-        if not found:
-            raise ValueError(f"{folder}: no {EVENTS} is there; name the folder that a run's merges go to")
-        folder = found[0]
+    folder = find_run(Path(folder))
     with open_regular(folder / EVENTS) as file:
         return history_of(folder, file)
 
 
-def _has(folder: Path) -> bool:
-    return (folder / EVENTS).exists()
+def find_run(folder: Path) -> Path:
+    """The run's folder: this one, or the one in it.
+
+    Raises:
+        ValueError: if there is no event file, or several.
+    """
+    if (folder / EVENTS).exists():
+        return folder
+    found = sorted(path.parent for path in folder.glob(f"*merges*/{EVENTS}"))
+    if len(found) > 1:
+        raise ValueError(f"{folder}: several runs are there; name one of {', '.join(p.name for p in found)}")
+    if not found:
+        raise ValueError(f"{folder}: no {EVENTS} is there; name the folder that a run's merges go to")
+    return found[0]
 
 
 def history_of(folder: Path, lines: Iterable[bytes]) -> History:

@@ -80,13 +80,13 @@ def in_bytes(size: float | None) -> str:
 
 
 def in_seconds(value: float) -> str:
-    """A duration: 3.2 ms, 4.5 s, 3 min, 2.5 h.
+    """A duration: 3.21 ms, 4.5 s, 3 min, 2.5 h.
 
     >>> in_seconds(0.00321), in_seconds(4.52), in_seconds(200), in_seconds(9000)
-    ('3.2 ms', '4.5 s', '3.3 min', '2.5 h')
+    ('3.21 ms', '4.5 s', '3.3 min', '2.5 h')
     """
     if value < 1:
-        return f"{value * 1e3:.2g} ms"
+        return f"{value * 1e3:.3g} ms"
     if value < 90:
         return f"{value:.2g} s" if value < 10 else f"{value:.0f} s"
     return f"{value / 60:.2g} min" if value < 5400 else f"{value / 3600:,.1f} h"

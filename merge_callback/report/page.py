@@ -131,7 +131,11 @@ def _score(runs: Sequence[RunView], name: str, axis: Axis) -> Html:
             if len(runs) > 1:
                 color, label = _color(place), f"{run.name}, {whose}"
             lines.append(Series(label, points, color, dashed=len(runs) > 1 and whose == "live"))
-    return chart(name, "Of the validation, at each of its steps.", lines, axis)
+    note = "Of the validation, at each of its steps."
+    if len(runs) == 1:
+        lines.append(Series("forecast of a decay", runs[0].forecast(name), "var(--c4)", dashed=True))
+        note += runs[0].told_forecast(name)
+    return chart(name, note, lines, axis)
 
 
 def _gain(runs: Sequence[RunView], name: str, axis: Axis) -> Html:

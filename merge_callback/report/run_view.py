@@ -8,18 +8,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from merge_callback.metrics import DIVERSITY_CHANGE, DIVERSITY_RMS, METRICS
+from merge_callback.metrics import (
+    DIVERSITY,
+    DIVERSITY_CHANGE,
+    DIVERSITY_RMS,
+    FORECAST,
+    FORECAST_ERROR,
+    METRICS,
+)
 from merge_callback.report.history import Event, History
-from merge_callback.report.numbers import Point, number, spread
+from merge_callback.report.numbers import Point, number, shown, spread
 
 _SILENT = 600.0
 """Seconds without an event after which a run that has not ended may be dead."""
 
 _AFTER = 3
 """Re-warm-ups after a restore until which live weights may be worse than they would be without the spike."""
-
-_FUNCTIONAL = DIVERSITY_RMS.removesuffix("rms")
-"""How the names of all kinds of diversity begin."""
 
 
 class Best(NamedTuple):
@@ -88,6 +92,19 @@ class RunView:
         """The gains of the merge in a metric."""
         values = [(event["step"], number(event.get("gains", {}).get(metric))) for event in self.validations]
         return [(step, value) for step, value in values if value is not None]
+
+    def forecast(self, metric: str) -> list[Point]:
+        """What the live weights would score after a decay, as it was forecast at each step."""
+        return self.logged.get(f"{FORECAST}{metric}", [])
+
+    def told_forecast(self, metric: str) -> str:
+        """The newest forecast in a sentence; empty if there is none, or if the decay has begun."""
+        forecasts, errors = self.forecast(metric), dict(self.logged.get(f"{FORECAST_ERROR}{metric}", []))
+        if not forecasts or any(phase == "decay" and end >= self.step for phase, _, end in self.phases):
+            return ""
+        step, value = forecasts[-1]
+        error = f" ± {shown(errors[step], 2)}" if step in errors else ""
+        return f" A decay from step {step:,.0f} on would give {shown(value)}{error}."
 
     def noise(self, metric: str) -> float | None:
         """The standard deviation of a live metric's noise from one validation to the next."""
@@ -158,7 +175,7 @@ class RunView:
         return {
             name: points
             for name, points in self.logged.items()
-            if name.startswith(_FUNCTIONAL) and name not in known
+            if name.startswith(DIVERSITY) and name not in known
         }
 
     @property
@@ -214,12 +231,12 @@ def _total(events: Iterable[Event], entry: str) -> float:
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:
-    """Short names for runs: what their paths differ in; of a single run its folder."""
+    """Short names for runs: what their paths differ in; of a single run its folder's last two parts."""
     parts = [folder.absolute().parts for folder in folders]
     if len({*parts}) < 2:
         path = folders[0].absolute()
         path = path.parent if path.name == "merges" else path
-        return [path.name] * len(folders)
+        return ["/".join(path.parts[-2:]).lstrip("/")] * len(folders)
     first = next(i for i, column in enumerate(zip(*parts, strict=False)) if len({*column}) > 1)
     ends = [reversed(path[first:]) for path in parts]
     common = 0

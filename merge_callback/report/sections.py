@@ -67,7 +67,7 @@ def _gain_tile(run: RunView) -> Html:
     metric = next((name for name in run.metrics if run.gains(name)), None)
     best = run.best(metric) if metric else None
     if best is None or metric is None:
-        return _tile("best gain", MISSING, "no merge was validated yet")
+        return _tile("best gain", MISSING, "no merge was validated")
     noise = run.noise(metric)
     clear = "" if not noise else f", {abs(best.gain) / noise:,.1f} times the noise"
     return _tile(
@@ -94,7 +94,8 @@ def _spike_tile(run: RunView) -> Html:
     if not spikes:
         return _tile("loss spikes", "none", "no loss spoke against the weights")
     word = f"{len(restores)} restore{'s' * (len(restores) != 1)}"
-    return _tile("loss spikes", word, f"{len(spikes)} events, the last at step {spikes[-1]['step']:,}")
+    count = f"{len(spikes)} event{'s' * (len(spikes) > 1)}"
+    return _tile("loss spikes", word, f"{count}, the last at step {spikes[-1]['step']:,}")
 
 
 def _cost_tile(run: RunView) -> Html:
@@ -104,7 +105,7 @@ def _cost_tile(run: RunView) -> Html:
     return _tile(
         "cost",
         f"{shown(100 * run.stall / run.history.seconds, 2)} %",
-        f"of the time for {len(run.snapshots):,} snapshots; merged validations "
+        f"of the time for {len(run.snapshots):,} snapshots; merged validations and restores "
         f"{shown(100 * (waited - run.stall) / run.history.seconds, 2)} %",
     )
 
@@ -191,7 +192,8 @@ def _merge_row(run: RunView, event: Event, metric: str | None, target: Path) -> 
         found = run.validated(event) or {"scores": {}, "gains": {}}
         live, merged = (number(found["scores"].get(w, {}).get(metric)) for w in ("live", "merged"))
         gain = number(found["gains"].get(metric))
-        kind = None if gain is None else "good" if gain > 0 else "bad"
+        is_clear = gain is not None and abs(gain) > 2 * (run.noise(metric) or 0.0)
+        kind = None if not is_clear else "good" if gain and gain > 0 else "bad"
         cells += [shown(live), shown(merged), tag("span", signed(gain), class_=kind)]
     return (*cells, in_bytes(number(event.get("bytes"))), _record(run, event, target))
 

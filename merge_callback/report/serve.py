@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
 from merge_callback.events import EVENTS
+from merge_callback.report.history import find_run
 from merge_callback.report.page import page, read_runs
 from merge_callback.report.sections import record_of
 from merge_callback.snapshots.files import read_small
@@ -63,8 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _state(self) -> str:
         """What changes whenever an event is written."""
-        runs = read_runs(self._folders)
-        return ",".join(str((run.history.folder / EVENTS).stat().st_mtime_ns) for run in runs)
+        files = [(find_run(folder) / EVENTS).stat() for folder in self._folders]
+        return ",".join(f"{file.st_mtime_ns} {file.st_size}" for file in files)
 
     def _record(self, path: str) -> bytes:
         """The record of a merge that the page links to; no other file is shown to anybody.

@@ -1,8 +1,10 @@
 """`merge-callback diversity` and `interference`: what they print, write and draw."""
 
 import csv
+import math
 import shutil
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from merge_callback.analysis.interference import interference, overlap, pair_mea
 from merge_callback.analysis.pairwise import changes, consecutive, pairwise_distances
 from merge_callback.cli import measures
 from merge_callback.cli.main import main
+from merge_callback.diversity.features import Call, features_of
+from merge_callback.diversity.functional import cosine_distance, functional_distances
 
 LAYERS = ("embed", "head", "layers.0", "layers.1")  # in the order of a safetensors file
 
@@ -245,3 +249,118 @@ def copy_of(path):
 def test_what_gives_no_interference_is_told(run, capsys, choose, told):
     assert main(["interference", *choose(run[1])]) == 1
     assert told in capsys.readouterr().err
+
+
+# Functional diversity
+
+PROBE = """
+import torch
+from torch import nn
+
+
+class Language(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.head = nn.Linear(6, 11, bias=False)
+        self.head.weight = self.tokens.weight
+
+    def forward(self, input_ids):
+        x = self.tokens(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def build():
+    return Language(), {"input_ids": torch.arange(8).view(2, 4)}
+
+
+def wrong():
+    return Language()
+
+
+def refused():
+    return Language(), torch.zeros(2, 4)
+"""
+
+
+@pytest.fixture
+def probed(tmp_path, monkeypatch):
+    """Checkpoints of a LightningModule that holds the probe's model; its module; its features in each."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_probe", raising=False)
+    Path("my_probe.py").write_text(PROBE)
+    namespace = {}
+    exec(PROBE, namespace)
+    torch.manual_seed(0)
+    model, batch = namespace["build"]()
+    paths, found = [], []
+    for step in (100, 200, 300, 400):
+        for parameter in model.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        state = {f"model.{name}": tensor.clone() for name, tensor in model.named_parameters()}
+        paths.append(f"step={step}.safetensors")
+        save_file(state, paths[-1])
+        layers = {name: model.get_submodule(name) for name in ("blocks.0", "blocks.1")}
+        found.append(features_of(model, Call.of(model, batch), layers))
+    return paths, found
+
+
+def test_functional_distances_are_printed_written_and_drawn(probed, capsys):
+    paths, found = probed
+    arguments = ["--probe", "my_probe:build", "--csv", "pairs.csv", "--plot", "plot.png"]
+    assert main(["diversity", *paths, *arguments]) == 0
+    printed = capsys.readouterr().out
+    pairs = [(functional_distances(found[j], found[i]), j, i) for i in range(4) for j in range(i)]
+    with open("pairs.csv") as file:
+        rows = {(row["first"], row["second"]): row for row in csv.DictReader(file)}
+    for right, older, newer in pairs:
+        row = rows[paths[older], paths[newer]]
+        assert {name: float(row[name]) for name in right} == pytest.approx(right, rel=1e-6)
+    for title in ("cosine distance of the logits", "cosine distance of the activations"):
+        assert f"{title} in 1e-0" in printed
+    lines = section(printed, "KL divergence of the probabilities in 1e-0")
+    assert len(lines) == 1 + 3
+    width, height = png_size(Path("plot.png"))
+    assert (width, height) == (1650, 1380)
+
+
+def test_layers_of_the_probe_can_be_named(probed, capsys):
+    paths, found = probed
+    assert main(["diversity", *paths[:2], "--probe", "my_probe:build", "--probe-layers", "blocks.0"]) == 0
+    right = cosine_distance(found[1].activations["blocks.0"], found[0].activations["blocks.0"])
+    lines = section(capsys.readouterr().out, "cosine distance of the activations")
+    assert float(lines[1].split()[1]) == pytest.approx(right / 10 ** math.floor(math.log10(right)), abs=5e-4)
+
+
+def test_a_probe_whose_module_is_missing_is_refused(probed, capsys):
+    assert main(["diversity", *probed[0], "--probe", "no_probe:build"]) == 1
+    assert capsys.readouterr().err == "merge-callback: --probe no_probe:build: No module named 'no_probe'\n"
+
+
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("my_probe", "name a function as MODULE:FUNCTION, e.g. my_probe:build"),
+        ("my_probe:built", "the module has no function 'built'"),
+        ("my_probe:wrong", "must return (model, batch), not a Language"),
+        ("my_probe:refused", "RuntimeError"),
+    ],
+)
+def test_a_probe_that_can_not_be_used_is_refused(probed, probe, reason, capsys):
+    assert main(["diversity", *probed[0], "--probe", probe]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith(f"merge-callback: --probe {probe}: ")
+    assert reason in told
+
+
+def test_a_checkpoint_of_another_model_is_refused(probed, capsys):
+    paths, _ = probed
+    for path in paths:
+        save_file({"model.tokens.weight": torch.zeros(11, 6)}, path)
+    assert main(["diversity", *paths, "--probe", "my_probe:build"]) == 1
+    assert "has no tensor 'model.blocks.0.weight' of the probe's Language" in capsys.readouterr().err
+    save_file({"model.tokens.weight": torch.zeros(12, 6)}, paths[-1])
+    assert main(["diversity", paths[-1], paths[-1], "--probe", "my_probe:build"]) == 1

@@ -132,6 +132,15 @@ def test_prune_counts_each_run_by_itself(run):
     assert steps(run) == [2, 14]
 
 
+def test_prune_keeps_the_last_merge_of_the_stable_phase(run, capsys):
+    for step in (10, 12, 14):
+        path = run / f"step={step:08d}-sma/merge.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "phase": "decay"}))
+    assert main(["prune", str(run), "--keep-last", "1"]) == 0
+    assert steps(run) == [8, 14]
+    assert "keeps step=00000008-sma: it is the last of the stable phase" in capsys.readouterr().out
+
+
 def test_without_latest_prune_removes_nothing(run, capsys):
     (run / "latest").unlink()
     assert main(["prune", str(run), "--keep-last", "1"]) == 1

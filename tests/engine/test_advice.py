@@ -35,6 +35,10 @@ def said(seen: Seen) -> list[str]:
         (replace(DECAY, diversity=0.4, usual_gains=[0.1, 0.1]), ["fading"]),
         (replace(DECAY, diversity=0.4, usual_gains=[0.1, -0.1]), []),  # there was nothing to lose
         (replace(DECAY, diversity=0.05), ["spent"]),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[0.1, 0.1], gains=[0.01]), ["spent"]),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[0.1, 0.1], gains=[-0.03]), []),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[-0.1], gains=[-0.01]), []),
+        (replace(DECAY, diversity=0.05, metric="loss", usual_gains=[0.1]), []),  # none is known yet
         (replace(STABLE, gains=[-0.1, -0.1]), []),
         (replace(STABLE, gains=[-0.1, -0.1, -0.1]), ["lagging"]),
         (replace(STABLE, gains=[-0.1, -0.1, -0.1, 0.1]), []),
@@ -90,6 +94,15 @@ def test_the_decay_is_judged_by_the_median_of_the_stable_phase_and_told_once():
     ]
     assert not follow(told, steps, [0.0] * 10, "decay", 400)
     assert len(follow(told, range(610, 710, 10), [0.0] * 10, "decay", 600)) == 1
+
+
+def test_a_long_decay_does_not_forget_that_nothing_was_gained_before_it():
+    told = stable_run()
+    for newest in snapshots((380, 390, 400)):
+        told.after_validation(newest, {"loss": 1.0}, {"loss": 1.1}, {"loss": True})
+    for newest in snapshots(range(410, 610, 10), "decay", 400):
+        told.after_validation(newest, {"loss": 1.0}, {"loss": 0.9}, {"loss": True})
+    assert not follow(told, range(610, 710, 10), [0.1] * 10, "decay", 400)
 
 
 def test_snapshots_at_another_distance_are_not_compared():
@@ -181,7 +194,7 @@ def closing(caplog, folder, **options) -> str:
     merging = CheckpointMergeCallback(window=3, every_n_steps=2, dirpath=folder / "merges", **options)
     with caplog.at_level("INFO"):
         train(Classifier(lr=0.1), merging, data=loader(), val=loader(16), max_epochs=2)
-    return caplog.records[-1].message
+    return next(r.message for r in reversed(caplog.records) if "published" in r.message)
 
 
 def test_the_last_line_tells_how_many_merges_there_are_and_where_the_best_lies(caplog, tmp_path):
@@ -189,6 +202,6 @@ def test_the_last_line_tells_how_many_merges_there_are_and_where_the_best_lies(c
     newest = f"merge: 7 merges published, the newest is {folder}/step=00000016-sma"
     none = "; none of those that were validated scored better than the live weights in val_loss"
     assert closing(caplog, tmp_path) == newest + none
-    assert closing(caplog, tmp_path / "b", lower_is_better=["none"], higher_is_better=["val_loss"]).endswith(
+    assert closing(caplog, tmp_path / "b", higher_is_better=["val_loss"], keep_best=0).endswith(
         "in val_loss, of the merge of step 8 (stable phase): not published, or no longer kept (keep_last=3)"
     )

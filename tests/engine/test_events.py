@@ -137,6 +137,16 @@ def test_numbers_that_json_lacks_are_texts_and_tensors_are_numbers(tmp_path):
     assert event["values"] == {"a": "nan", "b": 2.5, "c": "inf", "d": True}
 
 
+def test_nothing_is_added_to_a_file_of_somebody_else(tmp_path, caplog):
+    (tmp_path / EVENTS).write_text('{"name": "click"}\n')
+    events = EventFile(tmp_path, RUN)
+    for step in range(2):
+        events.write("snapshot", step)
+
+    assert (tmp_path / EVENTS).read_text() == '{"name": "click"}\n'
+    assert caplog.text.count("is no event file; move it away") == 1
+
+
 def test_a_folder_that_is_gone_is_told_once(tmp_path, caplog):
     events = EventFile(tmp_path / "gone", RUN)
     for step in range(3):

@@ -64,7 +64,15 @@ def expected(make, weights, batch):
     }
 
 
-@pytest.mark.parametrize("make", [Classifier, Restless])
+class Compiled(Classifier):
+    """Its net is compiled, so hooks on the parts are not called unless it runs eagerly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
+
+
+@pytest.mark.parametrize("make", [Classifier, Restless, pytest.param(Compiled, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("sanity", [0, 1])
 def test_training_is_bit_for_bit_what_it_is_without(make, sanity, tmp_path):
     options = {"val_check_interval": 3, "num_sanity_val_steps": sanity}

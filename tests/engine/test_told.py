@@ -35,6 +35,17 @@ def test_a_resume_says_what_it_took_over(checkpoint, caplog):
     )
 
 
+def test_a_checkpoint_from_before_there_was_advice_resumes(checkpoint, caplog):
+    saved = torch.load(checkpoint, weights_only=False)
+    (own,) = (key for key in saved["callbacks"] if key.startswith("CheckpointMergeCallback"))
+    for key in ("advice", "emissions"):
+        del saved["callbacks"][own][key]
+    torch.save(saved, checkpoint)
+    with caplog.at_level("INFO"):
+        resumed(checkpoint, merging(checkpoint.parent))
+    assert "merge: 4 merges published" in caplog.text
+
+
 def test_a_changed_dtype_is_called_that(checkpoint):
     said = r"a window in another dtype .*: 'net\.0\.weight' is F32 there and here BF16 \(4 tensors\)"
     with pytest.raises(ValueError, match=said):

@@ -142,6 +142,7 @@ def test_a_merged_adapter_is_loaded_by_peft_by_transformers_and_by_the_module(pe
         "model.safetensors",
         "adapter_model.safetensors",
         "adapter_config.json",
+        "README.md",
     }
 
 

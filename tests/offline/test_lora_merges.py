@@ -226,28 +226,73 @@ def test_bf16_adapters_of_one_scale_are_merged_without_rounding(tmp_path):
 # --- what is measured ---------------------------------------------------------------------------------------
 
 
-def test_interference_diversity_and_inspect_look_at_what_adapters_add(tmp_path, capsys):
-    _, base, folders, models = save_adapters(tmp_path, "plain")
-    names = [name for name, tensor in base.items() if not torch.equal(tensor, models[0][name])]
-    for index, model in enumerate([base, *models]):
-        (tmp_path / f"full-{index}").mkdir()
-        save_file({n: model[n] - base[n] for n in names}, tmp_path / f"full-{index}/model.safetensors")
-    full = [tmp_path / f"full-{index}" for index in range(COUNT + 1)]
+def told(capsys, command, *arguments):
+    assert main([command, *map(str, arguments)]) == 0
+    return capsys.readouterr().out
 
-    def told(command, paths):
-        assert main([command, *map(str, paths)]) == 0
-        return capsys.readouterr().out
 
-    adapters, dense = told("interference", folders), told("interference", full)
-    for measure in ("sign conflict", "overlap", "magnitude ratio", "variance"):
-        (found,), (expected,) = (
-            [line.split() for line in text.splitlines() if line.startswith(measure)]
-            for text in (adapters, dense)
-        )
-        assert found == expected
-    apart, dense = told("diversity", folders), told("diversity", full[1:])
+def write_deltas(root, base, models, names):
+    """What each model adds to the base, by peft, as checkpoints of their own; the first of zeros."""
+    folders = [root / f"full-{index}" for index in range(COUNT + 1)]
+    for folder, model in zip(folders, [base, *models], strict=True):
+        folder.mkdir(parents=True)
+        save_file({n: model[n] - base[n] for n in names}, folder / "model.safetensors")
+    return folders
+
+
+def measures(text):
+    """The lines of the table of interference, by their names."""
+    lines = [line.split() for line in text.splitlines()]
+    return [line for line in lines if line and line[0] in ("sign", "overlap", "magnitude", "variance")]
+
+
+SHOWN = {
+    "plain": "LoRA of 4 layers, rank 2, scale 4; 0 tensors",
+    "rank-stabilised": "LoRA of 2 layers, rank 2, scale 2.12132; 0 tensors",
+    "patterns": "LoRA of 4 layers, rank 2, 3, scale 2.5, 2.66667, 4; 0 tensors",
+    "whole modules": "LoRA of 2 layers, rank 2, scale 4; 1 tensors replace the base's",
+    "fan in, fan out": "LoRA of 1 layers, rank 2, scale 4; 0 tensors",
+    "embedding and convolutions": "LoRA of 4 layers, rank 2, scale 4; 0 tensors",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interference_diversity_and_inspect_look_at_what_adapters_add(kind, tmp_path, capsys):
+    _, base, folders, models = save_adapters(tmp_path, kind)
+    changed = [name for name, tensor in base.items() if not torch.equal(tensor, models[0][name])]
+    layers = [name for name in changed if kind != "whole modules" or name != "lm_head.weight"]
+    full = write_deltas(tmp_path / "full", base, models, changed)
+    adapted = write_deltas(tmp_path / "layers", base, models, layers)
+    with_base = ["--base", tmp_path / "base"]
+    found = told(capsys, "interference", *folders, *with_base), told(capsys, "interference", *full)
+    assert len(measures(found[0])) == 4
+    assert measures(found[0]) == measures(found[1])
+    if layers != changed:
+        with pytest.warns(UserWarning, match=r"left out, as they replace .* was given: lm_head.weight"):
+            without = told(capsys, "interference", *folders)
+    else:
+        without = told(capsys, "interference", *folders)
+        assert "task vectors from their base, the 20 %" in without
+    assert measures(without) == measures(told(capsys, "interference", *adapted))
+    apart, dense = told(capsys, "diversity", *folders), told(capsys, "diversity", *full[1:])
     assert apart.splitlines()[-3:] == dense.splitlines()[-3:]
-    assert "LoRA of 4 layers, rank 2, scale 4; 0 tensors" in told("inspect", folders[:1])
+    assert SHOWN[kind] in told(capsys, "inspect", folders[0])
+
+
+def test_adapters_that_can_t_be_measured_together_are_refused_in_a_line(tmp_path, capsys):
+    _, _, plain, _ = save_adapters(tmp_path / "plain", "plain")
+    _, _, whole, _ = save_adapters(tmp_path / "whole", "whole modules")
+    only, base = "lm_head.weight replaces the base's tensor in one of", tmp_path / "plain/base"
+    cases = [
+        (["diversity", plain[0], whole[0]], only),
+        (["interference", plain[0], whole[0], "--base", base], only),
+        (["interference", plain[0]], "needs at least two checkpoints besides the base (their base), got 1"),
+        (["interference", plain[0], plain[1], base], "is no LoRA adapter, but"),
+    ]
+    for arguments, reason in cases:
+        assert main([*map(str, arguments)]) == 1
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert reason in last, last
 
 
 # --- what is refused ----------------------------------------------------------------------------------------

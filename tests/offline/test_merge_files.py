@@ -178,7 +178,8 @@ def test_the_record_says_all_and_inspect_verifies_it(tmp_path, checkpoints, caps
     assert [source["path"] for source in record["inputs"]] == [str(path) for path in paths]
     assert record["copied"] == ["model.positions", "model.seen"]
     digest = hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest()
-    assert record["files"] == {"model.safetensors": digest}
+    card = hashlib.sha256((tmp_path / "out/README.md").read_bytes()).hexdigest()
+    assert record["files"] == {"model.safetensors": digest, "README.md": card}
 
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "out"), "--tensors"]) == 0
@@ -310,7 +311,7 @@ def test_lightning_trains_merges_and_loads_again(tmp_path, capsys):
     assert loaded.hparams.width == 5
     assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
     assert trainer.validate(Net(width=5), data, ckpt_path=tmp_path / "out/merged.ckpt", verbose=False)
-    assert files(tmp_path / "out") == ["merge.json", "merged.ckpt"]
+    assert files(tmp_path / "out") == ["README.md", "merge.json", "merged.ckpt"]
     assert main(["inspect", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     for part in ("merged.ckpt", "checksums    verified", "weight 0.5000", "step         8"):

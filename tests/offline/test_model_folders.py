@@ -133,7 +133,7 @@ def test_shards_and_their_index_are_those_of_the_checkpoints(tmp_path, index):
         weight_map = {n: file for file, inside in shards.items() for n in inside}
         (folder / name).write_text(json.dumps({"weight_map": weight_map}))
     assert merge(*folders, "--output", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == {name, *shards, "merge.json"}
+    assert names(tmp_path / "out") == {name, *shards, "merge.json", "README.md"}
     for file, inside in shards.items():
         assert set(load_file(tmp_path / "out" / file)) == set(inside)
     assert json.loads((tmp_path / "out" / name).read_text())["weight_map"] == weight_map
@@ -149,7 +149,7 @@ def test_what_links_out_of_the_folder_is_not_taken_and_told(tmp_path, capsys):
     (folders[1] / "deep/key").symlink_to(tmp_path / "secret/key")
     os.mkfifo(folders[1] / "pipe.txt")
     assert merge(*folders, "--output", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == {"model.safetensors", "config.json", "merge.json"}
+    assert names(tmp_path / "out") == {"model.safetensors", "config.json", "merge.json", "README.md"}
     told = capsys.readouterr().err
     for name in ("notes.txt", "code", "deep", "pipe.txt"):
         assert name in told
@@ -167,7 +167,7 @@ def test_links_of_a_download_cache_are_taken_as_files(tmp_path):
             (snapshots[-1] / name).parent.mkdir(parents=True, exist_ok=True)
             (snapshots[-1] / name).symlink_to(os.path.relpath(blob, (snapshots[-1] / name).parent))
     assert merge(*snapshots, "--output", tmp_path / "out") == 0
-    assert names(tmp_path / "out") == {"model.safetensors", "merge.json", *TAKEN}
+    assert names(tmp_path / "out") == {"model.safetensors", "merge.json", "README.md", *map(here, TAKEN)}
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 

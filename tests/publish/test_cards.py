@@ -144,6 +144,15 @@ def test_a_card_that_is_not_sound_gives_nothing(readme, tmp_path):
     assert (tmp_path / "out/README.original.md").read_text() == readme
 
 
+def test_a_card_that_lies_elsewhere_is_not_read(tmp_path):
+    folders = checkpoints(tmp_path, config={})
+    (tmp_path / "secret").write_text(THEIRS)
+    (folders[1] / "README.md").symlink_to(tmp_path / "secret")
+    assert merged(*folders, "--output", tmp_path / "out") == 0
+    assert card(tmp_path / "out")[0].keys() == {"library_name", "tags"}
+    assert not (tmp_path / "out/README.original.md").exists()
+
+
 def test_a_base_model_on_this_machine_is_no_base_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local/model").mkdir(parents=True)

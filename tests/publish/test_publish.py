@@ -222,10 +222,29 @@ def test_a_merge_is_published_every_so_many_snapshots_and_at_the_end(tmp_path, e
 
 @pytest.mark.parametrize("keep_last", [1, 2, None])
 def test_the_last_merges_stay(tmp_path, keep_last):
-    fit(tmp_path, keep_last=keep_last)
+    fit(tmp_path, keep_last=keep_last, keep_best=0)
 
+    assert not (tmp_path / "merges/best").is_symlink()
     assert published_steps(tmp_path) == [4, 8, 12, 16, 20, 24, 26][1 if keep_last is None else -keep_last :]
     assert os.readlink(tmp_path / "merges/latest") == names(tmp_path)[-1]
+    assert not leftovers(tmp_path / "merges")
+
+
+@pytest.mark.parametrize("keep_best", [1, 2])
+def test_the_best_merges_and_the_last_of_the_stable_phase_stay(tmp_path, keep_best):
+    _, _, callback = fit(tmp_path, keep_last=1, keep_best=keep_best)
+    validated = [row for row in callback.history if row.get("merge_step") is not None]
+    scores = {row["merge_step"]: row["merged/val_loss"] for row in validated}
+    phases = {row["step"]: row["phase"] for row in callback.history if row["event"] == "snapshot"}
+    made = [4, 8, 12, 16, 20, 24, 26]
+    best = sorted(scores.keys() & made, key=scores.get)
+    stable = max(step for step in made if phases[step] == "stable")
+    assert published_steps(tmp_path) == sorted({*best[:keep_best], stable, made[-1]})
+    assert len(published_steps(tmp_path)) > 1
+    pointed = tmp_path / "merges" / os.readlink(tmp_path / "merges/best")
+    assert record(pointed)["step"] == best[0]
+    assert callback.best == pointed
+    assert load_merge(tmp_path / "merges/best").keys() == load_merge(pointed).keys()
     assert not leftovers(tmp_path / "merges")
 
 

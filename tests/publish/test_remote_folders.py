@@ -9,12 +9,23 @@ from types import SimpleNamespace
 import distributed_runs
 import fsspec
 import pytest
+import torch
 from distributed_runs import UnevenModule, run_jobs
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from remote_stores import Shelf, assert_whole, names
-from training_runs import QUIET, Classifier, Probe, assert_mean, assert_same_bits, loader, seed, train
+from training_runs import (
+    QUIET,
+    Classifier,
+    Probe,
+    assert_mean,
+    assert_same_bits,
+    is_beside,
+    loader,
+    seed,
+    train,
+)
 
 from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli.main import main
@@ -160,6 +171,29 @@ def test_only_what_the_run_published_is_removed(store):
         "step=00000012-sma-v1",
     ]
     assert (folder / "latest").read_text() == "step=00000012-sma-v1"
+
+
+class RisesAgain(Classifier):
+    """Scores best in its second validation."""
+
+    def validation_step(self, batch, batch_idx):
+        beside = torch.is_inference_mode_enabled() and is_beside(self.trainer)
+        self.log("val_loss", abs(self.global_step - 6.0) - 0.5 * beside)
+
+
+def test_the_best_merge_stays_and_has_a_pointer(store):
+    seed()
+    callback = CheckpointMergeCallback(
+        every_n_steps=2, window=3, dirpath="shelf://bucket/merges", keep_last=1
+    )
+    options = {"max_steps": 12, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    train(RisesAgain(), callback, data=loader(128), val=loader(8), **options)
+    folder = store / "bucket/merges"
+    assert names("shelf://bucket/merges") == ["best", "latest", "step=00000006-sma", "step=00000012-sma"]
+    assert (folder / "best").read_text() == "step=00000006-sma"
+    assert callback.best == "shelf://bucket/merges/step=00000006-sma"
+    found, expected = (load_merge(f"shelf://bucket/merges/{name}") for name in ("best", "step=00000006-sma"))
+    assert_same_bits(found, expected)
 
 
 class Breaks(Probe):

@@ -16,6 +16,7 @@ from event_files import EVERY, STEPS, run, write_run
 
 from merge_callback.cli.main import main
 from merge_callback.engine.events import EventFile
+from merge_callback.metrics import FORECAST, FORECAST_ERROR
 from merge_callback.report.numbers import spread, thinned, ticks
 from merge_callback.report.page import page, read_runs
 from merge_callback.report.run_view import names_of
@@ -119,7 +120,7 @@ def test_several_runs_are_drawn_over_each_other(tmp_path):
 def test_runs_are_named_by_what_their_paths_differ_in():
     paths = ["/a/logs/version_0/merges", "/a/logs/version_12/merges", "/a/logs/old/version_0/merges"]
     assert names_of([Path(path) for path in paths]) == ["version_0", "version_12", "old/version_0"]
-    assert names_of([Path("/a/version_3/merges")]) == ["version_3"]
+    assert names_of([Path("/a/logs/version_3/merges")]) == ["logs/version_3"]
     assert names_of([Path("/a/x/merges"), Path("/a/x/merges-1")]) == ["merges", "merges-1"]
 
 
@@ -127,6 +128,16 @@ def test_other_scores_of_a_validation_have_curves_too(tmp_path):
     file = EventFile(write_run(tmp_path, ended=False), run())
     file.write("validation", 402, scores={"live": {"val_loss": 2.0}, "wsm-15": {"val_loss": 1.5}}, gains={})
     assert "wsm-15" in text_of(drawn(tmp_path))
+
+
+def test_the_newest_forecast_is_told_until_the_decay_begins(tmp_path):
+    values = {f"{FORECAST}val_loss": 1.25, f"{FORECAST_ERROR}val_loss": 0.02}
+    for steps, is_told in ((300, True), (STEPS, False)):
+        folder = write_run(tmp_path / str(steps), until=steps, ended=False)
+        EventFile(folder, run()).write("metrics", 290, values=values, log_step=290)
+        text = text_of(drawn(folder))
+        assert ("A decay from step 290 on would give 1.250 ± 0.020." in text) == is_told
+        assert "forecast of a decay" in text
 
 
 def test_the_page_of_a_long_run_stays_small(tmp_path):
@@ -172,7 +183,10 @@ def test_the_command_writes_next_to_the_run_and_over_its_own_page_only(tmp_path,
     assert (tmp_path / "precious.html").read_text() == "mine"
     assert main(["report", str(folder), "--output", str(tmp_path)]) == 1
     assert main(["report", str(tmp_path / "nowhere")]) == 1
+    write_run(tmp_path / "merges-1")
+    assert main(["report", str(tmp_path)]) == 1
     errors = capsys.readouterr().err
+    assert "several runs are there; name one of merges, merges-1" in errors
     assert "is there already, and no report; name another file" in errors
     assert "no events.jsonl is there" in errors
 

@@ -65,7 +65,7 @@ def test_every_rank_writes_its_own_part_for_distributed_checkpointing(folder):
     published = folder / "fsdp2 as dcp" / "latest"
     assert {"__0_0.distcp", "__1_0.distcp", ".metadata"} <= {path.name for path in published.iterdir()}
     record = json.loads((published / "merge.json").read_text())
-    assert record["files"].keys() == {"__0_0.distcp", "__1_0.distcp", ".metadata"}
+    assert record["files"].keys() == {"__0_0.distcp", "__1_0.distcp", ".metadata", "README.md"}
     assert record["method"]["name"] == "sma"
 
 

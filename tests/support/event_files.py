@@ -42,7 +42,9 @@ def restore(step):
     }
 
 
-def write_run(folder, steps=STEPS, every=EVERY, metric="val_loss", restores=(), ended=True, **entries):
+def write_run(
+    folder, steps=STEPS, every=EVERY, metric="val_loss", restores=(), ended=True, until=None, **entries
+):
     """Writes the event file of a run with warm-up, stable phase and decay; returns its folder.
 
     Half of its merges were validated; of the emissions, only the last two are there.
@@ -51,7 +53,7 @@ def write_run(folder, steps=STEPS, every=EVERY, metric="val_loss", restores=(), 
     file = EventFile(folder, run(total_steps=steps, **entries))
     file.write("phase", 0, phase="warmup", since=0)
     file.write("phase", steps // 10, phase="stable", since=steps // 20)
-    for step in range(every, steps + 1, every):
+    for step in range(every, (until or steps) + 1, every):
         decay = max(0.0, step / steps - 0.8) * 5
         if step == int(steps * 0.85):
             file.write("phase", step, phase="decay", since=int(steps * 0.8))

@@ -6,12 +6,13 @@ import pytest
 import torch
 from adapted import Adapted
 from killed_run import wait_for_snapshots
+from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from spiking_runs import FIRES, Line, spiking, used
 from torch import nn
-from training_runs import Classifier, emissions, loader, mean_of, seed, train
+from training_runs import Classifier, assert_same_bits, emissions, loader, mean_of, seed, train
 
-from merge_callback import CheckpointMergeCallback, merge_state_dicts
+from merge_callback import CheckpointMergeCallback, load_merge, merge_state_dicts
 from merge_callback.checks import one_of
 from merge_callback.options import Options
 
@@ -135,3 +136,26 @@ def test_the_window_of_a_lora_run_takes_what_trains_and_the_base_once(tmp_path):
 
 def test_one_of_gives_the_value_back():
     assert one_of("x", "a", ("a", "b")) == "a"
+
+
+class Asks(Callback):
+    """Merges at the last step."""
+
+    def __init__(self, merging):
+        self.merging, self.merge = merging, None
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == 12:
+            self.merge = self.merging.merge()
+
+
+def test_a_merge_on_demand_is_by_products_while_the_run_goes_on_and_refused_afterwards(tmp_path):
+    seed()
+    module = Classifier()
+    module.net[2] = Adapted(module.net[2])
+    merging = CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, evaluate=False)
+    asks = Asks(merging)
+    train(module, merging, asks, data=loader(), max_steps=12)
+    assert_same_bits(asks.merge, load_merge(merging.latest))
+    with pytest.raises(RuntimeError, match="the run is over, and it has trained LoRA adapters: call merge"):
+        merging.merge()

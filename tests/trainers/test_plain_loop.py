@@ -14,6 +14,7 @@ from training_runs import assert_same_bits, one_thread, seed
 
 from merge_callback import CheckpointMerger, load_merge
 from merge_callback.recovery.spike_policy import TrainingDivergedError
+from merge_callback.report.history import read_history
 
 STEPS = 16
 OPTIONS = {"window": 3, "every_n_steps": 4, "keep_last": None}
@@ -87,6 +88,16 @@ def test_several_ranks_merge_like_one(kind, ranks, alone, folder):
             assert_same_bits(found, expected)
         assert rank[2] == pytest.approx(alone[2], rel=1e-6)
     assert_same_merges(folder / kind, folder / "alone")
+
+
+@pytest.mark.parametrize("kind", WRAPS)
+def test_several_ranks_write_one_event_file(kind, ranks, alone, folder):
+    found, expected = read_history(folder / kind), read_history(folder / "alone")
+    assert found.run["ranks"] == 2
+    assert found.run["snapshot_bytes"] == expected.run["snapshot_bytes"]
+    for events in ("snapshot", "emission", "phase", "end"):
+        steps = [event["step"] for event in expected.of(events)]
+        assert [event["step"] for event in found.events if event["event"] == events] == steps
 
 
 def assert_same_merges(found, expected):

@@ -29,6 +29,9 @@ from transformers import (  # noqa: E402
 )
 
 from merge_callback import load_merge  # noqa: E402
+from merge_callback.diversity.features import Call, features_of  # noqa: E402
+from merge_callback.diversity.functional import functional_distances  # noqa: E402
+from merge_callback.report.history import read_history  # noqa: E402
 from merge_callback.snapshots.live_merge import HalfRestoredError  # noqa: E402
 from merge_callback.transformers import CheckpointMergeTrainerCallback  # noqa: E402
 
@@ -171,7 +174,7 @@ SAVED = {**EVALUATED, "save_strategy": "steps", "save_steps": 6}
 def unbroken(tmp_path_factory):
     """A run with the callback, its probe and its folder."""
     folder, probe = tmp_path_factory.mktemp("unbroken"), Probe()
-    run = train(folder, CheckpointMergeTrainerCallback(**OPTIONS), probe, **SAVED)
+    run = train(folder, CheckpointMergeTrainerCallback(**OPTIONS, probe=True), probe, **SAVED)
     return SimpleNamespace(
         run=run, weights=probe.weights, random=torch.get_rng_state(), folder=folder / "merges"
     )
@@ -183,6 +186,25 @@ def test_training_is_bit_for_bit_what_it_is_without(unbroken, tmp_path):
     assert_same_bits(torch.get_rng_state(), random)
     assert_same_bits(weights_of(run.model), weights_of(alone.model))
     assert own_log(run) == own_log(alone)
+
+
+def test_functional_diversity_is_that_of_the_first_batch_evaluated(unbroken):
+    run, weights = unbroken.run, unbroken.weights
+    kinds = ("logits", "probabilities", "activations")
+    found = {
+        entry["step"]: [entry[f"merge/diversity_{kind}"] for kind in kinds]
+        for entry in history(run)
+        if "merge/diversity_logits" in entry
+    }
+    assert [*found] == [10, 12]  # the first evaluation comes after the snapshot of step 4
+    model, features = language_model().eval(), {}
+    batch = run.data_collator(texts(16, 5)[:4])
+    for step in (10, 12, 8):
+        model.load_state_dict(weights[step])
+        layers = {"block": model.transformer.h[0]}
+        features[step] = features_of(model, Call.of(model, batch), layers)
+    right = functional_distances(features[8], features[12])
+    assert found[12] == pytest.approx([right[kind] for kind in kinds], rel=1e-5)
 
 
 def test_merges_are_means_of_the_window_and_load_by_from_pretrained(unbroken):
@@ -211,11 +233,21 @@ def test_the_merge_is_evaluated_on_the_same_data(unbroken, tmp_path):
     assert gains == pytest.approx([live[step] - found[step] for step in found])
 
 
+def test_the_event_file_tells_what_was_evaluated(unbroken):
+    logged = {entry["step"]: entry for entry in history(unbroken.run) if "merged_eval_loss" in entry}
+    events = read_history(unbroken.folder).of("validation")
+    assert [event["step"] for event in events] == [*logged]
+    for event, entry in zip(events, logged.values(), strict=True):
+        assert event["merge"] == event["step"]
+        assert event["scores"]["merged"]["eval_loss"] == entry["merged_eval_loss"]
+        assert event["gains"]["eval_loss"] == entry["merge_gain/eval_loss"]
+
+
 def test_a_resumed_run_is_the_unbroken_one(unbroken, tmp_path):
     run, folder = unbroken.run, unbroken.folder
     with pytest.raises(RuntimeError, match="machine"):
-        train(tmp_path, CheckpointMergeTrainerCallback(**OPTIONS), Fail(9), **SAVED)
-    callback = CheckpointMergeTrainerCallback(**OPTIONS)
+        train(tmp_path, CheckpointMergeTrainerCallback(**OPTIONS, probe=True), Fail(9), **SAVED)
+    callback = CheckpointMergeTrainerCallback(**OPTIONS, probe=True)
     resumed = train(tmp_path, callback, resume=str(tmp_path / "checkpoint-6"), **SAVED)
     assert_same_bits(weights_of(resumed.model), weights_of(run.model))
     assert [merge.name for merge in emissions(tmp_path / "merges")] == [m.name for m in emissions(folder)]

@@ -52,7 +52,7 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
     were really applied. A merge never crosses phases and never holds snapshots of the warm-up.
 
     Everything is written to ``dirpath``: ``window/`` holds the snapshots, so that a resumed run has its
-    window back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` points at the newest of them;
+    window back; ``step=…-tokens=…-<method>/`` are the emissions; ``latest`` and ``best`` lead to two of them;
     ``spikes.jsonl`` has one line for each spike and what was done about it.
 
     Under DDP, FSDP or ``ModelParallelStrategy`` (FSDP2, tensor parallelism), each rank stores its own shards,
@@ -97,6 +97,8 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         format: Format of the emissions: ``"safetensors"``, which the first rank writes as one model, or
             ``"dcp"`` (``torch.distributed.checkpoint``), which all ranks write at once.
         keep_last: Number of emissions kept; ``None`` keeps all.
+        keep_best: Number of emissions kept besides, those that scored best in their validations, and the last
+            one of the stable phase; ``best`` points at the first. 0 keeps none, and points at none.
         strip_prefix: Prefix to remove from published names, e.g. ``"model."``, so that the inner model loads
             them. By default that of a wrapped Hugging Face model, which makes ``from_pretrained`` work.
         max_shard_size: Larger models are published in several files with an index.
@@ -146,6 +148,7 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         emit_every: int = 1,
         format: str = "safetensors",
         keep_last: int | None = 3,
+        keep_best: int = 1,
         strip_prefix: str | None = None,
         max_shard_size: int | str = "5GB",
         evaluate: bool = True,
