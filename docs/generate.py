@@ -290,9 +290,10 @@ def study_merged() -> str:
 def study_size() -> str:
     """How many seeds the study has, section by section."""
     known = _measured("upcycling")
-    counts = {name: len(seeds) for name, seeds in known["seeds"].items()}
-    fewer = [name for name, count in counts.items() if count < max(counts.values())]
-    missing = f" Of {', '.join(fewer)} there are fewer yet." if fewer else ""
+    counts = {f"merges/lora{rank}": 0 for rank in known["study"]["ranks"]}
+    counts |= {name: len(seeds) for name, seeds in known["seeds"].items()}
+    fewer = [f"`{name}`" for name, count in counts.items() if count < max(counts.values())]
+    missing = f" There are fewer yet of {', '.join(fewer)}." if fewer else ""
     date, cpu = known["date"], known["machine"]["cpu"]
     return f"Seeds of the experts: {max(counts.values())}.{missing} Measured on {date} ({cpu}, one thread)."
 
