@@ -240,6 +240,22 @@ def advice_runs() -> str:
     return table(("run", "lines, at their steps", "borne out"), rows)
 
 
+def second_stage() -> str:
+    """How a second stage went from the last weights and from merges."""
+    rows = []
+    for what, values in _measured("second_stage")["summary"].items():
+        merges = [
+            _with_range(values[start], values["difference"][start]) for start in ("merge", "merge of 3")
+        ]
+        rows.append([what.replace("_", "ient "), f"{values['last']:.3f}", *merges])
+    head = ("what", "from the last weights", "from the merge of ten", "from the merge of three")
+    return table(head, rows)
+
+
+def _with_range(mean: float, differences: Sequence[float]) -> str:
+    return f"{mean:.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
+
+
 def _measured(name: str = "methods") -> Any:
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
@@ -302,6 +318,7 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "study, stopping": study_stopping,
         "study, merged": study_merged,
         "study, size": study_size,
+        "second stage": second_stage,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]
