@@ -34,8 +34,8 @@ def gathered(work: Work, seeds: int) -> dict[str, Any]:
             record["seeds"][name] = finished
             record[name] = _side_by_side([make(seed) for seed in finished])
 
-    names = [f"task/{name}" for name in study.tasks]
-    section("base", names, lambda seed: mean(accuracies(work.base, work.tasks(seed), "test")))
+    parts = [f"curve/full/{step}" for step in study.powers]
+    section("base", parts, lambda seed: mean(accuracies(work.base, work.tasks(seed), "test")))
     for kind in study.kinds:
         parts = [f"curve/{kind}/{step}" for step in study.powers]
         section(f"merges/{kind}", parts, lambda seed, kind=kind: _curves(work, seed, kind))
