@@ -67,7 +67,6 @@ TRUNKS = [
     Trunk("dense, narrow", 0, width=32),
     Trunk("dense, narrow, half the learning rate", 1, 4e-3, width=32),
     Trunk("experts, narrow, half the learning rate", 1, 4e-3, experts=4, width=32),
-    Trunk("experts, narrow", 2, experts=4, width=32),
 ]
 
 

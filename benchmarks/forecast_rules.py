@@ -91,10 +91,16 @@ def _live_less_share(case: Case, known: Sequence[Case]) -> float:
     return case.live - case.sign * share * case.gains[-1]
 
 
+def _less_share_of_merged(case: Case, known: Sequence[Case]) -> float:
+    share = statistics.mean(other.rest / other.merged for other in known)
+    return case.merged * (1 - case.sign * share)
+
+
 FITTED: Mapping[str, Rule] = {
     "merge - share x mean gain": _less_share_of_gain,
     "live - share x last gain": _live_less_share,
     "merge - constant": _less_constant,
+    "merge - share of itself": _less_share_of_merged,
 }
 
 

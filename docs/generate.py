@@ -240,6 +240,22 @@ def advice_runs() -> str:
     return table(("run", "lines, at their steps", "borne out"), rows)
 
 
+def second_stage() -> str:
+    """How a second stage went from the last weights and from merges."""
+    rows = []
+    for what, values in _measured("second_stage")["summary"].items():
+        merges = [
+            _with_range(values[start], values["difference"][start]) for start in ("merge", "merge of 3")
+        ]
+        rows.append([what.replace("_", "ient "), f"{values['last']:.3f}", *merges])
+    head = ("what", "from the last weights", "from the merge of ten", "from the merge of three")
+    return table(head, rows)
+
+
+def _with_range(mean: float, differences: Sequence[float]) -> str:
+    return f"{mean:.3f} ({min(differences):+.3f} to {max(differences):+.3f})"
+
+
 def _measured(name: str = "methods") -> Any:
     return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
 
@@ -274,9 +290,10 @@ def study_merged() -> str:
 def study_size() -> str:
     """How many seeds the study has, section by section."""
     known = _measured("upcycling")
-    counts = {name: len(seeds) for name, seeds in known["seeds"].items()}
-    fewer = [name for name, count in counts.items() if count < max(counts.values())]
-    missing = f" Of {', '.join(fewer)} there are fewer yet." if fewer else ""
+    counts = {f"merges/lora{rank}": 0 for rank in known["study"]["ranks"]}
+    counts |= {name: len(seeds) for name, seeds in known["seeds"].items()}
+    fewer = [f"`{name}`" for name, count in counts.items() if count < max(counts.values())]
+    missing = f" There are fewer yet of {', '.join(fewer)}." if fewer else ""
     date, cpu = known["date"], known["machine"]["cpu"]
     return f"Seeds of the experts: {max(counts.values())}.{missing} Measured on {date} ({cpu}, one thread)."
 
@@ -301,6 +318,7 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "study, stopping": study_stopping,
         "study, merged": study_merged,
         "study, size": study_size,
+        "second stage": second_stage,
     }
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]

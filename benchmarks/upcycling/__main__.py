@@ -1,6 +1,6 @@
 """Do experts that are trained for long merge worse, and does stopping them early help?
 
-    python -m benchmarks.upcycling             # three seeds: three hours on two cores
+    python -m benchmarks.upcycling             # three seeds: one to three hours on one core
     python -m benchmarks.upcycling --quick     # three minutes, to see that it runs; its figures mean nothing
     python -m benchmarks.upcycling --seeds 1
 

@@ -16,30 +16,39 @@ from benchmarks.upcycling.model import mean
 COLOURS = ("#0072B2", "#D55E00", "#007A5E", "#8A4F7D", "#444444")
 """After Okabe and Ito, whose palette the colour-blind can tell apart; darkened if it is faint on white."""
 
+Panel = Callable[[Axes, dict[str, Any]], None]
+
 
 def draw(record: dict[str, Any], folder: Path) -> list[Path]:
     """Draws what the record has the figures for; returns the files."""
-    pictures: dict[str, Sequence[Callable[[Axes, dict[str, Any]], None]]] = {
+    pictures: dict[str, Sequence[Panel]] = {
         "upcycling_merges": (_full, _lora, _moerged),
         "upcycling_hard": (_forgotten, _loss, _left_out),
         "upcycling_training": (_ranks, _stopped_full, _stopped_lora),
     }
-    return [_draw(record, panels, folder / f"{name}.png") for name, panels in pictures.items()]
+    return [
+        _draw(record, finished, folder / f"{name}.png")
+        for name, panels in pictures.items()
+        if (finished := [panel for panel in panels if _is_finished(panel, record)])
+    ]
 
 
-def _draw(
-    record: dict[str, Any], panels: Sequence[Callable[[Axes, dict[str, Any]], None]], path: Path
-) -> Path:
+def _is_finished(panel: Panel, record: dict[str, Any]) -> bool:
+    try:
+        panel(Figure().subplots(), record)
+    except KeyError:
+        return False
+    return True
+
+
+def _draw(record: dict[str, Any], panels: Sequence[Panel], path: Path) -> Path:
     # A figure with its own canvas, since pyplot would set the caller's global backend.
     figure = Figure(figsize=(4.6 * len(panels), 3.9), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        try:
-            panel(axes, record)
-        except KeyError:  # that section is not finished
-            axes.set_axis_off()
+        panel(axes, record)
     figure.savefig(path)
     return path
 
@@ -58,7 +67,7 @@ def _steps(axes: Axes, title: str, y: str = "test accuracy, mean of the tasks [%
     axes.set_title(title)
     axes.set_xlabel("steps of each expert")
     axes.set_ylabel(y)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=7.5, frameon=False)
 
 
 def _merges(axes: Axes, record: dict[str, Any], kind: str, title: str) -> None:
@@ -150,10 +159,11 @@ def _stopped(axes: Axes, record: dict[str, Any], kind: str, title: str) -> None:
         "v0": "v0",
         "v1": "v1",
         "adaptive": "adaptive decay",
-        "merged": "merged/val_acc",
+        "merged": "merged/val_acc, looks as v1",
         "merged_own": "the same, own task",
+        "merged_v0": "merged/val_acc, looks as v0",
     }
-    for (rule, label), colour, mark in zip(rules.items(), COLOURS, "s^Dv*", strict=True):
+    for (rule, label), colour, mark in zip(rules.items(), (*COLOURS, "#B8860B"), "s^Dv*P", strict=True):
         found = record[f"stopped/{kind}"][rule]
         at = mean([mean(each) for each in found["steps"]])
         axes.plot(at, mean(found["task_arithmetic"]), mark, color=colour, label=label, markersize=8)

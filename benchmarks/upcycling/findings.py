@@ -273,7 +273,12 @@ def stopping(record: dict[str, Any]) -> list[dict[str, Any]]:
     `longest` takes the experts of the last step, `best step` for each column the step that is best by the
     test examples themselves, which no rule can know.
     """
-    names = {**RULES, "merged": "`merged/val_acc`, all tasks", "merged_own": "`merged/val_acc`, own task"}
+    names = {
+        **RULES,
+        "merged": "`merged/val_acc`, all tasks, as v1",
+        "merged_own": "`merged/val_acc`, own task, as v1",
+        "merged_v0": "`merged/val_acc`, all tasks, as v0",
+    }
     rows = []
     for kind in ("full", f"lora{record['study']['rank']}"):
         stopped, curve = record.get(f"stopped/{kind}"), record.get(f"merges/{kind}")
@@ -302,13 +307,15 @@ def beside_merged(record: dict[str, Any]) -> list[str]:
             "the longest training": {m: curve[last][m] for m in METHODS},
             "the best step": {m: oracle(curve, m) for m in METHODS},
         }
-        texts = []
-        for name, scores in others.items():
-            each = [minus(stopped["merged"][m], scores[m][: len(stopped["merged"][m])]) for m in METHODS]
-            by_seed = [mean(seed) for seed in zip(*each, strict=True)]
-            span = f" ({min(by_seed):+.1f} to {max(by_seed):+.1f})" if len(by_seed) > 1 else ""
-            texts.append(f"{mean(by_seed):+.1f}{span} against {name}")
-        sentences.append(f"{KINDS.get(kind, 'LoRA')}: {', '.join(texts)}.")
+        for watched, how in {"merged": "v1", "merged_v0": "v0"}.items():
+            texts = []
+            for name, scores in others.items():
+                ours = stopped[watched]
+                each = [minus(ours[m], scores[m][: len(ours[m])]) for m in METHODS]
+                by_seed = [mean(seed) for seed in zip(*each, strict=True)]
+                span = f" ({min(by_seed):+.1f} to {max(by_seed):+.1f})" if len(by_seed) > 1 else ""
+                texts.append(f"{mean(by_seed):+.1f}{span} against {name}")
+            sentences.append(f"{KINDS.get(kind, 'LoRA')}, looks as {how}: {', '.join(texts)}.")
     return sentences
 
 

@@ -19,6 +19,7 @@ from benchmarks.upcycling.model import Task, Weights, accuracies, dense, make_ta
 from benchmarks.upcycling.moerging import moerged
 from benchmarks.upcycling.setup import Cache, Part, Study
 from benchmarks.upcycling.stopping import (
+    BY_MERGE,
     RULES,
     adaptive,
     best_before_stop,
@@ -81,10 +82,9 @@ class Work:
     def _stopping(self, seed: int, kind: str) -> Iterator[Part]:
         for name in self.study.tasks:
             yield Part(f"{seed}/adaptive/{kind}/{name}", 600, partial(self.adaptive, seed, kind, name))
-        for own in (False, True):
-            make = partial(self.merge_stops, seed, kind, own)
-            yield Part(f"{seed}/{_merged_rule(own)}/{kind}", 500 if own else 2500, make)
-        for rule in (*RULES, "adaptive", "merged", "merged_own"):
+        for rule in BY_MERGE:
+            yield Part(f"{seed}/{rule}/{kind}", 2000, partial(self.merge_stops, seed, kind, rule))
+        for rule in (*RULES, "adaptive", *BY_MERGE):
             yield Part(f"{seed}/stopped/{kind}/{rule}", 600, partial(self.stopped, seed, kind, rule))
 
     def _hardness(self, seed: int) -> Iterator[Part]:
@@ -145,21 +145,16 @@ class Work:
         """Trains one expert under `WarmupAdaptiveDecay`."""
         return adaptive(self.study, kind, self.base, self.load(f"{seed}/task/{name}"), seed)
 
-    def merge_stops(self, seed: int, kind: str, own: bool) -> list[dict[str, Any]]:
-        """Where each expert stops by the accuracy of its merge with the others, which v1 has stopped.
-
-        Args:
-            seed: of the study.
-            kind: of fine-tuning.
-            own: whether only the expert's own validation examples count, or those of all tasks.
-        """
+    def merge_stops(self, seed: int, kind: str, rule: str) -> list[dict[str, Any]]:
+        """Where each expert stops by the accuracy of its merge with the others, which v1 has stopped."""
+        of, own = BY_MERGE[rule]
         tasks, trajectories = self.tasks(seed), self.trajectories(seed, kind)
         finished = [dense(kind, state, self.base) for state in self.states(seed, kind, "v1")]
         found = []
         for i, trajectory in enumerate(trajectories):
             siblings = [*finished[:i], *finished[i + 1 :]]
             look = merge_look(self.base, siblings, [tasks[i]] if own else tasks)
-            step, values = stop_by_merge(trajectory, self.base, self.study.looks, look)
+            step, values = stop_by_merge(trajectory, self.base, RULES[of], look)
             found.append({"step": step, "values": values})
         return found
 
@@ -247,7 +242,3 @@ class Work:
     def moerged(self, seed: int, kind: str, source: str | int) -> dict[str, list[float]]:
         """A MoErged model of the experts at a step, or of those that a rule takes."""
         return moerged(self.study, self.base, self.states(seed, kind, source), self.tasks(seed), seed)
-
-
-def _merged_rule(own: bool) -> str:
-    return "merged_own" if own else "merged"

@@ -8,12 +8,12 @@ from typing import Any
 
 from benchmarks.upcycling.model import accuracies, mean
 from benchmarks.upcycling.parts import LEFT_OUT, Work
-from benchmarks.upcycling.stopping import RULES
+from benchmarks.upcycling.stopping import BY_MERGE, RULES
 
 Numbers = list[float]
 """One for each seed."""
 
-RULE_NAMES = (*RULES, "adaptive", "merged", "merged_own")
+RULE_NAMES = (*RULES, "adaptive", *BY_MERGE)
 
 
 def gathered(work: Work, seeds: int) -> dict[str, Any]:

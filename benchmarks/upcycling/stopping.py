@@ -23,6 +23,9 @@ from merge_callback import WarmupAdaptiveDecay
 RULES = {"v0": (100, 5), "v1": (50, 3)}
 """Steps between two looks, and looks without a new best value that end the training."""
 
+BY_MERGE = {"merged": ("v1", False), "merged_own": ("v1", True), "merged_v0": ("v0", False)}
+"""Ways to watch the merge: by which rule, and whether only on the expert's own validation examples."""
+
 
 def best_before_stop(values: Mapping[int, float], every: int, patience: int) -> int:
     """The step of the best value by the time that training stops.
@@ -79,12 +82,12 @@ def _neighbours(grid: Sequence[float], value: float) -> Sequence[float]:
 
 
 def stop_by_merge(
-    trajectory: Trajectory, base: Weights, looks: Sequence[int], look: Callable[[Weights], float]
+    trajectory: Trajectory, base: Weights, rule: tuple[int, int], look: Callable[[Weights], float]
 ) -> tuple[int, dict[int, float]]:
-    """Where the merge's accuracy peaks, under the rule of v1, and that accuracy by step."""
-    every, patience = RULES["v1"]
+    """Where the merge's accuracy peaks, under a rule, and that accuracy by step."""
+    every, patience = rule
     values: dict[int, float] = {}
-    for step in looks:
+    for step in range(every, max(trajectory.states) + 1, every):
         values[step] = look(trajectory.weights(step, base))
         best = best_before_stop(values, every, patience)
         if step - best >= every * patience:

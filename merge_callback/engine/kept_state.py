@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from types import (
     BuiltinFunctionType,
@@ -43,6 +43,7 @@ _CONTAINERS_OF_LIGHTNING = {"AttributeDict"}  # hyperparameters
 _LIBRARIES = {"torch", "lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics", "numpy"}
 _LIBRARIES |= sys.stdlib_module_names
 
+_WITHOUT_PARTS = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 _NO_STATE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
 
@@ -138,9 +139,14 @@ class PythonState:
 
     def restore(self) -> None:
         """Restores all of it."""
-        with ExitStack() as stack:  # if one fails, the rest is still restored
-            for restore in self._restores:
-                stack.callback(restore)
+        errors: list[BaseException] = []
+        for restore in reversed(self._restores):
+            try:
+                restore()
+            except BaseException as error:  # the rest is still restored
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 def is_metric(part: nn.Module, kind: str = "Metric") -> bool:
@@ -206,7 +212,8 @@ class _Keeper:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.restores: list[Restore] = []
+        self._empty: list[Any] = []
+        self.restores: list[Restore] = [self._empty_again]
         self.iterators: list[object] = []
         registered = (*module.modules(), *module.parameters(), *module.buffers())
         self._seen = {id(owned) for owned in registered}
@@ -218,7 +225,14 @@ class _Keeper:
             value: of any type; values that can't be restored are skipped.
             tensors: whether tensors are copied, too.
         """
-        if id(value) in self._seen or isinstance(value, nn.Parameter) or is_the_run(value):
+        kind = type(value)
+        if kind in _WITHOUT_PARTS or id(value) in self._seen:
+            return
+        if kind in _CONTAINERS and not value:  # as most that a module holds: a function for each is slow
+            self._seen.add(id(value))
+            self._empty.append(value)
+            return
+        if kind not in _CONTAINERS and (isinstance(value, nn.Parameter) or is_the_run(value)):
             return
         self._seen.add(id(value))
         if isinstance(value, Tensor):
@@ -237,6 +251,11 @@ class _Keeper:
             self._keep_object(value, tensors)
         elif isinstance(value, Iterator) and not isinstance(value, io.IOBase):
             self.iterators.append(value)
+
+    def _empty_again(self) -> None:
+        for container in self._empty:
+            if container:
+                container.clear()
 
     def keep_optimizer(self, optimizer: Optimizer) -> None:
         """Notes how to restore an optimizer's groups; its moments only change when it steps."""

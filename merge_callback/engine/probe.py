@@ -221,7 +221,7 @@ def undisturbed(host: Host) -> Iterator[Callable[..., Any]]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.callback(RandomState().restore)
-        stack.callback(PythonState(host.module, host.optimizers, others=outer).restore)
+        stack.callback(PythonState(host.module, others=outer).restore)
         for buffer in host.module.buffers():
             stack.callback(put_back, buffer, buffer.clone())
         stack.callback(reshard)

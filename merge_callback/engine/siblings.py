@@ -224,7 +224,7 @@ class Siblings:
         tensors = [base, *(expert.weight(place.name, base) for expert in self._experts)]
         delta = [place.delta().cpu()] if place.delta else []
         if piece is not None:
-            tensors, delta = ([_part(t, piece) for t in ts] for ts in (tensors, delta))
+            tensors, delta = ([piece.take(t) for t in ts] for ts in (tensors, delta))
             live = live.reshape(-1)
         kind = reduce(torch.promote_types, [t.dtype for t in (live, *tensors, *delta)])
         live = live.to(kind) + delta[0].to(kind) if delta else live.to(kind)
@@ -354,14 +354,6 @@ def _untrained(model: ModelTensors, target: str) -> Tensor:
     head, found, tail = target.partition(".modules_to_save.")
     name = f"{head}.original_module.{tail.partition('.')[2]}" if found else target
     return model.tensors[name].cpu()
-
-
-def _part(whole: Tensor, piece: Piece) -> Tensor:
-    """A piece of a whole tensor, flat."""
-    if piece.is_all:
-        return whole.reshape(-1)
-    parts = [box.of(whole).reshape(-1) for box in piece.boxes]
-    return torch.cat(parts) if parts else whole.new_empty(0)
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:

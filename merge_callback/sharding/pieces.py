@@ -136,7 +136,9 @@ class Piece:
             start += box.numel
 
     def take(self, whole: Tensor) -> Tensor:
-        """The piece's elements of the whole tensor, flat: the inverse of ``place``."""
+        """The piece's elements of the whole tensor, flat (a view if it is all): the inverse of ``place``."""
+        if self.is_all:
+            return whole.reshape(-1)
         return torch.cat([whole.new_empty(0), *(box.of(whole).reshape(-1) for box in self.boxes)])
 
 

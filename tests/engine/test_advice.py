@@ -1,9 +1,11 @@
 """Advice: what is said when, why, and only once; the closing line of a run."""
 
+import json
 import math
 from dataclasses import replace
 
 import pytest
+from checkpoint_files import ROOT
 from training_runs import Classifier, loader, train
 
 from merge_callback import CheckpointMergeCallback
@@ -153,6 +155,13 @@ def validate(told: Advice, gains, phase="stable", now="stable", count=10, sign=1
 
 def new_advice() -> Advice:
     return Advice(window=10, parameters=1000, total_steps=1000)
+
+
+def test_the_forecast_is_the_measured_rule():
+    shares = json.loads((ROOT / "benchmarks/results/forecast.json").read_text())["shares"]
+    for is_lower, metric in ((True, "loss"), (False, "accuracy")):
+        measured = shares[metric]["25%, 1-sqrt"]
+        assert SHARES[is_lower] == (round(measured["mean"], 2), round(measured["spread"], 2))
 
 
 @pytest.mark.parametrize("sign", [1, -1])
