@@ -118,7 +118,8 @@ def test_the_page_tells_what_the_last_study_found():
     assert record["study"]["last"] == Study().last
 
 
-@pytest.mark.slow  # three minutes on two cores
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # three minutes on a free core
 def test_a_very_small_study_runs_to_its_pictures(tmp_path):
     command = [
         sys.executable,

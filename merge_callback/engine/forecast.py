@@ -23,14 +23,23 @@ SNAPSHOTS = 8
 SHARES = {True: (0.98, 0.27), False: (0.99, 0.26)}
 """Mean and standard deviation of that share, for losses (lower is better), and for accuracies."""
 
+OWN = {True: 0.08, False: 0.17}
+"""How far off a run's own earlier decay was as a forecast of what a later one adds to the merge (the root of
+the mean square, over what it adds), for losses, and for accuracies."""
 
-def forecast(merged: float, gains: Sequence[float], lower_is_better: bool) -> tuple[float, float] | None:
+
+def forecast(
+    merged: float, gains: Sequence[float], lower_is_better: bool, own: float | None = None
+) -> tuple[float, float] | None:
     """What a decay over a quarter of the steps so far would give, and how far off that may be.
+
+    If the run has decayed before, it is what a decay as that one would give.
 
     Args:
         merged: what the merge scores.
         gains: of the last merges, oldest first, positive if they are better than the live weights.
         lower_is_better: of this metric.
+        own: what an earlier decay of the run has added to the last merge before it.
 
     Returns:
         The forecast and two standard deviations of its error; ``None`` while the gains are not level.
@@ -38,6 +47,8 @@ def forecast(merged: float, gains: Sequence[float], lower_is_better: bool) -> tu
     last = gains[-VALIDATIONS:]
     if len(last) < VALIDATIONS or max(last) <= 0 or min(last) < LEVEL * max(last):
         return None
+    if own is not None:
+        return merged + own, 2 * OWN[lower_is_better] * abs(own)
     share, spread = SHARES[lower_is_better]
     gain = statistics.mean(last)
     return merged - share * gain * (1 if lower_is_better else -1), 2 * spread * gain

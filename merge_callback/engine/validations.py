@@ -81,6 +81,9 @@ class Validations:
     def __init__(self) -> None:
         self.recent: list[Validation] = []
         self.best: dict[str, Validation] = {}
+        self.added: dict[str, float] = {}  # by a decay to the last merge before it, by metric
+        self._before: dict[str, float] = {}  # what that merge scored
+        self._decayed: dict[str, float] = {}  # what the live weights score in a decay
 
     def note(
         self,
@@ -107,7 +110,17 @@ class Validations:
         for name, gain in known.items():
             if name not in self.best or gain > self.best[name].gains[name]:
                 self.best[name] = validation
+        self._note_decay(newest.phase, {n: (float(live[n]), float(merged[n])) for n in known})
         return found
+
+    def _note_decay(self, phase: str, scores: Mapping[str, tuple[float, float]]) -> None:
+        """Notes what a decay adds to the last merge before it: the next one may add as much."""
+        if phase == "decay":
+            self._decayed |= {name: live for name, (live, _) in scores.items() if name in self._before}
+        elif phase == "stable":
+            self.added |= {name: live - self._before[name] for name, live in self._decayed.items()}
+            self._decayed = {}
+            self._before |= {name: merged for name, (_, merged) in scores.items()}
 
     def forecasts(
         self, merged: Mapping[str, SupportsFloat], lower: Mapping[str, bool | None]
@@ -122,7 +135,8 @@ class Validations:
         segment = self.recent[-1].segment
         for name in self.recent[-1].gains.keys() & merged.keys():
             gains = [v.gains[name] for v in self.recent if v.segment == segment and name in v.gains]
-            if known := forecast(float(merged[name]), gains, bool(lower[name])):
+            known = forecast(float(merged[name]), gains, bool(lower[name]), self.added.get(name))
+            if known:
                 found[f"{FORECAST}{name}"], found[f"{FORECAST_ERROR}{name}"] = known
         return found
 
@@ -141,12 +155,14 @@ class Validations:
         return {
             "recent": [asdict(validation) for validation in self.recent],
             "best": {name: asdict(validation) for name, validation in self.best.items()},
+            "decays": [dict(scores) for scores in (self.added, self._before, self._decayed)],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a ``state_dict``."""
         self.recent = [Validation(**validation) for validation in state["recent"]]
         self.best = {name: Validation(**validation) for name, validation in state["best"].items()}
+        self.added, self._before, self._decayed = state.get("decays", ({}, {}, {}))
 
 
 def closing_line(validations: Validations, count: int, publisher: Publisher, best: int | None) -> str:

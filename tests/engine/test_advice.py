@@ -11,7 +11,8 @@ from training_runs import Classifier, loader, train
 from merge_callback import CheckpointMergeCallback
 from merge_callback.engine import advice
 from merge_callback.engine.advice import Advice, Seen
-from merge_callback.engine.forecast import SHARES
+from merge_callback.engine.forecast import OWN, SHARES
+from merge_callback.engine.validations import Validations
 from merge_callback.snapshots.snapshot import Snapshot
 
 STABLE = Seen(
@@ -162,6 +163,32 @@ def test_the_forecast_is_the_measured_rule():
     for is_lower, metric in ((True, "loss"), (False, "accuracy")):
         measured = shares[metric]["25%, 1-sqrt"]
         assert SHARES[is_lower] == (round(measured["mean"], 2), round(measured["spread"], 2))
+
+
+def test_the_error_of_a_runs_own_decay_is_the_measured_one():
+    rules = json.loads((ROOT / "benchmarks/results/forecast.json").read_text())["rules"]
+    for is_lower, metric in ((True, "loss"), (False, "accuracy")):
+        own, added = rules[metric]["merge - constant, by the run's own earlier fork"], rules[metric]
+        square = own["mean"] ** 2 + own["spread"] ** 2 * (own["cases"] - 1) / own["cases"]
+        assert OWN[is_lower] == round(math.sqrt(square) / added["the merge as it is"]["mean"], 2)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_run_that_has_decayed_before_forecasts_what_that_decay_added(sign):
+    def scores(live, merged):
+        return {"m": sign * live}, {"m": sign * merged}, {"m": sign > 0}
+
+    (newest,), told = snapshots([90]), Validations()
+    told.note(replace(newest, phase="stable", since=0), *scores(3.0, 2.5))
+    told.note(replace(newest, phase="decay", since=90, step=95), *scores(2.3, 2.4))
+    told.note(replace(newest, phase="decay", since=90, step=99), *scores(2.2, 2.2))
+    told.load_state_dict(json.loads(json.dumps(told.state_dict())))
+    for step in range(200, 210):
+        at = replace(newest, phase="stable", since=120, step=step)
+        told.note(at, *(given := scores(2.5, 2.0)))
+    found = told.forecasts(given[1], given[2])
+    assert found["merge/forecast/m"] == pytest.approx(sign * (2.0 - 0.3))
+    assert found["merge/forecast_error/m"] == pytest.approx(2 * OWN[sign > 0] * 0.3)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
