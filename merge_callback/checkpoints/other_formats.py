@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_callback.checkpoints.file_names import MANIFEST, WEIGHTS
+from merge_callback.checkpoints.file_names import LATEST, MANIFEST, WEIGHTS
 
 _OLD = (
     "not a file of torch.save since torch 1.6, so it cannot be mapped; load it with the torch that wrote it "
@@ -78,6 +78,8 @@ def what_folder(folder: Path) -> str:
     remedy = "give a checkpoint file, or a folder with safetensors files or a DCP .metadata"
     if (folder / MANIFEST).exists():
         remedy = "it is a window of snapshots: give one of them"
+    elif (folder / LATEST).exists():
+        remedy = f"it is the folder of a run's merges: give one of them, such as {folder / LATEST}"
     elif other := what_in_folder(folder):
         remedy = other
     elif others := sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")):

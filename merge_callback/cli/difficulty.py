@@ -25,6 +25,10 @@ _COLUMNS = {
 }
 """What each measure is called, and by what it is multiplied."""
 
+_DESCRIPTION = """\
+Tell which examples are hard, which of them a merge of experts forgets, and which the expert memorised: means
+over ten equal bins of EL2N, bin 1 the easiest."""
+
 _EPILOG = """\
 the file of a task is a safetensors file with
   scores                    (examples,)                  EL2N, the mean over seeds; or instead of it
@@ -44,10 +48,7 @@ examples:
 def add_difficulty(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``difficulty``."""
     parser.set_defaults(run=_difficulty)
-    parser.description = (
-        "Which examples are hard, which of them an expert's merge forgets, and which the expert memorised: "
-        "means over ten equal bins of EL2N, bin 1 the easiest."
-    )
+    parser.description = _DESCRIPTION
     parser.epilog, parser.formatter_class = _EPILOG, argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="one for each task; the last table is their mean")

@@ -4,6 +4,7 @@ Every subcommand imports what it needs when it runs: merging files must not wait
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return report(arguments[1:])
         except (ValueError, OSError) as error:
-            return _refuse(str(error))
+            return _refuse(error)
     if arguments[:1] == ["demo"]:
         # Before torch loads OpenMP: by default a thread that waits spins for milliseconds, which starves the
         # one it waits for as soon as anything else runs. On two cores, the default and 4000 spins both take
@@ -86,10 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             import_methods(arguments[1:])
         except (ValueError, OSError) as error:
-            return _refuse(str(error))
+            return _refuse(error)
     parser = _make_parser()
     parsed, more = parser.parse_known_args(arguments)
     if more and not hasattr(parsed, "takes_more"):
+        parser.prog += f" {arguments[0]}"
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     parsed.more = more
     remote = [a for a in arguments if re.match(r"[A-Za-z][\w+.:-]*://", a)]
@@ -101,16 +103,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError) as error:  # the user's, and told as such
-        return _refuse(str(error))
+        return _refuse(error)
     except MemoryError:
         return _refuse("the memory does not suffice for what one of the files holds, or says it holds")
     return status
 
 
-def _refuse(reason: str) -> int:
+def _refuse(reason: object) -> int:
     from merge_callback.snapshots.files import printable
 
-    print(f"merge-callback: {printable(reason)}", file=sys.stderr)
+    if isinstance(reason, OSError) and reason.filename is not None and reason.strerror:
+        reason = f"{reason.filename}: {reason.strerror}"  # the system's, without its number
+    print(f"merge-callback: {printable(str(reason))}", file=sys.stderr)
     return 1
 
 
@@ -120,10 +124,11 @@ def _make_parser() -> argparse.ArgumentParser:
     from merge_callback.cli.measures import add_diversity, add_interference
     from merge_callback.cli.merge import add_merge, add_methods
     from merge_callback.cli.moerge import add_moerge
+    from merge_callback.cli.parser import Parser
     from merge_callback.cli.prune import add_prune
     from merge_callback.cli.validate import add_validate
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "merge-callback",
         description="Merge the checkpoints of a run: while it trains, or afterwards from its files.",
         epilog=_EPILOG,
@@ -226,14 +231,13 @@ def _has_demo_extra(*modules: str) -> bool:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be a whole number, at least 1")
+    return int(text)
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be positive")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text} must be a positive number")

@@ -95,7 +95,7 @@ examples:
 
 def add_merge(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``merge``, the options of every method among them."""
-    parser.set_defaults(run=_merge)
+    parser.set_defaults(run=_merge, refuse=parser.error)
     parser.argument_default = argparse.SUPPRESS  # what was not given is not there: a file may give it
     parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -174,7 +174,7 @@ def _merge(parsed: argparse.Namespace) -> int:
     given = {**_DEFAULTS, **(_read_config(parsed.config) if "config" in parsed else {}), **explicit}
     one_of("--as", given["kind"], _FORMATS)
     if not given["checkpoints"] or given["output"] is None:
-        raise ValueError("name the checkpoints to merge, and the folder to make with --output")
+        explicit["refuse"]("name the checkpoints to merge, and the folder to make with --output")
     method = _method(given)
     selection = _chosen(given, method)
     told, is_quiet = selection.lines(), given["quiet"]  # where quiet, told when all went well

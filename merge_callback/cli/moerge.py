@@ -18,6 +18,10 @@ from merge_callback.moerge.model import RECORD
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.snapshots.files import printable, read_object, write_json
 
+_DESCRIPTION = """\
+Put LoRA adapters side by side as experts of one model, in which a router in each layer sends each token to K
+of them. The output holds the experts, in the order given, and the routers; the base stays where it is."""
+
 _EXAMPLES = """\
 examples:
   merge-callback moerge model/ experts/law experts/code experts/math --output moerged
@@ -32,10 +36,7 @@ then, in Python, to train or to use it:
 def add_moerge(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of ``moerge``."""
     parser.set_defaults(run=_moerge)
-    parser.description = (
-        "Puts LoRA adapters side by side as experts, and gives each layer a router that sends each token to "
-        "K of them. The output holds experts and routers, not the base: experts in the order given."
-    )
+    parser.description = _DESCRIPTION
     parser.epilog, parser.formatter_class = _EXAMPLES, argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add(

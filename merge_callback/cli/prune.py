@@ -61,8 +61,8 @@ def _prune(parsed: argparse.Namespace) -> int:
         verb = "keeps" if reason else "would remove" if parsed.dry_run else "removed"
         print(printable(f"{verb} {name}" + (f": {reason}" if reason else f", {in_bytes(size)}")))
         count, freed = count + (not reason), freed + (0 if reason else size)
-    would = "would be " if parsed.dry_run else ""
-    print(f"{count} merges {would}removed, {in_bytes(freed)} {would}freed; latest is {printable(latest)}")
+    would, merges = "would be " * parsed.dry_run, "merge" if count == 1 else "merges"
+    print(f"{count} {merges} {would}removed, {in_bytes(freed)} {would}freed; latest is {printable(latest)}")
     return 0
 
 
@@ -75,5 +75,6 @@ def _folder(path: Path) -> Path:
     found = [folder for folder in (path, *sorted(path.glob("*merges*"))) if emissions(folder)]
     if path in found or len(found) == 1:
         return found[0]
-    several = f"name one of {', '.join(map(str, found))}"
-    raise ValueError(f"{path}: {several if found else 'holds no merges that a run has published'}")
+    if found:
+        raise ValueError(f"{path}: name one of {', '.join(map(str, found))}")
+    raise ValueError(f"{path}: holds no merges that a run has published; name the folder with `latest` in it")

@@ -7,7 +7,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from merge_callback.cli.parser import Parser
+
 _PORT = 8765
+
+_DESCRIPTION = """\
+Draw one HTML page of a run: scores of live and merged weights, gains, diversity, spikes, merges, and what
+it cost. Of several runs, one page that compares them. It needs no GPU and no torch."""
+
+_EXAMPLES = """\
+examples:
+  merge-callback report lightning_logs/version_0/merges
+  merge-callback report run-a/merges run-b/merges --output both.html
+  merge-callback report lightning_logs/version_0/merges --serve
+"""
 
 
 def report(arguments: Sequence[str]) -> int:
@@ -59,11 +72,11 @@ def _serve(folders: Sequence[Path], port: int) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "merge-callback report",
-        description="Draw one HTML page of a run: scores of live and merged weights, gains, diversity, "
-        "spikes, merges, and what it cost. Of several runs, one page that compares them.",
-        epilog="example: merge-callback report logs/version_0/merges --output report.html",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="a run's folder of merges, or one that holds it"
@@ -80,6 +93,6 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         const=_PORT,
         metavar="PORT",
-        help=f"show it at http://localhost:PORT while the run goes on; default: {_PORT}",
+        help=f"show it at http://localhost:PORT ({_PORT}) instead, drawn again as the run goes on",
     )
     return parser

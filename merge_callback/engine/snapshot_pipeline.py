@@ -218,7 +218,8 @@ class SnapshotPipeline:
         self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
         if self.publisher.published:
-            info(closing_line(self.advice.validations, self.published, self.publisher))
+            best = next(iter(self._ranked()), None)
+            info(closing_line(self.advice.validations, self.published, self.publisher, best))
         elif self.options.experts is None:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
@@ -407,8 +408,12 @@ class SnapshotPipeline:
     def _protect(self) -> None:
         """Keeps the best emissions, and the last one of the stable phase, whatever comes after them."""
         if (count := self.options.keep_best) and self._window.ranks.is_first:
-            best = self.history.ranked({*map(step_of, self.publisher.published)})
+            best = self._ranked()
             self.publisher.protect({*best[:count], self._last_stable}, best[0] if best else None)
+
+    def _ranked(self) -> list[int]:
+        """The steps of the published merges that were validated, the one that scored best first."""
+        return self.history.ranked({*map(step_of, self.publisher.published)})
 
     def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
         newest, size = merge.snapshots[-1], None

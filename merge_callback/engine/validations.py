@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, SupportsFloat
 
 from merge_callback.engine.forecast import forecast
+from merge_callback.engine.plan import from_here
 from merge_callback.metrics import FORECAST, FORECAST_ERROR, GAIN
-from merge_callback.publish.emission import Publisher, step_of
+from merge_callback.publish.emission import Publisher
 from merge_callback.snapshots.snapshot import Snapshot
 
 _REMEMBERED = 16
@@ -163,26 +165,30 @@ class Validations:
         self.added, self._before, self._decayed = state.get("decays", ({}, {}, {}))
 
 
-def closing_line(validations: Validations, count: int, publisher: Publisher) -> str:
+def closing_line(validations: Validations, count: int, publisher: Publisher, best: int | None) -> str:
     """What the user reads at the end of a run.
 
     Args:
         validations: the run's.
         count: number of merges that were published.
         publisher: which has published at least one.
+        best: step of the published merge that scored best; ``None`` if none of them was validated.
     """
-    newest = publisher.newest_up_to(publisher.newest_step)
+    newest, metric = _place(publisher, publisher.newest_step), validations.metric
     line = f"merge: {count} merge{'s' * (count != 1)} published, the newest is {newest}"
-    metric = validations.metric
+    if metric and best is not None:
+        place = _place(publisher, best)
+        line += f", the best in {metric} {'too' if place == newest else f'is {place}'}"
     if not metric:
         return line
-    best = validations.best[metric]
-    if best.gains[metric] <= 0:
-        return f"{line}; none of those that were validated scored better than the live weights in {metric}"
-    place = f"not published, or no longer kept (keep_last={publisher.keep_last})"
-    if best.step in map(step_of, publisher.published):
-        place = str(publisher.newest_up_to(best.step))
-    return (
-        f"{line}; the largest gain was {best.gains[metric]:.3g} in {metric}, of the merge of step "
-        f"{best.step:,} ({best.phase} phase): {place}"
-    )
+    most = validations.best[metric]
+    if most.gains[metric] <= 0:
+        return f"{line}; no merge scored better than the live weights"
+    gain = f"{most.gains[metric]:.3g} in {metric}"
+    return f"{line}; the largest gain was {gain}, at step {most.step:,} ({most.phase} phase)"
+
+
+def _place(publisher: Publisher, step: int) -> Path | str | None:
+    """Where the newest merge up to a step is, as one would type it."""
+    place = publisher.newest_up_to(step)
+    return from_here(place) if isinstance(place, Path) else place

@@ -84,8 +84,9 @@ def select(
         FileNotFoundError: if an argument finds nothing.
         ValueError: if no order can be told, or it is not clear which checkpoints are meant.
     """
-    if every < 1 or (last is not None and last < 1):
-        raise ValueError(f"every={every} and last={last} must be at least 1")
+    for name, value in (("every", every), ("last", last)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
     arguments = [expand(given) for given in paths]
     everything = list(dict.fromkeys(path for argument in arguments for path in argument.found))
     steps = steps_of(everything)

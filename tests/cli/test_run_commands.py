@@ -218,10 +218,48 @@ def test_an_object_among_the_options_is_made(tmp_path, capsys):
     assert (status, told[2]) == (0, "merge: ema in the stable phase, ties in the decay phase")
 
 
-@pytest.mark.parametrize("command", ["demo", "merge", "methods", "inspect", "diversity", "prune", "validate"])
+COMMANDS = [
+    *("demo", "merge", "moerge", "methods", "inspect", "diversity", "interference", "difficulty", "prune"),
+    *("report", "validate"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
-    description = capsys.readouterr().out.split("\n\n")[1]
-    assert len(description) > 60
+    told = capsys.readouterr().out
+    assert len(told.split("\n\n")[1]) > 60
+    assert max(map(len, told.splitlines())) <= 110
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("merge --last 3", "merge: name the checkpoints to merge, and the folder to make with --output; "),
+        ("merge a b --output c --ouput d", "merge: unrecognized arguments: --ouput d; "),
+        ("inspect", "inspect: the following arguments are required: PATH; "),
+        ("report a --serve x", "report: argument --serve: invalid int value: 'x'; "),
+        ("demo --steps-scale x", "demo: argument --steps-scale: x must be a positive number; "),
+        ("demo --devices 0", "demo: argument --devices: 0 must be a whole number, at least 1; "),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(arguments, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    command = arguments.split()[0]
+    assert ended.value.code == 2
+    line = f"merge-callback {said}merge-callback {command} --help tells more\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_file_that_is_not_there_is_named_first(tmp_path, capsys):
+    missing = tmp_path / "merge.yaml"
+    assert main(["merge", "a", "--output", str(tmp_path / "out"), "--config", str(missing)]) == 1
+    assert capsys.readouterr().err == f"merge-callback: {missing}: No such file or directory\n"
+
+
+def test_inspect_of_a_run_names_its_newest_merge(run, capsys):
+    assert main(["inspect", str(run)]) == 1
+    assert f"give one of them, such as {run / 'latest'}" in capsys.readouterr().err

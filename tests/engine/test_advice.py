@@ -233,11 +233,14 @@ def closing(caplog, folder, **options) -> str:
     return next(r.message for r in reversed(caplog.records) if "published" in r.message)
 
 
-def test_the_last_line_tells_how_many_merges_there_are_and_where_the_best_lies(caplog, tmp_path):
+def test_the_last_line_tells_how_many_merges_there_are_and_where_the_best_lies(caplog, tmp_path, monkeypatch):
     folder = tmp_path / "merges"
-    newest = f"merge: 7 merges published, the newest is {folder}/step=00000016-sma"
-    none = "; none of those that were validated scored better than the live weights in val_loss"
-    assert closing(caplog, tmp_path) == newest + none
-    assert closing(caplog, tmp_path / "b", higher_is_better=["val_loss"], keep_best=0).endswith(
-        "in val_loss, of the merge of step 8 (stable phase): not published, or no longer kept (keep_last=3)"
+    newest = f"merge: 7 merges published, the newest is {folder}/step=00000016-sma, the best in val_loss too"
+    assert closing(caplog, tmp_path) == f"{newest}; no merge scored better than the live weights"
+    monkeypatch.chdir(tmp_path)
+    line = closing(caplog, tmp_path / "b", higher_is_better=["val_loss"])
+    assert line.startswith(
+        "merge: 7 merges published, the newest is b/merges/step=00000016-sma, the best in val_loss is "
+        "b/merges/step=00000008-sma; the largest gain was "
     )
+    assert line.endswith(" in val_loss, at step 8 (stable phase)")
