@@ -240,7 +240,7 @@ def test_without_a_dirpath_merges_lie_beside_lightnings_logs(options, tmp_path):
 
 
 def test_checkpoints_and_merges_share_a_folder(tmp_path):
-    callback = CheckpointMergeCallback(window=3, every_n_steps=2, dirpath=tmp_path)
+    callback = CheckpointMergeCallback(window=3, every_n_steps=2, dirpath=tmp_path, keep_best=0)
     checkpoint = ModelCheckpoint(
         dirpath=tmp_path, monitor="merged/val_loss", save_top_k=-1, filename="{step}"
     )
