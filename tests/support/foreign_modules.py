@@ -381,7 +381,7 @@ def merged_run(module, folder, data=None, val=None, steps=12, callbacks=(), **op
     data = loader() if data is None else data  # a loader is false where it has no length
     probe = Probe()
     callback = CheckpointMergeCallback(
-        **{"window": 3, "every_n_steps": 2, "dirpath": folder, "evaluate": False, "keep_best": 0, **options}
+        **{"window": 3, "every_n_steps": 2, "dirpath": folder, "evaluate": False, **options}
     )
     train(module, probe, callback, *callbacks, data=data, val=val, max_steps=steps)
     return probe

@@ -47,7 +47,7 @@ from merge_callback.publish.export import Naming
 def run(request, tmp_path_factory) -> Run:
     """Two fits of one case, without and with the callback."""
     case, folder = CASES[request.param], tmp_path_factory.mktemp("merges")
-    options = {"window": 3, "every_n_steps": 2, "dirpath": folder, **case.callback}
+    options = {"window": 3, "every_n_steps": 2, "keep_best": 0, "dirpath": folder, **case.callback}
     plain, module = fit(case)
     probe, other = fit(case, CheckpointMergeCallback(**options))
     return Run(case, plain, probe, weights_of(module), weights_of(other), folder)
