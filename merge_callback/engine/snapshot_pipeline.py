@@ -407,7 +407,7 @@ class SnapshotPipeline:
     def _protect(self) -> None:
         """Keeps the best emissions, and the last one of the stable phase, whatever comes after them."""
         if (count := self.options.keep_best) and self._window.ranks.is_first:
-            best = self.history.ranked({*map(step_of, self.publisher.published)})
+            best = self.history.ranked({*map(step_of, self.publisher.kept)})
             self.publisher.protect({*best[:count], self._last_stable}, best[0] if best else None)
 
     def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
