@@ -48,7 +48,8 @@ class History:
             merge_step: the step of that merge's newest snapshot; ``None`` if no merge was validated.
             lower: whether lower is better, by the name of a live metric; ``None`` if that is not known.
         """
-        self.lower |= {name: is_lower for name, is_lower in lower.items() if is_lower is not None}
+        known = {name: is_lower for name, is_lower in lower.items() if is_lower is not None}
+        self.lower = self.lower | known  # a new mapping: the background may be reading the old one
         scores = {name: float(value) for name, value in live.items()}
         self._add({"event": "validation", **at, "merge_step": merge_step}, {**scores, **logged})
 

@@ -29,7 +29,7 @@ from merge_callback.publish.adapter import Adapter
 from merge_callback.publish.export import Naming
 from merge_callback.sharding import Piece, Sharding
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.capture import ModelTensors, clean_name
 from merge_callback.snapshots.layout import Layout
 
 _TOP = 20.0  # per cent of a task vector that interference is measured over ([LIM], App. I)
@@ -257,6 +257,7 @@ class _Expert:
         if adapter := LoraAdapter.of(checkpoint):
             return cls(checkpoint, {}, adapter)
         stored = {**{name: name for name in checkpoint.tensors}, **checkpoint.tied}
+        stored = {**{clean_name(name): kept for name, kept in stored.items()}, **stored}
         alias = {kept: other for other, kept in model.tied.items()}
         found: list[dict[str, str]] = []
         for before in ("", prefix):
@@ -301,7 +302,10 @@ class _Expert:
             ValueError: if it lacks the tensor, or has another shape.
         """
         if self.adapter is None and name not in self._names:
-            raise ValueError(f"{self.path} lacks {name!r}, which the base has; is it of another model?")
+            raise ValueError(
+                f"{self.path} lacks {name!r}, which the base has; is it of another model? If not, exclude= "
+                "leaves such tensors as they are"
+            )
         if layer := self.layers.get(name):
             layer.as_weight(torch.empty(layer.matrix.shape, device="meta"), base, self._fan)
         elif (found := self.weight(name, base).shape) != base.shape:

@@ -413,7 +413,7 @@ class SnapshotPipeline:
 
     def _ranked(self) -> list[int]:
         """The steps of the published merges that were validated, the one that scored best first."""
-        return self.history.ranked({*map(step_of, self.publisher.published)})
+        return self.history.ranked({*map(step_of, self.publisher.kept)})
 
     def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
         newest, size = merge.snapshots[-1], None

@@ -180,8 +180,13 @@ class Publisher:
 
     def newest_up_to(self, step: int) -> Path | str | None:
         """The newest of this run's emissions whose snapshots were taken at ``step`` or before."""
-        name = self._newest_name(step, [n for n in self.published if (self.folder / n).is_dir()])
+        name = self._newest_name(step, self.kept)
         return name and self.folder / name
+
+    @property
+    def kept(self) -> list[str]:
+        """Those of this run's emissions that nobody has removed, oldest first."""
+        return [name for name in self.published if (self.folder / name).is_dir()]
 
     @property
     def remote_names(self) -> dict[str, str]:

@@ -70,6 +70,11 @@ class RemotePublisher(Publisher):
         return f"{self.url}/{self._places.get(name, name)}"
 
     @property
+    def kept(self) -> list[str]:
+        """This run's emissions, oldest first: what is not here any more is in the remote folder."""
+        return list(self.published)
+
+    @property
     def remote_names(self) -> dict[str, str]:
         """The names that emissions have in the remote folder, as far as they are others than here."""
         return {here: there for here, there in dict(self._places).items() if here != there}

@@ -208,7 +208,7 @@ INLINE void NAME(sum_side)(const Sums *sums, int64_t first, int rows, int64_t at
             NAME(store_side)(total[r], padded, dtype, 0);
             memcpy(place, padded, count * width(dtype));
         } else {
-            NAME(store_side)(total[r], place, dtype, streams(out, dtype, sums->pass.size));
+            NAME(store_side)(total[r], place, dtype, out && streams(out, dtype, sums->pass.size));
         }
     }
 }

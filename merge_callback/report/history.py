@@ -86,9 +86,10 @@ def history_of(folder: Path, lines: Iterable[bytes]) -> History:
     begun = ended = seconds = 0.0
     for event in filter(None, map(_event, lines)):
         if event["event"] == "run":
-            if event.get("format", FORMAT) > FORMAT:
+            written = event.get("format", FORMAT)
+            if not isinstance(written, int) or written > FORMAT:
                 raise ValueError(
-                    f"{folder / EVENTS}: format {event['format']}, and this version of merge-callback reads "
+                    f"{folder / EVENTS}: format {written}, and this version of merge-callback reads "
                     f"up to {FORMAT}; install a newer one"
                 )
             if run is not None and run.get("run_id") != event.get("run_id"):
@@ -109,7 +110,7 @@ def _event(line: bytes) -> Event | None:
     """The event on a line; ``None`` for a line that was cut off."""
     try:
         event = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(event, dict):
         return None

@@ -10,16 +10,18 @@ Point = tuple[float, float]
 """A step, and a value."""
 
 
+_MOST = 1e300  # beyond it the span of an axis overflows
+
 MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def number(value: object) -> float | None:
-    """A value of an event as a finite number; ``None`` if it is none."""
+    """A value of an event as a finite number that can be drawn; ``None`` if it is none."""
     try:
         found = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return found if abs(found) < _MOST else None
 
 
 def shown(value: float | None, digits: int = 4) -> str:

@@ -13,7 +13,7 @@ from merge_callback.report import sections
 from merge_callback.report.charts import Axis, Series, chart, grid
 from merge_callback.report.history import read_history
 from merge_callback.report.markup import Html, join, tag
-from merge_callback.report.numbers import Point, in_seconds, signed
+from merge_callback.report.numbers import Point, in_seconds, number, signed
 from merge_callback.report.run_view import RunView, names_of
 
 MARK = tag("meta", name="generator", content="merge-callback report")
@@ -278,7 +278,7 @@ def _color(place: int) -> str:
 
 
 def _entry(run: RunView, name: str) -> list[Point]:
-    return [(e["step"], float(e[name])) for e in run.snapshots if isinstance(e.get(name), (int, float))]
+    return [(e["step"], y) for e in run.snapshots if (y := number(e.get(name))) is not None]
 
 
 def _seconds(value: float | None) -> str:

@@ -112,12 +112,13 @@ class RunView:
 
     def best(self, metric: str) -> Best | None:
         """The best gain in a metric, apart from those over live weights that a spike has just spoilt."""
-        gains = [point for point in self.gains(metric) if not self._is_disturbed(point[0])]
+        live, merged = (dict(self.scores(metric).get(whose, [])) for whose in ("live", "merged"))
+        known = live.keys() & merged.keys()
+        gains = [p for p in self.gains(metric) if p[0] in known and not self._is_disturbed(p[0])]
         if not gains:
             return None
         step, gain = max(gains, key=lambda point: point[1])
-        scores = {whose: dict(points) for whose, points in self.scores(metric).items()}
-        return Best(int(step), gain, scores["live"][step], scores["merged"][step])
+        return Best(int(step), gain, live[step], merged[step])
 
     def _is_disturbed(self, step: float) -> bool:
         """Whether a step lies between the onset of a spike and what follows the restore."""
@@ -186,7 +187,7 @@ class RunView:
             found = [past for past in found if past[1] < event["since"]]  # it is known only later
             if not found or found[-1][0] != event["phase"]:
                 found.append((event["phase"], event["since"]))
-        ends = [since for _, since in found[1:]] + [self.step]
+        ends = [*(since for _, since in found), self.step][1:]  # of no phase, if none is recognised yet
         return [(phase, since, end) for (phase, since), end in zip(found, ends, strict=True) if end > since]
 
     # --- what went wrong, and what it cost

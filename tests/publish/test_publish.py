@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -246,6 +247,16 @@ def test_the_best_merges_and_the_last_of_the_stable_phase_stay(tmp_path, keep_be
     assert callback.best == pointed
     assert load_merge(tmp_path / "merges/best").keys() == load_merge(pointed).keys()
     assert not leftovers(tmp_path / "merges")
+
+
+def test_if_somebody_removes_the_best_merge_the_best_of_the_others_takes_its_place(tmp_path):
+    def remove(module):
+        module.trainer.callbacks[0].session.pipeline.background.drain()
+        shutil.rmtree((tmp_path / "merges/best").resolve())
+
+    _, _, callback = fit(tmp_path, keep_last=None, callbacks=[At(step25=remove)])
+    assert load_merge(tmp_path / "merges/best")
+    assert callback.best == (tmp_path / "merges/best").resolve()
 
 
 def test_latest_points_at_the_newest_from_the_first_merge_on(tmp_path):

@@ -24,6 +24,21 @@ alone = ["-qxs", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "", "-k", "li
 sys.exit(pytest.main([*alone, *sys.argv[2:]]))
 """
 
+UNALIGNED = """
+import importlib.util, sys, types
+import torch
+real = importlib.util.find_spec
+library = types.SimpleNamespace(origin=sys.argv[1])
+importlib.util.find_spec = lambda name, *more: library if name.endswith("._kernels") else real(name, *more)
+from merge_callback.reduce import compiled, one_pass
+size = (1 << 19) + 5
+sources, outs = [torch.randn(size) for _ in range(3)], [torch.empty(size) for _ in range(2)]
+for best in range(1, compiled.instructions() + 1):
+    compiled.instructions = lambda: best
+    together = one_pass(sources, [[1, 2, 3], [1, 0, 1]], outs, [1, -1, 0], [7, size])
+    assert torch.equal(together, one_pass(sources, None, None, [1, -1, 0], [7, size]))
+"""
+
 
 def file_of(library):
     return subprocess.check_output(["gcc", f"-print-file-name=lib{library}.so"], text=True).strip()
@@ -48,3 +63,16 @@ def test_the_kernels_stay_within_their_tensors(tmp_path):
     )
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
     assert " passed" in found.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs GCC")
+def test_no_store_needs_more_alignment_than_the_compiler_gives(tmp_path):
+    """Without optimization an array on the stack lies anywhere, and a streamed store to it would crash."""
+    built = str(tmp_path / "kernels.so")
+    flags = ["-O0", "-ffp-contract=off", "-fPIC", "-shared"]
+    subprocess.run(["gcc", *flags, "-o", built, str(KERNELS)], check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", UNALIGNED, built], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr

@@ -55,6 +55,30 @@ def test_a_gain_over_weights_that_a_spike_has_spoilt_is_not_the_best(tmp_path):
     assert view.best("val_loss").gain == pytest.approx(0.1)
 
 
+def test_a_run_whose_phase_is_not_recognised_yet_has_a_page(tmp_path):
+    file = EventFile(tmp_path, run())
+    file.write("advice", 1, text="x")
+    assert "running" in text_of(drawn(tmp_path))
+    file.write("validation", 20, scores={"live": {"val_loss": 3.5}}, gains={}, merge=None, seconds=None)
+    assert "3.5" in text_of(drawn(tmp_path))
+
+
+@pytest.mark.parametrize("value", [1e308, -1e308, 10**400, float("nan"), 5e-324], ids=["most", "least", "whole", "nan", "tiny"])
+def test_numbers_that_no_axis_can_hold_are_left_out(tmp_path, value):
+    file = EventFile(write_run(tmp_path), run())
+    scores = {"live": {"val_loss": value}, "merged": {"val_loss": -value}}
+    file.write("validation", STEPS + 1, scores=scores, gains={"val_loss": 9.0}, merge=1, seconds=value)
+    file.write("snapshot", STEPS + 1, lr=value, diversity=value, bytes=value, stall=value)
+    assert "finished" in drawn(tmp_path)
+
+
+@pytest.mark.parametrize("written", [2, "2", None, [1]])
+def test_another_format_is_named(tmp_path, written):
+    EventFile(tmp_path, run(format=written)).write("advice", 1, text="x")
+    with pytest.raises(ValueError, match="install a newer one"):
+        read_runs([tmp_path])
+
+
 def test_every_merge_is_linked_to_its_record_as_long_as_that_is_there(tmp_path):
     folder = write_run(tmp_path / "run" / "merges")
     html = drawn(folder, target=tmp_path / "pages")

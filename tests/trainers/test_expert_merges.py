@@ -199,6 +199,16 @@ def test_a_head_that_the_base_lacks_stays_the_experts_own(kind, head, tmp_path, 
     assert all(math.isfinite(metrics["merged/val_loss"]) for metrics in log.metrics)
 
 
+def test_what_compiling_has_put_into_the_names_of_an_expert_does_not_matter(tmp_path):
+    paths, states = files(tmp_path)
+    compiled = {name.replace("net.", "net._orig_mod."): tensor for name, tensor in states[1].items()}
+    save_file(compiled, paths[1])
+    method = TaskArithmetic(scale=0.5)
+    _, log = run(tmp_path, paths, states, method=method, steps=2)
+    right = scored(merged(states[0], [log.weights[-1], *states[1:]], method))
+    assert log.metrics[-1]["merged/val_loss"] == pytest.approx(right["val_loss"], abs=1e-6)
+
+
 def test_a_run_that_is_resumed_tunes_on_from_the_best(tmp_path):
     paths, states = files(tmp_path)
     options = {"every_n_steps": 100, "base": paths[0], "experts": paths[1:], "method": "task_arithmetic"}
