@@ -97,8 +97,9 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         format: Format of the emissions: ``"safetensors"``, which the first rank writes as one model, or
             ``"dcp"`` (``torch.distributed.checkpoint``), which all ranks write at once.
         keep_last: Number of emissions kept; ``None`` keeps all.
-        keep_best: Number of emissions kept besides, those that scored best in their validations, and the last
-            one of the stable phase; ``best`` points at the first. 0 keeps none, and points at none.
+        keep_best: Keeps also this many emissions, those that scored best in their validations, and the last
+            one of the stable phase. The link ``best`` leads to the best one. 0 keeps none of these, and makes
+            no link.
         strip_prefix: Prefix to remove from published names, e.g. ``"model."``, so that the inner model loads
             them. By default that of a wrapped Hugging Face model, which makes ``from_pretrained`` work.
         max_shard_size: Larger models are published in several files with an index.
