@@ -63,7 +63,9 @@ def test_a_run_whose_phase_is_not_recognised_yet_has_a_page(tmp_path):
     assert "3.5" in text_of(drawn(tmp_path))
 
 
-@pytest.mark.parametrize("value", [1e308, -1e308, 10**400, float("nan"), 5e-324], ids=["most", "least", "whole", "nan", "tiny"])
+@pytest.mark.parametrize(
+    "value", [1e308, -1e308, 10**400, float("nan"), 5e-324], ids=["most", "least", "whole", "nan", "tiny"]
+)
 def test_numbers_that_no_axis_can_hold_are_left_out(tmp_path, value):
     file = EventFile(write_run(tmp_path), run())
     scores = {"live": {"val_loss": value}, "merged": {"val_loss": -value}}
