@@ -23,7 +23,7 @@ from merge_callback.analysis.interference import (
 from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.lora import PREFIX, LoraAdapter, LoraFactors, plain
 from merge_callback.checkpoints.open import open_checkpoint
-from merge_callback.merging import Inputs, MergeMethod, Shard, Trajectory
+from merge_callback.merging import Inputs, MergeMethod, Shard, Sma, Trajectory
 from merge_callback.merging.low_rank import FACTOR
 from merge_callback.publish.adapter import Adapter
 from merge_callback.publish.export import Naming
@@ -96,10 +96,12 @@ class Siblings:
         prefix = self._adapter.prefix if self._adapter else naming.prefix
         self._open = partial(_Expert.of, model=model, rename=rename, prefix=prefix)
         self._experts = [self._open(path) for path in paths]
-        self._places = list(self._find_places(base, model, rename, exclude))
-        if not self._places:
+        places = list(self._find_places(base, model, rename, exclude))
+        if not places:
             raise ValueError(f"base={str(base)!r} has no tensor of this model")
-        for place in self._places:
+        self._places = [place for place in places if place.target not in model.buffers]
+        self._statistics = [place for place in places if place.target in model.buffers]
+        for place in places:
             for expert in self._experts:
                 expert.check(place.name, place.base())
         self._check_layers(naming.adapter)
@@ -140,16 +142,18 @@ class Siblings:
     def merge(self, method: MergeMethod) -> Arena:
         """The merge of the live weights, as taken, with the siblings; overwritten by the next one.
 
-        Methods on task vectors start from the base. The live expert comes first.
+        Methods on task vectors start from the base. The live expert comes first. Of buffers it is the mean.
         """
         assert self._mine is not None
         assert self._out is not None
         self._out.copy_from(self._mine.own_tensors())
-        out, inputs = self._out.own_tensors(), _Repeated(self._inputs)
-        trajectory = Trajectory.even(1 + len(self._experts))
-        survey = method.survey(inputs, trajectory)
-        for place, each in zip(self._places, inputs, strict=True):
-            method.merge(each, out[place.target].view(-1), trajectory, survey)
+        out, trajectory = self._out.own_tensors(), Trajectory.even(1 + len(self._experts))
+        # Running statistics are no task vectors: their sum may be a negative variance.
+        for how, places in ((method, self._places), (Sma(), self._statistics)):
+            inputs = _Repeated(partial(self._inputs, places))
+            survey = how.survey(inputs, trajectory)
+            for place, each in zip(places, inputs, strict=True):
+                how.merge(each, out[place.target].view(-1), trajectory, survey)
         for name in self._zeroed:  # the merged weights have all that the adapter added
             out[name].zero_()
         return self._out
@@ -208,11 +212,11 @@ class Siblings:
             if is_touched or any(expert.changes(name) for expert in self._experts):
                 yield _Place(name, target, begin, deltas.get(name))
 
-    def _inputs(self) -> Iterator[Inputs]:
+    def _inputs(self, places: Sequence[_Place]) -> Iterator[Inputs]:
         assert self._mine is not None
         several = self._sharding.ranks.size > 1
         mine = self._mine.own_tensors()
-        for place in self._places:
+        for place in places:
             piece = self._sharding.kept[place.target]
             base, live, *others = self._tensors(place, mine[place.target], piece)
             shard = Shard(piece, self._sharding.ranks) if several else None
@@ -258,6 +262,8 @@ class _Expert:
             return cls(checkpoint, {}, adapter)
         stored = {**{name: name for name in checkpoint.tensors}, **checkpoint.tied}
         stored = {**{clean_name(name): kept for name, kept in stored.items()}, **stored}
+        if all(name.startswith("module.") for name in stored):  # of DistributedDataParallel
+            stored = {**{name.removeprefix("module."): kept for name, kept in stored.items()}, **stored}
         alias = {kept: other for other, kept in model.tied.items()}
         found: list[dict[str, str]] = []
         for before in ("", prefix):

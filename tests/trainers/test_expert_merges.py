@@ -170,6 +170,32 @@ def test_the_interference_with_each_sibling_is_that_of_the_files(tmp_path):
         assert metrics["merge_experts/variance"] == pytest.approx(variance(counts))
 
 
+class Normalised(Expert):
+    """With running statistics."""
+
+    def __init__(self, lr=0.05):
+        super().__init__(lr)
+        self.net.insert(1, torch.nn.BatchNorm1d(16))
+
+
+def test_running_statistics_are_averaged_and_files_of_a_wrapped_model_are_known(tmp_path):
+    paths, states = files(tmp_path, kind=Normalised)
+    for path, state in zip(paths[1:], states[1:], strict=True):
+        state["net.1.running_var"] = states[0]["net.1.running_var"] * 0.1
+        save_file({f"module.{name}": tensor for name, tensor in state.items()}, path)
+    method, log = TaskArithmetic(scale=0.9, normalize=False), Log()
+    run(tmp_path, paths, states, log, module=Normalised(), method=method)
+    module = Normalised().eval()
+    for metrics, live in zip(log.metrics, log.weights, strict=True):
+        experts = [live, *states[1:]]
+        weights = merged(states[0], experts, method)
+        means = {name: torch.stack([e[name] for e in experts]).mean(0) for name in live if "running" in name}
+        module.load_state_dict({**weights, **means})
+        with torch.no_grad():
+            expected = sum(float(module.loss(batch)) for batch in loader(32)) / 4
+        assert metrics["merged/val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 class Longer(Expert):
     """Has a head that the base lacks."""
 
