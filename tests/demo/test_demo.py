@@ -337,7 +337,7 @@ def fit_demo(strategy: str, experts: int):
 @pytest.mark.parametrize(
     ("strategy", "experts"),
     [
-        pytest.param("ddp", 4, id="ddp-moe"),
+        pytest.param("ddp", 4, id="ddp-moe", marks=pytest.mark.slow),
         pytest.param("fsdp2", 0, id="fsdp2-dense"),
         pytest.param("ddp", 0, id="ddp-dense", marks=pytest.mark.slow),
         pytest.param("fsdp2", 4, id="fsdp2-moe", marks=pytest.mark.slow),

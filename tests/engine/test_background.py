@@ -40,7 +40,7 @@ class CtrlCAt:
         return self.trace
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [pytest.param("submit", marks=pytest.mark.slow), "drain"])
 def test_an_interrupted_call_leaves_jobs_that_are_run_and_waited_for(name):
     at, was_interrupted = 0, True
     while was_interrupted:

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -358,7 +359,7 @@ def verdict(place, file, number):
     lines = errors.splitlines()
     if status == 0 or (out and not lines):  # `inspect` lists what does not fit its checksum
         refused = ""
-    elif len(lines) != 1 or not lines[0].startswith("merge-callback: "):
+    elif len(lines) != 1 or not re.match("merge-callback( merge)?: ", lines[0]):
         return f"status {status} and {errors!r:.300}"
     else:
         refused = lines[0]
