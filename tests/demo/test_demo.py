@@ -291,7 +291,8 @@ def train(folder: Path, experts: int, log: BatchLog, resume: Path | None = None)
     return module.state_dict()
 
 
-@pytest.mark.parametrize("experts", [0, pytest.param(4, marks=pytest.mark.slow)], ids=["dense", "moe"])
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", [0, 4], ids=["dense", "moe"])
 def test_killed_and_resumed_training_is_bitwise_the_unbroken_one(tmp_path, experts):
     unbroken = BatchLog()
     expected = train(tmp_path / "unbroken", experts, unbroken)
@@ -401,6 +402,7 @@ def test_demo_leaves_table_picture_logs_and_merged_weights(tmp_path, capsys):
     assert_loads(DemoModule(), weights)
 
 
+@pytest.mark.slow
 def test_second_demo_lands_beside_the_first(tmp_path):
     (tmp_path / "version_0").mkdir()
     plan = DemoPlan(WSDSchedule(warmup=1, stable=4, decay=1), validate_every=6, snapshot_every=1)
@@ -482,7 +484,9 @@ def test_example_configs_train(name, tmp_path, monkeypatch):
     assert (tmp_path / f"demo_run/{name}/version_0/merges/latest/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("name", ["expert_v0", "expert_v1", "expert_adaptive"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("expert_v0", marks=pytest.mark.slow), "expert_v1", "expert_adaptive"]
+)
 def test_example_configs_of_experts_train(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--data.max_bytes=60_000"]

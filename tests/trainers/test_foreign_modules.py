@@ -43,7 +43,13 @@ from merge_callback.cli.main import main
 from merge_callback.publish.export import Naming
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = ["llama, compiled inside"]  # "compiled inside" is another
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
+)
 def run(request, tmp_path_factory) -> Run:
     """Two fits of one case, without and with the callback."""
     case, folder = CASES[request.param], tmp_path_factory.mktemp("merges")
