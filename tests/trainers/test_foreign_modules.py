@@ -42,7 +42,6 @@ from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli.main import main
 from merge_callback.publish.export import Naming
 
-
 SLOW = ["llama, compiled inside"]  # "compiled inside" is another
 
 
