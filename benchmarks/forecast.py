@@ -1,6 +1,6 @@
 """How well a merge at a constant learning rate tells what annealing would give, over forks that anneal.
 
-    python benchmarks/forecast.py --cache FOLDER      # 20 minutes on one idle core, in all; resumable
+    python benchmarks/forecast.py --cache FOLDER      # 20 minutes on one idle core; resumable
 
 The demo's models, dense and mixtures of experts, train at a constant learning rate. At several steps the
 weights are validated, merged in several ways from the snapshots so far, and a fork anneals from there: that

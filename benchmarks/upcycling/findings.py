@@ -10,7 +10,7 @@ from benchmarks.upcycling.model import mean
 from benchmarks.upcycling.report import Numbers
 
 LEAST = 0.5
-"""Points that a difference has to have, on average and with one sign in all seeds, to count."""
+"""Points that a difference must reach on average, with the same sign for every seed, to count."""
 
 RULES = {"v0": "v0", "v1": "v1", "adaptive": "adaptive decay"}
 NAMES = {
@@ -47,7 +47,7 @@ def verdict(claims: Sequence[bool]) -> str:
 
 
 def holds(differences: Numbers, least: float = LEAST) -> bool:
-    """Whether a difference is large enough and of one sign in all seeds."""
+    """Whether a difference is large enough, and has the same sign for every seed."""
     return mean(differences) >= least and min(differences) > 0
 
 

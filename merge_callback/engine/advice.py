@@ -29,7 +29,7 @@ _FEW = 5
 """So many snapshots are few."""
 
 _SPACING = {7e9: 4e9, 13e9: 8e9, 100e9: 80e9}
-"""Tokens between the snapshots by a mixture of experts' parameters, in all ([PMA] §4.3)."""
+"""Tokens between the snapshots by a mixture of experts' total number of parameters ([PMA] §4.3)."""
 
 _LARGE_BUDGET = 1e12
 """Tokens of a run from which on the figures of the largest public runs may be compared."""

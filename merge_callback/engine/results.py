@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,9 +51,9 @@ class RunResults:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.options.shown()})"
 
+    @abstractmethod
     def _run(self) -> tuple[MergeSession | None, Mapping[str, Any]]:
         """The session while the run goes on, else ``None``; and its last ``state_dict``, or an empty one."""
-        raise NotImplementedError
 
     @property
     def window(self) -> list[SnapshotInfo]:
