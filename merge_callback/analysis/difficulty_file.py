@@ -158,7 +158,7 @@ def _checked(tensors: Mapping[str, Tensor]) -> Examples:
         ValueError: if they don't fit each other.
     """
     if strange := tensors.keys() - {*_KNOWN}:
-        raise ValueError(f"{min(strange)!r} is none of {', '.join(_KNOWN)}")
+        raise ValueError(f"{min(strange)!r} is not one of {', '.join(_KNOWN)}")
     labels, seeds = tensors.get("labels"), tensors.get("seeds")
     logits = {name: tensors[name] for name in _LOGITS if name in tensors}
     if "scores" not in tensors and (seeds is None or labels is None):

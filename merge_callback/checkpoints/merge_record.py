@@ -35,7 +35,7 @@ class MergeRecord:
         """The record that a file holds; ``path`` names it.
 
         Raises:
-            CorruptFileError: if it is none.
+            CorruptFileError: if the content is no sound record.
         """
         files = content.get("files", {})
         if not content or not isinstance(files, dict):
@@ -112,7 +112,7 @@ def read_record(folder: Path) -> MergeRecord:
     """The record of the merge in a folder.
 
     Raises:
-        CorruptFileError: if it is none, or leads out of the folder.
+        CorruptFileError: if the file is no sound record, or leads out of the folder.
         FileNotFoundError: if there is none.
     """
     path = contained(folder, PROVENANCE)

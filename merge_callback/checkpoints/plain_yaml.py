@@ -11,7 +11,7 @@ def read_value(text: str) -> Any:
     """One value, as YAML has it.
 
     Raises:
-        ValueError: if it is none, or more than plain values; in one line.
+        ValueError: if it is not YAML, or holds more than plain values; in one line.
     """
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:

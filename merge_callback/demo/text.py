@@ -60,7 +60,7 @@ def package_folder(name: str) -> Path:
     """Finds the folder of an installed package, without importing it.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If no package has that name.
     """
     spec = find_spec(name)
     folders = spec.submodule_search_locations if spec else None

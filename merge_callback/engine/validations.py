@@ -46,7 +46,7 @@ class Scored:
         shown: the same by the names that loggers have.
         lower: whether lower is better, by the live name; ``None`` if that is not known.
         step: of the merge's newest snapshot.
-        newest: that snapshot; ``None`` if the merge is none of the window's.
+        newest: that snapshot; ``None`` if the merge is not one of the window's.
         numbers: what else is logged.
         seconds: that the validation took; ``None`` if that is not known.
     """

@@ -143,7 +143,7 @@ class LinearMethod(MergeMethod):
         return normalised(self.raw_weights(positions))
 
     def task_vector_weights(self, positions: Sequence[float]) -> list[float]:
-        """What multiplies each task vector, if θ_init is none of the snapshots; they need not sum to 1."""
+        """What multiplies each task vector, if θ_init is not one of the snapshots; they need not sum to 1."""
         return self.normalised_weights(positions)
 
     def merge(self, inputs: Inputs, out: Tensor, trajectory: Trajectory, survey: Any = None) -> None:

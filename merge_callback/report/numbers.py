@@ -16,7 +16,7 @@ MINUS, MISSING = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def number(value: object) -> float | None:
-    """A value of an event as a finite number that can be drawn; ``None`` if it is none."""
+    """A value of an event as a finite number that can be drawn; ``None`` if it can't be."""
     try:
         found = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):

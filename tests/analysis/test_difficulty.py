@@ -141,7 +141,7 @@ def test_what_does_not_belong_together_is_not_written(ids, changes, message, tmp
     [
         ({}, "holds no scores, nor seeds and labels"),
         ({"seeds": torch.zeros(2, 12, 3)}, "holds no scores, nor seeds and labels"),
-        ({"scores": torch.zeros(12), "merge": torch.zeros(12, 3)}, "'merge' is none of scores"),
+        ({"scores": torch.zeros(12), "merge": torch.zeros(12, 3)}, "'merge' is not one of scores"),
         ({"scores": torch.zeros(12), "expert": torch.zeros(12, 3)}, "holds expert, but no labels"),
         ({"scores": torch.zeros(9)}, "10 bins need at least as many scores"),
         ({"scores": torch.zeros(12, 1)}, r"scores: is \[12, 1\], expected \[12\]"),
