@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
+from merge_callback.engine.candidates import Comparison, Evaluate, Lower, Scores
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
@@ -323,15 +324,32 @@ class MergeSession:
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
         newest, lower = (scored.newest, scored.lower) if scored else (None, {})
         merge_step = newest.step if newest else None
-        self.pipeline.keep_validation(at, live, logged, merge_step, lower)
+        self.pipeline.keep_validation(scored, at, live, logged, merge_step, lower)
+        others = scored.compared.entries if scored and scored.compared else ()
         self.host.record(
             "validation",
             self.host.step,
-            scores={"live": live, **({"merged": scored.metrics} if scored else {})},
+            scores={
+                "live": live,
+                **({"merged": scored.metrics} if scored else {}),
+                **{entry.name: entry.metrics for entry in others},
+            },
             gains={name.removeprefix(GAIN): v for name, v in logged.items() if name.startswith(GAIN)},
             merge=merge_step,
             seconds=scored.seconds if scored else None,
+            **({"candidates": scored.compared.record()} if scored and scored.compared else {}),
         )
+
+    def compare(self, default: Merge, evaluate: Evaluate, live: Scores, lower: Lower) -> Comparison | None:
+        """Validates all candidates; ``None`` if no validation succeeded. All ranks have to call this.
+
+        Args:
+            default: the present merge by the default method.
+            evaluate: validates one.
+            live: what the live weights score, by metric.
+            lower: tells whether lower is better.
+        """
+        return self.pipeline.compare(self.live(), default, evaluate, live, lower)
 
     def current_merge(self, merger: WindowMerger | None = None) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this.
@@ -359,6 +377,7 @@ class MergeSession:
 
     def close(self) -> None:
         """Releases the folder and the learning rates, and stops waiting for the other ranks."""
+        self.pipeline.publish_held()
         self._let_go()
         self.host.record("end", self.step, finished=False)
         self._give_folder_back(_PATIENCE)

@@ -116,6 +116,13 @@ class TransformersHost(Host):
         return bool(self.trainer.args.eval_strategy != "no")
 
     @property
+    def validates_now(self) -> bool:
+        """Whether it evaluates after this step, if evaluations are counted in steps."""
+        every, step = int(self.trainer.state.eval_steps or 0), self.step
+        in_steps = self.trainer.args.eval_strategy == "steps" and every > 0
+        return in_steps and step % every == 0 and step >= self.trainer.args.eval_delay
+
+    @property
     def epoch(self) -> int:
         """Epochs that are over."""
         return self.epochs_over
