@@ -46,6 +46,10 @@ def resolve_candidates(
             raise ValueError(
                 f"candidates: {name!r} can't be a name: it takes letters, digits, '_', '-', '.', '+' and '='"
             )
+        if name in ("live", "merged"):
+            raise ValueError(
+                f"candidates: {name!r} is what the weights that train, or the best one, are called"
+            )
         if name in found or defaults.get(name, method) != method:
             raise ValueError(
                 f"candidates: two are called {name!r}; name them in a mapping, e.g. "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, SupportsFloat
+from typing import NamedTuple, Protocol, SupportsFloat
 
+from merge_callback.engine.comparison import Comparison, Entry
 from merge_callback.engine.history import History
 from merge_callback.engine.validations import gains
 from merge_callback.merging import MergeMethod
@@ -16,6 +18,8 @@ from merge_callback.metrics import GAIN
 from merge_callback.sharding import Ranks
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.merge import Merge
+
+log = logging.getLogger(__name__)
 
 Scores = Mapping[str, SupportsFloat]
 """What a validation has found, by metric."""
@@ -57,77 +61,6 @@ class Tried(NamedTuple):
         return cls(merge.method, len(merge.snapshots), _floats(scores))
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What one candidate scored, on the batches that all were compared on."""
-
-    name: str
-    method: MergeMethod
-    snapshots: int
-    metrics: dict[str, float]
-    gains: dict[str, float]
-
-    def record(self) -> dict[str, Any]:
-        """Everything as primitives; what is not finite is left out."""
-        return {
-            "name": self.name,
-            "method": self.method.name,
-            "options": self.method.options(),
-            "last": self.method.newest,
-            "order": self.method.arrangement,
-            "snapshots": self.snapshots,
-            "metrics": _finite(self.metrics),
-            "gains": _finite(self.gains),
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What the validation of several merges has found.
-
-    Args:
-        selected: the name of the one that is published.
-        step: of the newest snapshot.
-        metrics: what that one scores on all of the validation data.
-        entries: all of them, the default method's first.
-        metric: that chose; ``None`` if the direction of none is known.
-        lower: whether lower is better there.
-        spread: the standard deviation of the live metric's noise from one validation to the next; ``None`` if
-            there were fewer than five in this phase.
-        batches: on which they were compared; ``None`` for all.
-    """
-
-    selected: str
-    step: int
-    metrics: dict[str, float]
-    entries: list[Entry]
-    metric: str | None
-    lower: bool | None
-    spread: float | None
-    batches: int | None
-
-    def logged(self, named: Callable[[str, str], str]) -> tuple[dict[str, float], dict[str, float]]:
-        """The metrics and the gains of all, by the names that loggers see.
-
-        Args:
-            named: gives the name of a candidate's metric.
-        """
-        metrics = {named(e.name, name): value for e in self.entries for name, value in e.metrics.items()}
-        found = {f"{GAIN}{e.name}/{name}": gain for e in self.entries for name, gain in e.gains.items()}
-        return metrics, found
-
-    def record(self) -> dict[str, Any]:
-        """What ``merge.json`` says of it, as primitives."""
-        return {
-            "selected": self.selected,
-            "select": self.metric,
-            "lower_is_better": self.lower,
-            "spread": self.spread,
-            "batches": self.batches,
-            "scores": [entry.record() for entry in self.entries],
-        }
-
-
 class Candidates:
     """What is validated besides the merge by the default method, and which of all is the best.
 
@@ -151,14 +84,13 @@ class Candidates:
         return [name for source in self.sources for name in source.names]
 
     def merge(self, model: ModelTensors, name: str) -> Merge | None:
-        """One of them; ``None`` on all ranks if it can't be made on one, or if there is none.
-
-        Raises:
-            Exception: on all ranks, if it can't be made on one of them.
-        """
-        for source in self.sources:
-            if name in source.names:
-                return self._ranks.agreed(partial(source.candidate, model, name))
+        """One of them; ``None`` on all ranks if there is none, or if one can't make it, which is logged."""
+        try:
+            for source in self.sources:
+                if name in source.names:
+                    return self._ranks.agreed(partial(source.candidate, model, name))
+        except Exception:
+            log.exception("merge: the candidate %s could not be made; training goes on", name)
         return None
 
     def each(self, model: ModelTensors, default: Merge) -> Iterator[Merge]:
@@ -261,7 +193,3 @@ def _why_not(select: str | None, lower: Mapping[str, bool | None]) -> str:
 
 def _floats(scores: Scores) -> dict[str, float]:
     return {name: float(value) for name, value in scores.items()}
-
-
-def _finite(values: Mapping[str, float]) -> dict[str, float]:
-    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -16,7 +16,8 @@ from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
-from merge_callback.engine.candidates import Candidates, Comparison, Evaluate, Lower, Scores
+from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores
+from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
 from merge_callback.engine.validations import Scored, closing_line, gains
@@ -457,10 +458,7 @@ class SnapshotPipeline:
         merge, held.merge.published = held.merge, None
         record = self._choice["record"] if self._choice.get("step") == merge.step else {}
         if record and record["selected"] != merge.name:
-            try:
-                merge = self.candidates.merge(held.model, record["selected"]) or merge
-            except Exception:
-                log.exception("merge: the best candidate could not be merged again; training goes on")
+            merge = self.candidates.merge(held.model, record["selected"]) or merge
         done = self.background.submit(partial(self._publish, merge, held, record))
         merge.published = done.wait
 

@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat
 
+from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.forecast import forecast
 from merge_callback.engine.plan import from_here
 from merge_callback.metrics import FORECAST, FORECAST_ERROR, GAIN
 from merge_callback.publish.emission import Publisher
 from merge_callback.snapshots.snapshot import Snapshot
-
-if TYPE_CHECKING:
-    from merge_callback.engine.candidates import Comparison
 
 _REMEMBERED = 16
 

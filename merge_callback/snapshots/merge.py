@@ -172,9 +172,13 @@ class WindowMerger:
     @property
     def names(self) -> list[str]:
         """Of the candidates; the one that is the method of the present phase is none of them."""
+        return [name for name in self._candidates if name != self.default]
+
+    @property
+    def default(self) -> str:
+        """The name of the merge by the method of the present phase; empty with nothing to merge."""
         snapshots = self._segment()
-        own = self.methods[snapshots[-1].phase].label if snapshots else ""
-        return [name for name in self._candidates if name != own]
+        return self.methods[snapshots[-1].phase].label if snapshots else ""
 
     def candidate(self, model: ModelTensors, name: str) -> Merge | None:
         """The merge by one of the candidates; ``None`` if there is none, or if it could not be made.

@@ -46,14 +46,14 @@ class Evaluated:
     """The last evaluation, so that it can be run again.
 
     Args:
-        run: runs it.
+        run: runs it, on so many batches or on all.
         dataloader: what it ran over.
         prefix: of its metrics' names.
         random: the random generators when it began.
         metrics: that it found.
     """
 
-    run: Callable[[], Any]
+    run: Callable[[int | None], Any]
     dataloader: Any
     prefix: str
     random: RandomState
