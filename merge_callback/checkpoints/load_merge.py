@@ -23,8 +23,8 @@ def load_merge(
     of a wrapped Hugging Face model), those of the model under it: ``module.model.load_state_dict(…)``. With
     ``module``, they are its own in any case: ``module.load_state_dict(load_merge(path, module))``.
 
-    Of a run's folder, ``load_merge("…/merges", "best")`` loads the merge that scored best in its validation, and
-    ``load_merge("…/merges", "latest")`` the newest.
+    Of a run's folder, ``load_merge("…/merges", "best")`` loads the merge that scored best in its validation,
+    and ``load_merge("…/merges", "latest")`` the newest.
 
     Args:
         path: an emission's folder, e.g. ``…/merges/latest``; also a URL that fsspec knows
@@ -39,7 +39,8 @@ def load_merge(
 
     Raises:
         FileNotFoundError: if there is no published merge.
-        ValueError: if its record or a file of it is broken, or leads out of the folder; for another ``which``.
+        ValueError: if its record or a file of it is broken, or leads out of the folder; for another
+            ``which``.
     """
     if isinstance(module, str):
         module, which = None, module
