@@ -108,11 +108,17 @@ class StepStatistics:
         self._tokens += tokens
 
     @torch.no_grad()
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Notes the norm of the gradients that one optimizer is about to apply."""
+    def add_gradients(self, parameters: Iterable[Tensor], scale: Tensor | None = None) -> None:
+        """Notes the norm of the gradients that one optimizer is about to apply.
+
+        Args:
+            parameters: the optimizer's.
+            scale: what their gradients are multiplied by, as fp16 needs it; ``None`` if they are as is.
+        """
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
-            square = _own(torch.nn.utils.get_total_norm(gradients), 1) ** 2
+            norm = _own(torch.nn.utils.get_total_norm(gradients), 1)
+            square = (norm if scale is None else norm / _own(scale, 1)) ** 2
             self._square_norms.append(square)
             self._on_device |= isinstance(square, Tensor)
 

@@ -49,7 +49,9 @@ class StepsOnADevice(Callback):
             return
         session = self.merging.session
         with FakeTensorMode(allow_non_fake_inputs=True), NoWayToTheHost():
-            session.spikes.policy.recovery.scaler = SimpleNamespace(_scale=torch.ones((), device="cuda"))
+            session.spikes.policy.recovery.scaler = SimpleNamespace(
+                _scale=torch.ones((), device="cuda"), _per_optimizer_states={}
+            )
             weight = nn.Parameter(torch.ones(4, 4, device="cuda"))
             weight.grad = torch.ones(4, 4, device="cuda")
             optimizer = torch.optim.SGD([weight], lr=0.1)
