@@ -123,7 +123,7 @@ class CheckpointMerger(RunResults):
     def step(
         self,
         loss: Tensor | float | None = None,
-        tokens: int | None = None,
+        tokens: int | Tensor | None = None,
         *,
         batch: Any = None,
         grad_norm: Tensor | float | None = None,
