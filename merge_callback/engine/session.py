@@ -111,7 +111,7 @@ class MergeSession:
         )
         self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(host.total_batches)
-        window = new_window(options, model, self.sharding, host.device, folder, resume)
+        window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.pipeline = SnapshotPipeline(
             options, host, window, publisher_of(options, folder, self.ranks), naming
