@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pretend_gpu import GPU, OneGpu, pretend_gpu, put_on
+from pretend_gpu import GPU, OneGpu, plain, pretend_gpu, put_on
 from torch import nn
-from training_runs import Classifier, loader, seed, train
+from training_runs import Classifier, Probe, assert_mean, loader, seed, train
 
-from merge_callback import CheckpointMergeCallback
+from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.trainers.loop import compute_device
 
 CPU = torch.device("cpu")
@@ -61,3 +61,36 @@ def test_the_device_that_a_sharded_model_computes_on_is_known_whatever_is_offloa
     sharded = SimpleNamespace(device=CPU, device_mesh=SimpleNamespace(device_type="cuda"))
     assert compute_device(SimpleNamespace(parameters=lambda: iter([sharded]))) == GPU
     assert compute_device(nn.Identity()) == CPU
+
+
+# --- the room for a snapshot on the GPU ---------------------------------------------------------------------
+
+
+WEIGHTS = 848  # bytes of a classifier
+
+
+@pytest.mark.parametrize("storage", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("capacity", "room", "tried"),
+    [(4 * WEIGHTS, None, 1), (int(2.5 * WEIGHTS), None, 0), (4 * WEIGHTS, WEIGHTS - 1, 1)],
+    ids=["enough", "too little at the peak of a step", "in pieces"],
+)
+def test_a_snapshot_takes_room_that_training_needs_at_no_time(
+    tmp_path, monkeypatch, storage, capacity, room, tried
+):
+    def run(folder, room=None, capacity=1 << 30):
+        seed()
+        module, probe = put_on(Classifier()), Probe(4)
+        with pretend_gpu(monkeypatch) as gpu:
+            gpu.room, gpu.capacity, gpu.peak = room, capacity, 2 * WEIGHTS
+            merging = CheckpointMergeCallback(
+                every_n_steps=4, dirpath=folder, storage=storage, evaluate=False, method="sma"
+            )
+            train(module, merging, probe, data=loader(), strategy=OneGpu())
+        return gpu, merging, {step: {n: plain(t) for n, t in w.items()} for step, w in probe.weights.items()}
+
+    gpu, merging, weights = run(tmp_path, room, capacity)
+    assert gpu.allocated.count(WEIGHTS) == tried  # and never again
+    assert not [wait for wait in gpu.waits_of_training() if "pageable" in wait[0]]
+    assert [snapshot.step for snapshot in merging.window] == [4, 8, 12]
+    assert_mean(load_merge(tmp_path / "latest"), list(weights.values()))

@@ -55,19 +55,19 @@ class RefusedError(AssertionError):
 
 class Event:
     def __init__(self, *_, **__):
-        self.after = 0
+        self.gpu, self.after = _gpu, 0
 
     def record(self, *_):
-        self.after = _gpu.queued
+        self.gpu, self.after = _gpu, _gpu.queued
 
     def query(self):
-        done = _gpu.done >= self.after
-        _gpu.run_until(self.after)
+        done = self.gpu.done >= self.after
+        self.gpu.run_until(self.after)
         return done
 
     def synchronize(self):
         _gpu.note("event")
-        _gpu.run_until(self.after)
+        self.gpu.run_until(self.after)
 
     def wait(self, *_): ...
 
@@ -97,14 +97,15 @@ class PretendGpu(TorchFunctionMode):
     Attributes:
         waits: what made a thread wait for the device: the thread's name, what, and where in the package.
         launches: calls that a GPU would be handed, by the thread's name, in this order.
-        room: bytes that can still be allocated; ``None`` for any number.
-        attempts: allocations that there was no room for.
+        capacity: bytes of its memory; ``peak``: the most that training has taken of them.
+        room: bytes that can really be allocated at once; ``None`` for any number.
+        allocated: of what sizes memory was asked for, in bytes.
     """
 
     def __init__(self):
         super().__init__()
-        self.waits, self.launches, self.pinned = [], [], {}
-        self.room, self.attempts = None, 0
+        self.waits, self.launches = [], []
+        self.capacity, self.peak, self.room, self.allocated = 1 << 30, 0, None, []
         self.queued = self.done = 0
         self._queue, self._lock, self._refusing = [], threading.RLock(), set()
 
@@ -176,11 +177,9 @@ class PretendGpu(TorchFunctionMode):
         return out
 
     def _take_room(self, nbytes):
+        self.allocated.append(nbytes)
         if self.room is not None and nbytes > self.room:
-            self.attempts += 1
             raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
-        if self.room is not None:
-            self.room -= nbytes
 
     def _moved(self, func, args, kwargs):
         tensor, rest = args[0], [*args[1:], *kwargs.values()]
@@ -233,15 +232,16 @@ class PretendGpu(TorchFunctionMode):
         return self._pin_in_place(out)
 
     def _pin_in_place(self, tensor):
-        self.pinned[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
+        _pinned[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other takes its place
         return tensor
 
     def _is_pinned(self, tensor):
         with torch._C.DisableTorchFunctionSubclass():
-            return tensor.untyped_storage().data_ptr() in self.pinned
+            return tensor.untyped_storage().data_ptr() in _pinned
 
 
 _gpu = PretendGpu()
+_pinned = {}
 
 
 @contextmanager
@@ -256,7 +256,10 @@ def pretend_gpu(monkeypatch):
         "stream": lambda *_: nullcontext(),
         "device": lambda *_: nullcontext(),
         "synchronize": lambda *_: Stream().synchronize(),
-        "mem_get_info": lambda *_: (1 << 40, 1 << 40),
+        "mem_get_info": lambda *_: (gpu.capacity - gpu.peak, gpu.capacity),
+        "memory_reserved": lambda *_: gpu.peak,
+        "max_memory_reserved": lambda *_: gpu.peak,
+        "get_per_process_memory_fraction": lambda *_: 1.0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(dispatch, "triton_serves", lambda *_, **__: False)
