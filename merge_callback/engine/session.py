@@ -10,6 +10,7 @@ from functools import partial
 from shlex import quote
 from typing import Any, SupportsFloat
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
@@ -110,7 +111,7 @@ class MergeSession:
         )
         self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(host.total_batches)
-        window = new_window(options, model, self.sharding, host.device, folder, resume)
+        window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.pipeline = SnapshotPipeline(
             options, host, window, publisher_of(options, folder, self.ranks), naming
@@ -184,7 +185,7 @@ class MergeSession:
             folder.give_up()
             raise
 
-    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | None = None) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | Tensor | None = None) -> None:
         """Notes a batch before it is trained on; with the first one, finds out whether tokens can be counted.
 
         Args:
@@ -216,7 +217,7 @@ class MergeSession:
         return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
     def end_batch(
-        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | None = None
+        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | Tensor | None = None
     ) -> bool:
         """Counts a batch and, if an optimizer step was taken with it, the step; restores after a spike.
 
@@ -460,9 +461,10 @@ class MergeSession:
                 "optimizers of self.optimizers(); Lightning does not count steps with use_pl_optimizer=False"
             )
 
-    def _count(self, batch: Any, tokens: int | None) -> None:
+    def _count(self, batch: Any, tokens: int | Tensor | None) -> None:
         try:
-            self.statistics.add_tokens(int(self.clock.count(batch)) if tokens is None else tokens)
+            found = self.clock.count(batch) if tokens is None else tokens
+            self.statistics.add_tokens(found if isinstance(found, Tensor) else int(found))
         except ValueError as error:
             self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
             say = warn if self.ranks.is_first else log.warning

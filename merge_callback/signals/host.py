@@ -55,7 +55,7 @@ class Host(Protocol):
         module: the module whose parameters and buffers are merged, under its own names.
         root: the module as the loop calls it: wrapped for several devices (DDP, FSDP), or the module itself.
         optimizers: all optimizers of the run, always in the same order.
-        device: the device that training uses.
+        device: the device that training computes on; the parameters may lie elsewhere.
         default_folder: where merges are published if the user names no folder; a local path or a URL.
         processes: number of the run's processes on this machine.
         scaler: the scaler of fp16 losses; ``None`` if there is none.

@@ -123,7 +123,7 @@ class CheckpointMerger(RunResults):
     def step(
         self,
         loss: Tensor | float | None = None,
-        tokens: int | None = None,
+        tokens: int | Tensor | None = None,
         *,
         batch: Any = None,
         grad_norm: Tensor | float | None = None,
@@ -306,7 +306,7 @@ class LoopHost(Host):
             self.module = self.root.module
         several = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
         self.optimizers = [_unwrapped(one) for one in several]
-        self.device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        self.device = compute_device(self.root)
         self.scaler, self.log_every = scaler, log_every
         self.default_folder = "merges"
         self.processes = int(
@@ -409,6 +409,17 @@ def _is_distributed() -> bool:
 
 def _is_first() -> bool:
     return not _is_distributed() or dist.get_rank() == 0
+
+
+def compute_device(root: nn.Module) -> torch.device:
+    """The device that a model computes on. FSDP may keep the shards of its parameters in host memory."""
+    if isinstance(device := getattr(root, "compute_device", None), torch.device):  # FSDP 1
+        return device
+    first = next(root.parameters(), torch.empty(0, device="cpu"))
+    kind = getattr(getattr(first, "device_mesh", None), "device_type", first.device.type)
+    if kind == first.device.type:
+        return first.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:
