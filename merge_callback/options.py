@@ -261,6 +261,12 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
         methods = {phase: resolve_method(AUTO[phase] if m == "auto" else m) for phase, m in chosen.items()}
     except ValueError as error:
         raise ValueError(f"method={method!r}: {error}") from None
+    for chosen_method in methods.values():
+        if (last := chosen_method.newest) is not None and last > window:
+            raise ValueError(
+                f"method={chosen_method!r} merges the last {last} of a window of {window} "
+                f"snapshots: choose a smaller last=, or window={last}"
+            )
     for weighted in (m for m in methods.values() if isinstance(m, Weighted)):
         for size in range(2, window + 1):
             try:

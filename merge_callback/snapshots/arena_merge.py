@@ -69,9 +69,10 @@ def merge_tensors(
         sharding: which part of each tensor the arenas hold, if there are several ranks.
     """
     several = sharding is not None and sharding.ranks.size > 1
-    sources, targets = [flat_tensors(chain) for chain in chains], out.tensors()
-    model = []
+    targets, model = out.tensors(), []
     _copy_named(chains[-1], out, copied)
+    chains, trajectory = method.arranged(chains, trajectory)
+    sources = [flat_tensors(chain) for chain in chains]
     for group in out.layout.groups:
         for name in group.names:
             if name not in copied and group.dtype.is_floating_point:

@@ -147,7 +147,7 @@ class WindowMerger:
         def prepare() -> tuple[Mapping[str, Tensor], list[float], set[str]]:
             own = self.sharding.own(model.tensors)
             snapshots[-1].arena.check(own)
-            weights = method.normalised_weights(positions(snapshots))
+            weights = method.weights_along(_trajectory(snapshots))
             return own, weights, self._copied(model, snapshots)
 
         own, weights, copied = self.ranks.agreed(prepare)
@@ -182,14 +182,15 @@ class WindowMerger:
         snapshots = self.window.segment()[-self._last if self._last else None :]
         if len(snapshots) < 2:
             return None
-        copied = self._copied(model, snapshots)  # first: all ranks have a say in it
         method = self.methods[snapshots[-1].phase]
+        snapshots = [*method.select(snapshots)]
+        copied = self._copied(model, snapshots)  # first: all ranks have a say in it
         if self._made is not None:
             self._made.wait()
         self._out = self._room(snapshots[-1].arena, copied)
         trajectory, weights = _trajectory(snapshots), None
         if isinstance(method, LinearMethod):
-            weights = method.normalised_weights(trajectory.positions)
+            weights = method.weights_along(trajectory)
             squares = merge_arenas(
                 self._factors(snapshots, weights),
                 self._arenas(),
