@@ -121,6 +121,7 @@ class SnapshotPipeline:
         self._emitted = -1  # step of the last merge that is published
         self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
+        self._is_stable = False  # whether that is of the stable phase
         self.published = 0  # number of merges
         trained = window.store.whole.only(window.store.whole.names - window.store.expected)
         numel = sum(group.numel for group in trained.groups)
@@ -325,6 +326,7 @@ class SnapshotPipeline:
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
             "handed_in": self._handed_in,
+            "is_stable": self._is_stable,
             "choice": self._choice,
             "validated": self._validated,
             "published": list(self.publisher.published),
@@ -350,6 +352,8 @@ class SnapshotPipeline:
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
+        if state.get("is_stable") and self._emitted == state["handed_in"]:  # published after the checkpoint
+            self._last_stable = self._emitted
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
         """Publishes what the resumed run was to publish but did not, or holds it back again."""
@@ -444,7 +448,7 @@ class SnapshotPipeline:
         """Publishes the merge of the present window, if it is new, or holds it back for its validation."""
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
-            self._handed_in = merge.step
+            self._handed_in, self._is_stable = merge.step, merge.snapshots[-1].phase == "stable"
             self._held = _Held(merge, model, self._merger.diversity)
             merge.published = self._release_and_wait  # whoever needs its memory
             if not hold:
