@@ -22,6 +22,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
+from merge_callback.merging.running import RunningAverage, resolve_running
 from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
@@ -57,6 +58,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate": True,
         "evaluate_with": (),
         "diversity_lag": 2,
+        "running": (),
         "probe": None,
         "exclude": (),
         "lora": "delta",
@@ -115,6 +117,7 @@ class Options:
     evaluate: bool
     evaluate_with: tuple[str, ...]
     diversity_lag: int
+    running: Mapping[str, RunningAverage]
     probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
@@ -165,6 +168,7 @@ class Options:
             evaluate=true_or_false("evaluate", given["evaluate"]),
             evaluate_with=resolve_classes(given["evaluate_with"]),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            running=resolve_running(given["running"]),
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),

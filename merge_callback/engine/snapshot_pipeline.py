@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
+from merge_callback.snapshots.running import RunningAverages, Stored
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 
@@ -73,10 +74,17 @@ class SnapshotPipeline:
         window: the run's window.
         publisher: publishes the emissions.
         naming: the published names of the tensors.
+        running: the running averages, if there are any.
     """
 
     def __init__(
-        self, options: Options, host: Host, window: Window, publisher: Publisher, naming: Naming
+        self,
+        options: Options,
+        host: Host,
+        window: Window,
+        publisher: Publisher,
+        naming: Naming,
+        running: RunningAverages | None = None,
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(host.device)
@@ -87,6 +95,7 @@ class SnapshotPipeline:
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.running = running
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self.history = History()
         self._taken = 0
@@ -145,8 +154,10 @@ class SnapshotPipeline:
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
+        averages = self.running.copies() if self.running else []
         report.stall = stall + time.monotonic()
-        self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
+        job = partial(self._keep, model, captured, averages, report, may_publish)
+        self._pending = self.background.submit(job)
 
     def wait_until_merged(self) -> None:
         """Waits until the last snapshot is in the window, measured and merged; all ranks do so together."""
@@ -257,7 +268,10 @@ class SnapshotPipeline:
             self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
             log.exception("merge: a snapshot could not be logged")
+        running = {"running": self.running.state_dict(to_keep)} if self.running else {}
+        further = self.running.files.needed() if self.running else ()
         return {
+            **running,
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
             "handed_in": self._handed_in,
@@ -265,7 +279,7 @@ class SnapshotPipeline:
             "emissions": self.published,
             "last_stable": self._last_stable,
             "advice": self.advice.state_dict(),
-            "window": self._window.state_dict(to_keep),
+            "window": self._window.state_dict(to_keep, further),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
             "history": self.history.state_dict(),
@@ -309,12 +323,21 @@ class SnapshotPipeline:
 
     # In the background, one job after the other.
 
-    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+    def _keep(
+        self,
+        model: ModelTensors,
+        captured: Captured,
+        averages: Sequence[Stored],
+        report: _Report,
+        may_publish: bool,
+    ) -> None:
         """Adds a captured snapshot to the window, then measures, merges and publishes.
 
         A failure is logged; the run goes on.
         """
         try:
+            if self.running:
+                self.running.store(averages)
             self._take_in(model, captured, report, may_publish)
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)

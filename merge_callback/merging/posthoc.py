@@ -1,4 +1,4 @@
-"""The power-function average of any width, from stored ones of other widths (EDM2, arXiv 2312.02696, eq. 14 to 17)."""
+"""The power-function average of any width, from stored ones of other widths (EDM2, arXiv 2312.02696)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from merge_callback.merging.method import LinearMethod
 from merge_callback.merging.running import gamma_of
 
 MOST_RESIDUAL = 0.05
-"""The largest residual of a reconstruction that is given out; docs/running-averages.md says how it was chosen."""
+"""The largest residual of a sum that is made; docs/running-averages.md says how it was chosen."""
 
 _SINGULAR = 1e-12  # of the stored profiles' largest common direction: what is less is rounding
 
@@ -80,14 +80,15 @@ def inner_product(one: Profile, other: Profile) -> float:
     """⟨p_a, p_b⟩ = (γ_a+1)(γ_b+1) / (γ_a+γ_b+1) · (t_a/t_b)^γ_b / t_b for t_a ≤ t_b (EDM2, eq. 17)."""
     early, late = sorted((one, other), key=lambda profile: profile.step)
     a, b = early.gamma, late.gamma
-    return (a + 1) * (b + 1) / (a + b + 1) * (early.step / late.step) ** b / late.step
+    share: float = (early.step / late.step) ** b
+    return (a + 1) * (b + 1) / (a + b + 1) * share / late.step
 
 
 def solve(stored: Sequence[Profile], wanted: Profile) -> Solution:
     """The weights with which stored averages come closest to another one (EDM2, eq. 14 to 16).
 
-    With A_ij = ⟨p_i, p_j⟩ and b_i = ⟨p_i, p_r⟩ it is x = A⁻¹ b in fp64, divided by its sum. Profiles that almost
-    repeat others get small weights instead of large ones that cancel.
+    With A_ij = ⟨p_i, p_j⟩ and b_i = ⟨p_i, p_r⟩ it is x = A⁻¹ b in fp64, divided by its sum. Profiles that
+    almost repeat others get small weights instead of large ones that cancel.
 
     Args:
         stored: at least one.

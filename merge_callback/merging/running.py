@@ -78,9 +78,9 @@ class RunningAverage(ABC):
 class PowerEma(RunningAverage):
     """An average whose memory grows with the run: step τ weighs in proportion to τ^γ (EDM2, eq. 1 to 5).
 
-    β = (1 − Δt/t)^(γ+1). Whatever the run's length, the weights of the last few percent of it count: a width of
-    .05 means that their standard deviation is 5 % of the run so far. From two of these, of the default widths
-    .05 and .10, the average of any width between is found afterwards (``posthoc_ema``).
+    β = (1 − Δt/t)^(γ+1). However long the run is, its last percents count: a width of .05 means that the
+    standard deviation of the profile is 5 % of the run so far. From two of these, of widths .05 and .10, the
+    average of any width between .05 and .15 is found afterwards (``posthoc_ema``).
 
     Args:
         sigma: the relative width, in (0, .28); .05 ↔ γ = 16.97, .10 ↔ γ = 6.94.
@@ -138,8 +138,8 @@ class RunningEma(RunningAverage):
         super().__post_init__()
         if (self.half_life is None) == (self.decay is None):
             raise ValueError(
-                f"running ema: half_life={self.half_life} and decay={self.decay} were given; give one of them, "
-                "e.g. RunningEma(half_life=0.05) or RunningEma(decay=0.999)"
+                f"running ema: half_life={self.half_life} and decay={self.decay} were given; give one "
+                "of them, e.g. RunningEma(half_life=0.05) or RunningEma(decay=0.999)"
             )
         if self.half_life is not None and not 0 < self.half_life < math.inf:
             raise ValueError(f"running ema: half_life={self.half_life} must be positive, e.g. 0.05")
