@@ -19,6 +19,9 @@ from merge_callback.snapshots.shard_files import Source, gather, read_pieces, sh
 from merge_callback.snapshots.staging import ToHost
 from merge_callback.snapshots.window_folder import WindowFolder
 
+FOLDER_NAME = re.compile(r"running-[\w.-]+-step=\d+-[0-9a-f]{12}")
+"""The folder of one stored average."""
+
 _RANK = re.compile(r"rank-(\d{5})-of-(\d{5})-([0-9a-f]{12})\.safetensors")
 
 
