@@ -74,7 +74,7 @@ def _averaged(path: Path, spool: Path) -> tuple[dict[str, Tensor], list[Source]]
         return map_safetensors(source.path)[0], sources
     wanted = {name: Piece.all_of(piece.whole) for s in sources for name, piece in s.pieces.items()}
     held = dict.fromkeys(wanted, 0)
-    dtypes = {}
+    dtypes: dict[str, torch.dtype] = {}
     for source in sources:
         dtypes |= {place.name: place.dtype for place in read_header(source.path).places}
         for name, piece in source.pieces.items():

@@ -184,7 +184,8 @@ def _merge(parsed: argparse.Namespace) -> int:
         explicit["refuse"]("name the checkpoints to merge, and the folder to make with --output")
     if given["method"] in _POSTHOC:
         found = _reconstruction(given)
-        method, selection = found.method, Selection(found.files, [recorded_step(p) for p in found.files], [])
+        method: MergeMethod = found.method
+        selection = Selection(found.files, [recorded_step(path) for path in found.files], [])
     else:
         method = _method(given)
         selection = _chosen(given, method)

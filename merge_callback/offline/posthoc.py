@@ -97,9 +97,9 @@ def reconstruction(run: Path, sigma: float, step: int | None = None) -> Reconstr
     if solution.residual > MOST_RESIDUAL:
         widths = ", ".join(f"{width:g}" for width in sorted({profile.sigma for profile in usable.values()}))
         raise ValueError(
-            f"sigma={sigma:g} at step {until}: the sum of what is stored (widths {widths}, {len(usable)} copies) "
-            f"would miss that profile by {solution.residual:.3f} of its size, more than {MOST_RESIDUAL:g}: choose "
-            "a width nearer to those, or have the run track two widths and take snapshots more often"
+            f"sigma={sigma:g} at step {until}: what is stored (widths {widths}, {len(usable)} copies) would miss "
+            f"that profile by {solution.residual:.3f} of its size, more than {MOST_RESIDUAL:g}: choose a width "
+            "nearer to those, or have a run track two widths and take snapshots more often"
         )
     total = sum(map(abs, solution.weights))
     chosen = {f: w for f, w in zip(usable, solution.weights, strict=True) if abs(w) > _NEGLIGIBLE * total}
@@ -123,8 +123,8 @@ def _stored(run: Path) -> dict[Path, Profile]:
             found[window / file] = Profile(step, sigma)
     if not found:
         raise FileNotFoundError(
-            f"{run}: no stored averages of power functions: give the folder of a run's merges that was trained "
-            "with running=[PowerEma(0.05), PowerEma(0.1)]"
+            f"{run}: no stored averages of power functions: give the folder of the merges of a run that was "
+            "trained with running=[PowerEma(0.05), PowerEma(0.1)]"
         )
     return found
 

@@ -318,7 +318,7 @@ class RunningAverages:
         return {"average": running.average.record(), "at": at, "file": file}
 
     def _load(self, name: str, running: Running, stored: Sequence[tuple[int, str]]) -> str:
-        """Loads the newest of some stored copies that all ranks can read; returns what is wrong if none is."""
+        """Loads the newest of some stored copies that all ranks can read; says what is wrong if none is."""
         problem, running.at, running.is_torn = "none was stored", None, False
         everywhere = set[tuple[int, str]].intersection(*map(set, self.ranks.exchange([*stored])))
         for step, file in sorted(everywhere, reverse=True):
