@@ -11,7 +11,7 @@ from torch import Tensor
 from merge_callback.merging.method import LinearMethod
 from merge_callback.merging.running import gamma_of
 
-MOST_RESIDUAL = 0.05
+MOST_RESIDUAL = 0.01
 """The largest residual of a sum that is made; docs/running-averages.md says how it was chosen."""
 
 _SINGULAR = 1e-12  # of the stored profiles' largest common direction: what is less is rounding

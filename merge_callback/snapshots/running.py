@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 _BLOCK = 1 << 22
 """Elements of a narrower dtype that are widened at once."""
 
-_RATIO = 1.08
+_RATIO = 1.07
 _REACH = 8
 MOST_OLDER = math.ceil(math.log(_REACH) / math.log(_RATIO))
 """How many stored copies of a power-function average are kept at most, besides the newest."""
