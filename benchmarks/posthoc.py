@@ -76,7 +76,7 @@ def trained(folder: Path, steps: int, every: int) -> tuple[Weights, dict[float, 
 
 def at_end(folder: Path, sigma: float, step: int) -> Weights:
     """A tracked average as it was stored after a step."""
-    return read([record for record in records(folder, sigma) if record["step"] == step][0]["path"])
+    return read(next(record for record in records(folder, sigma) if record["step"] == step)["path"])
 
 
 def records(folder: Path, *sigmas: float) -> list[dict[str, Any]]:

@@ -97,9 +97,9 @@ def reconstruction(run: Path, sigma: float, step: int | None = None) -> Reconstr
     if solution.residual > MOST_RESIDUAL:
         widths = ", ".join(f"{width:g}" for width in sorted({profile.sigma for profile in usable.values()}))
         raise ValueError(
-            f"sigma={sigma:g} at step {until}: what is stored (widths {widths}, {len(usable)} copies) would miss "
-            f"that profile by {solution.residual:.3f} of its size, more than {MOST_RESIDUAL:g}: choose a width "
-            "nearer to those, or have a run track two widths and take snapshots more often"
+            f"sigma={sigma:g} at step {until}: what is stored (widths {widths}, {len(usable)} copies) would "
+            f"miss that profile by {solution.residual:.3f} of its size, more than {MOST_RESIDUAL:g}: choose a "
+            "width nearer to those, or have a run track two widths and take snapshots more often"
         )
     total = sum(map(abs, solution.weights))
     chosen = {f: w for f, w in zip(usable, solution.weights, strict=True) if abs(w) > _NEGLIGIBLE * total}
