@@ -16,7 +16,7 @@ from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
-from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores
+from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores, Source
 from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
@@ -123,7 +123,8 @@ class SnapshotPipeline:
         self.running = running
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self.history = History(options.select)
-        self.candidates = Candidates([self._merger], options.evaluate_batches, window.ranks, self.history)
+        sources: list[Source] = [self._merger, *([running] if running else [])]
+        self.candidates = Candidates(sources, options.evaluate_batches, window.ranks, self.history)
         self._held: _Held | None = None  # the merge that waits for its validation
         self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
         self._validated = False  # whether there was a validation since the last snapshot
@@ -187,7 +188,7 @@ class SnapshotPipeline:
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
-        report.averages = self.running.copies() if self.running else []
+        report.averages = self.running.copies(snapshot.step) if self.running else []
         report.stall = stall + time.monotonic()
         emit = may_publish and self.options.emit_every > 0
         self._pending = self.background.submit(partial(self._keep, model, captured, report, emit, hold))

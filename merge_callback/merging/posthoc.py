@@ -59,9 +59,6 @@ class PosthocEma(LinearMethod):
         residual: of this solution.
     """
 
-    name = "posthoc-ema"
-    reference = "arXiv 2312.02696, eq. 14 to 17"
-
     sigma: float = 0.1
     step: int = 0
     weights: Sequence[float] = field(default=(), repr=False)
@@ -74,6 +71,9 @@ class PosthocEma(LinearMethod):
     def normalised_weights(self, positions: Sequence[float]) -> list[float]:
         """Those given, which sum to 1; that some are negative is as it should be."""
         return self.raw_weights(positions)
+
+
+PosthocEma.name, PosthocEma.reference = "posthoc-ema", "arXiv 2312.02696, eq. 14 to 17"
 
 
 def inner_product(one: Profile, other: Profile) -> float:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from merge_callback.checks import positive
 from merge_callback.merging.linear import DECAY_CURVES
+from merge_callback.merging.method import Order
 
 RUNNING: dict[str, type[RunningAverage]] = {}
 """The kinds of running averages that can be given by name."""
@@ -33,14 +34,14 @@ class RunningAverage(ABC):
         ValueError: for an ``every_n_steps`` that is not a positive number.
     """
 
-    kind: ClassVar[str] = ""
+    name: ClassVar[str] = ""
     reference: ClassVar[str] = ""
 
     every_n_steps: int = field(default=1, kw_only=True)
     offload: bool = field(default=False, kw_only=True)
 
     def __init_subclass__(cls) -> None:
-        RUNNING[cls.kind] = cls
+        RUNNING[cls.name] = cls
 
     def __post_init__(self) -> None:
         positive("every_n_steps", self.every_n_steps)
@@ -68,10 +69,27 @@ class RunningAverage(ABC):
         """Whether an update is due after step ``now``, if the last one was after ``last``."""
         return now > self.begins and (last is None or now // self.every_n_steps > last // self.every_n_steps)
 
+    @property
+    def newest(self) -> int | None:
+        """``None``, as all steps are in it, and not so many snapshots; see ``MergeMethod``."""
+        return None
+
+    @property
+    def arrangement(self) -> Order:
+        """``"forward"``: see ``MergeMethod``."""
+        return "forward"
+
+    def options(self) -> dict[str, Any]:
+        """The options as primitives."""
+        return {
+            n: v if isinstance(v, (int, float, str)) else repr(v)
+            for n, v in vars(self).items()
+            if v is not None
+        }
+
     def record(self) -> dict[str, Any]:
         """What it is, as primitives."""
-        options = {n: v if isinstance(v, (int, float, str)) else repr(v) for n, v in asdict(self).items()}
-        return {"kind": self.kind, **options}
+        return {"kind": self.name, **self.options()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ class PowerEma(RunningAverage):
         ValueError: for another width.
     """
 
-    kind = "power_ema"
+    name = "power_ema"
     reference = "arXiv 2312.02696, eq. 1 to 5"
 
     sigma: float = 0.05
@@ -101,7 +119,7 @@ class PowerEma(RunningAverage):
     @property
     def label(self) -> str:
         """E.g. ``power_ema-0.05``."""
-        return f"{self.kind}-{self.sigma:g}"
+        return f"{self.name}-{self.sigma:g}"
 
     @property
     def gamma(self) -> float:
@@ -128,7 +146,7 @@ class RunningEma(RunningAverage):
         ValueError: if not one of them is given, or its value makes no sense.
     """
 
-    kind = "ema"
+    name = "ema"
     reference = "arXiv 2312.02696, section 3"
 
     half_life: float | None = None
@@ -150,8 +168,8 @@ class RunningEma(RunningAverage):
     def label(self) -> str:
         """E.g. ``ema-half-life-0.05``."""
         if self.half_life is not None:
-            return f"{self.kind}-half-life-{self.half_life:g}"
-        return f"{self.kind}-decay-{self.decay:.10g}"
+            return f"{self.name}-half-life-{self.half_life:g}"
+        return f"{self.name}-decay-{self.decay:.10g}"
 
     def beta(self, previous: int, now: int) -> float:
         """d^Δt; 0 at first."""
@@ -174,7 +192,7 @@ class SmaSince(RunningAverage):
         ValueError: for a negative step.
     """
 
-    kind = "sma_since"
+    name = "sma_since"
     reference = "arXiv 1803.05407 (SWA)"
 
     step: int = 0
@@ -187,7 +205,7 @@ class SmaSince(RunningAverage):
     @property
     def label(self) -> str:
         """E.g. ``sma_since-1000``."""
-        return f"{self.kind}-{self.step}"
+        return f"{self.name}-{self.step}"
 
     @property
     def begins(self) -> int:
@@ -215,7 +233,7 @@ class RunningWsm(RunningAverage):
         ValueError: for a horizon that is not after the start, or an unknown curve.
     """
 
-    kind = "wsm"
+    name = "wsm"
     reference = "arXiv 2507.17634"
 
     horizon: int
@@ -234,7 +252,7 @@ class RunningWsm(RunningAverage):
     @property
     def label(self) -> str:
         """E.g. ``wsm-1000-5000``."""
-        return f"{self.kind}-{self.start}-{self.horizon}"
+        return f"{self.name}-{self.start}-{self.horizon}"
 
     @property
     def begins(self) -> int:

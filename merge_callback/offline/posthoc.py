@@ -89,17 +89,15 @@ def reconstruction(run: Path, sigma: float, step: int | None = None) -> Reconstr
     last = max(profile.step for profile in stored.values())
     until = last if step is None else step
     if not 0 < until <= last:
-        raise ValueError(
-            f"step {until}: the averages were stored up to step {last}; choose a step up to that"
-        )
+        raise ValueError(f"step {until}: averages were stored up to step {last}; choose a step up to that")
     usable = {file: profile for file, profile in stored.items() if profile.step <= until} or stored
     solution = solve([*usable.values()], Profile(until, sigma))
     if solution.residual > MOST_RESIDUAL:
         widths = ", ".join(f"{width:g}" for width in sorted({profile.sigma for profile in usable.values()}))
         raise ValueError(
             f"sigma={sigma:g} at step {until}: what is stored (widths {widths}, {len(usable)} copies) would "
-            f"miss that profile by {solution.residual:.3f} of its size, more than {MOST_RESIDUAL:g}: choose a "
-            "width nearer to those, or have a run track two widths and take snapshots more often"
+            f"miss that profile by {solution.residual:.3f} of its size, more than {MOST_RESIDUAL:g}: choose "
+            "a width nearer to those, or have a run track two widths and take snapshots more often"
         )
     total = sum(map(abs, solution.weights))
     chosen = {f: w for f, w in zip(usable, solution.weights, strict=True) if abs(w) > _NEGLIGIBLE * total}
@@ -114,7 +112,7 @@ def _stored(run: Path) -> dict[Path, Profile]:
     found: dict[Path, Profile] = {}
     for record in sorted(read_manifest(window).running, key=_step):
         profile = record.get("average")
-        if not isinstance(profile, Mapping) or profile.get("kind") != PowerEma.kind:
+        if not isinstance(profile, Mapping) or profile.get("kind") != PowerEma.name:
             continue
         file, step, sigma = record.get("file"), _step(record), profile.get("sigma")
         if not isinstance(file, str) or not FOLDER_NAME.fullmatch(file) or not isinstance(sigma, float):

@@ -15,8 +15,11 @@ from torch import Tensor
 from merge_callback.merging.running import PowerEma, RunningAverage
 from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
+from merge_callback.snapshots.capture import ModelTensors
+from merge_callback.snapshots.deltas import flat_tensors
 from merge_callback.snapshots.files import CorruptFileError
 from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.merge import Merge
 from merge_callback.snapshots.running_files import RunningFiles
 from merge_callback.snapshots.staging import ToHost
 from merge_callback.snapshots.window import Window
@@ -84,7 +87,11 @@ class RunningAverages:
         self.files = RunningFiles(window.folder, averages, self.sharding, window.store.session, ToHost())
         self._device, self._size = device, window.size
         self._rows = _Rows(self.sharding)
-        self._free: list[Arena] = []
+        self._places: dict[str, Arena] = {}  # of the copies, by name
+        self._copies: dict[str, Stored] = {}
+        self._copied_at: int | None = None
+        self._out: Arena | None = None
+        self._made: Merge | None = None
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -133,18 +140,22 @@ class RunningAverages:
             torch.cuda.current_stream(self._device).wait_event(self._done)
             self._done = None
 
-    def copies(self) -> list[Stored]:
-        """Copies of all averages as they are now, to be stored, without those that are stored already."""
+    def copies(self, step: int) -> list[Stored]:
+        """Copies of all averages as they are now, to be stored; they stay until the next ones are made.
+
+        Args:
+            step: of the snapshot that is being taken.
+        """
         self._settle()
-        return [
-            Stored(name, running.at, self._copy(running.arena))
-            for name, running in self.by_name.items()
-            if running.arena is not None and running.at is not None and not running.is_torn
-            if not self.files.file(name, running.at)
-        ]
+        self._copied_at = step
+        for name, running in self.by_name.items():
+            self._copies.pop(name, None)
+            if running.arena is not None and running.at is not None and not running.is_torn:
+                self._copies[name] = Stored(name, running.at, self._copy(name, running.arena))
+        return [*self._copies.values()]
 
     def store(self, copies: Sequence[Stored]) -> None:
-        """Writes copies that were taken with a snapshot, and lets go of those that nothing needs any more.
+        """Writes copies that were made with a snapshot, and lets go of those that nothing needs any more.
 
         A failure is logged: what is stored stays.
         """
@@ -153,16 +164,48 @@ class RunningAverages:
             try:
                 if copy.arena.non_finite():
                     problem = "it is not finite"
-                else:
+                elif not self.files.file(copy.name, copy.step):
                     self.files.write(copy.name, copy.step, copy.arena)
             except (OSError, RuntimeError, MemoryError) as error:
                 problem = error
             if problem:
                 log.warning("merge: running average %s of step %s: %s", copy.name, copy.step, problem)
-            self._free.append(copy.arena)
         for name, running in self.by_name.items():
             has_older = isinstance(running.average, PowerEma)
             self.files.thin(name, self._size, _RATIO if has_older else None, _REACH)
+
+    @property
+    def names(self) -> list[str]:
+        """Of those that there are as of the window's newest snapshot, to be validated and published."""
+        snapshots = self.window.snapshots
+        if not snapshots or snapshots[-1].step != self._copied_at:
+            return []
+        return [name for name, r in self.by_name.items() if r.average.begins < snapshots[-1].step]
+
+    @torch.no_grad()
+    def candidate(self, model: ModelTensors, name: str) -> Merge:
+        """An average as of the newest snapshot, in the model's dtypes; see ``engine.candidates.Source``.
+
+        What is not averaged is the snapshot's.
+
+        Raises:
+            ValueError: if this rank has none, or it is not finite.
+        """
+        if (copy := self._copies.get(name)) is None or copy.arena.non_finite():
+            raise ValueError(f"the running average {name} is not finite, or its updates have ended")
+        snapshots = self.window.snapshots
+        if self._made is not None:
+            self._made.wait()
+        out = self._room(snapshots[-1].arena)
+        rest = [tensor for tensor in out.layout.shapes if tensor not in self.layout.names]
+        for tensor, values in flat_tensors([s.arena for s in snapshots], rest).items():
+            out.flat(tensor).copy_(values[:])
+        for tensor, averaged in copy.arena.own_tensors().items():
+            out.tensor(tensor).copy_(averaged)
+        copied = sorted(self.window.store.layout.names - self.layout.names)
+        average = self.by_name[name].average
+        self._made = Merge(out, average, [snapshots[-1]], None, copied, name=name)
+        return self._made
 
     def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
         """Everything as primitives; the values are written to files, which it names.
@@ -232,25 +275,6 @@ class RunningAverages:
                 running.at = now
                 log.warning("merge: running average %s begins again with the restored weights", name)
 
-    @torch.no_grad()
-    def fill(self, name: str, out: Arena) -> bool:
-        """Writes an average over the tensors of an arena that it has, casting to its dtypes; all others stay.
-
-        Args:
-            name: of the average.
-            out: in a layout of all this rank's tensors.
-
-        Returns:
-            Whether there is one by now.
-        """
-        self.wait()
-        running = self.by_name[name]
-        if running.arena is None or running.is_torn:
-            return False
-        for tensor, values in running.arena.own_tensors().items():
-            out.tensor(tensor).copy_(values)
-        return True
-
     def _beta(self, running: Running, step: int) -> float:
         average = running.average
         if running.at is None or running.is_torn:
@@ -282,18 +306,23 @@ class RunningAverages:
             pinned = torch.empty(self.nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         return Arena(self.layout, pinned)
 
-    def _copy(self, arena: Arena) -> Arena:
-        free = [copy for copy in self._free if copy.buffer.device == arena.buffer.device]
-        if free:
-            copy = free[0]
-            self._free = [other for other in self._free if other is not copy]
-        else:
+    def _copy(self, name: str, arena: Arena) -> Arena:
+        if name not in self._places:
             try:
-                copy = Arena.empty(self.layout, arena.buffer.device)
+                self._places[name] = Arena.empty(self.layout, arena.buffer.device)
             except torch.OutOfMemoryError:
-                copy = Arena.empty(self.layout)
-        copy.buffer.copy_(arena.buffer)
-        return copy
+                self._places[name] = Arena.empty(self.layout)
+        self._places[name].buffer.copy_(arena.buffer)
+        return self._places[name]
+
+    def _room(self, newest: Arena) -> Arena:
+        """Room for an average in the model's dtypes; what snapshots have in common stays where it is."""
+        shared = newest.shared - self.layout.names
+        if self._out is None or self._out.shared != shared:
+            whole = self.window.store.layout
+            layout = whole.only(whole.names - shared) if shared else whole
+            self._out = Arena.empty(layout.native, newest.buffer.device)
+        return self._out.reused().sharing(newest.frozen, shared)
 
     def _own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._rows.of(tensors, self.layout)

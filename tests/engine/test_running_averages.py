@@ -59,7 +59,7 @@ class Loop:
         options = {**OPTIONS, "dirpath": folder, "running": running, **options}
         merger = CheckpointMerger(self.model, self.optimizer, **options)
         if state:
-            self.model.load_state_dict(state["model"])
+            getattr(self.model, "module", self.model).load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             merger.load_state_dict(state["merger"])
             begin = state["merger"]["step"]
@@ -161,7 +161,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(unbroken_loop):
         assert_same_bits(found, unbroken_loop.averages[name][1])
 
 
-def test_a_stored_copy_that_was_altered_is_not_gone_on_from(unbroken_loop, tmp_path, caplog):
+def test_a_stored_copy_that_was_altered_is_not_gone_on_from(unbroken_loop, tmp_path):
     """The checkpoint's own copy is damaged: the average goes on from the one of the last snapshot."""
     shutil.copytree(unbroken_loop.saved["merger"]["dirpath"], tmp_path / "run")
     state = copy.deepcopy(unbroken_loop.saved)
@@ -172,8 +172,8 @@ def test_a_stored_copy_that_was_altered_is_not_gone_on_from(unbroken_loop, tmp_p
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    resumed = Loop(tmp_path / "run", state=state)
-    assert "power_ema-0.05 goes on from step 8: " in caplog.text
+    with pytest.warns(UserWarning, match=r"power_ema-0.05 goes on from step 8: .*checksum differs"):
+        resumed = Loop(tmp_path / "run", state=state)
     average, at = RUNNING[0], 8
     expected = {n: t.double() for n, t in at_step(unbroken_loop, name, 8).items()}
     for step in range(SAVED + 1, STEPS + 1):
@@ -189,13 +189,16 @@ def at_step(loop, name, step):
     return tracked(dict(zip(loop.averages, RUNNING, strict=True))[name], loop.weights[:step])[1]
 
 
-def test_new_and_changed_averages_begin_where_the_run_is_resumed(unbroken_loop, tmp_path, caplog):
+def test_new_and_changed_averages_begin_where_the_run_is_resumed(unbroken_loop, tmp_path):
     shutil.copytree(unbroken_loop.saved["merger"]["dirpath"], tmp_path / "run")
     state = copy.deepcopy(unbroken_loop.saved)
     state["merger"]["dirpath"] = str(tmp_path / "run")
     state["merger"]["window"]["folder"] = str(tmp_path / "run/window")
-    resumed = Loop(tmp_path / "run", state=state, running={"power_ema-0.05": PowerEma(0.06)}, steps=SAVED + 1)
-    assert "power_ema-0.05 is new, or has other options now: it begins after step 10" in caplog.text
+    running = {"power_ema-0.05": PowerEma(0.06)}
+    with pytest.warns(
+        UserWarning, match=r"power_ema-0.05 is new, or has other options now: it begins after step 10"
+    ):
+        resumed = Loop(tmp_path / "run", state=state, running=running, steps=SAVED + 1)
     for name, tensor in resumed.averages["power_ema-0.05"][1].items():
         assert torch.equal(tensor, resumed.weights[-1][name])
 
