@@ -23,6 +23,7 @@ from merge_callback.checks import (
     true_or_false,
 )
 from merge_callback.merging import MergeMethod, Sma, resolve_method
+from merge_callback.merging.running import RunningAverage, resolve_running
 from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
@@ -61,6 +62,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate_with": (),
         "evaluate_batches": None,
         "diversity_lag": 2,
+        "running": (),
         "probe": None,
         "exclude": (),
         "lora": "delta",
@@ -123,6 +125,7 @@ class Options:
     evaluate_with: tuple[str, ...]
     evaluate_batches: int | None
     diversity_lag: int
+    running: Mapping[str, RunningAverage]
     probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
@@ -180,6 +183,7 @@ class Options:
             evaluate_with=resolve_classes(given["evaluate_with"]),
             evaluate_batches=None if batches is None else positive("evaluate_batches", batches),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            running=resolve_running(given["running"]),
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from merge_callback.checkpoints.open import recorded_step
 from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.checks import one_of, resolve_dtype, resolve_size
 from merge_callback.cli.config_file import checked, is_plain, read_options
@@ -25,6 +26,7 @@ from merge_callback.offline.job import Job, OutputNames
 from merge_callback.offline.left_out import grouped
 from merge_callback.offline.merge_adapters import merge_adapters, opened_adapters
 from merge_callback.offline.merge_files import merge_files
+from merge_callback.offline.posthoc import Reconstruction, reconstruction
 from merge_callback.offline.selection import Selection, select
 from merge_callback.snapshots.files import printable
 
@@ -44,6 +46,7 @@ _KINDS = {
     "keep_all": bool,
     "force": bool,
     "quiet": bool,
+    "sigma": float,
 }
 """What a file may give for an option; text for all others."""
 
@@ -68,10 +71,12 @@ _DEFAULTS: dict[str, Any] = {
     "rank": None,
     "force": False,
     "quiet": False,
+    "sigma": None,
     "imports": [],
 }
 
 _FORMATS = ("safetensors", "lightning", "lora", "model")
+_POSTHOC = ("posthoc-ema", "posthoc_ema")
 _CHOICE = ("last", "every", "first_step", "last_step", "keep_order", "keep_all")
 _IMPORT_HELP = "modules that register methods of your own"
 _DESCRIPTION = """\
@@ -89,6 +94,7 @@ examples:
   merge-callback merge run/ --last 10 --method ties --density 0.8 --output merged
   merge-callback merge run-a/ckpt run-b/ckpt --weights 0.5 0.5 --dtype bf16 --output merged
   merge-callback merge run/ --import my_methods --method last_k --k 2 --output merged
+  merge-callback merge run/ --method posthoc-ema --sigma 0.08 --output ema
   merge-callback merge --config merge.yaml --output merged
 """
 
@@ -129,6 +135,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         help="of a merged LoRA adapter (the sum of all ranks, which is exact)",
     )
     add("--force", action="store_true", help="replace the output folder if it is there")
+    add("--sigma", type=float, metavar="S", help="with --method posthoc-ema: the width of the average")
     add("--quiet", action="store_true", help="no progress bar")
     add("--import", dest="imports", nargs="+", metavar="MODULE", help=_IMPORT_HELP)
     about = "explained by `merge-callback methods`; here with the methods that have them, and their defaults"
@@ -175,8 +182,13 @@ def _merge(parsed: argparse.Namespace) -> int:
     one_of("--as", given["kind"], _FORMATS)
     if not given["checkpoints"] or given["output"] is None:
         explicit["refuse"]("name the checkpoints to merge, and the folder to make with --output")
-    method = _method(given)
-    selection = _chosen(given, method)
+    if given["method"] in _POSTHOC:
+        found = _reconstruction(given)
+        method: MergeMethod = found.method
+        selection = Selection(found.files, [recorded_step(path) for path in found.files], [])
+    else:
+        method = _method(given)
+        selection = _chosen(given, method)
     told, is_quiet = selection.lines(), given["quiet"]  # where quiet, told when all went well
     job = _job(given, selection.chosen, method, (lambda: None) if is_quiet else (lambda: _tell(told)))
     threads = torch.get_num_threads()
@@ -205,6 +217,21 @@ def _merge(parsed: argparse.Namespace) -> int:
         ]
     )
     return 0
+
+
+def _reconstruction(given: Mapping[str, Any]) -> Reconstruction:
+    """What makes a running average of another width.
+
+    Raises:
+        ValueError: for anything but one run and a width, or options that have no meaning here.
+    """
+    named = [name for name in ("base", "first_step", "last") if given[name] is not None]
+    if len(given["checkpoints"]) != 1 or given["sigma"] is None or named:
+        raise ValueError(
+            f"--method {given['method']} takes the folder of one run, --sigma and, if it is not to end with "
+            "the run, --to; e.g. merge-callback merge run/ --method posthoc-ema --sigma 0.08 --output ema"
+        )
+    return reconstruction(Path(given["checkpoints"][0]), given["sigma"], given["last_step"])
 
 
 def _merged(job: Job, output: Path) -> dict[str, Any]:
