@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -62,6 +62,7 @@ class Job:
         force: replace what is there.
         progress: show a bar.
         workers: processes that merge, one tensor each at a time; 1: this one.
+        provenance: further entries of ``merge.json``.
         begun: is called once the checkpoints are found to belong together.
     """
 
@@ -78,4 +79,5 @@ class Job:
     force: bool = False
     progress: bool = False
     workers: int = 1
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     begun: Callable[[], None] = lambda: None
