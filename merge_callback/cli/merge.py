@@ -33,6 +33,7 @@ from merge_callback.offline.job import Job
 from merge_callback.offline.left_out import grouped
 from merge_callback.offline.merge_adapters import merge_adapters, opened_adapters
 from merge_callback.offline.merge_files import merge_files
+from merge_callback.offline.peers import Peers, peers_of_launcher
 
 _RENAMED = {"as": "kind", "import": "imports", "from": "first_step", "to": "last_step"}
 """An option's name in a file, and its own."""
@@ -145,13 +146,16 @@ def _merge(parsed: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of the workers
     try:
-        record = _merged(job, Path(given["output"]))
+        with peers_of_launcher() as peers:
+            record = _merged(job, Path(given["output"]), peers)
     except Exception as error:
         if isinstance(error, (ValueError, OSError)) or not (place := own_line(error, method)):
             raise
         raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
     finally:
         torch.set_num_threads(threads)
+    if not record:  # of a process that has helped another
+        return 0
     left_out = grouped(record["left_out"]).items()
     more = [f"not taken along: {', '.join(names)}: {reason}" for reason, names in left_out]
     if state := record.get("training_state", []):
@@ -170,14 +174,14 @@ def _merge(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _merged(job: Job, output: Path) -> dict[str, Any]:
-    """Merges models, or LoRA adapters if that is what the checkpoints are."""
+def _merged(job: Job, output: Path, peers: Peers) -> dict[str, Any]:
+    """Merges models, or LoRA adapters, which are small, on rank 0, if that is what the checkpoints are."""
     if adapters := opened_adapters(job.checkpoints):
-        return merge_adapters(job, adapters, output)
+        return merge_adapters(job, adapters, output) if peers.rank == 0 else {}
     if job.kind in ("lora", "model") or job.rank is not None:
         option = f"--as {job.kind}" if job.rank is None else "--rank"
         raise ValueError(f"{option} is for LoRA adapters, and {job.checkpoints[-1]} is none")
-    return merge_files(job, output)
+    return merge_files(job, output, peers)
 
 
 def _told_error(errors: Mapping[str, float]) -> list[str]:

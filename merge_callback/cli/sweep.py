@@ -7,7 +7,6 @@ import csv
 import inspect
 import io
 import math
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -143,10 +142,10 @@ def _sweep(parsed: argparse.Namespace) -> int:
         if given.get("dry_run"):
             return _told_dry(given, job, plain, searching, results)
         evaluate, about = _evaluation(given)
+        peers.exchange({})  # the folder was empty, or a sweep's, before any of them writes into it
         results.begin()
-        with tempfile.TemporaryDirectory(prefix=".spool-", dir=results_folder) as spool:
-            sweep = Sweep(job, evaluate, about, objective, results, peers, Path(spool))
-            found = sweep.run(plain, [search() for _, search in searching])
+        sweep = Sweep(job, evaluate, about, objective, results, peers)
+        found = sweep.run(plain, [search() for _, search in searching])
         return _finish(given, job, objective, found, results, peers)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import pairwise
 from typing import Any
@@ -21,6 +21,8 @@ from merge_callback.offline.alignment import aligned, published_name
 from merge_callback.offline.compatibility import check_mergeable, check_patterns
 from merge_callback.offline.job import Job
 from merge_callback.offline.output import ModelFiles
+from merge_callback.offline.peers import Peers
+from merge_callback.offline.shared_merge import Merge, gathered, send_share
 from merge_callback.offline.workers import each, numbers
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.frozen import same_bytes
@@ -72,21 +74,44 @@ class FileMerge:
         }
         return tensors, {published(alias): published(kept) for alias, kept in self.newest.tied.items()}
 
-    def run(self, files: ModelFiles) -> None:
+    def run(self, files: ModelFiles, peers: Peers) -> None:
         """Merges tensor by tensor, in the order of the files."""
         names = {self.published(name): name for name in self.newest.tensors}
         total = len(self.checkpoints) * sum(t.nbytes for t in self.newest.tensors.values())
-        survey = self.survey()
-
-        def merge(published: str) -> None:
-            self.merge(names[published], files.tensors[published], survey)
-
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=not self.job.progress)
-        sizes = {published: tensor.nbytes for published, tensor in files.tensors.items()}
-        with bar, closing(each(merge, sizes, self.job.workers)) as merged:
+        with bar, closing(self._merged(files.tensors, peers)) as merged:
             for published in merged:
                 files.done(published)
                 bar.update(len(self.checkpoints) * self.newest.tensors[names[published]].nbytes)
+
+    def help(self, order: Sequence[str], peers: Peers) -> None:
+        """Merges this process's part of the tensors for rank 0, which has them in that order."""
+        outs, _ = self.outputs()
+        with peers.group():
+            send_share(self._one(), outs, {name: outs[name].nbytes for name in order}, peers)
+
+    def _merged(self, outs: Mapping[str, Tensor], peers: Peers) -> Generator[str, None, None]:
+        """The names in the output, in their order, each as its tensor is merged."""
+        merge, sizes = self._one(), {published: tensor.nbytes for published, tensor in outs.items()}
+        if peers.count == 1:
+            yield from each(lambda published: merge(published, outs[published]), sizes, self.job.workers)
+            return
+        names = {self.published(name): name for name in self.newest.tensors}
+        with peers.group(), closing(gathered(merge, outs, sizes, peers)) as merged:
+            for published, is_constant in merged:
+                if is_constant:
+                    self._constant[names[published]].fill_(1)
+                yield published
+
+    def _one(self) -> Merge:
+        """Merges one tensor by its name in the output."""
+        names, survey = {self.published(name): name for name in self.newest.tensors}, self.survey()
+
+        def merge(published: str, out: Tensor) -> bool:
+            self.merge(names[published], out, survey)
+            return bool(self._constant[names[published]])
+
+        return merge
 
     def survey(self) -> Any:
         """What the method has to know of the whole model before it merges a tensor of it."""

@@ -32,7 +32,7 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         peers: the processes that share the tensors; default: this one alone.
 
     Returns:
-        What ``merge.json`` in it says.
+        What ``merge.json`` in it says; nothing on ranks that only help.
 
     Raises:
         ValueError: for checkpoints that don't belong together, values that are not finite, or options that
@@ -44,7 +44,8 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
     job = replace(job, checkpoints=job.method.select(job.checkpoints))
     sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
     folder = OutputFolder(output, job.force, sources)
-    with folder.draft() as draft:
+    peers = peers or Peers()
+    with folder.draft(is_kept=peers.rank == 0) as draft:
         checkpoints = [open_checkpoint(path, draft, job.state_key) for path in job.checkpoints]
         base = None if job.base is None else open_checkpoint(job.base, draft, job.state_key)
         everything = [*checkpoints, *([] if base is None else [base])]
@@ -53,15 +54,19 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         if job.naming.strip is None and not lightning:  # a LightningModule loads the names of its own
             job = replace(job, naming=replace(job.naming, strip=newest.prefix))
         merging = FileMerge(job, checkpoints, base)
-        job.begun()
+        if peers.rank == 0:
+            job.begun()
         tensors, tied = merging.outputs()
         if lightning:
             parts = split_dtypes(tensors)
             shards, index = dict(zip(shard_names(len(parts)), parts, strict=True)), ""
         else:
             shards, index = lay_out(tensors, newest, merging.published, job.max_shard_bytes)
+        if peers.rank > 0:
+            merging.help([name for shard in shards.values() for name in shard], peers)
+            return {}
         files = ModelFiles(draft, shards, index, tied)
-        merging.run(files)
+        merging.run(files, peers)
         checksums = files.finish()
         if lightning:
             checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), newest)

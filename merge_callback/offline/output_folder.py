@@ -67,8 +67,11 @@ class OutputFolder:
             )
 
     @contextmanager
-    def draft(self) -> Iterator[Path]:
+    def draft(self, is_kept: bool = True) -> Iterator[Path]:
         """The folder under a temporary name; it takes its place at the end, and leaves nothing otherwise.
+
+        Args:
+            is_kept: if not, it leaves nothing in any case.
 
         Raises:
             OSError: if it can't be written.
@@ -77,6 +80,8 @@ class OutputFolder:
         draft, lock = _new_draft(self.target)
         try:
             yield draft
+            if not is_kept:
+                return
             for name, _ in named_below(draft):  # folders last
                 sync(draft / name)
             sync(draft)

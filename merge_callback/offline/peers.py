@@ -89,15 +89,13 @@ def peers_of_launcher() -> Iterator[Peers]:
     if int(os.environ.get("WORLD_SIZE") or 1) == 1 or any(name not in os.environ for name in _NAMES):
         yield Peers()
         return
-    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
 
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         store, *_ = next(rendezvous("env://", rank, count, timeout=_MEETING))
-        store = dist.PrefixStore("merge_callback", store)
-        store.set(f"here/{rank}", "")
-        store.wait([f"here/{other}" for other in range(count)], _MEETING)
+        store.set(f"merge_callback/{rank}", "")
+        store.wait([f"merge_callback/{other}" for other in range(count)], _MEETING)
     except RuntimeError as error:
         raise OSError(
             f"rank {rank} of {count}: the others were not found in {_MEETING} ({_line(error)}); to work in "

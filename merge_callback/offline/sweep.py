@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +83,6 @@ class Sweep:
         objective: what is to be best.
         results: of this sweep, and of the one it goes on with.
         peers: the processes that share the candidates.
-        spool: a folder in which distributed checkpoints are put together.
 
     Raises:
         ValueError, OSError: as ``merge_files``.
@@ -98,11 +96,10 @@ class Sweep:
         objective: Objective,
         results: SweepResults,
         peers: Peers,
-        spool: Path,
     ) -> None:
         self._evaluate, self.objective = evaluate, objective
         self._results, self._peers = results, peers
-        opened = [open_checkpoint(path, spool, job.state_key) for path in job.checkpoints]
+        opened = [open_checkpoint(path, results.folder, job.state_key) for path in job.checkpoints]
         if job.naming.strip is None:
             job = replace(job, naming=replace(job.naming, strip=opened[-1].prefix))
         self.files = [path for source in opened for path in (*source.files, *source.extras)]
@@ -123,8 +120,7 @@ class Sweep:
             ValueError: for what can't be merged or scored.
             OSError: if the results can't be kept.
         """
-        bar = tqdm(unit="merge", disable=not self.job.progress or self._peers.rank > 0)
-        with bar:
+        with tqdm(unit="merge", disable=not self.job.progress or self._peers.rank > 0, delay=1) as bar:
             wanted = list(candidates)
             asked = {search: next(search) for search in searches}
             while wanted or asked:
