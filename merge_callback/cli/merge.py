@@ -50,6 +50,7 @@ _KINDS = {
     "keep_order": bool,
     "keep_all": bool,
     "force": bool,
+    "optimizer_state": bool,
     "quiet": bool,
 }
 """What a file may give for an option; text for all others."""
@@ -94,6 +95,11 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="of a merged LoRA adapter (the sum of all ranks, which is exact)",
     )
+    add(
+        "--optimizer-state",
+        action="store_true",
+        help="merge Adam's moments with the same weights, too: training resumes from the output",
+    )
     add_form(add)
     about = "explained by `merge-callback methods`; here with the methods that have them, and their defaults"
     group = parser.add_argument_group("options of the methods", about)
@@ -135,8 +141,13 @@ def add_methods(parser: argparse.ArgumentParser) -> None:
 
 def _merge(parsed: argparse.Namespace) -> int:
     explicit = vars(parsed)
-    given = {**DEFAULTS, **(_read_config(parsed.config) if "config" in parsed else {}), **explicit}
+    config = _read_config(parsed.config) if "config" in parsed else {}
+    given = {**DEFAULTS, **config, **explicit}
+    if given["optimizer_state"] and "kind" not in {**config, **explicit}:
+        given["kind"] = "lightning"
     one_of("--as", given["kind"], FORMATS)
+    if given["optimizer_state"] and given["kind"] != "lightning":
+        raise ValueError(f"--optimizer-state makes a Lightning checkpoint; leave --as {given['kind']} out")
     if not given["checkpoints"] or given["output"] is None:
         explicit["refuse"]("name the checkpoints to merge, and the folder to make with --output")
     method = _method(given)

@@ -58,6 +58,7 @@ class Job:
         state_key: where in the checkpoints the weights are, if there is more than one place.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint. Of adapters:
             ``lora`` for an adapter, as by default, or ``model`` for the base with what they add.
+        optimizer_state: merge the moments of the optimizers, too, so that training can go on from the output.
         rank: of the merged adapter, if it is to be of less than the sum of the ranks, which is exact.
         force: replace what is there.
         progress: show a bar.
@@ -75,6 +76,7 @@ class Job:
     max_shard_bytes: int | None = None
     state_key: str | None = None
     kind: Literal["safetensors", "lightning", "lora", "model"] = "safetensors"
+    optimizer_state: bool = False
     rank: int | None = None
     force: bool = False
     progress: bool = False

@@ -16,6 +16,7 @@ from merge_callback.checkpoints.safetensors_shards import shard_names
 from merge_callback.offline.file_merge import FileMerge
 from merge_callback.offline.job import Job
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
+from merge_callback.offline.optimizer_states import resumable
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_record, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.peers import Peers
@@ -54,6 +55,7 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         if job.naming.strip is None and not lightning:  # a LightningModule loads the names of its own
             job = replace(job, naming=replace(job.naming, strip=newest.prefix))
         merging = FileMerge(job, checkpoints, base)
+        training = resumable(merging, draft) if job.optimizer_state and peers.rank == 0 else None
         if peers.rank == 0:
             job.begun()
         tensors, tied = merging.outputs()
@@ -69,7 +71,8 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         merging.run(files, peers)
         checksums = files.finish()
         if lightning:
-            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), newest)
+            tensors = files.tensors | _aliases(files.tensors, tied)
+            checksums = write_lightning(draft, tensors, newest, training)
         else:
             extras = {path.relative_to(newest.path).as_posix(): path for path in newest.extras}
             checksums |= copy_extras(extras, draft)
