@@ -15,6 +15,7 @@ import torch
 from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.checks import one_of
 from merge_callback.cli.config_file import checked, is_plain, read_options
+from merge_callback.cli.dry_run import of_merge, tell_dry
 from merge_callback.cli.imports import import_all
 from merge_callback.cli.merge_arguments import (
     DEFAULTS,
@@ -50,6 +51,7 @@ _KINDS = {
     "keep_order": bool,
     "keep_all": bool,
     "force": bool,
+    "dry_run": bool,
     "optimizer_state": bool,
     "quiet": bool,
 }
@@ -154,6 +156,9 @@ def _merge(parsed: argparse.Namespace) -> int:
     selection = chosen(given, method)
     told, is_quiet = selection.lines(), given["quiet"]  # where quiet, told when all went well
     job = job_of(given, selection.chosen, method, (lambda: None) if is_quiet else (lambda: tell(told)))
+    if given["dry_run"]:
+        tell(told)
+        return tell_dry(of_merge(job, Path(given["output"])))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # each of the workers
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_callback.checks import resolve_dtype, resolve_size
+from merge_callback.cli.dry_run import HELP
 from merge_callback.merging import MergeMethod, Weighted
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "kind": "safetensors",
     "rank": None,
     "optimizer_state": False,
+    "dry_run": False,
     "force": False,
     "quiet": False,
     "imports": [],
@@ -66,6 +68,7 @@ def add_form(add: Callable[..., Any]) -> None:
     )
     add("--prefix", metavar="P", help="put before the names")
     add("--shard-size", metavar="SIZE", help="a larger model is split (as the last checkpoint is, or 5GB)")
+    add("--dry-run", action="store_true", help=HELP)
     add("--force", action="store_true", help="replace the output folder if it is there")
     add("--quiet", action="store_true", help="no progress bar")
     add("--import", dest="imports", nargs="+", metavar="MODULE", help=IMPORT_HELP)

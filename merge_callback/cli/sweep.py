@@ -17,9 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.plain_yaml import read_value
+from merge_callback.cli.dry_run import reads, size_of, tell_dry
 from merge_callback.cli.imports import import_all, import_named
 from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, chosen, job_of, tell
 from merge_callback.engine.metric_names import said_lower, sounds_lower
+from merge_callback.engine.plan import in_bytes
 from merge_callback.merging import METHODS, Extrapolate, Sma
 from merge_callback.offline import candidates as made
 from merge_callback.offline.job import Job
@@ -121,7 +123,6 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     add_range(add)
     add("--as", dest="kind", choices=("safetensors", "lightning"), help="format of the output")
     add_form(add)
-    add("--dry-run", action="store_true", help="only say what would be read, merged, scored and written")
 
 
 def _sweep(parsed: argparse.Namespace) -> int:
@@ -132,15 +133,16 @@ def _sweep(parsed: argparse.Namespace) -> int:
     job = job_of(given, selection.chosen, Sma(), lambda: None)
     plain, searching, left_out = _wanted(given, len(job.checkpoints))
     results_folder = Path(given["results"] or f"{given['output']}-sweep")
-    if given["output"] is not None and not given.get("dry_run"):
+    if given["output"] is not None:
         OutputFolder(given["output"], job.force, job.checkpoints)  # refused now, not after hours
     objective = Objective(_direction(given), given["select"])
     with peers_of_launcher() as peers:
         results = SweepResults(results_folder, peers.rank)
         if peers.rank == 0:
             tell([*selection.lines(), *left_out])
-        if given.get("dry_run"):
-            return _told_dry(given, job, plain, searching, results)
+        if given["dry_run"]:
+            names = [*(one.name for one in plain), *(f"{name} (a search)" for name, _ in searching)]
+            return tell_dry(_planned(given, job, names, results))
         evaluate, about = _evaluation(given)
         peers.exchange({})  # the folder was empty, or a sweep's, before any of them writes into it
         results.begin()
@@ -364,17 +366,16 @@ def _pictured(
     return [results.replace(_PICTURE, draw_pareto(finite, front, (told[0], told[1]), reference))]
 
 
-def _told_dry(
+def _planned(
     given: Mapping[str, Any],
     job: Job,
-    plain: Sequence[made.Candidate],
-    searching: Sequence[tuple[str, Callable[[], made.Search]]],
+    names: Sequence[str],
     results: SweepResults,
-) -> int:
-    names = [*(one.name for one in plain), *(f"{name}: a search" for name, _ in searching)]
-    print(printable(f"would score {len(names)}: {', '.join(names)}"))
-    print(printable(f"would keep the scores in {results.folder}, which has {len(results.known)} already"))
+) -> Iterator[str]:
+    """What the sweep would do."""
+    yield from reads(job.checkpoints)
+    yield f"would merge and score {len(names)}: {', '.join(names)}"
+    known = f", which has {len(results.known)} scores already" if results.known else ""
+    yield f"would keep the scores in {results.folder}{known}"
     if given["output"] is not None:
-        print(printable(f"would merge the best into {given['output']}"))
-    print("nothing was written")
-    return 0
+        yield f"would write the best to {given['output']}, about {in_bytes(size_of(job.checkpoints[-1]))}"

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.file_names import CONFIG
 from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.checkpoints.safetensors_shards import shard_names
 from merge_callback.offline.file_merge import FileMerge
 from merge_callback.offline.job import Job
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
-from merge_callback.offline.optimizer_states import resumable
+from merge_callback.offline.optimizer_states import MOMENTS, resumable
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_record, write_texts
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.peers import Peers
@@ -52,18 +53,12 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
         newest, lightning = checkpoints[-1], job.kind == "lightning"
-        if job.naming.strip is None and not lightning:  # a LightningModule loads the names of its own
-            job = replace(job, naming=replace(job.naming, strip=newest.prefix))
+        job = with_prefix(job, newest)
         merging = FileMerge(job, checkpoints, base)
         training = resumable(merging, draft) if job.optimizer_state and peers.rank == 0 else None
         if peers.rank == 0:
             job.begun()
-        tensors, tied = merging.outputs()
-        if lightning:
-            parts = split_dtypes(tensors)
-            shards, index = dict(zip(shard_names(len(parts)), parts, strict=True)), ""
-        else:
-            shards, index = lay_out(tensors, newest, merging.published, job.max_shard_bytes)
+        shards, index, tied = output_files(merging)
         if peers.rank > 0:
             merging.help([name for shard in shards.values() for name in shard], peers)
             return {}
@@ -84,11 +79,29 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         record = {
             **merging.record(),
             "tied": tied,
+            **({"optimizer_state": {"merged": list(MOMENTS), "step": newest.step}} if training else {}),
             "files": checksums,
             "left_out": {} if lightning else dict(newest.left_out),
         }
         record = write_record(draft, record, newest.path)
     return record
+
+
+def with_prefix(job: Job, newest: Checkpoint) -> Job:
+    """The job with the prefix that the run of the newest takes off, if no other was given."""
+    if job.naming.strip is not None or job.kind == "lightning":  # a LightningModule loads names of its own
+        return job
+    return replace(job, naming=replace(job.naming, strip=newest.prefix))
+
+
+def output_files(merging: FileMerge) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, str]]:
+    """The tensors of each file on the meta device, the name of their index, and the names of shared ones."""
+    tensors, tied = merging.outputs()
+    if merging.job.kind == "lightning":
+        parts = split_dtypes(tensors)
+        return dict(zip(shard_names(len(parts)), parts, strict=True)), "", tied
+    shards, index = lay_out(tensors, merging.newest, merging.published, merging.job.max_shard_bytes)
+    return shards, index, tied
 
 
 def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:

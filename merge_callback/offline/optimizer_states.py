@@ -1,4 +1,4 @@
-"""The optimizer states of Lightning checkpoints, merged like the weights: training goes on from the output."""
+"""The optimizer states of Lightning checkpoints, merged like the weights, for training to go on from."""
 
 from __future__ import annotations
 

@@ -43,7 +43,6 @@ class OutputFolder:
         self._settled = True  # whether what has which name is on the disk
         if not self.target.name:
             raise ValueError(f"{target}: is no folder that can be made; name another one with --output")
-        _sweep(self.target)
         self.check()
 
     def add_sources(self, sources: Iterable[Path]) -> None:
@@ -76,6 +75,8 @@ class OutputFolder:
         Raises:
             OSError: if it can't be written.
         """
+        _sweep(self.target)
+        self.check()  # the sweep may have brought back what was to be replaced
         make_folder(self.target.parent)
         draft, lock = _new_draft(self.target)
         try:

@@ -58,13 +58,16 @@ class Peers:
 
     @contextmanager
     def group(self) -> Iterator[None]:
-        """Within, there is a process group (gloo) of all of them.
+        """Within, there is a process group of all of them: the one there is, or a new one (gloo).
 
         Raises:
             OSError: if they can't connect.
         """
         import torch.distributed as dist
 
+        if dist.is_initialized():
+            yield
+            return
         try:
             dist.init_process_group(
                 "gloo", store=self.store, rank=self.rank, world_size=self.count, timeout=_WORK

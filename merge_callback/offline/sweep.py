@@ -20,6 +20,7 @@ from merge_callback.offline.alignment import aligned
 from merge_callback.offline.candidates import Candidate, Search
 from merge_callback.offline.file_merge import FileMerge
 from merge_callback.offline.job import Job
+from merge_callback.offline.merge_files import with_prefix
 from merge_callback.offline.peers import Peers
 from merge_callback.offline.sweep_results import SweepResults, fingerprint, key_of
 from merge_callback.reduce import one_pass
@@ -100,8 +101,7 @@ class Sweep:
         self._evaluate, self.objective = evaluate, objective
         self._results, self._peers = results, peers
         opened = [open_checkpoint(path, results.folder, job.state_key) for path in job.checkpoints]
-        if job.naming.strip is None:
-            job = replace(job, naming=replace(job.naming, strip=opened[-1].prefix))
+        job = with_prefix(job, opened[-1])
         self.files = [path for source in opened for path in (*source.files, *source.extras)]
         self._prints = [fingerprint(checkpoint) for checkpoint in opened]
         self._checkpoints = aligned(opened, job.naming.strip or "", job.exclude)
