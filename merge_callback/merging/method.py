@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -128,7 +129,7 @@ class MergeMethod(ABC):
         Raises:
             ValueError: for a ``last`` below 2, or an order that there is not, or that changes nothing.
         """
-        last, order = self.newest, self._selection("order")
+        last, order = self.newest, self.arrangement
         if last is not None and positive("last", last) < 2:
             raise ValueError(f"{self.name}: last={last} leaves nothing to merge; choose 2 or more")
         one_of("order", order, ("forward", "reversed", "random"))
@@ -148,6 +149,22 @@ class MergeMethod(ABC):
         """How many of the newest snapshots are merged at most; ``None`` for all."""
         return self._selection("last")  # type: ignore[no-any-return]
 
+    @property
+    def arrangement(self) -> Order:
+        """Which snapshot takes which place: the order that was chosen."""
+        return self._selection("order")  # type: ignore[no-any-return]
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of its kind: its name, ``last`` and order.
+
+        >>> from merge_callback.merging import Wsm
+        >>> Wsm(last=5, order="reversed").label
+        'wsm-5-reversed'
+        """
+        told = (self.name, self.newest, None if self.arrangement == "forward" else self.arrangement)
+        return "-".join(re.sub(r"[^\w.+=-]", "_", str(part)) for part in told if part)
+
     def select(self, snapshots: Sequence[T]) -> Sequence[T]:
         """The newest ``last`` of some snapshots, oldest first."""
         return snapshots if (last := self.newest) is None else snapshots[-last:]
@@ -155,7 +172,7 @@ class MergeMethod(ABC):
     def places(self, trajectory: Trajectory) -> list[int]:
         """For each place in the method, which of the snapshots takes it, in the order that was chosen."""
         order = list(range(len(trajectory.steps)))
-        if (chosen := self._selection("order")) == "reversed":
+        if (chosen := self.arrangement) == "reversed":
             order.reverse()
         elif chosen == "random":
             random.Random(f"{self.order_seed} {trajectory.steps[-1]}").shuffle(order)
