@@ -46,14 +46,14 @@ class Part:
     blocks: Callable[[int, int], Iterable[Tensor]]
     piece: Piece | None = None
     difference: tuple[Tensor, Tensor] | None = None
-    runs: Callable[[range, int], Tensor] | None = None
+    runs: Callable[[range, int], Iterator[Tensor]] | None = None
 
-    def sample(self, starts: range, length: int) -> Tensor:
+    def sample(self, starts: range, length: int) -> Iterator[Tensor]:
         """``length`` elements from each start on, one after the other; of the last one what there is."""
         if self.runs is not None:
             return self.runs(starts, length)
         pieces = (self.blocks(start, min(start + length, self.size)) for start in starts)
-        return torch.cat([block.clone() for block in chain.from_iterable(pieces)])
+        return (block.clone() for block in chain.from_iterable(pieces))
 
 
 class Bracket(NamedTuple):

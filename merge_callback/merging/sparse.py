@@ -321,8 +321,10 @@ def _widened(vectors: TaskVectors, which: int, dtype: torch.dtype, start: int, s
     return blocks if vectors.dtype == dtype else (block.to(dtype) for block in blocks)
 
 
-def _sampled(vectors: TaskVectors, which: int, dtype: torch.dtype, starts: range, length: int) -> Tensor:
-    return vectors.sample(which, starts, length).to(dtype)
+def _sampled(
+    vectors: TaskVectors, which: int, dtype: torch.dtype, starts: range, length: int
+) -> Iterator[Tensor]:
+    return (piece.to(dtype) for piece in vectors.sample(which, starts, length))
 
 
 @lru_cache

@@ -125,12 +125,13 @@ class TaskVectors:
         for begin, end in self.spans(start, stop):
             yield self.block(which, begin, end, self.initial_block(begin, end, initial), difference)
 
-    def sample(self, which: int, starts: range, length: int) -> Tensor:
+    def sample(self, which: int, starts: range, length: int) -> Iterator[Tensor]:
         """``length`` elements of one task vector from each start on; of the last one what there is."""
-        theta, initial = (
-            _runs(flat, starts, length).to(self.dtype) for flat in (self.others[which], self.initial)
-        )
-        return theta.sub(initial)
+        # On a CPU no more at once than PyTorch takes in the calling thread; see ``ranges.BLOCK``.
+        few = max(1, ranges.BLOCK // length) if self.device.type == "cpu" else len(starts)
+        for some in (starts[i : i + few] for i in range(0, len(starts), few)):
+            theta, initial = (_runs(flat, some, length) for flat in (self.others[which], self.initial))
+            yield theta.to(self.dtype).sub(initial.to(self.dtype))
 
 
 def _runs(flat: Tensor, starts: range, length: int) -> Tensor:

@@ -209,7 +209,7 @@ def _sample(parts: Iterable[Part], total: int) -> Bits:
     runs, next_run = [], 0  # as an index into the part
     for part in parts:
         if starts := range(next_run, part.size, stride):
-            runs.append(bits_of(part.sample(starts, _RUN)).cpu().numpy())
+            runs += [bits_of(piece).cpu().numpy() for piece in part.sample(starts, _RUN)]
         next_run = (next_run - part.size) % stride
     return _joined(runs, part.dtype)
 
