@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ _THREADS = 4  # more threads would wait for Python between operations that take 
 
 _SHARE = 1 << 18  # elements below which starting a thread costs more than it saves
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -32,16 +33,27 @@ def in_ranges(size: int, device: torch.device, job: Callable[[int, int], T]) -> 
     Returns:
         The results of all calls, in the order of the elements.
     """
-    most = min(torch.get_num_threads(), _THREADS) if device.type == "cpu" else 1
+    most = most_threads() if device.type == "cpu" else 1
     threads = max(1, min(most, size // _SHARE))
     share = math.ceil(size / threads / BLOCK) * BLOCK if threads > 1 else size
+    starts = range(0, size, share) if threads > 1 else [0]
+    return side_by_side(starts, lambda start: job(start, min(start + share, size)), threads)
+
+
+def most_threads() -> int:
+    """As many threads as PyTorch uses, up to 4."""
+    return min(torch.get_num_threads(), _THREADS)
+
+
+def side_by_side(items: Collection[S], job: Callable[[S], T], threads: int) -> list[T]:
+    """Runs a job on each item, in so many threads; returns the results in the items' order."""
     inference = torch.is_inference_mode_enabled()  # this mode and no_grad are per thread
 
-    def run(start: int) -> T:
+    def run(item: S) -> T:
         with torch.inference_mode(inference), torch.no_grad():
-            return job(start, min(start + share, size))
+            return job(item)
 
     if threads == 1:
-        return [run(0)]
+        return [run(item) for item in items]
     with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
-        return list(pool.map(run, range(0, size, share)))
+        return list(pool.map(run, items))
