@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.snapshots.staging import recorded
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +153,10 @@ class Background:
             if self._stream is not None and job.ready is not None:
                 stack.enter_context(torch.cuda.device(self._stream.device))
                 stack.enter_context(torch.cuda.stream(self._stream))
-                stack.callback(self._stream.synchronize)
+                stack.callback(_wait_for, self._stream)
                 self._stream.wait_event(job.ready)
             job.work()
+
+
+def _wait_for(stream: torch.cuda.Stream) -> None:
+    recorded(stream).synchronize()  # not stream.synchronize(), which would take a core meanwhile

@@ -116,6 +116,7 @@ class MergeSession:
         self.pipeline = SnapshotPipeline(
             options, host, window, publisher_of(options, folder, self.ranks), naming
         )
+        host.spare = window.store.live.spare
         self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
@@ -366,6 +367,7 @@ class MergeSession:
 
     def _let_go(self) -> None:
         self.pipeline.wait()
+        self.host.spare = None
         self.statistics.close()
         if self.spikes:
             self.spikes.close()

@@ -28,6 +28,7 @@ from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
+from merge_callback.signals.host import Spare
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_merge import HalfRestoredError
@@ -157,6 +158,7 @@ class MergedValidation:
                     self._taking_part,
                     self._trackers,
                     self._seen,
+                    self._host.spare,
                 )
         except Exception as error:
             if DeferredSignals.has_raised(error):
@@ -255,6 +257,7 @@ def validate_with(
     taking_part: Sequence[Callback] = (),
     trackers: Mapping[nn.Module, int] | None = None,
     seen: SeenWeights | None = None,
+    spare: Spare | None = None,
 ) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
 
@@ -270,6 +273,7 @@ def validate_with(
         taking_part: the callbacks whose hooks are called.
         trackers: the lengths of the ``MetricTracker`` before the last validation.
         seen: the weights that the live validation was run with.
+        spare: gives room for a copy of the live weights.
 
     Returns:
         Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
@@ -278,7 +282,7 @@ def validate_with(
         Exception: any exception of the module's validation.
     """
     loop, sharding = validation_loop(trainer), sharding or Sharding({}, {})
-    swap = undisturbed(trainer, module, merged.buffer.device, taking_part, trackers)
+    swap = undisturbed(trainer, module, spare, taking_part, trackers)
     with DeferredSignals() as signals, ExitStack() as stack:
 
         def put_in() -> dict[str, Tensor]:
