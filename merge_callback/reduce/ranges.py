@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from merge_callback.reduce import threads
+
 BLOCK = 1 << 15
 """Elements processed at once on a CPU: a dozen fp32 blocks stay in the second-level cache. It is also the
 most that PyTorch processes in the calling thread (its grain size): a larger block would start a team of
@@ -26,22 +28,23 @@ T = TypeVar("T")
 def in_ranges(size: int, device: torch.device, job: Callable[[int, int], T]) -> list[T]:
     """Splits ``size`` elements into one range per thread and runs ``job(start, stop)`` on each range.
 
-    There are at most as many threads as PyTorch uses; that setting is not changed. The split depends on it,
-    so the results of ``job`` must not depend on where a range begins.
+    There are at most as many threads as PyTorch uses, half as many in the background; that setting is not
+    changed. The split depends on it, so the results of ``job`` must not depend on where a range begins.
 
     Returns:
         The results of all calls, in the order of the elements.
     """
-    most = min(torch.get_num_threads(), _THREADS) if device.type == "cpu" else 1
-    threads = max(1, min(most, size // _SHARE))
-    share = math.ceil(size / threads / BLOCK) * BLOCK if threads > 1 else size
-    inference = torch.is_inference_mode_enabled()  # this mode and no_grad are per thread
+    most = min(threads.most(), _THREADS) if device.type == "cpu" else 1
+    count = max(1, min(most, size // _SHARE))
+    share = math.ceil(size / count / BLOCK) * BLOCK if count > 1 else size
+    # These modes are per thread.
+    inference, yields = torch.is_inference_mode_enabled(), threads.is_yielding()
 
     def run(start: int) -> T:
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), threads.yielding(yields):
             return job(start, min(start + share, size))
 
-    if threads == 1:
+    if count == 1:
         return [run(0)]
-    with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
+    with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
         return list(pool.map(run, range(0, size, share)))
