@@ -123,6 +123,7 @@ class MergeSession:
         self.running = running_averages(options, model, window, host.device)
         publisher = publisher_of(options, folder, self.ranks)
         self.pipeline = SnapshotPipeline(options, host, window, publisher, naming, self.running)
+        host.spare = window.store.live.spare
         self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
@@ -431,6 +432,7 @@ class MergeSession:
 
     def _let_go(self) -> None:
         self.pipeline.wait()
+        self.host.spare = None
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
