@@ -49,7 +49,6 @@ from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.lora_merge import factor_pairs
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
@@ -94,7 +93,7 @@ class MergeSession:
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
         naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
-        self.options = options = options.for_adapters() if factor_pairs(model.tensors) else options
+        self.options = options
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
         check_exclude(options.exclude, model)
