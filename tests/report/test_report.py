@@ -16,6 +16,7 @@ from event_files import EVERY, STEPS, run, write_run
 
 from merge_callback.cli.main import main
 from merge_callback.engine.events import EventFile
+from merge_callback.events import EVENTS, KINDS
 from merge_callback.metrics import FORECAST, FORECAST_ERROR
 from merge_callback.noise import spread
 from merge_callback.report.numbers import thinned, ticks
@@ -295,3 +296,33 @@ def test_the_candidates_are_in_a_table_the_best_one_first(tmp_path):
     assert "The live val_loss scatters by 0.010 from one validation to the next" in table
     assert "Compared on 3 batches" in table
     assert "<b>wsm</b>" in page
+
+
+WRONG = [
+    None,
+    True,
+    -1,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "\ud800",
+    "x",
+    [],
+    ["x", None],
+    [float("nan")],
+    {},
+    {"a": {"b": []}},
+]
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS])
+def test_entries_that_are_not_what_they_should_be_spoil_no_page(tmp_path, kind):
+    write_run(tmp_path, restores=(200,))
+    lines = [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()]
+    last = {line["event"]: line for line in lines}.get(kind, {"event": kind, "step": 7, "time": 1.0})
+    for entry in {*last, *next(k for k in KINDS if k.name == kind).entries} - {"event", "format", "run_id"}:
+        for wrong in WRONG:
+            lines.append({**last, entry: wrong})
+    (tmp_path / EVENTS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Traceback" not in (tmp_path / "report.html").read_text(encoding="utf-8")
