@@ -297,6 +297,14 @@ def test_the_candidates_are_in_a_table_the_best_one_first(tmp_path):
     assert "Compared on 3 batches" in table
     assert "<b>wsm</b>" in page
 
+    broken = [{**found, entry: wrong} for entry in found for wrong in (None, True, "x", [None], {"a": 1})]
+    broken += [{**found, "scores": [{**found["scores"][0], entry: None}]} for entry in found["scores"][0]]
+    for wrong in broken:  # the file may be anybody's
+        EventFile(folder, run()).write(
+            "validation", STEPS + 2, scores=scores, gains={}, merge=STEPS, candidates=wrong
+        )
+        assert "finished" in drawn(folder)
+
 
 WRONG = [
     None,
