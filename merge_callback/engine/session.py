@@ -371,7 +371,7 @@ class MergeSession:
             gains={name.removeprefix(GAIN): v for name, v in found.items() if name.startswith(GAIN)},
             merge=merge_step,
             seconds=scored.seconds if scored else None,
-            **({"candidates": scored.compared.record()} if scored and scored.compared else {}),
+            candidates=scored.compared.record() if scored and scored.compared else None,
         )
 
     def compare(self, default: Merge, evaluate: Evaluate, live: Scores, lower: Lower) -> Comparison | None:

@@ -45,6 +45,8 @@ _T = TypeVar("_T")
 
 _PATIENCE = 600.0  # seconds that a checkpoint waits for the work under way
 
+_OFTEN = 2  # intervals in a row with a validation, after which the next one is expected to have one
+
 _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 
@@ -128,10 +130,12 @@ class SnapshotPipeline:
         self._held: _Held | None = None  # the merge that waits for its validation
         self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
         self._validated = False  # whether there was a validation since the last snapshot
+        self._often = 0  # of how many intervals up to there that is so, without a break
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
+        self._is_stable = False  # whether that is of the stable phase
         self.published = 0  # number of merges
         trained = window.store.whole.only(window.store.whole.names - window.store.expected)
         numel = sum(group.numel for group in trained.groups)
@@ -181,9 +185,10 @@ class SnapshotPipeline:
         stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
         self._release()
+        self._often, self._validated = (self._often + 1 if self._validated else 0), False
         # Where validations are rarer than snapshots, most merges would wait for one in vain.
-        hold = self._validates and (bool(self.candidates.names) or self._validated or self.host.validates_now)
-        self._validated = False
+        is_likely = self._often >= _OFTEN or self.host.validates_now
+        hold = self._validates and (bool(self.candidates.names) or is_likely)
         report = _Report(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
@@ -340,8 +345,9 @@ class SnapshotPipeline:
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
             "handed_in": self._handed_in,
+            "is_stable": self._is_stable,
             "choice": self._choice,
-            "validated": self._validated,
+            "validated": [self._validated, self._often],
             "published": list(self.publisher.published),
             "emissions": self.published,
             "last_stable": self._last_stable,
@@ -361,10 +367,13 @@ class SnapshotPipeline:
             self.advice.load_state_dict(state["advice"])
         self.history.load_state_dict(state.get("history", {}))
         self._last_stable = state.get("last_stable", -1)
-        self._choice, self._validated = state.get("choice", {}), state.get("validated", False)
+        self._choice = state.get("choice", {})
+        self._validated, self._often = state.get("validated", (False, 0))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
+        if state.get("is_stable") and self._emitted == state["handed_in"]:  # published after the checkpoint
+            self._last_stable = self._emitted
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
         """Publishes what the resumed run was to publish but did not, or holds it back again."""
@@ -461,7 +470,7 @@ class SnapshotPipeline:
         """Publishes the merge of the present window, if it is new, or holds it back for its validation."""
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
-            self._handed_in = merge.step
+            self._handed_in, self._is_stable = merge.step, merge.snapshots[-1].phase == "stable"
             self._held = _Held(merge, model, self._merger.diversity)
             merge.published = self._release_and_wait  # whoever needs its memory
             if not hold:
