@@ -122,7 +122,7 @@ class RunningAverages:
 
         Args:
             step: optimizer steps taken so far.
-            tensors: the live ones (or this rank's shards), which are only read. If they are the same tensors as
+            tensors: the live ones (or this rank's shards), which are only read. If they are the same as
                 before, the same mapping.
         """
         sources = self._sources.of(tensors)
