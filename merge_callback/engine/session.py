@@ -49,7 +49,6 @@ from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.lora_merge import factor_pairs
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
@@ -94,7 +93,7 @@ class MergeSession:
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
         naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
-        self.options = options = options.for_adapters() if factor_pairs(model.tensors) else options
+        self.options = options
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
         self._averaged: Mapping[str, Tensor] | None = None  # since the newest snapshot
@@ -119,11 +118,12 @@ class MergeSession:
         )
         self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(host.total_batches)
-        window = new_window(options, model, self.sharding, host.device, folder, resume)
+        window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.running = running_averages(options, model, window, host.device)
         publisher = publisher_of(options, folder, self.ranks)
         self.pipeline = SnapshotPipeline(options, host, window, publisher, naming, self.running)
+        host.spare = window.store.live.spare
         self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
@@ -195,7 +195,7 @@ class MergeSession:
             folder.give_up()
             raise
 
-    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | None = None) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | Tensor | None = None) -> None:
         """Notes a batch before it is trained on; with the first one, finds out whether tokens can be counted.
 
         Args:
@@ -229,7 +229,7 @@ class MergeSession:
         return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
     def end_batch(
-        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | None = None
+        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | Tensor | None = None
     ) -> bool:
         """Counts a batch and, if an optimizer step was taken with it, the step; restores after a spike.
 
@@ -435,6 +435,7 @@ class MergeSession:
 
     def _let_go(self) -> None:
         self.pipeline.wait()
+        self.host.spare = None
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
@@ -535,9 +536,10 @@ class MergeSession:
                 "optimizers of self.optimizers(); Lightning does not count steps with use_pl_optimizer=False"
             )
 
-    def _count(self, batch: Any, tokens: int | None) -> None:
+    def _count(self, batch: Any, tokens: int | Tensor | None) -> None:
         try:
-            self.statistics.add_tokens(int(self.clock.count(batch)) if tokens is None else tokens)
+            found = self.clock.count(batch) if tokens is None else tokens
+            self.statistics.add_tokens(found if isinstance(found, Tensor) else int(found))
         except ValueError as error:
             self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
             say = warn if self.ranks.is_first else log.warning

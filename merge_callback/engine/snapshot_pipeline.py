@@ -105,7 +105,7 @@ class SnapshotPipeline:
         running: RunningAverages | None = None,
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
-        self.background = Background(host.device)
+        self.background = Background(window.store.live_device)
         self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window

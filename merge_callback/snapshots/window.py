@@ -234,7 +234,7 @@ class Window(Segments):
         """
         store = self.store
         if (base := store.coding.base(self.snapshots)) is None:
-            return arena
+            return self._to_be_written(arena)
 
         def encode() -> Arena:
             nonlocal arena
@@ -252,6 +252,13 @@ class Window(Segments):
         store.pool.recycle(arena)
         snapshot.difference_to = base.step
         return encoded
+
+    def _to_be_written(self, arena: Arena) -> Arena:
+        try:
+            return self.ranks.agreed(partial(self.store.place.to_be_written, arena))
+        except BaseException:
+            self.store.pool.recycle(arena)
+            raise
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
         """Takes a snapshot in as the newest one, if it has a place.

@@ -130,7 +130,7 @@ class CheckpointMerger(RunResults):
     def step(
         self,
         loss: Tensor | float | None = None,
-        tokens: int | None = None,
+        tokens: int | Tensor | None = None,
         *,
         batch: Any = None,
         grad_norm: Tensor | float | None = None,
@@ -368,7 +368,7 @@ class LoopHost(Host):
             self.module = self.root.module
         several = [optimizer] if hasattr(optimizer, "param_groups") else list(optimizer)
         self.optimizers = [_unwrapped(one) for one in several]
-        self.device = next((p.device for p in self.module.parameters()), torch.device("cpu"))
+        self.device = compute_device(self.root)
         self.scaler, self.log_every = scaler, log_every
         self.default_folder = "merges"
         self.processes = int(
@@ -435,19 +435,19 @@ class LoopHost(Host):
         """Calls what Fabric has made of the model, or else the model as it is, without autocast."""
         return nullcontext(self._fabrics) if self._fabrics is not None else super().forward_pass()
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """Calls ``compute_loss`` again."""
         if source != "batch" or self._compute_loss is None:
             raise UnrepeatableStepError("pass compute_loss= and step(batch=…) to have it computed")
-        return self._rehearsed(self._compute_loss, device)
+        return self._rehearsed(self._compute_loss)
 
     @contextmanager
-    def _rehearsed(self, compute_loss: ComputeLoss, device: torch.device) -> Iterator[LossOf]:
+    def _rehearsed(self, compute_loss: ComputeLoss) -> Iterator[LossOf]:
         random, state = RandomState(), PythonState(self.module, self.optimizers)
         with ExitStack() as stack:
             stack.callback(random.restore)
             stack.callback(state.restore)
-            stack.enter_context(kept_weights(self.module, self.root, device))
+            stack.enter_context(kept_weights(self.module, self.root, self.spare))
             buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
 
             def loss(batches: Sequence[HeldBatch]) -> float:
@@ -471,6 +471,17 @@ def _is_distributed() -> bool:
 
 def _is_first() -> bool:
     return not _is_distributed() or dist.get_rank() == 0
+
+
+def compute_device(root: nn.Module) -> torch.device:
+    """The device that a model computes on. FSDP may keep the shards of its parameters in host memory."""
+    if isinstance(device := getattr(root, "compute_device", None), torch.device):  # FSDP 1
+        return device
+    first = next(root.parameters(), torch.empty(0, device="cpu"))
+    kind = getattr(getattr(first, "device_mesh", None), "device_type", first.device.type)
+    if kind == first.device.type:
+        return first.device
+    return torch.device(kind, torch.get_device_module(kind).current_device())
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

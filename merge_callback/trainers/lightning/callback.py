@@ -80,8 +80,7 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         count_tokens: Function from a batch to its number of tokens. By default the size of its ``input_ids``,
             or of its first integer tensor.
         method: A method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
-            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay; of
-            a model with LoRA adapters ``sma`` in both.
+            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ema`` in the decay.
         candidates: What else the window is merged by: a list of methods, or a mapping from names to methods,
             e.g. ``{"wsm-15": Wsm(last=15), "ema": "ema"}``. Each validation validates all of them and the
             merge by ``method``; the best one is published, and is what ``merged/…`` shows.
