@@ -304,12 +304,12 @@ def running_cost() -> str:
         [row["model"], *(f"{row['ms'][way]:.2f}" for way in ways), f"{row['ratio']:.2f}"]
         for row in _measured("running")["rows"]
     ]
-    head = ("model", "`_foreach_lerp_` (torchtitan)", "ours", "`EMAWeightAveraging`", "a step of AdamW", "ours / torchtitan")
+    head = ("model", "`_foreach_lerp_`", "ours", "`EMAWeightAveraging`", "AdamW's step", "ours / the first")
     return table(head, rows)
 
 
 def posthoc_errors() -> str:
-    """How far averages that are made afterwards are from tracked ones, with all stored copies and with fewer."""
+    """How far averages that are made afterwards are from tracked ones, with all copies and with fewer."""
     rows = _measured("posthoc")["rows"]
     widths = sorted({row["sigma"] for row in rows} - set(_measured("posthoc")["stored"]))
     counts = list(dict.fromkeys(row["copies"] for row in rows))[:5]
@@ -319,7 +319,7 @@ def posthoc_errors() -> str:
         row = found[count, sigma]
         return f"{100 * row['error']:.2f} % ({row['residual']:.4f})"
 
-    head = ("copies used", *(f"σ = {sigma:g}" for sigma in widths))
+    head = ("copies used", *(f"σ = {sigma:g}" for sigma in widths))  # noqa: RUF001
     lines = [[str(count), *(cell(count, sigma) for sigma in widths)] for count in counts]
     return table(head, lines) + "\n\nIn brackets stand the residuals."
 
