@@ -274,11 +274,11 @@ def _finish(
         notes += _pictured(given, objective, ranked, found[0], results)
         for line in _table(ranked, best, metric):
             print(printable(line))
-        alone = found[0].metrics[metric]
+        gain = "" if best.score > found[0].score else ": no merge scores better"
         print(
             printable(
                 f"best by {metric}: {best.candidate.name}, {best.metrics[metric]:.6g}; the newest checkpoint "
-                f"alone {alone:.6g}"
+                f"alone {found[0].metrics[metric]:.6g}{gain}"
             )
         )
         tell(filter(None, notes))
