@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_files import Evil, save_distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.utils.data import DataLoader
 from training_runs import QUIET
 
@@ -158,3 +161,70 @@ def test_a_dry_run_says_so_and_writes_nothing(run, tmp_path, capsys):
     assert "would merge the moments" in printed
     assert f"would write {tmp_path / 'out/merged.ckpt'}" in printed
     assert not [*Path(tmp_path).iterdir()]
+
+
+def trained(steps):
+    """A small model and its optimizer after some steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def distributed_state(model, optimizer):
+    """As Lightning nests it in its sharded checkpoints."""
+    return {
+        "state_dict": get_model_state_dict(model),
+        "optimizer_0": get_optimizer_state_dict(model, optimizer),
+        "epoch": 3,
+    }
+
+
+def test_a_distributed_checkpoint_is_resumed_from_too(tmp_path):
+    states = [distributed_state(*trained(steps)) for steps in (1, 2, 3)]
+    paths = [save_distributed(tmp_path / f"step={i}", state) for i, state in enumerate(states, 1)]
+    (paths[-1] / "meta.pt").write_bytes(b"Lightning's part")
+    assert merge(*paths, "--method", "wma", "--output", tmp_path / "out") == 0
+
+    model, optimizer = trained(1)
+    loaded = distributed_state(model, optimizer)
+    dcp.load(loaded, checkpoint_id=tmp_path / "out", no_dist=True)
+    weights = (1 / 6, 2 / 6, 3 / 6)
+    for name, value in loaded["state_dict"].items():
+        expected = sum(w * s["state_dict"][name] for w, s in zip(weights, states, strict=True))
+        torch.testing.assert_close(value, expected)
+    for name, entries in loaded["optimizer_0"]["state"].items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            each = [state["optimizer_0"]["state"][name][moment] for state in states]
+            torch.testing.assert_close(
+                entries[moment], sum(w * e for w, e in zip(weights, each, strict=True))
+            )
+        assert entries["step"] == 3
+    assert loaded["epoch"] == 3
+    assert loaded["optimizer_0"]["param_groups"][0]["lr"] == 0.01
+    assert (tmp_path / "out/meta.pt").read_bytes() == b"Lightning's part"
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+def test_a_distributed_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+    paths = []
+    for step in (1, 2):
+        state = {**distributed_state(*trained(step)), "evil": Evil(tmp_path / "ran")}
+        paths.append(save_distributed(tmp_path / f"step={step}", state))
+    assert merge(*paths, "--output", tmp_path / "out") == 1
+    assert "'evil' is nothing that is loaded without running code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_distributed_checkpoint_without_moments_is_refused(tmp_path, capsys):
+    model, _ = trained(1)
+    paths = [
+        save_distributed(tmp_path / f"step={step}", {"state_dict": model.state_dict()}) for step in (1, 2)
+    ]
+    assert merge(*paths, "--output", tmp_path / "out") == 1
+    assert "holds no moments" in capsys.readouterr().err
