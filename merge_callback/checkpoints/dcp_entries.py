@@ -41,6 +41,11 @@ class DistributedEntries:
         self.tensors = {str(name): e for name, e in entries if isinstance(e, TensorStorageMetadata)}
         self._objects = [str(name) for name, e in entries if isinstance(e, BytesStorageMetadata)]
 
+    @property
+    def paths(self) -> Any:
+        """The keys of nested state that lead to each entry, as ``.metadata`` has them."""
+        return self._metadata.planner_data
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, in memory.
 

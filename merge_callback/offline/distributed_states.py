@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from merge_callback.checkpoints.containment import contained
@@ -71,6 +75,19 @@ def _moment(source: DistributedEntries, name: str, newest: DistributedEntries) -
     return tensor
 
 
+class _Planner(DefaultSavePlanner):
+    """Plans flat entries, and notes of which nested state they are."""
+
+    def __init__(self, paths: Any) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._paths = paths
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """As always, with the keys that lead to each entry."""
+        plans, metadata = super().create_global_plan(all_plans)
+        return plans, replace(metadata, planner_data=self._paths)
+
+
 def write_resumable(
     folder: Path, weights: Mapping[str, Tensor], place: str, entries: Mapping[str, Any], newest: Path
 ) -> dict[str, str]:
@@ -90,7 +107,12 @@ def write_resumable(
     state = {place + name: tensor for name, tensor in weights.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        save({**state, **entries}, storage_writer=FileSystemWriter(folder, sync_files=True), no_dist=True)
+        save(
+            {**state, **entries},
+            storage_writer=FileSystemWriter(folder, sync_files=True),
+            planner=_Planner(DistributedEntries(newest).paths),
+            no_dist=True,
+        )
     if (newest / LIGHTNING_META).is_file():
         copy_file(contained(newest, LIGHTNING_META), folder / LIGHTNING_META)
     for draft in drafts:

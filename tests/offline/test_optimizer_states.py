@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from checkpoint_files import Evil, save_distributed
+from distributed_runs import UnevenModule, fit, full_weights, run_jobs
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -13,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.utils.data import DataLoader
 from training_runs import QUIET
 
+from merge_callback.checkpoints.dcp_entries import DistributedEntries
+from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.cli.main import main
 from merge_callback.merging import Ema
 
@@ -208,6 +211,8 @@ def test_a_distributed_checkpoint_is_resumed_from_too(tmp_path):
     assert loaded["optimizer_0"]["param_groups"][0]["lr"] == 0.01
     assert (tmp_path / "out/meta.pt").read_bytes() == b"Lightning's part"
     assert main(["inspect", str(tmp_path / "out")]) == 0
+    opened = [open_checkpoint(path).tensors.keys() for path in (tmp_path / "out", paths[-1])]
+    assert opened[0] == opened[1]
 
 
 def test_a_distributed_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
@@ -228,3 +233,42 @@ def test_a_distributed_checkpoint_without_moments_is_refused(tmp_path, capsys):
     ]
     assert merge(*paths, "--output", tmp_path / "out") == 1
     assert "holds no moments" in capsys.readouterr().err
+
+
+class Saved(UnevenModule):
+    """Notes a moment when training begins."""
+
+    def on_train_start(self):
+        optimizer = self.optimizers().optimizer
+        moments = [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
+        self.first = full(moments[0]).clone() if moments else None
+        self.begins = full_weights(self)
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded(folder, max_steps, ckpt_path=None):
+    """Trains on two ranks; the weights and a moment it began with, and the step it came to."""
+    module = Saved()
+    saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1)
+    run = fit("fsdp2", module, saving, max_steps=max_steps, ckpt_path=ckpt_path, enable_checkpointing=True)
+    return module.begins, module.first, max(run.weights)
+
+
+@pytest.mark.slow
+def test_lightning_goes_on_from_its_sharded_checkpoint(tmp_path):
+    run_jobs(2, {"train": (sharded, {"folder": tmp_path / "run", "max_steps": 12})})
+    paths = sorted((tmp_path / "run").iterdir(), key=lambda path: int(path.stem.rpartition("=")[2]))
+    assert len(paths) == 3
+    assert merge(*paths, "--output", tmp_path / "out") == 0
+    job = (sharded, {"folder": tmp_path / "next", "max_steps": 16, "ckpt_path": tmp_path / "out"})
+    [(begins, first, last), _] = run_jobs(2, {"resume": job})["resume"]
+    assert last == 16
+    expected = open_checkpoint(tmp_path / "out").tensors
+    for name, tensor in expected.items():
+        assert torch.equal(begins[name], tensor), name
+    entries = [DistributedEntries(path) for path in paths]
+    [name] = [n for n in entries[0].tensors if n.endswith("embedding.weight.exp_avg")]
+    torch.testing.assert_close(first, sum(one.tensor(name) for one in entries) / 3)
