@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from merge_callback.checkpoints.open import recorded_step
 from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.checks import one_of
 from merge_callback.cli.config_file import checked, is_plain, read_options
@@ -35,6 +36,8 @@ from merge_callback.offline.job import Job
 from merge_callback.offline.merge_adapters import merge_adapters, opened_adapters
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.offline.peers import Peers, peers_of_launcher
+from merge_callback.offline.posthoc import Reconstruction, reconstruction
+from merge_callback.offline.selection import Selection
 
 _RENAMED = {"as": "kind", "import": "imports", "from": "first_step", "to": "last_step"}
 """An option's name in a file, and its own."""
@@ -54,9 +57,11 @@ _KINDS = {
     "dry_run": bool,
     "optimizer_state": bool,
     "quiet": bool,
+    "sigma": float,
 }
 """What a file may give for an option; text for all others."""
 
+_POSTHOC = ("posthoc-ema", "posthoc_ema")
 _DESCRIPTION = """\
 Merge checkpoints into a new folder, which appears complete or not at all. It needs no GPU, and a few
 megabytes of memory whatever the size of the model. The inputs are put in the order of their steps, and stay
@@ -72,6 +77,7 @@ examples:
   merge-callback merge run/ --last 10 --method ties --density 0.8 --output merged
   merge-callback merge run-a/ckpt run-b/ckpt --weights 0.5 0.5 --dtype bf16 --output merged
   merge-callback merge run/ --import my_methods --method last_k --k 2 --output merged
+  merge-callback merge run/ --method posthoc-ema --sigma 0.08 --output ema
   merge-callback merge --config merge.yaml --output merged
 """
 
@@ -97,6 +103,7 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="of a merged LoRA adapter (the sum of all ranks, which is exact)",
     )
+    add("--sigma", type=float, metavar="S", help="with --method posthoc-ema: the width of the average")
     add(
         "--optimizer-state",
         action="store_true",
@@ -152,8 +159,13 @@ def _merge(parsed: argparse.Namespace) -> int:
         raise ValueError(f"--optimizer-state makes a Lightning checkpoint; leave --as {given['kind']} out")
     if not given["checkpoints"] or given["output"] is None:
         explicit["refuse"]("name the checkpoints to merge, and the folder to make with --output")
-    method = _method(given)
-    selection = chosen(given, method)
+    if given["method"] in _POSTHOC:
+        found = _reconstruction(given)
+        method: MergeMethod = found.method
+        selection = Selection(found.files, [recorded_step(path) for path in found.files], [])
+    else:
+        method = _method(given)
+        selection = chosen(given, method)
     told, is_quiet = selection.lines(), given["quiet"]  # where quiet, told when all went well
     job = job_of(given, selection.chosen, method, (lambda: None) if is_quiet else (lambda: tell(told)))
     if given["dry_run"]:
@@ -181,6 +193,21 @@ def _merge(parsed: argparse.Namespace) -> int:
         ]
     )
     return 0
+
+
+def _reconstruction(given: Mapping[str, Any]) -> Reconstruction:
+    """What makes a running average of another width.
+
+    Raises:
+        ValueError: for anything but one run and a width, or options that have no meaning here.
+    """
+    named = [name for name in ("base", "first_step", "last") if given[name] is not None]
+    if len(given["checkpoints"]) != 1 or given["sigma"] is None or named:
+        raise ValueError(
+            f"--method {given['method']} takes the folder of one run, --sigma and, if it is not to end with "
+            "the run, --to; e.g. merge-callback merge run/ --method posthoc-ema --sigma 0.08 --output ema"
+        )
+    return reconstruction(Path(given["checkpoints"][0]), given["sigma"], given["last_step"])
 
 
 def _merged(job: Job, output: Path, peers: Peers) -> dict[str, Any]:

@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "shard_size": None,
     "kind": "safetensors",
     "rank": None,
+    "sigma": None,
     "optimizer_state": False,
     "dry_run": False,
     "force": False,
