@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_callback.reduce import compiled
 from merge_callback.reduce.compiled import Split
-from merge_callback.reduce.dispatch import compiled_serves, triton_serves
+from merge_callback.reduce.dispatch import compiled_serves
 from merge_callback.reduce.ranges import in_ranges
 from merge_callback.sharding import Piece
 
@@ -144,11 +144,6 @@ def split(bits: Tensor, low: int, high: int) -> Split:
     In a vector with few different magnitudes the brackets are frequent ones. Counting those is far cheaper
     than picking them.
     """
-    if triton_serves(bits, dtypes={torch.int32}):
-        from merge_callback.reduce import triton_census
-
-        above, at_high, at_low, found = triton_census.split(bits, low, high)
-        return above, at_high, at_low, found.cpu().numpy()
     if bits.device.type != "cpu":
         between = bits[(bits > low) & (bits < high)].cpu().numpy()
         at_low = int((bits == low).sum()) if low < high else 0
