@@ -119,6 +119,11 @@ def count_pass(brackets: Sequence[Bracket]) -> list[Counts]:
     return found
 
 
+def count_equal(part: Part, start: int, stop: int, bits: int) -> int:
+    """How many of the elements from ``start`` to ``stop`` have this magnitude."""
+    return sum(at_high for _, _, (_, at_high, *_) in _splits([part], [(bits, bits)], start, stop))
+
+
 def _splits(
     parts: Sequence[Part], bounds: Sequence[tuple[int, int]], start: int, stop: int
 ) -> Iterator[tuple[int, int, Split]]:
