@@ -22,6 +22,7 @@ from typing import Any
 from merge_callback import METHODS, CheckpointMergeCallback, ProbeOptions, SpikeOptions
 from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
+from merge_callback.merging.method import own_options
 from merge_callback.metrics import (
     DIVERSITY_CHANGE,
     DIVERSITY_RMS,
@@ -148,10 +149,7 @@ def method_options(name: str) -> str:
     """A method's options, its source and what it needs."""
     method = METHODS[name]
     told = arguments(method.__doc__ or "")
-    rows = [
-        (f"`{f.name}`", shown(f.default), told.get(f.name, "see above"))
-        for f in fields(method)  # type: ignore[arg-type]
-    ]
+    rows = [(f"`{f.name}`", shown(f.default), told.get(f.name, "see above")) for f in own_options(method)]
     kind = "a weighted sum of the snapshots" if issubclass(method, LinearMethod) else "not a weighted sum"
     facts = f"Class `merge_callback.merging.{method.__name__}`; {kind}. Source: {method.reference}."
     return "\n\n".join([table(("option", "default", "meaning"), rows), facts] if rows else [facts])
@@ -163,10 +161,11 @@ def gain(name: str) -> str:
 
 
 def gains() -> str:
-    """What every method gained, for ten snapshots."""
+    """What every method gained that was measured, for ten snapshots."""
+    measured = next(iter(_measured()["gains"].values()))
     return table(
         ("method", *_POINTS.values()),
-        ([f"[`{n}`]({n}.md)", *_gains(n, 10)] for n in METHODS if n != "weighted"),
+        ([f"[`{n}`]({n}.md)", *_gains(n, 10)] for n in METHODS if f"{n}, 10" in measured),
     )
 
 

@@ -12,14 +12,16 @@ import torch
 from merge_callback.checks import DTYPES
 from merge_callback.engine.model_parts import global_tensors
 from merge_callback.engine.run_folder import RunFolder
+from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import warn
 from merge_callback.options import Options
 from merge_callback.publish.export import Naming
-from merge_callback.sharding import Sharding
+from merge_callback.sharding import Sharding, device_of
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.running import RunningAverages
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.snapshots.window_folder import WINDOW
@@ -32,7 +34,6 @@ def new_window(
     options: Options,
     model: ModelTensors,
     sharding: Sharding,
-    device: torch.device,
     folder: RunFolder,
     resume: Mapping[str, Any],
 ) -> Window:
@@ -42,7 +43,6 @@ def new_window(
         options: the options of merging.
         model: the live model's tensors.
         sharding: says what each rank keeps of them.
-        device: the device that training uses.
         folder: the run's folder.
         resume: a former session's ``state_dict``; empty for a new run.
     """
@@ -51,7 +51,7 @@ def new_window(
         Layout.of(sharding.own(model.tensors), options.snapshot_dtype, still),
         options.storage,
         folder.path / WINDOW if options.durable else None,
-        device,
+        device_of(model.tensors.values()),
         {name for name in model.buffers if not all_finite(model.tensors[name])},
         model.buffers,
         sharding,
@@ -60,6 +60,31 @@ def new_window(
         frozen=model.frozen,
     )
     return Window(options.window, store, folder.run_id)
+
+
+def running_averages(
+    options: Options, model: ModelTensors, window: Window, device: torch.device
+) -> RunningAverages | None:
+    """The running averages that the options ask for; ``None`` if they ask for none.
+
+    What is excluded, most of a frozen model, masks and the vectors of spectral norm are left out.
+
+    Args:
+        options: the options of merging.
+        model: the live model's tensors.
+        window: the run's window.
+        device: the device that training uses.
+    """
+    if not options.running:
+        return None
+    masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
+    left_out = {
+        *masks,
+        *model.matching(options.exclude),
+        *vectors_of(model.tensors),
+        *window.store.expected,
+    }
+    return RunningAverages(options.running, model.tensors, left_out, window, device)
 
 
 def still_needed(window: Window, count: int) -> int:

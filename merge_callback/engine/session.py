@@ -10,9 +10,12 @@ from functools import partial
 from shlex import quote
 from typing import Any, SupportsFloat
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
+from merge_callback.engine.candidates import Evaluate, Lower, Scores
+from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
@@ -24,7 +27,12 @@ from merge_callback.engine.model_parts import (
 )
 from merge_callback.engine.plan import Plan, from_here
 from merge_callback.engine.run_folder import RunFolder
-from merge_callback.engine.run_window import new_window, note_publishing, restore_window
+from merge_callback.engine.run_window import (
+    new_window,
+    note_publishing,
+    restore_window,
+    running_averages,
+)
 from merge_callback.engine.session_parts import event_file, publisher_of, watch_for_spikes
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.engine.validations import Scored
@@ -41,7 +49,6 @@ from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.lora_merge import factor_pairs
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
@@ -86,7 +93,7 @@ class MergeSession:
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
         naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
-        self.options = options = options.for_adapters() if factor_pairs(model.tensors) else options
+        self.options = options
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
         check_exclude(options.exclude, model)
@@ -110,16 +117,19 @@ class MergeSession:
         )
         self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(host.total_batches)
-        window = new_window(options, model, self.sharding, host.device, folder, resume)
+        window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
-        self.pipeline = SnapshotPipeline(
-            options, host, window, publisher_of(options, folder, self.ranks), naming
-        )
+        self.running = running_averages(options, model, window, host.device)
+        publisher = publisher_of(options, folder, self.ranks)
+        self.pipeline = SnapshotPipeline(options, host, window, publisher, naming, self.running)
+        host.spare = window.store.live.spare
         self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.spikes = watch_for_spikes(options, host, self.pipeline, self.statistics, folder.path)
+        if self.spikes and self.running:
+            self.spikes.policy.after_restore = self._roll_averages_back
         try:
             self._put_folder_in_order()
             self.plan = Plan.of(options, window.store, host)
@@ -184,7 +194,7 @@ class MergeSession:
             folder.give_up()
             raise
 
-    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | None = None) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | Tensor | None = None) -> None:
         """Notes a batch before it is trained on; with the first one, finds out whether tokens can be counted.
 
         Args:
@@ -208,6 +218,8 @@ class MergeSession:
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that is about to be taken."""
         self.applied.note(optimizer)
+        if self.running:
+            self.running.wait()  # they may still be reading what the step overwrites
         if self.spikes:
             self.spikes.note_step(optimizer)
 
@@ -216,7 +228,7 @@ class MergeSession:
         return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
     def end_batch(
-        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | None = None
+        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | Tensor | None = None
     ) -> bool:
         """Counts a batch and, if an optimizer step was taken with it, the step; restores after a spike.
 
@@ -256,7 +268,25 @@ class MergeSession:
         due = self.interval.is_over(self.step)
         warming_up = self.phases.is_warming_up
         restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
+        if self.running and not restored and self.running.is_due(step):
+            self._update_averages()
         return due and not restored
+
+    def _update_averages(self) -> None:
+        assert self.running is not None
+        try:
+            self.running.update(self.step, self._at_snapshots.tensors().tensors)
+        except Exception:
+            log.exception("merge: the running averages end at step %s; training goes on", self.step)
+            self.running.end()
+
+    def _roll_averages_back(self, step: int) -> None:
+        assert self.running is not None
+        try:
+            self.running.roll_back(step, self.host.step, self.live().tensors)
+        except Exception:
+            log.exception("merge: the running averages end at step %s; training goes on", self.host.step)
+            self.running.end()
 
     def follow_model(self) -> MergeSession | None:
         """The session to continue with; call it before a snapshot. A new one if the model's tensors changed.
@@ -315,23 +345,56 @@ class MergeSession:
             live: what the live weights score, by metric.
             scored: what a merge scores, if one was validated with them.
         """
-        logged: dict[str, float] = {}
+        logged, found = dict[str, float](), dict[str, float]()
         if scored is not None:
-            logged = {**scored.shown, **self.pipeline.note_validation(live, scored), **scored.numbers}
+            found = self.pipeline.note_validation(live, scored)
+            logged = {**scored.shown, **found, **scored.numbers}
             report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
         newest, lower = (scored.newest, scored.lower) if scored else (None, {})
         merge_step = newest.step if newest else None
-        self.pipeline.keep_validation(at, live, logged, merge_step, lower)
+        self.pipeline.keep_validation(scored, at, live, logged, merge_step, lower)
+        others = scored.compared.entries if scored and scored.compared else ()
         self.host.record(
             "validation",
             self.host.step,
-            scores={"live": live, **({"merged": scored.metrics} if scored else {})},
-            gains={name.removeprefix(GAIN): v for name, v in logged.items() if name.startswith(GAIN)},
+            scores={
+                "live": live,
+                **({"merged": scored.metrics} if scored else {}),
+                **{entry.name: entry.metrics for entry in others},
+            },
+            gains={name.removeprefix(GAIN): v for name, v in found.items() if name.startswith(GAIN)},
             merge=merge_step,
             seconds=scored.seconds if scored else None,
+            **({"candidates": scored.compared.record()} if scored and scored.compared else {}),
         )
+
+    def compare(self, default: Merge, evaluate: Evaluate, live: Scores, lower: Lower) -> Comparison | None:
+        """Validates all candidates; ``None`` if no validation succeeded. All ranks have to call this.
+
+        Args:
+            default: the present merge by the default method.
+            evaluate: validates one.
+            live: what the live weights score, by metric.
+            lower: tells whether lower is better.
+        """
+        return self.pipeline.compare(self.live(), default, evaluate, live, lower)
+
+    def candidate(self, name: str) -> Merge | None:
+        """The present merge that has a name; ``None`` if this model has none. All ranks have to call this.
+
+        Raises:
+            ValueError: for a name that no candidate has.
+        """
+        default = self.current_merge()
+        if default is None or name == default.name:
+            return default
+        if name not in (names := self.pipeline.candidates.names):
+            raise ValueError(
+                f"no candidate is called {name!r}; there are {', '.join([default.name, *names])}"
+            )
+        return self.pipeline.candidates.merge(self.live(), name)
 
     def current_merge(self, merger: WindowMerger | None = None) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this.
@@ -340,6 +403,8 @@ class MergeSession:
             merger: another merger of the window than the one whose merges are published.
         """
         model = self.live()
+        if self.running:
+            self.running.wait()  # whoever asks may put the merge in the place of what they read
         self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model, merger) if is_same else None
@@ -359,12 +424,14 @@ class MergeSession:
 
     def close(self) -> None:
         """Releases the folder and the learning rates, and stops waiting for the other ranks."""
+        self.pipeline.publish_held()
         self._let_go()
         self.host.record("end", self.step, finished=False)
         self._give_folder_back(_PATIENCE)
 
     def _let_go(self) -> None:
         self.pipeline.wait()
+        self.host.spare = None
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
@@ -407,6 +474,11 @@ class MergeSession:
         self.pipeline.load_state_dict(state)
         if restore_window(self.window, self.folder, state, self.host.step):
             self._report_resume()
+        if self.running:
+            for line in self.running.load_state_dict(
+                state.get("running", {}), state["window"]["folder"], self.host.step
+            ):
+                warn(f"merge: {line}")
         self.host.record(
             "resumed",
             self.step,
@@ -460,9 +532,10 @@ class MergeSession:
                 "optimizers of self.optimizers(); Lightning does not count steps with use_pl_optimizer=False"
             )
 
-    def _count(self, batch: Any, tokens: int | None) -> None:
+    def _count(self, batch: Any, tokens: int | Tensor | None) -> None:
         try:
-            self.statistics.add_tokens(int(self.clock.count(batch)) if tokens is None else tokens)
+            found = self.clock.count(batch) if tokens is None else tokens
+            self.statistics.add_tokens(found if isinstance(found, Tensor) else int(found))
         except ValueError as error:
             self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
             say = warn if self.ranks.is_first else log.warning

@@ -15,7 +15,7 @@ import importlib.util
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from merge_callback.reduce import threads
 from merge_callback.reduce.passes import Cut, Outs, Row, Weights, rows_of
 
 _SHARE = 1 << 23  # least bytes per thread: half a millisecond; starting one on a busy core takes longer
@@ -298,13 +299,16 @@ def _in_threads(job: Callable[..., object], work: ctypes.Structure, most: int) -
     launcher.
     """
     arguments = ctypes.byref(work), instructions()
-    count = min(torch.get_num_threads(), most)
+    count = min(threads.most(), most)
+    yields = threads.is_yielding() and most > 1  # then this thread, which runs Python, keeps its priority
+    target = partial(threads.at_low_priority, job) if yields else job
     others: list[threading.Thread] = []
     try:
-        for _ in range(1, count):
-            others.append(threading.Thread(target=job, args=arguments, name="reduce"))
+        for _ in range(0 if yields else 1, count):
+            others.append(threading.Thread(target=target, args=arguments, name="reduce"))
             others[-1].start()
-        job(*arguments)
+        if not yields:
+            job(*arguments)
     finally:  # a Ctrl-C comes after the call: the threads must not outlive what they read
         for thread in others:
             if thread.ident is not None:  # it was started

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 import torch
 
+from merge_callback.reduce import threads
+
 BLOCK = 1 << 15
 """Elements processed at once on a CPU: a dozen fp32 blocks stay in the second-level cache. It is also the
 most that PyTorch processes in the calling thread (its grain size): a larger block would start a team of
@@ -27,33 +29,34 @@ T = TypeVar("T")
 def in_ranges(size: int, device: torch.device, job: Callable[[int, int], T]) -> list[T]:
     """Splits ``size`` elements into one range per thread and runs ``job(start, stop)`` on each range.
 
-    There are at most as many threads as PyTorch uses; that setting is not changed. The split depends on it,
-    so the results of ``job`` must not depend on where a range begins.
+    There are at most as many threads as PyTorch uses, half as many in the background; that setting is not
+    changed. The split depends on it, so the results of ``job`` must not depend on where a range begins.
 
     Returns:
         The results of all calls, in the order of the elements.
     """
     most = most_threads() if device.type == "cpu" else 1
-    threads = max(1, min(most, size // _SHARE))
-    share = math.ceil(size / threads / BLOCK) * BLOCK if threads > 1 else size
-    starts = range(0, size, share) if threads > 1 else [0]
-    return side_by_side(starts, lambda start: job(start, min(start + share, size)), threads)
+    count = max(1, min(most, size // _SHARE))
+    share = math.ceil(size / count / BLOCK) * BLOCK if count > 1 else size
+    starts = range(0, size, share) if count > 1 else [0]
+    return side_by_side(starts, lambda start: job(start, min(start + share, size)), count)
 
 
 def most_threads() -> int:
-    """As many threads as PyTorch uses, up to 4."""
-    return min(torch.get_num_threads(), _THREADS)
+    """As many threads as a reduction may take, up to 4."""
+    return min(threads.most(), _THREADS)
 
 
-def side_by_side(items: Collection[S], job: Callable[[S], T], threads: int) -> list[T]:
+def side_by_side(items: Collection[S], job: Callable[[S], T], count: int) -> list[T]:
     """Runs a job on each item, in so many threads; returns the results in the items' order."""
-    inference = torch.is_inference_mode_enabled()  # this mode and no_grad are per thread
+    # These modes are per thread.
+    inference, yields = torch.is_inference_mode_enabled(), threads.is_yielding()
 
     def run(item: S) -> T:
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), threads.yielding(yields):
             return job(item)
 
-    if threads == 1:
+    if count == 1:
         return [run(item) for item in items]
-    with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
+    with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
         return list(pool.map(run, items))

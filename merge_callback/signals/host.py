@@ -36,6 +36,10 @@ class UnrepeatableStepError(RuntimeError):
     """The training step can't be run again just to compute a loss; the message says why."""
 
 
+Spare = Callable[[Any], AbstractContextManager[Any]]
+"""Gives, for a ``Layout``, an ``Arena`` in memory that is not needed for a while."""
+
+
 class Record(Protocol):
     """Adds an event to the run's event file; see ``EventFile.write``."""
 
@@ -55,7 +59,7 @@ class Host(Protocol):
         module: the module whose parameters and buffers are merged, under its own names.
         root: the module as the loop calls it: wrapped for several devices (DDP, FSDP), or the module itself.
         optimizers: all optimizers of the run, always in the same order.
-        device: the device that training uses.
+        device: the device that training computes on; the parameters may lie elsewhere.
         default_folder: where merges are published if the user names no folder; a local path or a URL.
         processes: number of the run's processes on this machine.
         scaler: the scaler of fp16 losses; ``None`` if there is none.
@@ -66,8 +70,11 @@ class Host(Protocol):
             as a tokenizer's.
         is_manual: whether the number of optimizer steps per batch is not known in advance.
         will_validate: whether the loop is going to validate merged weights.
+        validates_now: whether it does so before the next step.
         epoch: number of completed epochs.
         record: adds an event to the run's event file. The session sets it, on the first rank.
+        spare: gives room for a copy of the live weights, for a while; ``None`` is new memory on the host. The
+            session sets it.
     """
 
     module: nn.Module
@@ -103,10 +110,15 @@ class Host(Protocol):
     is_manual: bool = False
     further_files: Mapping[str, bytes] = MappingProxyType({})
     record: Record = staticmethod(_forget)
+    spare: Spare | None = None
 
     @property
     def will_validate(self) -> bool:  # noqa: D102
         return True
+
+    @property
+    def validates_now(self) -> bool:  # noqa: D102
+        return False
 
     @property
     def epoch(self) -> int:  # noqa: D102
@@ -153,12 +165,11 @@ class Host(Protocol):
         is_ddp = isinstance(self.root, nn.parallel.DistributedDataParallel)
         return nullcontext(self.module if is_ddp else self.root)
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """A rehearsal of training batches (``"batch"``) or of the first validation ones (``"validation"``).
 
         Args:
             source: ``"batch"`` or ``"validation"``.
-            device: the device of the copy of the live weights.
 
         Raises:
             UnrepeatableStepError: if the loop can't do it; raised on entry at the latest.

@@ -24,6 +24,7 @@ from merge_callback.trainers.lightning.private import (
     LOGGER_CONNECTOR,
     RESULTS,
     callback_metrics,
+    is_validation_next,
     logged_now,
     logged_step,
     names_of,
@@ -120,6 +121,11 @@ class LightningHost(Host):
     def will_validate(self) -> bool:
         """Whether the fit validates."""
         return self.trainer.enable_validation
+
+    @property
+    def validates_now(self) -> bool:
+        """Whether the fit validates after this batch."""
+        return self.will_validate and is_validation_next(self.trainer)
 
     @property
     def epoch(self) -> int:
@@ -226,10 +232,10 @@ class LightningHost(Host):
 
             yield call
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """Runs the training step, or the validation, again."""
         kind = {"batch": rehearsed_training, "validation": rehearsed_validation}[source]
-        return kind(self.trainer, self.lightning_module, device)
+        return kind(self.trainer, self.lightning_module, self.spare)
 
     def validation_loss(self) -> float:
         """The last logged validation loss; NaN if there is none."""

@@ -46,14 +46,14 @@ class Evaluated:
     """The last evaluation, so that it can be run again.
 
     Args:
-        run: runs it.
+        run: runs it, on so many batches or on all.
         dataloader: what it ran over.
         prefix: of its metrics' names.
         random: the random generators when it began.
         metrics: that it found.
     """
 
-    run: Callable[[], Any]
+    run: Callable[[int | None], Any]
     dataloader: Any
     prefix: str
     random: RandomState
@@ -114,6 +114,13 @@ class TransformersHost(Host):
     def will_validate(self) -> bool:
         """Whether the training evaluates."""
         return bool(self.trainer.args.eval_strategy != "no")
+
+    @property
+    def validates_now(self) -> bool:
+        """Whether it evaluates after this step, if evaluations are counted in steps."""
+        every, step = int(self.trainer.state.eval_steps or 0), self.step
+        in_steps = self.trainer.args.eval_strategy == "steps" and every > 0
+        return in_steps and step % every == 0 and step >= self.trainer.args.eval_delay
 
     @property
     def epoch(self) -> int:
@@ -180,15 +187,15 @@ class TransformersHost(Host):
         with self.trainer.compute_loss_context_manager(), super().forward_pass() as called:
             yield called
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """Runs the trainer's training step without its backward pass, or some of its prediction steps."""
         if source == "batch":
-            return self._rehearsed(self._step_loss, (), device)
+            return self._rehearsed(self._step_loss, ())
         evaluated = self.evaluated
         if evaluated is None:
             raise UnrepeatableStepError("there was no evaluation yet")
         loader = evaluated.dataloader
-        return self._rehearsed(lambda _: self._evaluation_loss(loader), (loader,), device)
+        return self._rehearsed(lambda _: self._evaluation_loss(loader), (loader,))
 
     def validation_loss(self) -> float:
         """That of the last evaluation."""
@@ -221,12 +228,10 @@ class TransformersHost(Host):
             yield state
 
     @contextmanager
-    def _rehearsed(
-        self, loss_of: LossOf, dataloaders: Sequence[Any], device: torch.device
-    ) -> Iterator[LossOf]:
+    def _rehearsed(self, loss_of: LossOf, dataloaders: Sequence[Any]) -> Iterator[LossOf]:
         with ExitStack() as stack:
             state = stack.enter_context(self.undisturbed(dataloaders))
-            stack.enter_context(kept_weights(self.module, self.root, device))
+            stack.enter_context(kept_weights(self.module, self.root, self.spare))
             stack.enter_context(torch.no_grad())
             random = RandomState(dataloaders)
             buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
