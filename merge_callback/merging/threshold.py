@@ -25,7 +25,16 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from merge_callback.merging.census import Bits, Bracket, Count, Part, bits_of, count_equal, counted, integer_type
+from merge_callback.merging.census import (
+    Bits,
+    Bracket,
+    Count,
+    Part,
+    bits_of,
+    count_equal,
+    counted,
+    integer_type,
+)
 from merge_callback.reduce.ranges import most_threads, side_by_side
 from merge_callback.sharding import Piece
 
