@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training_runs import Classifier, assert_same_bits, emissions, loader, seed, weights_of
 
 from merge_callback import CheckpointMerger, load_merge
+from merge_callback.engine.charts import Charts
 from merge_callback.merging import Ema, Wsm
 from merge_callback.snapshots.storage import DeviceMemory
 
@@ -139,6 +141,7 @@ def test_another_metric_and_its_direction_choose(tmp_path):
 
 def test_without_a_metric_of_that_name_the_default_is_published(tmp_path, caplog):
     fit(Case(), merging(tmp_path, candidates=["wsm"], select="acc", **OPTIONS))
+    assert "each validation compares it with wsm" in caplog.text
     assert "select='acc' names no metric" in caplog.text
     assert all("-sma" in path.name for path in emissions(tmp_path / "merges"))
 
@@ -212,6 +215,17 @@ def _noise(values):
     off = sorted(abs(b - (a + c) / 2) for a, b, c in zip(values, values[1:], values[2:], strict=False))
     middle = (off[(len(off) - 1) // 2] + off[len(off) // 2]) / 2
     return middle / 0.6745 / math.sqrt(1.5)
+
+
+@pytest.mark.parametrize("merged", ["merged/", "merged_"])
+def test_tensorboard_draws_all_of_them_on_the_chart_of_the_live_metric(merged):
+    names = ["eval_loss", "eval_acc", f"wsm-5{merged[-1]}eval_loss", f"wsm-5{merged[-1]}eval_acc"]
+    layout = Charts(merged=merged).layout(names)
+    assert layout["Live and merged"].keys() == layout["Gain of the merge"].keys() == {"eval_loss", "eval_acc"}
+    (_, curves), (_, gains) = (chart["eval_loss"] for chart in [*layout.values()][:2])
+    drawn = ["eval_loss", f"{merged}eval_loss", f"{merged}wsm-5{merged[-1]}eval_loss"]
+    assert all(any(re.match(pattern, name) for pattern in curves) for name in drawn)
+    assert any(re.match(pattern, "merge_gain/wsm-5/eval_loss") for pattern in gains)
 
 
 # When a merge is published
