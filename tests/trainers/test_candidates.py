@@ -182,8 +182,14 @@ def test_a_candidate_whose_validation_fails_is_left_out(tmp_path, caplog):
             if calls.count(16) == 3:  # of the live weights, of sma, of this one
                 raise RuntimeError("on purpose")
 
-    run = fit(Case(Failing), merging(tmp_path, candidates=CANDIDATES, **OPTIONS), max_epochs=3)
+    stopping = [Watching(monitor=f"merged/{name}/val_loss") for name in ("wsm-back", "sma")]
+    options = {"callbacks": lambda: stopping}
+    run = fit(
+        Case(Failing, trainer=options), merging(tmp_path, candidates=CANDIDATES, **OPTIONS), max_epochs=3
+    )
     assert "on purpose" in caplog.text
+    assert stopping[0].judged == [*run.curves.of("merged/wsm-back/val_loss").values()]
+    assert stopping[1].judged == [*run.curves.of("merged/sma/val_loss").values()]
     assert run.curves.of("merged/wsm-back/val_loss").keys() == {7, 23}
     assert run.curves.of("merged/ties/val_loss").keys() == {7, 15, 23}
     plain = fit(Case(), max_epochs=3)
@@ -200,6 +206,16 @@ def test_early_stopping_and_checkpoints_follow_the_best_one_or_any(tmp_path, tog
     fit(Case(trainer=options), merging(tmp_path, candidates=CANDIDATES, **OPTIONS), max_epochs=3)
     assert stopping.judged == [*curve.values()]
     assert sorted(map(float, saving.best_k_models.values())) == sorted(ties.values())
+
+
+def test_before_the_first_merge_the_live_metrics_stand_in_for_all(tmp_path):
+    # Snapshots at 6, 12, …: the first merge comes after the first validation.
+    run = fit(Case(), merging(tmp_path, candidates=CANDIDATES, **OPTIONS, every_n_steps=6))
+    first, second = run.metrics.seen.values()
+    assert all(
+        first[f"merged/{name}/val_loss"] == first["val_loss"] == first["merged/val_loss"] for name in NAMES
+    )
+    assert all(second[f"merged/{name}/val_loss"] != second["val_loss"] for name in NAMES)
 
 
 def test_the_noise_of_the_live_metric_is_told(tmp_path, capsys):
