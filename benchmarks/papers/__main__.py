@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.papers.claims import NAMES, claim
+from benchmarks.papers.claims import NAMES, specs
 from benchmarks.papers.evidence import RESULTS, written
 from benchmarks.papers.study import SIZES, Study
 
@@ -38,7 +38,7 @@ def main() -> None:
     study = Study(options.cache, options.seeds or (2 if size == "quick" else 5), size)
     names = NAMES if "all" in options.names else options.names
     if not options.ready:
-        study.train(spec for seed in study.seeds for name in names for spec in claim(name).runs(study, seed))
+        study.train(spec for seed in study.seeds for name in names for spec in specs(name, study, seed))
     for name in () if options.train else names:
         print(*written(name, study, options.out), sep="\n", flush=True)
 

@@ -40,3 +40,15 @@ class Claim(Protocol):
 def claim(name: str) -> Claim:
     """The module of a claim."""
     return cast(Claim, import_module(f"benchmarks.papers.{name}"))
+
+
+def specs(name: str, study: Study, seed: int) -> Sequence[Spec]:
+    """The runs of a seed; none of a seed beyond the module's ``SEEDS``, which the dearest claims have."""
+    module = claim(name)
+    return module.runs(study, seed) if seed < getattr(module, "SEEDS", seed + 1) else ()
+
+
+def ready(name: str, study: Study) -> list[int]:
+    """The seeds whose runs are finished."""
+    found = {seed: specs(name, study, seed) for seed in study.seeds}
+    return [seed for seed, needed in found.items() if needed and study.is_ready(needed)]

@@ -1,4 +1,4 @@
-"""Writes what a claim found, and the page about all of them."""
+"""Writes what a claim found."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.papers.claims import claim
+from benchmarks.papers.claims import claim, ready
 from benchmarks.papers.study import Study
 from benchmarks.papers.verdict import plain
 from benchmarks.record import RESULTS as ALL_RESULTS
@@ -21,24 +21,18 @@ RESULTS = ALL_RESULTS / "papers"
 def written(name: str, study: Study, out: Path = RESULTS) -> Iterator[str]:
     """Measures a claim on the seeds whose runs are there, writes its files, and tells its verdicts."""
     module = claim(name)
-    ready = [seed for seed in study.seeds if study.is_ready(module.runs(study, seed))]
-    if not ready:
+    if not (seeds := ready(name, study)):
         yield f"{name}: no seed's runs are finished"
         return
-    figures = plain(module.measure(Study(study.cache.parent, ready, study.name)))
+    figures = plain(module.measure(Study(study.cache.parent, seeds, study.name)))
     verdicts = module.verdicts(figures)
-    record = {"size": study.name, "seeds": ready, "verdicts": [asdict(v) for v in verdicts], **figures}
+    told = {"title": module.TITLE, "conclusion": module.CONCLUSION, "verdicts": [asdict(v) for v in verdicts]}
+    record = {"size": study.name, "seeds": seeds, **told, **figures}
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(described(f"papers/{name}", record), indent=1)
     (out / f"{name}.json").write_text(re.sub(r"\[[^\[\]{}\"]+\]", _on_one_line, text) + "\n")
     module.draw(figures).savefig(out / f"{name}.png", dpi=100)
     yield from (f"{name}: {verdict.line()}" for verdict in verdicts)
-
-
-def read(name: str, out: Path = RESULTS) -> dict[str, Any] | None:
-    """A claim's record, if it is there."""
-    path = out / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _on_one_line(found: re.Match[str]) -> str:
