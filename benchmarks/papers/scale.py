@@ -1,44 +1,310 @@
-"""The gain of the merge against the size of the model and the learning rate; experts against dense."""
+"""The gain of the merge against the size of the model and the learning rate; experts against dense.
+
+Per cent are of the loss: 100 · (newest snapshot's − merge's) / newest snapshot's, in nats per byte; the paper
+and the Blog count benchmarks' scores. Gains are means over three moments of a run, each over its newest
+snapshot. Two windows are measured: one that is the same for all runs, and one that is chosen for each run on
+the text ``choose``; what is told is of the latter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.papers.charts import bars, line
+from benchmarks.papers.runs import built
 from benchmarks.papers.spec import Spec
-from benchmarks.papers.study import Study
+from benchmarks.papers.study import MODELS, Study
+from benchmarks.papers.verdict import Verdict, interval, says
+
+TITLE = "Sizes, learning rates, experts"
+
+CONCLUSION = ""
 
 SEEDS = 3
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
-"""Peak learning rates, constant after the warm-up."""
-WIDTHS = (16, 32, 64, 128)
-"""Of the residual stream, of dense models."""
+
+RATE = 8e-3
+"""The learning rate of all sizes, and of the standard runs; constant after the warm-up."""
+
+RATES = {16: (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), 32: (RATE,), 64: (4e-3, 8e-3, 1.6e-2, 3.2e-2), 128: (RATE,)}
+"""The peak learning rates of each width of a dense model."""
+
+MOMENTS = (800, 900, 1000)
+"""Steps that are merged at."""
+
+LATE = (2200, 2300, 2400)
+"""The same, of the longer pair."""
+
+SAME = (10, 20)
+"""Snapshots, and steps between them, of the window that is the same for all runs."""
+
+WINDOWS = ((5, 10), (10, 10), SAME, (10, 40))
+"""Those that one is chosen from."""
 
 
 def runs(study: Study, seed: int) -> list[Spec]:
-    return [
-        *(dense(study, seed, width, rate) for width in WIDTHS for rate in rates(width)),
-        *pair(study, seed, 32),
-        *pair(study, seed, 64),
-    ]
+    sizes = [_dense(study, seed, width, rate) for width, rates in RATES.items() for rate in rates]
+    return [*sizes, *(_experts(study, seed, width) for width in (32, 64))]
 
 
-def rates(width: int) -> tuple[float, ...]:
-    """The learning rates of a width: the widest model has two, the second one has one."""
-    return {32: (8e-3,), 128: (4e-3, 8e-3)}.get(width, RATES)
-
-
-def dense(study: Study, seed: int, width: int, rate: float) -> Spec:
-    if (width, rate) == (64, 8e-3):
+def _dense(study: Study, seed: int, width: int, rate: float = RATE) -> Spec:
+    if (width, rate) == (64, RATE):
         return study.trunk("dense", seed)
-    long = width == 32
-    return study.trunk(
-        "dense", seed, width=width, learning_rate=rate, steps=study.steps(2400 if long else 1000)
+    steps = study.steps(LATE[-1] if width == 32 else MOMENTS[-1])
+    return study.trunk("dense", seed, width=_width(study, width), learning_rate=rate, steps=steps)
+
+
+def _experts(study: Study, seed: int, width: int) -> Spec:
+    """A model with four experts, of which two see each token: its active parameters are the dense model's."""
+    if width == 32:
+        return study.trunk("moe", seed)
+    return study.trunk("moe", seed, width=_width(study, width), steps=study.steps(MOMENTS[-1]))
+
+
+def _width(study: Study, width: int) -> int:
+    """Of this size."""
+    return width * study.size.width // 64
+
+
+def measure(study: Study) -> dict[str, Any]:
+    def over_seeds(spec: Any, moments: Sequence[int] = MOMENTS) -> dict[str, Any]:
+        found = [_gain(study, spec(seed), moments) for seed in study.seeds]
+        return {name: [each[name] for each in found] for name in found[0]}
+
+    return {
+        "sizes": {
+            width: {rate: over_seeds(lambda s, w=width, r=rate: _dense(study, s, w, r)) for rate in rates}
+            for width, rates in RATES.items()
+        },
+        "pairs": {
+            f"width {width}, step {moments[-1]}": {
+                "dense": over_seeds(lambda s, w=width: _dense(study, s, w), moments),
+                "moe": over_seeds(lambda s, w=width: _experts(study, s, w), moments),
+            }
+            for width, moments in ((32, MOMENTS), (32, LATE), (64, MOMENTS))
+        },
+    }
+
+
+def _gain(study: Study, spec: Spec, moments: Sequence[int]) -> dict[str, Any]:
+    """The gains of one run, and what its sizes are."""
+
+    def window(step: int, shape: tuple[int, int]) -> Any:
+        return spec.window(study.steps(step), shape[0], study.steps(shape[1]))
+
+    newest = moments[-1]
+    chosen = min(WINDOWS, key=lambda shape: study.score(window(newest, shape), "choose").loss)
+    live = [study.score(spec.at(study.steps(step))) for step in moments]
+    merged = {
+        name: [study.score(window(step, shape)) for step in moments]
+        for name, shape in (("same", SAME), ("chosen", chosen))
+    }
+    loss = float(np.mean([score.loss for score in live]))
+    accuracy = float(np.mean([score.accuracy for score in live]))
+    found = {
+        "loss": loss,
+        "chosen window": list(chosen),
+        "loss to choose by": study.score(spec.at(study.steps(newest)), "choose").loss,
+        "merged loss to choose by": study.score(window(newest, chosen), "choose").loss,
+        **_parameters(spec),
+    }
+    for name, scores in merged.items():
+        gain = loss - float(np.mean([score.loss for score in scores]))
+        points = float(np.mean([score.accuracy for score in scores])) - accuracy
+        found |= {name: gain, f"{name}, percent": 100 * gain / loss}
+        found |= {f"{name}, points": points, f"{name}, percent of accuracy": 100 * points / accuracy}
+    return found
+
+
+def _parameters(spec: Spec) -> dict[str, int]:
+    """All of them, and how many act on a token."""
+    sizes = {name: tensor.numel() for name, tensor in built(spec).named_parameters()}
+    idle = sum(size for name, size in sizes.items() if ".experts." in name) // 2  # two of four are chosen
+    return {"parameters": sum(sizes.values()), "active": sum(sizes.values()) - idle}
+
+
+def verdicts(figures: dict[str, Any]) -> list[Verdict]:
+    return [_every_size(figures), _with_rate(figures), _best_rate(figures), _pairs(figures)]
+
+
+def _every_size(figures: dict[str, Any]) -> Verdict:
+    cells = {width: figures["sizes"][width][str(RATE)] for width in figures["sizes"]}
+    sizes = [cell["parameters"][0] for cell in cells.values()]
+    trend = interval(_slopes(np.log10(sizes), [cell["chosen, percent"] for cell in cells.values()]))
+    listed = "; ".join(f"{_count(cell)} {_percent(cell['chosen, percent'])}" for cell in cells.values())
+    return Verdict(
+        "Merging in the stable phase gains at every size.",
+        "[PMA] Fig. 1",
+        "from 411M/… to 10B/100B parameters, dense and experts",
+        f"{listed} (a factor of {max(sizes) / min(sizes):.0f} in parameters, peak LR {RATE:g}); "
+        f"{trend.shown(1)} per cent of the loss for each tenfold of parameters",
+        says([value > 0 for cell in cells.values() for value in cell["chosen"]]),
+        "The merge of some seed is worse than its newest snapshot.",
     )
 
 
-def pair(study: Study, seed: int, width: int) -> tuple[Spec, Spec]:
-    """A dense model and one with experts whose active parameters are as many."""
-    expert = (
-        study.trunk("moe", seed)
-        if width == 32
-        else study.trunk("moe", seed, width=64, steps=study.steps(1000))
+def _with_rate(figures: dict[str, Any]) -> Verdict:
+    trends, listed = [], []
+    for width, cells in _swept(figures).items():
+        steps = np.log2([float(rate) for rate in cells])
+        trends.append(interval(_slopes(steps, [cell["chosen"] for cell in cells.values()])))
+        found = ", ".join(f"{interval(c['chosen']).shown()} at {float(r):g}" for r, c in cells.items())
+        listed.append(f"width {width}: {found}, {trends[-1].shown()} for each doubling")
+    return Verdict(
+        "The higher the constant learning rate, the more a merge gains.",
+        "[PMA] App. C (left open)",
+        "no figure",
+        "; ".join(listed) + " (nats per byte)",
+        says([trend.is_positive for trend in trends]),
+        "The gain does not grow with the learning rate at each width.",
     )
-    return dense(study, seed, width, 8e-3), expert
+
+
+def _best_rate(figures: dict[str, Any]) -> Verdict:
+    listed, higher = [], []
+    for width, cells in _swept(figures).items():
+        live, merged = _chosen(cells, "loss to choose by"), _chosen(cells, "merged loss to choose by")
+        more = [_merged(cells[b], seed) for seed, b in enumerate(merged)]
+        less = [_merged(cells[a], seed) for seed, a in enumerate(live)]
+        difference = interval([a - b for a, b in zip(less, more, strict=True)])
+        higher += [float(b) > float(a) for a, b in zip(live, merged, strict=True)]
+        listed.append(
+            f"width {width}: the newest snapshot is best at {_rates(live)}, the merge at {_rates(merged)}, "
+            f"where it is {difference.shown()} nats better than at the former"
+        )
+    return Verdict(
+        "A run that will be merged may take a higher learning rate than one that will not.",
+        "[PMA] App. C (left open)",
+        "no figure",
+        "; ".join(listed),
+        says(higher),
+        WHY_RATE,
+    )
+
+
+WHY_RATE = """\
+The merge takes away a part of the noise of a high learning rate, but not the harm that it does. In some runs
+the newest snapshot is best at the same rate as the merge, of rates that are factors of two apart (they are
+chosen for each seed on the text for choices).
+"""
+
+
+def _pairs(figures: dict[str, Any]) -> Verdict:
+    listed, differences = [], []
+    for name, pair in figures["pairs"].items():
+        shares = zip(pair["moe"]["chosen, percent"], pair["dense"]["chosen, percent"], strict=True)
+        differences.append(interval([a - b for a, b in shares]))
+        found = [
+            " against ".join(_percent(pair[model][of]) for model in ("moe", "dense"))
+            for of in ("chosen, percent", "chosen, percent of accuracy")
+        ]
+        listed.append(
+            f"{name}: {found[0]} of the loss, difference {differences[-1].shown(1)}; {found[1]} of the accuracy"
+        )
+    return Verdict(
+        "A model with experts gains more by merging than a dense one with as many active parameters.",
+        "Blog",
+        "2 to 5 % against 1 to 3 % (of benchmarks' scores)",
+        "experts against dense, " + ". ".join(listed),
+        says([difference.is_positive for difference in differences]),
+        WHY_PAIRS,
+    )
+
+
+WHY_PAIRS = "?"
+
+
+def _swept(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The widths that have several learning rates."""
+    return {width: cells for width, cells in figures["sizes"].items() if len(cells) > 1}
+
+
+def _slopes(places: Sequence[float], cells: Sequence[Sequence[float]]) -> list[float]:
+    """Of the least-squares line through one figure per place; one slope for each seed."""
+    return [float(np.polyfit(places, values, 1)[0]) for values in zip(*cells, strict=True)]
+
+
+def _chosen(cells: dict[str, Any], by: str) -> list[str]:
+    """The learning rate with the least loss on the text for choices; one for each seed."""
+    seeds = range(len(next(iter(cells.values()))[by]))
+    return [min(cells, key=lambda rate, s=seed: cells[rate][by][s]) for seed in seeds]  # type: ignore[misc]
+
+
+def _merged(cell: dict[str, Any], seed: int) -> float:
+    return float(cell["loss"][seed] - cell["chosen"][seed])
+
+
+def _rates(found: Sequence[str]) -> str:
+    return " or ".join(f"{rate:g}" for rate in sorted({float(each) for each in found}))
+
+
+def _count(cell: dict[str, Any]) -> str:
+    return f"{cell['parameters'][0] / 1000:.0f}k"
+
+
+def _percent(values: Sequence[float]) -> str:
+    return f"{interval(values).shown(1)} %"
+
+
+def draw(figures: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(11, 9), layout="constrained")
+    (sizes, rates), (losses, pairs) = figure.subplots(2, 2)
+    _draw_sizes(sizes, figures)
+    _draw_rates(rates, losses, figures)
+    _draw_pairs(pairs, figures)
+    return figure
+
+
+def _draw_sizes(axes: Axes, figures: dict[str, Any]) -> None:
+    cells = [cells[str(RATE)] for cells in figures["sizes"].values()]
+    for window in ("chosen", "same"):
+        line(
+            axes,
+            [c["parameters"][0] for c in cells],
+            [c[f"{window}, percent"] for c in cells],
+            f"{window} window",
+        )
+    axes.set(
+        title=f"Gain against size, step {MOMENTS[-1]}, peak LR {RATE:g}",
+        xscale="log",
+        xlabel="parameters of the dense model",
+        ylabel="gain (per cent of the loss)",
+        ylim=(0, None),
+    )
+    axes.legend()
+
+
+def _draw_rates(gains: Axes, losses: Axes, figures: dict[str, Any]) -> None:
+    for width, cells in _swept(figures).items():
+        rates = [float(rate) for rate in cells]
+        line(gains, rates, [cell["chosen"] for cell in cells.values()], f"width {width}")
+        for name, style in (("newest snapshot", "--"), ("merge", "-")):
+            found = [_losses(cell, name) for cell in cells.values()]
+            line(losses, rates, found, f"{name}, width {width}", style)
+    gains.set(title="Gain against the learning rate", ylabel="gain (nats per byte)")
+    losses.set(title="Loss against the learning rate", ylabel="held-out loss (nats per byte)")
+    for axes in (gains, losses):
+        axes.set(xscale="log", xlabel="peak learning rate")
+        axes.legend()
+
+
+def _losses(cell: dict[str, Any], name: str) -> list[float]:
+    seeds = range(len(cell["loss"]))
+    return [_merged(cell, seed) if name == "merge" else cell["loss"][seed] for seed in seeds]
+
+
+def _draw_pairs(axes: Axes, figures: dict[str, Any]) -> None:
+    pairs = figures["pairs"]
+    groups = {model: [pair[model]["chosen, percent"] for pair in pairs.values()] for model in MODELS}
+    bars(axes, [name.replace(", ", ",\n") for name in pairs], groups)
+    axes.set(
+        title="Dense and experts, as many active parameters",
+        ylabel="gain (per cent of the loss)",
+        xlabel="width of both, step of the newest merge",
+    )
+    axes.margins(y=0.2)
+    axes.legend(loc="upper right", ncols=2)
