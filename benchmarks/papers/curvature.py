@@ -107,8 +107,8 @@ class Landscape:
             margin: how far the grid reaches to each side, in the distance of the first state from the last.
 
         Returns:
-            ``places``, the states' coordinates; ``axis``, those of the grid on both axes; ``grid``, the losses,
-            a row for each value of the second coordinate. Coordinates are Euclidean lengths.
+            ``places``, the states' coordinates; ``axis``, those of the grid on both axes; ``grid``, losses,
+            one row for each value of the second coordinate. Coordinates are Euclidean lengths.
         """
         middle = self._vector(centre)
         corners = torch.stack([self._vector(state) - middle for state in states])
