@@ -51,7 +51,7 @@ not take the merge for the optimum: a good part of the way down is common to all
 them takes it away.
 """
 
-CROPS = 0.25
+CROPS = 0.375
 """Share of a score's held-out crops; losses and derivatives are both of these."""
 
 LAST, SPACING = 10, 20

@@ -203,7 +203,7 @@ def _pairs(figures: dict[str, Any]) -> Verdict:
             for of in ("chosen, percent", "chosen, percent of accuracy")
         ]
         listed.append(
-            f"{name}: {found[0]} of the loss, difference {differences[-1].shown(1)}; {found[1]} of the accuracy"
+            f"{name}: {found[0]} of the loss (by {differences[-1].shown(1)}), {found[1]} of the accuracy"
         )
     return Verdict(
         "A model with experts gains more by merging than a dense one with as many active parameters.",
