@@ -1,9 +1,10 @@
-"""Lines and bars with the 95 % intervals over seeds."""
+"""Lines and bars with the 95 % intervals over seeds, and the loss on a plane of weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -28,6 +29,20 @@ def bars(axes: Axes, names: Sequence[str], groups: dict[str, Cells]) -> None:
         means, halves = _intervals(cells)
         axes.bar(places, means, 0.9 * width, yerr=halves, capsize=4, label=label)
     axes.set_xticks(range(len(names)), names)
+
+
+def plane(axes: Axes, found: dict[str, Any]) -> None:
+    """The loss on a plane of weights: what ``Landscape.plane`` gives, with ``losses`` of the states, ``merge``."""
+    axis, grid = found["axis"], np.array(found["grid"])
+    levels = np.quantile(grid, np.linspace(0, 1, 15))
+    filled = axes.contourf(axis, axis, grid, levels=levels, cmap="viridis_r")
+    axes.figure.colorbar(filled, ax=axes, label="loss (nats per byte)", format="%.2f")
+    for number, ((x, y), loss) in enumerate(zip(found["places"], found["losses"], strict=True), 1):
+        axes.plot(x, y, "o", color="white", markeredgecolor="black")
+        axes.annotate(f"θ{number} {loss:.3f}", (x, y), (6, 6), textcoords="offset points")
+    axes.plot(0, 0, "*", color="red", markersize=14)
+    axes.annotate(f"merge {found['merge']:.3f}", (0, 0), (8, 4), textcoords="offset points", color="red")
+    axes.set(xlabel="distance along the line from θ1 to θ2", ylabel="distance across it", box_aspect=1)
 
 
 def _intervals(cells: Cells) -> tuple[list[float], list[float]]:
