@@ -32,7 +32,7 @@ def bars(axes: Axes, names: Sequence[str], groups: dict[str, Cells]) -> None:
 
 
 def plane(axes: Axes, found: dict[str, Any]) -> None:
-    """The loss on a plane of weights: what ``Landscape.plane`` gives, with ``losses`` of the states, ``merge``."""
+    """The loss on a plane of weights: what ``Landscape.plane`` gives, and the losses of states and merge."""
     axis, grid = found["axis"], np.array(found["grid"])
     levels = np.quantile(grid, np.linspace(0, 1, 15))
     filled = axes.contourf(axis, axis, grid, levels=levels, cmap="viridis_r")

@@ -157,15 +157,15 @@ def _every_size(figures: dict[str, Any]) -> Verdict:
         "Merging in the stable phase gains at every size.",
         "[PMA] Fig. 1",
         "at all sizes up to 10B/100B parameters",
-        f"{listed} of the loss, a factor of {max(sizes) / min(sizes):.0f} in parameters, each at the learning "
-        f"rate that suits it; {trends[0].shown(1)} for each tenfold ({trends[1].shown(1)} at {RATE:g} for all)",
+        f"{listed} of the loss, a factor of {max(sizes) / min(sizes):.0f} in parameters, each at the rate "
+        f"that suits it; {trends[0].shown(1)} for each tenfold ({trends[1].shown(1)} at {RATE:g} for all)",
         says(holds),
         "" if all(holds) else "The merge of some seed is worse than its newest snapshot.",
     )
 
 
 def _at_best(rates: dict[str, Any]) -> dict[str, list[Any]]:
-    """The figures of a width, of each seed at the rate whose newest snapshot is best on the text ``choose``."""
+    """The figures of a width, each seed at the rate whose newest snapshot is best on the text ``choose``."""
     found = [rates[rate] for rate in _chosen(rates, "loss to choose by")]
     return {name: [cell[name][seed] for seed, cell in enumerate(found)] for name in found[0]}
 
