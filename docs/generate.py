@@ -312,7 +312,7 @@ def evidence() -> str:
 
 
 def evidence_of(name: str) -> str:
-    """What one study of the papers' claims found: the picture, the verdicts with both figures, the reasons."""
+    """What one study found: the conclusion, the picture, the verdicts with both figures, the reasons."""
     record = _measured(f"papers/{name}")
     rows = [[v[key] for key in ("source", "claim", "paper", "ours", "says")] for v in record["verdicts"]]
     reasons = dict.fromkeys(f"*{v['claim']}* {v['why']}" for v in record["verdicts"] if v["why"])

@@ -1,4 +1,4 @@
-"""The papers' claims, `benchmarks/papers`: runs that resume, scores that are kept, verdicts from the figures."""
+"""The papers' claims, `benchmarks/papers`: runs that resume, scores that are kept, verdicts from figures."""
 
 import json
 import math

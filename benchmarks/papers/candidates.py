@@ -101,7 +101,7 @@ def _candidates(study: Study, line: Spec, point: Point) -> dict[str, Weights]:
     for share in LAMBDAS:
         found[f"beyond sma-{DEFAULT} by {share}"] = _beyond(earlier, window, share)
     for kind in ("power.05", "power.10"):
-        found[kind] = line.at(step, kind)  # type: ignore[arg-type]
+        found[kind] = line.at(step, kind)
     return found
 
 
@@ -145,10 +145,10 @@ def _choice(figures: dict[str, Any], phase: str) -> Verdict:
     oracle = interval(over_default(figures, phase, FAMILIES["all"], "score"))
     share = _share(figures, phase)
     return Verdict(
-        f"{phase.capitalize()}: the best of many merges by validation is better than the default, {AUTO[phase]}.",
+        f"{phase.capitalize()}: the best of many merges by validation beats the default, {AUTO[phase]}.",
         "[NS] §2.5; [NU] §2.4",
         "the best of several is kept",
-        f"{gain.shown(4)} nats ({oracle.shown(4)} if chosen in hindsight); better in {share:.0f} % of the choices",
+        f"{gain.shown(4)} nats ({oracle.shown(4)} if chosen in hindsight); better in {share:.0f} % of cases",
         says([gain.is_positive]),
         "" if gain.is_positive else WHY_CHOICE,
     )
@@ -175,7 +175,7 @@ def _windows_of_wsm(figures: dict[str, Any]) -> Verdict:
     ahead = interval(over_default(figures, "stable", FAMILIES["4 windows of wsm"]))
     holds = [found["stable"].is_positive, found["decay"].mean < found["stable"].mean / 3]
     return Verdict(
-        "The best of several windows with 1-sqrt weights is far ahead of the last weights, less in the decay.",
+        "The best of several windows with 1-sqrt weights is far ahead of the last weights, less in a decay.",
         "[NS] §2.5",
         "+2 to +4 points",
         f"stable {found['stable'].shown()} nats over live ({ahead.shown()} over sma-10), decay "
@@ -194,12 +194,9 @@ def _order(figures: dict[str, Any]) -> Verdict:
         "Weights in reversed or random order are worth trying.",
         "[NU] §2.4",
         "among the candidates",
-        "; ".join(
-            f"{phase}: "
-            + ", ".join(f"{n.split('-')[0]} {d.shown(4)}" for n, d in zip(names, each, strict=True))
-            for phase, each in found.items()
-        )
-        + f" (reversed against forward, nats); the best of them against the default, stable: {chosen.shown(4)}",
+        "reversed against forward, "
+        + "; ".join(f"{phase}: {_named(names, each)}" for phase, each in found.items())
+        + f" nats; the best of them against the default, stable: {chosen.shown(4)}",
         says(holds),
         "" if all(holds) else WHY_ORDER,
     )

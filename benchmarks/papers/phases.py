@@ -86,8 +86,8 @@ def verdicts(figures: dict[str, Any]) -> list[Verdict]:
             "In the stable phase every linear merge gains.",
             "[PG] Tab. 2; [PMA] Fig. 1",
             "+1.6 to +1.8 points at 2B",
-            f"{_range(points, 1)} points, {_range([interval(v) for v in cells])} nats (3 methods, 3 lengths, 2 "
-            f"models); the least of one seed is {worst:+.3f}",
+            f"{_range(points, 1)} points, {_range([interval(v) for v in cells])} nats (3 methods, 3 lengths, "
+            f"2 models); the least of one seed is {worst:+.3f}",
             says([min(values) > 0 for values in cells]),
             WHY_STABLE if worst <= 0 else "",
         ),
@@ -95,8 +95,8 @@ def verdicts(figures: dict[str, Any]) -> list[Verdict]:
             "In the decay the gain shrinks, to little at its end.",
             "[PG] Tab. 2",
             "+0.1 to +0.5 points",
-            f"{_range(halves)} nats halfway, {_range(ends, 4)} at the end; there the mean is {100 * ratio:.0f} % "
-            "of the stable phase's",
+            f"{_range(halves)} nats halfway, {_range(ends, 4)} at the end, which is {100 * ratio:.0f} % of "
+            "the stable phase's gain",
             says(falls),
             "" if all(falls) else WHY_FALL,
         ),
