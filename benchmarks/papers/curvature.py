@@ -114,7 +114,8 @@ class Landscape:
         corners = torch.stack([self._vector(state) - middle for state in states])
         basis = torch.linalg.qr((corners[1:] - corners[0]).T).Q.T
         places = corners @ basis.T
-        axis = margin * (places[0] - places[-1]).norm() * torch.linspace(-1, 1, points)
+        side = (places[0] - places[-1]).norm()
+        axis = margin * side * torch.linspace(-1, 1, points, dtype=middle.dtype)
 
         def loss(x: Tensor, y: Tensor) -> float:
             parts = (middle + torch.stack((x, y)) @ basis).split(
