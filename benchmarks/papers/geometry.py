@@ -42,13 +42,13 @@ from benchmarks.papers.verdict import Verdict, interval, says
 TITLE = "The geometry behind the gain"
 
 CONCLUSION = """\
-Snapshots at a constant learning rate lie around the bottom of a bowl, and the merge lies near its bottom. The
-gain over the *mean* of the snapshots follows from the curvature along their differences, and is there
+Snapshots at a constant learning rate lie around the bottom of a bowl, and the merge lies near its bottom.
+The gain over the *mean* of the snapshots follows from the curvature along their differences, and is there
 wherever the loss curves upwards between them, in the decay, too. What a user gets is the gain over the
 *newest* snapshot, and that is less by what the newest is better than the mean: in the decay almost nothing
-is left. So merge where snapshots are equally good and far apart, which is at a constant learning rate, and do
-not take the merge for the optimum: a good part of the way down is common to all snapshots, and no average of
-them takes it away.
+is left. So merge where snapshots are equally good and far apart, which is at a constant learning rate, and
+do not take the merge for the optimum: a good part of the way down is common to all snapshots, and no
+average of them takes it away.
 """
 
 CROPS = 0.375
@@ -228,8 +228,8 @@ WHY_PART = """\
 With the Hessian at the merge the formula is right up to terms of higher order, by which the loss rises a
 little faster. With the Hessian at the annealed weights, where the paper has it, it promises too much. The
 differences between the snapshots are the same, so the curvature along them is larger there by the ratio of
-the two figures: a falling learning rate leads into a narrower part of the valley. The condition holds at both
-points, the size of the gain is only about right near the merge.
+the two figures: a falling learning rate leads into a narrower part of the valley. The condition holds at
+both points, the size of the gain is only about right near the merge.
 """
 
 
