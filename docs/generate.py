@@ -23,6 +23,7 @@ from typing import Any
 from merge_callback import METHODS, CheckpointMergeCallback, ProbeOptions, SpikeOptions
 from merge_callback.events import KINDS
 from merge_callback.merging import LinearMethod
+from merge_callback.merging.method import own_options
 from merge_callback.metrics import (
     DIVERSITY_CHANGE,
     DIVERSITY_RMS,
@@ -149,10 +150,7 @@ def method_options(name: str) -> str:
     """A method's options, its source and what it needs."""
     method = METHODS[name]
     told = arguments(method.__doc__ or "")
-    rows = [
-        (f"`{f.name}`", shown(f.default), told.get(f.name, "see above"))
-        for f in fields(method)  # type: ignore[arg-type]
-    ]
+    rows = [(f"`{f.name}`", shown(f.default), told.get(f.name, "see above")) for f in own_options(method)]
     kind = "a weighted sum of the snapshots" if issubclass(method, LinearMethod) else "not a weighted sum"
     facts = f"Class `merge_callback.merging.{method.__name__}`; {kind}. Source: {method.reference}."
     return "\n\n".join([table(("option", "default", "meaning"), rows), facts] if rows else [facts])

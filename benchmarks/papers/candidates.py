@@ -10,12 +10,18 @@ from matplotlib.figure import Figure
 from benchmarks.papers.spec import Merge, Snapshot, Spec, Weights, merge
 from benchmarks.papers.study import DECAY, LENGTHS, MODELS, Model, Study
 from benchmarks.papers.verdict import Interval, Verdict, interval, says
-from merge_callback.merging import LinearMethod, resolve_method
 from merge_callback.options import AUTO
 
 TITLE = "The best of many candidates"
 
-CONCLUSION = ""
+CONCLUSION = (
+    "**Choosing among many merges pays a little.** In the stable phase it gives some 5 % of the gain on "
+    "top, and nearly always it is the running average of 5 % width that is chosen; among snapshots' "
+    "windows and methods alone there is next to nothing to choose. In the decay what is chosen is ahead "
+    "of the default, `ties`; `ema` of the same ten snapshots gets most of that without a choice. The "
+    "choice by held-out text is nearly as good as the best in hindsight. If one candidate is to be "
+    "added to the default, it is the running average."
+)
 
 COUNTS, SPACING = (3, 6, 10, 15), 20
 DEFAULT = 10
@@ -91,10 +97,8 @@ def _candidates(study: Study, line: Spec, point: Point) -> dict[str, Weights]:
             found[f"{method}-{n}"] = merge(steps(n, point.step), method)
     window = steps(DEFAULT, point.step)
     for method in ("wma", "ema", "wsm"):
-        found[f"{method}-{DEFAULT} reversed"] = _permuted(window, method, list(reversed(range(len(window)))))
-    found[f"wma-{DEFAULT} random"] = _permuted(
-        window, "wma", [7 * i % len(window) for i in range(len(window))]
-    )
+        found[f"{method}-{DEFAULT} reversed"] = merge(window, method, order="reversed")
+    found[f"wma-{DEFAULT} random"] = merge(window, "wma", order="random")
     whole = point.step - point.first + SPACING
     back = min(SPACING * len(window), whole // 2 // SPACING * SPACING)  # a window, or half of a short phase
     earlier = steps(DEFAULT, point.step - back)
@@ -105,12 +109,6 @@ def _candidates(study: Study, line: Spec, point: Point) -> dict[str, Weights]:
     return found
 
 
-def _permuted(window: Sequence[Snapshot], method: str, order: Sequence[int]) -> Merge:
-    """A linear merge whose weights go to the snapshots in another order."""
-    weights = _weights(window, method)
-    return merge(window, "weighted", weights=[weights[i] for i in order])
-
-
 def _beyond(earlier: Sequence[Snapshot], window: Sequence[Snapshot], share: float) -> Merge:
     """The later mean, and on by a share of what it is away from the earlier one."""
     weights = dict.fromkeys([*earlier, *window], 0.0)
@@ -119,12 +117,6 @@ def _beyond(earlier: Sequence[Snapshot], window: Sequence[Snapshot], share: floa
     for snapshot in earlier:
         weights[snapshot] -= share / len(earlier)
     return merge(list(weights), "weighted", weights=list(weights.values()))
-
-
-def _weights(window: Sequence[Snapshot], method: str) -> list[float]:
-    resolved = resolve_method(method)
-    assert isinstance(resolved, LinearMethod)
-    return resolved.normalised_weights([snapshot.step for snapshot in window])
 
 
 def verdicts(figures: dict[str, Any]) -> list[Verdict]:
@@ -158,11 +150,15 @@ def _default(figures: dict[str, Any]) -> Verdict:
     """TIES against SMA in the decay."""
     by_end = {end: _against(figures, "ties-10", "sma-10", end) for end in (False, True)}
     verdict = says([each.is_positive for each in by_end.values()])
+    newer = ", ".join(
+        f"{m} {_against(figures, f'{m}-10', 'ties-10').shown(4)}" for m in ("ema", "wma", "sma")
+    )
     return Verdict(
         "In the decay TIES, the callback's default, is better than a plain mean.",
         "[PG] Tab. 3",
         "up to +0.8 points",
-        f"halfway {by_end[False].shown(4)} nats over sma, at the end {by_end[True].shown(4)}",
+        f"halfway {by_end[False].shown(4)} nats over sma, at the end {by_end[True].shown(4)}; over ties, on "
+        f"average of both, {newer}",
         verdict,
         "" if verdict == "holds" else WHY_DEFAULT,
     )
