@@ -163,7 +163,11 @@ def _condition(figures: dict[str, Any]) -> Verdict:
         "left side < right side",
         "left side / right side, the mean over three windows: "
         + _both(lambda model: interval(_mean(cells[model])).shown(2))
-        + f"; of all pairs of snapshots {100 * np.mean(pairs):.1f} % have positive curvature between them",
+        + f"; {100 * np.mean(pairs):.1f} % of all pairs of snapshots have positive curvature between them. At the "
+        "end of a decay the merge is better than the mean by "
+        + _both(lambda model: interval(figures["windows"][model]["decay"]["mean gain"]).shown(4))
+        + " nats, than the newest by "
+        + _both(lambda model: interval(figures["windows"][model]["decay"]["newest gain"]).shown(4)),
         says(holds),
         "" if all(holds) else "Some of the windows have a left side above the bound.",
     )
@@ -235,7 +239,7 @@ both points, the size of the gain is only about right near the merge.
 
 def _around_the_bottom(figures: dict[str, Any]) -> Verdict:
     gains = {model: figures["planes"][model]["gain over the best"] for model in MODELS}
-    bottoms = {model: figures["planes"][model]["to the bottom"] for model in MODELS}
+    lowest = [share >= 1 for model in MODELS for share in figures["planes"][model]["to the bottom"]]
     holds = [value > 0 for model in MODELS for value in gains[model]]
     return Verdict(
         "Snapshots lie around the bottom of a basin, and their merge lies near it.",
@@ -243,8 +247,7 @@ def _around_the_bottom(figures: dict[str, Any]) -> Verdict:
         "a picture",
         "the merge of three is better than the best of them by "
         + _both(lambda model: interval(gains[model]).shown())
-        + " nats; on the way from their mean to the lowest point of the plane it covers "
-        + _both(lambda model: f"{100 * np.mean(bottoms[model]):.0f} %"),
+        + f" nats; in {sum(lowest)} of {len(lowest)} planes none of {GRID**2} points is lower than the merge",
         says(holds),
         "" if all(holds) else "In some planes one of the three snapshots is better than the merge.",
     )
