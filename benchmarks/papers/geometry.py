@@ -163,8 +163,8 @@ def _condition(figures: dict[str, Any]) -> Verdict:
         "left side < right side",
         "left side / right side, the mean over three windows: "
         + _both(lambda model: interval(_mean(cells[model])).shown(2))
-        + f"; {100 * np.mean(pairs):.1f} % of all pairs of snapshots have positive curvature between them. At the "
-        "end of a decay the merge is better than the mean by "
+        + f"; {100 * np.mean(pairs):.1f} % of all pairs of snapshots have positive curvature between them. "
+        "At the end of a decay the merge is better than the mean by "
         + _both(lambda model: interval(figures["windows"][model]["decay"]["mean gain"]).shown(4))
         + " nats, than the newest by "
         + _both(lambda model: interval(figures["windows"][model]["decay"]["newest gain"]).shown(4)),
