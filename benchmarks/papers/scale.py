@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.papers.charts import bars, line
-from benchmarks.papers.runs import built
+from benchmarks.papers.sizes import LATE, MOMENTS, PAIRS, RATE, RATES, dense, experts, gain, specs
 from benchmarks.papers.spec import Spec
 from benchmarks.papers.study import MODELS, Study
 from benchmarks.papers.verdict import Verdict, interval, says
@@ -28,120 +28,36 @@ CONCLUSION = """\
 Merging pays at each size and each learning rate that was tried, most at large models and high rates. At one
 rate for all sizes the gain grows fast with the size, because that rate is low for the small models; at
 rates that suit each of them it grows slowly. It grows with the rate up to about the one at which the newest
-snapshot is best. The rate at which the merge is best is the same or the next higher one: who will merge or
-anneal need not fear a rate that is a little too high. Models with experts gain somewhat more than dense
-ones with as many active parameters, by less than the Blog's percentages differ.
+snapshot is best. The rate at which the merge is best is the same or the next higher one: who will merge
+need not fear a rate that is a little too high. Models with experts gain somewhat more than dense ones with
+as many active parameters, by less than the Blog's percentages differ.
 """
 
 SEEDS = 3
 
-RATES = {
-    16: (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    32: (4e-3, 8e-3),
-    64: (4e-3, 8e-3, 1.6e-2),
-    128: (4e-3,),
-}
-"""The peak learning rates of each width of a dense model; constant after the warm-up."""
-
-RATE = 4e-3
-"""The one that all widths have."""
-
-MOMENTS = (800, 900, 1000)
-"""Steps that are merged at."""
-
-LATE = (2200, 2300, 2400)
-"""The same, of the longer pair."""
-
-PAIRS = {32: 8e-3, 64: 4e-3}
-"""Widths that a model with experts has, too, and the learning rate of both models."""
-
-SAME = (10, 20)
-"""Snapshots, and steps between them, of the window that is the same for all runs."""
-
-WINDOWS = ((5, 10), (10, 10), SAME, (10, 40))
-"""Those that one is chosen from."""
-
 
 def runs(study: Study, seed: int) -> list[Spec]:
-    sizes = [_dense(study, seed, width, rate) for width, rates in RATES.items() for rate in rates]
-    return [*sizes, *(_experts(study, seed, width) for width in PAIRS)]
-
-
-def _dense(study: Study, seed: int, width: int, rate: float) -> Spec:
-    if (width, rate) == (64, 8e-3):
-        return study.trunk("dense", seed)
-    steps = study.steps(LATE[-1] if (width, rate) == (32, 8e-3) else MOMENTS[-1])
-    return study.trunk("dense", seed, width=_width(study, width), learning_rate=rate, steps=steps)
-
-
-def _experts(study: Study, seed: int, width: int) -> Spec:
-    """A model with four experts, of which two see each token: its active parameters are the dense model's."""
-    if width == 32:
-        return study.trunk("moe", seed)
-    steps = study.steps(MOMENTS[-1])
-    return study.trunk("moe", seed, width=_width(study, width), steps=steps, learning_rate=PAIRS[width])
-
-
-def _width(study: Study, width: int) -> int:
-    """Of this size."""
-    return width * study.size.width // 64
+    return specs(study, seed)
 
 
 def measure(study: Study) -> dict[str, Any]:
     def over_seeds(spec: Any, moments: Sequence[int] = MOMENTS) -> dict[str, Any]:
-        found = [_gain(study, spec(seed), moments) for seed in study.seeds]
+        found = [gain(study, spec(seed), moments) for seed in study.seeds]
         return {name: [each[name] for each in found] for name in found[0]}
 
     return {
         "sizes": {
-            width: {rate: over_seeds(lambda s, w=width, r=rate: _dense(study, s, w, r)) for rate in rates}
+            width: {rate: over_seeds(lambda s, w=width, r=rate: dense(study, s, w, r)) for rate in rates}
             for width, rates in RATES.items()
         },
         "pairs": {
             f"width {width}, step {moments[-1]}": {
-                "dense": over_seeds(lambda s, w=width: _dense(study, s, w, PAIRS[w]), moments),
-                "moe": over_seeds(lambda s, w=width: _experts(study, s, w), moments),
+                "dense": over_seeds(lambda s, w=width: dense(study, s, w, PAIRS[w]), moments),
+                "moe": over_seeds(lambda s, w=width: experts(study, s, w), moments),
             }
             for width, moments in ((32, MOMENTS), (32, LATE), (64, MOMENTS))
         },
     }
-
-
-def _gain(study: Study, spec: Spec, moments: Sequence[int]) -> dict[str, Any]:
-    """The gains of one run, and what its sizes are."""
-
-    def window(step: int, shape: tuple[int, int]) -> Any:
-        return spec.window(study.steps(step), shape[0], study.steps(shape[1]))
-
-    newest = moments[-1]
-    chosen = min(WINDOWS, key=lambda shape: study.score(window(newest, shape), "choose").loss)
-    live = [study.score(spec.at(study.steps(step))) for step in moments]
-    merged = {
-        name: [study.score(window(step, shape)) for step in moments]
-        for name, shape in (("same", SAME), ("chosen", chosen))
-    }
-    loss = float(np.mean([score.loss for score in live]))
-    accuracy = float(np.mean([score.accuracy for score in live]))
-    found = {
-        "loss": loss,
-        "chosen window": list(chosen),
-        "loss to choose by": study.score(spec.at(study.steps(newest)), "choose").loss,
-        "merged loss to choose by": study.score(window(newest, chosen), "choose").loss,
-        **_parameters(spec),
-    }
-    for name, scores in merged.items():
-        gain = loss - float(np.mean([score.loss for score in scores]))
-        points = float(np.mean([score.accuracy for score in scores])) - accuracy
-        found |= {name: gain, f"{name}, percent": 100 * gain / loss}
-        found |= {f"{name}, points": points, f"{name}, percent of accuracy": 100 * points / accuracy}
-    return found
-
-
-def _parameters(spec: Spec) -> dict[str, int]:
-    """All of them, and how many act on a token."""
-    sizes = {name: tensor.numel() for name, tensor in built(spec).named_parameters()}
-    idle = sum(size for name, size in sizes.items() if ".experts." in name) // 2  # two of four are chosen
-    return {"parameters": sum(sizes.values()), "active": sum(sizes.values()) - idle}
 
 
 def verdicts(figures: dict[str, Any]) -> list[Verdict]:
