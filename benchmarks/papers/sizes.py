@@ -66,7 +66,7 @@ def _width(study: Study, width: int) -> int:
 
 
 def gain(study: Study, spec: Spec, moments: Sequence[int]) -> dict[str, Any]:
-    """One run's gains, means over moments, of two windows: ``SAME``, and the one chosen at the last moment."""
+    """Gains of one run, means over moments, of the window ``SAME`` and of the one chosen at the last moment."""
 
     def window(step: int, shape: tuple[int, int]) -> Merge:
         return spec.window(study.steps(step), shape[0], study.steps(shape[1]))
