@@ -14,7 +14,7 @@ from benchmarks.papers.study import Study
 RATES = {
     16: (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     32: (4e-3, 8e-3),
-    64: (4e-3, 8e-3, 1.6e-2),
+    64: (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     128: (4e-3,),
 }
 """The peak learning rates of each width of a dense model; constant after the warm-up."""
@@ -66,7 +66,7 @@ def _width(study: Study, width: int) -> int:
 
 
 def gain(study: Study, spec: Spec, moments: Sequence[int]) -> dict[str, Any]:
-    """Gains of one run, means over moments, of the window ``SAME`` and of the one chosen at the last moment."""
+    """Gains of one run, means over moments, of the window ``SAME`` and the one chosen at the last moment."""
 
     def window(step: int, shape: tuple[int, int]) -> Merge:
         return spec.window(study.steps(step), shape[0], study.steps(shape[1]))
