@@ -28,9 +28,9 @@ CONCLUSION = """\
 Merging pays at each size and each learning rate that was tried, most at large models and high rates. At one
 rate for all sizes the gain grows fast with the size, because that rate is low for the small models; at
 rates that suit each of them it grows slowly. It grows with the rate up to about the one at which the newest
-snapshot is best. The rate at which the merge is best is the same or the next higher one: who will merge
-need not fear a rate that is a little too high. Models with experts gain somewhat more than dense ones with
-as many active parameters, by less than the Blog's percentages differ.
+snapshot is best. The rate at which the merge is best is the same or the next higher one: choose it as if
+nothing were merged. Models with experts gain a little more than dense ones with as many active parameters,
+by less than the Blog's percentages differ.
 """
 
 SEEDS = 3
@@ -175,9 +175,10 @@ def _pairs(figures: dict[str, Any]) -> Verdict:
 
 
 WHY_PAIRS = """\
-The experts' merges gain more in most runs, but the difference is a small part of the gain, and as large as
-the seeds scatter. The percentages are not the Blog's: those are of benchmarks' scores, these of a loss, at
-runs so short that a merge is worth more to both kinds than what the Blog says of experts.
+The experts' merges gain more on average in each pair, but the difference is a small part of the gain, and
+most of the intervals reach below 0. The percentages are not the Blog's: those are of benchmarks' scores,
+these of a loss, in runs so short that a merge is worth more to both kinds than what the Blog says of
+experts.
 """
 
 
