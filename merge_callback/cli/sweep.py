@@ -7,6 +7,7 @@ import csv
 import inspect
 import io
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +24,7 @@ from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, ch
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.plan import in_bytes
 from merge_callback.merging import METHODS, Extrapolate, Sma
+from merge_callback.noise import spread
 from merge_callback.offline import candidates as made
 from merge_callback.offline.job import Job
 from merge_callback.offline.merge_files import merge_files
@@ -136,13 +138,14 @@ def _sweep(parsed: argparse.Namespace) -> int:
     if given["output"] is not None:
         OutputFolder(given["output"], job.force, job.checkpoints)  # refused now, not after hours
     objective = Objective(_direction(given), given["select"])
+    if given["dry_run"]:
+        tell([*selection.lines(), *left_out])
+        names = [*(one.name for one in plain), *(f"{name} (a search)" for name, _ in searching)]
+        return tell_dry(_planned(given, job, names, SweepResults(results_folder)))
     with peers_of_launcher() as peers:
         results = SweepResults(results_folder, peers.rank)
         if peers.rank == 0:
             tell([*selection.lines(), *left_out])
-        if given["dry_run"]:
-            names = [*(one.name for one in plain), *(f"{name} (a search)" for name, _ in searching)]
-            return tell_dry(_planned(given, job, names, results))
         evaluate, about = _evaluation(given)
         peers.exchange({})  # the folder was empty, or a sweep's, before any of them writes into it
         results.begin()
@@ -158,6 +161,10 @@ def _check_usage(given: Mapping[str, Any]) -> None:
         given["refuse"](
             "name the folder of the best merge with --output, or that of the scores with --results"
         )
+    if given["output"] is not None and given["results"] is not None:
+        output, results = (Path(os.path.abspath(given[name])) for name in ("output", "results"))
+        if output in (results, *results.parents):
+            raise ValueError(f"--results {given['results']}: lies in --output; name a folder outside of it")
     if given["pareto"] and find_spec("matplotlib") is None:
         raise ValueError("--pareto: matplotlib is missing: pip install 'merge-callback[demo]'")
     if given["line_search"] and not any(name.partition(":")[0] == "extrapolate" for name in given["methods"]):
@@ -281,10 +288,21 @@ def _finish(
                 f"alone {found[0].metrics[metric]:.6g}{gain}"
             )
         )
-        tell(filter(None, notes))
+        tell(filter(None, [*notes, _noise(found, metric)]))
     if given["output"] is not None:
         _write_best(Path(given["output"]), job, best, ranked, metric, peers)
     return 0
+
+
+def _noise(found: Sequence[Scored], metric: str) -> str:
+    """How far the checkpoints' own scores scatter around their trend, if enough of them are known."""
+    single = sorted(
+        (one.candidate.inputs, one.metrics[metric]) for one in found if len(one.candidate.inputs) == 1
+    )
+    noise = spread([value for _, value in single if math.isfinite(value)])
+    return (
+        "" if noise is None else f"single checkpoints scatter by {noise:.2g} around their trend in {metric}"
+    )
 
 
 def _write_best(

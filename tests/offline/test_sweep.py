@@ -181,7 +181,7 @@ def test_other_files_and_another_evaluation_are_scored_again(run):
     assert len(calls) == 8
 
 
-def test_greedy_soup_and_weights_by_metric(run):
+def test_greedy_soup_and_weights_by_metric(run, capsys):
     methods = ["--methods", "greedy", "metric-weighted", "--temperature", 0.05]
     assert sweep(*methods, "--select", "val_loss", "--output", "best") == 0
     states = [model(seed)["a.weight"] for seed in range(5)]
@@ -192,6 +192,7 @@ def test_greedy_soup_and_weights_by_metric(run):
         mean = torch.stack([states[j] for j in sorted([*kept, i])]).mean(0)
         if (loss := float(((mean - 1) ** 2).mean())) <= best:
             kept, best = sorted([*kept, i]), loss
+    assert "single checkpoints scatter by" in capsys.readouterr().err
     rows = table("best-sweep")
     soup = f"greedy [{','.join(str(i + 1) for i in kept)}]"
     assert float(rows[soup]["val_loss"]) == pytest.approx(best, rel=1e-5)
@@ -287,6 +288,7 @@ def test_nothing_that_is_there_is_replaced(run, capsys):
     assert sweep("--select", "val_loss", "--output", "mine") == 1
     assert sweep("--select", "val_loss", "--output", "run", "--force") == 1
     assert sweep("--select", "val_loss", "--results", "run") == 1
+    assert sweep("--select", "val_loss", "--output", "new", "--results", "new/scores") == 1
     assert sorted(os.listdir("mine")) == ["notes.txt"]
     assert len(os.listdir("run")) == 5
 
