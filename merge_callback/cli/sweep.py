@@ -27,6 +27,7 @@ from merge_callback.merging import METHODS, Extrapolate, Sma
 from merge_callback.noise import spread
 from merge_callback.offline import candidates as made
 from merge_callback.offline.job import Job
+from merge_callback.offline.merge_adapters import opened_adapters
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.peers import Peers, peers_of_launcher
@@ -133,6 +134,11 @@ def _sweep(parsed: argparse.Namespace) -> int:
     import_all(given["imports"], here=True)
     selection = chosen(given, Sma())
     job = job_of(given, selection.chosen, Sma(), lambda: None)
+    if opened_adapters(job.checkpoints):
+        raise ValueError(
+            f"{job.checkpoints[-1]} is a LoRA adapter, and a sweep merges whole models: write each adapter "
+            "into its base first"
+        )
     plain, searching, left_out = _wanted(given, len(job.checkpoints))
     results_folder = Path(given["results"] or f"{given['output']}-sweep")
     if given["output"] is not None:

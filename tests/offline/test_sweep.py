@@ -316,6 +316,23 @@ def test_a_dry_run_writes_nothing(run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
+def test_adapters_are_refused_whose_factors_have_no_mean(run, capsys):
+    folders = [run / f"adapters/step={step}" for step in (1, 2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+        name = "base_model.model.q_proj.lora_"
+        save_file({f"{name}{f}.weight": t for f, t in factors.items()}, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    scored = ["--evaluate", "scoring:loss", "--results", "scores"]
+    assert main(["sweep", *map(str, folders), *scored]) == 1
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    assert main(["merge", *map(str, folders), "--optimizer-state", "--output", "out"]) == 1
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    assert not Path("scores").exists()
+
+
 def test_usage_is_told(run, capsys):
     for arguments in (
         ["sweep", "run", "--results", "x"],
