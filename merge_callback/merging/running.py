@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from merge_callback.checks import positive
@@ -268,6 +269,7 @@ class RunningWsm(RunningAverage):
         return 1 - curve(min(1.0, (step - self.start) / (self.horizon - self.start)))
 
 
+@lru_cache
 def gamma_of(sigma: float) -> float:
     """The exponent γ of the profile with a relative width (EDM2, eq. 3 and 4).
 

@@ -14,9 +14,10 @@ from lightning.pytorch import Callback
 from spiking_runs import FIRES, USED, spiking
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from training_runs import assert_same_bits, one_thread, seed
+from training_runs import Classifier, assert_same_bits, emissions, loader, one_thread, seed, train
 
 from merge_callback import (
+    CheckpointMergeCallback,
     CheckpointMerger,
     PowerEma,
     RunningEma,
@@ -60,7 +61,7 @@ class Loop:
         merger = CheckpointMerger(self.model, self.optimizer, **options)
         if state:
             getattr(self.model, "module", self.model).load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would share the tensors
             merger.load_state_dict(state["merger"])
             begin = state["merger"]["step"]
         with one_thread(), merger:
@@ -257,6 +258,39 @@ def test_several_ranks_keep_an_average_in_parts_and_store_it_whole(kind, ranks, 
 
 def _age(path):
     return path.stat().st_mtime_ns
+
+
+# --- validated and published --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:merge:", "ignore:.*num_workers")
+def test_averages_are_validated_and_published_like_candidates(tmp_path):
+    seen, names = {}, ("power_ema-0.1", "sma_since-9")
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen[trainer.global_step] = values(merging.session.running)
+
+    running = [PowerEma(0.1), SmaSince(step=9)]
+    merging = CheckpointMergeCallback(
+        dirpath=tmp_path, window=3, every_n_steps=4, running=running, select="val_loss"
+    )
+    trainer = train(
+        Classifier(), merging, Watch(), data=loader(), val=loader(16), max_steps=12, val_check_interval=4
+    )
+    for name in names:
+        assert f"merged/{name}/val_loss" in trainer.callback_metrics
+        assert f"merge_gain/{name}/val_loss" in trainer.callback_metrics
+    records = [json.loads((path / "merge.json").read_text()) for path in emissions(tmp_path)]
+    compared = [{entry["name"] for entry in record["candidates"]["scores"]} for record in records]
+    assert compared == [{"sma", "power_ema-0.1"}, {"sma", *names}]  # the other had not begun
+    assert records[-1]["candidates"]["selected"] in names
+    for path, record in zip(emissions(tmp_path), records, strict=True):
+        if (selected := record["candidates"]["selected"]) in names:
+            at, tensors = seen[record["step"]][selected]
+            assert at == record["step"]
+            assert_same_bits(load_merge(path), tensors)
+            assert record["method"]["name"] == running[names.index(selected)].name
 
 
 # --- restores -----------------------------------------------------------------------------------------------
