@@ -91,7 +91,8 @@ class RunningAverages:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._done: torch.cuda.Event | None = None
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._is_under_way = False
         self._has_ended = False
 
     @property
@@ -144,9 +145,9 @@ class RunningAverages:
 
     def wait(self) -> None:
         """Has the device finish the updates before what it is told next."""
-        if self._done is not None:
+        if self._is_under_way:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-            self._done = None
+            self._is_under_way = False
 
     def copies(self, step: int) -> list[Stored]:
         """Copies of all averages as they are now, to be stored; they stay until the next ones are made.
@@ -294,7 +295,7 @@ class RunningAverages:
             self._begin(running, sources)
             return
         targets, weight = [*running.arena.own_tensors().values()], 1 - beta
-        if running.arena.buffer.device == self._device:
+        if running.arena.buffer.device.type == self._device.type:
             lerp(targets, sources, weight, self._sources.are_wide)
             return
         for target, source in zip(targets, sources, strict=True):  # through the device's memory and back
@@ -342,7 +343,7 @@ class RunningAverages:
         """Waits until the averages may be read from, or written to, outside of their stream."""
         self.wait()
         if self._stream is not None and any(running.average.offload for running in self.by_name.values()):
-            self._stream.synchronize()
+            self._done.synchronize()
 
     def _state_of(self, name: str, running: Running, to_keep: bool) -> dict[str, Any]:
         at = None if running.is_torn else running.at
@@ -383,5 +384,6 @@ class _OwnStream:
         self._context.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        self._averages._done = self._stream.record_event()
+        self._averages._done.record(self._stream)
+        self._averages._is_under_way = True
         self._context.__exit__(*error)
