@@ -19,7 +19,7 @@ from torch import Tensor
 from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.cli.dry_run import reads, size_of, tell_dry
 from merge_callback.cli.imports import import_all, import_named
-from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, chosen, job_of, tell
+from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, chosen, job_of, notes_of, tell
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.plan import in_bytes
 from merge_callback.merging import METHODS, Extrapolate, Sma
@@ -274,11 +274,11 @@ def _finish(
         notes += _pictured(given, objective, ranked, found[0], results)
         for line in _table(ranked, best, metric):
             print(printable(line))
-        alone = found[0].metrics[metric]
+        gain = "" if best.score > found[0].score else ": no merge scores better"
         print(
             printable(
                 f"best by {metric}: {best.candidate.name}, {best.metrics[metric]:.6g}; the newest checkpoint "
-                f"alone {alone:.6g}"
+                f"alone {found[0].metrics[metric]:.6g}{gain}"
             )
         )
         tell(filter(None, notes))
@@ -306,9 +306,9 @@ def _write_best(
         ],
     }
     whole = replace(job, checkpoints=paths, method=best.candidate.method, provenance={"sweep": told})
-    merge_files(replace(whole, workers=1), output, peers)
-    if peers.rank == 0:
-        tell([f"{output}: {best.candidate.name}"])
+    record = merge_files(replace(whole, workers=1), output, peers)  # who evaluates may have threads
+    if record:
+        tell([*notes_of(record), f"{output}: {best.candidate.name}"])
 
 
 def _csv(ranked: Sequence[Scored]) -> bytes:

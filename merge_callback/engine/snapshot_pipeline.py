@@ -319,8 +319,8 @@ class SnapshotPipeline:
 
     def publish_held(self) -> None:
         """Publishes what is held back when a run ends by an exception, unless other ranks may be gone."""
-        self.wait()
         if self._window.ranks.size == 1:
+            self.wait()
             self._release()
             self.wait()
 
