@@ -33,6 +33,7 @@ class Plan:
             manual optimization takes any number of steps per batch, and those of all its optimizers count.
         running: the running averages, and what they take; empty if there are none.
         experts: how many finished experts this one is merged with, and by which method; empty if none.
+        candidates: what else the window is merged by; empty if nothing.
     """
 
     window: int
@@ -50,6 +51,7 @@ class Plan:
     batches: int | None = None
     experts: str = ""
     running: str = ""
+    candidates: str = ""
 
     @classmethod
     def of(
@@ -76,6 +78,7 @@ class Plan:
             frozen_bytes=store.whole.only(store.expected).nbytes,
             batches=None if host.total_steps else host.total_batches,
             running=_told(running) if running else "",
+            candidates=", ".join(options.candidates),
             experts=f"{len(experts.paths)} finished experts by {experts.method.name}" if experts else "",
         )
 
@@ -94,6 +97,7 @@ class Plan:
             f"merge: {one} per snapshot{share}{once}, {in_bytes(self.window_bytes)} in total, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
+            *([f"merge: each validation compares it with {self.candidates}"] if self.candidates else []),
             *([f"merge: {self.running}"] if self.running else []),
             *([f"merge: after each validation, merged with {self.experts}"] if self.experts else []),
         ]
