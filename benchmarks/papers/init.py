@@ -24,7 +24,7 @@ class Stage:
         decayed: whether it follows a decay.
         changes: further fields of its ``Spec``.
         counts: snapshots merged, of each start but the last checkpoint.
-        models: that take it.
+        model: that takes it.
     """
 
     title: str
@@ -34,21 +34,16 @@ class Stage:
     decayed: bool = False
     changes: dict[str, Any] = field(default_factory=dict)
     counts: tuple[int, ...] = (10,)
-    models: tuple[Model, ...] = ("dense",)
+    model: Model = "dense"
 
 
 _NEW = {"fresh": True, "schedule": "cosine", "floor": 0.1}
+_CONTINUED: dict[str, Any] = {"steps": 300, "changes": {"mix": "torch", **_NEW}, "counts": (3, 10)}
 _TUNING: dict[str, Any] = {"steps": 150, "rates": (1e-3, 2e-3, 4e-3), "changes": {"mix": "headers", **_NEW}}
 STAGES = {
     "decay": Stage("decay", 400, (2e-3, 4e-3, 8e-3), begin=1600, changes={"schedule": "1-sqrt"}),
-    "continued": Stage(
-        "continued training on another text",
-        300,
-        (2e-3, 4e-3, 8e-3),
-        changes={"mix": "torch", **_NEW},
-        counts=(3, 10),
-        models=("dense", "moe"),
-    ),
+    "continued": Stage("continued training on another text", rates=(2e-3, 4e-3, 8e-3), **_CONTINUED),
+    "continued, experts": Stage("the same with experts", rates=(4e-3,), model="moe", **_CONTINUED),
     "tuning": Stage("fine-tuning after the decay", decayed=True, **_TUNING),
     "tuning, no decay": Stage("fine-tuning without a decay before", **_TUNING),
 }
@@ -56,31 +51,30 @@ STAGES = {
 
 def runs(study: Study, seed: int) -> list[Spec]:
     return [
-        run(study, name, model, seed, rate, count)
+        run(study, name, seed, rate, count)
         for name, stage in STAGES.items()
-        for model in stage.models
         for rate in stage.rates
         for count in (1, *stage.counts)
     ]
 
 
-def before(study: Study, name: str, model: Model, seed: int) -> tuple[Spec, int]:
+def before(study: Study, name: str, seed: int) -> tuple[Spec, int]:
     """The run before a stage, and the step at which it is left."""
     stage = STAGES[name]
-    spec = study.decay(model, seed, stage.begin) if stage.decayed else study.trunk(model, seed)
+    spec = study.decay(stage.model, seed, stage.begin) if stage.decayed else study.trunk(stage.model, seed)
     return spec, spec.end if stage.decayed else study.steps(stage.begin)
 
 
-def start(study: Study, name: str, model: Model, seed: int, count: int) -> Merge | None:
+def start(study: Study, name: str, seed: int, count: int) -> Merge | None:
     """What a stage begins with: the merge of the last ``count`` snapshots; ``None`` is the last checkpoint."""
-    spec, step = before(study, name, model, seed)
+    spec, step = before(study, name, seed)
     return spec.window(step, count, study.steps(SPACING)) if count > 1 else None
 
 
-def run(study: Study, name: str, model: Model, seed: int, rate: float, count: int) -> Spec:
+def run(study: Study, name: str, seed: int, rate: float, count: int) -> Spec:
     """A stage from one start."""
     stage = STAGES[name]
-    spec, step = before(study, name, model, seed)
-    changes = {"learning_rate": rate, "weights": start(study, name, model, seed, count), **stage.changes}
+    spec, step = before(study, name, seed)
+    changes = {"learning_rate": rate, "weights": start(study, name, seed, count), **stage.changes}
     warmup = study.steps(stage.steps // 15) if stage.changes.get("fresh") else 0
     return spec.fork(step, study.steps(stage.steps), warmup=warmup, **changes)
