@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.papers.spec import Spec
-from benchmarks.papers.study import MODELS, Model, Study
+from benchmarks.papers.study import Model, Study
 
 LENGTH = 1600
 """Steps before the decays part."""
@@ -20,8 +21,17 @@ FORKS: dict[str, dict[str, Any]] = {
 """Decays of the same trunk: on both texts by 1-sqrt, except for what is changed."""
 
 
+MIXED = ("both", "both, other order", "code", "prose")
+"""Those that the mixture of experts takes, too."""
+
+
 def runs(study: Study, seed: int) -> list[Spec]:
-    return [fork(study, model, seed, name) for model in MODELS for name in FORKS]
+    return [fork(study, model, seed, name) for model, names in forks().items() for name in names]
+
+
+def forks() -> dict[Model, Sequence[str]]:
+    """The names of each model's decays."""
+    return {"dense": tuple(FORKS), "moe": MIXED}
 
 
 def fork(study: Study, model: Model, seed: int, name: str) -> Spec:

@@ -38,10 +38,10 @@ class Stage:
 
 
 _NEW = {"fresh": True, "schedule": "cosine", "floor": 0.1}
-_CONTINUED: dict[str, Any] = {"steps": 300, "changes": {"mix": "torch", **_NEW}, "counts": (3, 10)}
-_TUNING: dict[str, Any] = {"steps": 150, "rates": (1e-3, 2e-3, 4e-3), "changes": {"mix": "headers", **_NEW}}
+_CONTINUED: dict[str, Any] = {"steps": 200, "changes": {"mix": "torch", **_NEW}, "counts": (3, 10)}
+_TUNING: dict[str, Any] = {"steps": 100, "rates": (1e-3, 2e-3, 4e-3), "changes": {"mix": "headers", **_NEW}}
 STAGES = {
-    "decay": Stage("decay", 400, (2e-3, 4e-3, 8e-3), begin=1600, changes={"schedule": "1-sqrt"}),
+    "decay": Stage("decay", 200, (2e-3, 4e-3, 8e-3), begin=1600, changes={"schedule": "1-sqrt"}),
     "continued": Stage("continued training on another text", rates=(2e-3, 4e-3, 8e-3), **_CONTINUED),
     "continued, experts": Stage("the same with experts", rates=(4e-3,), model="moe", **_CONTINUED),
     "tuning": Stage("fine-tuning after the decay", decayed=True, **_TUNING),
@@ -76,5 +76,5 @@ def run(study: Study, name: str, seed: int, rate: float, count: int) -> Spec:
     stage = STAGES[name]
     spec, step = before(study, name, seed)
     changes = {"learning_rate": rate, "weights": start(study, name, seed, count), **stage.changes}
-    warmup = study.steps(stage.steps // 15) if stage.changes.get("fresh") else 0
+    warmup = study.steps(stage.steps / 10) if stage.changes.get("fresh") else 0
     return spec.fork(step, study.steps(stage.steps), warmup=warmup, **changes)
