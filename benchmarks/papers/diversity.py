@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.papers import rates
+from benchmarks.papers.curves import band
 from benchmarks.papers.runs import built, load
 from benchmarks.papers.spec import Snapshot, Spec
 from benchmarks.papers.study import DECAY, LENGTHS, MODELS, Model, Study
@@ -37,8 +38,10 @@ MEASURES = {
     "probabilities": "KL of probabilities",
 }
 
-BEST = 0.8
-"""The correlation that is expected."""
+BEST, SMALL = 0.8, 0.25
+"""The correlation that is expected, and a share of the stable phase's diversity that counts as near 0."""
+
+COLOURS = ("tab:green", "tab:orange", "tab:red")
 
 Points = list[dict[str, Any]]
 
@@ -89,12 +92,195 @@ def _distances(study: Study, older: Snapshot, newer: Snapshot) -> dict[str, floa
 def _features(study: Study, snapshot: Snapshot) -> Features:
     """Logits and activations of 64 held-out sequences, at their final token."""
     spec = snapshot.spec
-    model = _model(spec)
+    model = built(spec).eval()
     load(model, study.weights(snapshot))
     probe = torch.cat([b["input_ids"] for b in held_out(spec.mix, "choose", spec.context, 64)])
     return features_of(model, Call((probe,)), layers_of(dict(model.named_modules())))
 
 
-@cache
-def _model(spec: Spec) -> torch.nn.Module:
-    return built(spec).eval()
+def verdicts(figures: dict[str, Any]) -> list[Verdict]:
+    return [_flat(figures), _falls(figures), _functional(figures), _correlates(figures), _by_rate(figures)]
+
+
+def _flat(figures: dict[str, Any]) -> Verdict:
+    found = {}
+    for model in MODELS:
+        late, early = (_at_step(figures, model, 0, step)["rms"] for step in (LENGTHS[2], LENGTHS[1]))
+        found[model] = interval([100 * a / b for a, b in zip(late, early, strict=True)])
+    holds = [abs(each.mean - 100) < 10 for each in found.values()]
+    shown = ", ".join(f"{each.shown(0, sign=False)} % ({model})" for model, each in found.items())
+    return Verdict(
+        "Diversity is flat while the learning rate is.",
+        "[PG] Fig. 1",
+        "flat",
+        f"RMS at step 2,400 is {shown} of that at 1,600",
+        says(holds),
+        "" if all(holds) else WHY_FLAT,
+    )
+
+
+def _falls(figures: dict[str, Any]) -> Verdict:
+    found = _ends(figures, "rms")
+    holds = [each.mean + each.half < SMALL for each in found]
+    return Verdict(
+        "It falls towards 0 with the learning rate.",
+        "[PG] Fig. 1, 7, 8",
+        "towards 0",
+        f"{_range(found)} of the stable phase's at the end of a decay (3 lengths, 2 models)",
+        says(holds),
+        "" if all(holds) else WHY_FALLS,
+    )
+
+
+def _functional(figures: dict[str, Any]) -> Verdict:
+    found = {name: _ends(figures, name) for name in list(MEASURES)[1:]}
+    holds = [each.mean + each.half < SMALL for ends in found.values() for each in ends]
+    return Verdict(
+        "So does what the model computes: activations, logits, probabilities.",
+        "[PG] Fig. 9",
+        "towards 0",
+        "of the stable phase's " + "; ".join(f"{name} {_range(ends)}" for name, ends in found.items()),
+        says(holds),
+        "" if all(holds) else WHY_FUNCTIONAL,
+    )
+
+
+def _correlates(figures: dict[str, Any]) -> Verdict:
+    points = figures["points"]
+    places = {
+        where: [interval(correlations(points[model], "rms", where)) for model in MODELS] for where in WHERE
+    }
+    others = {
+        name: [interval(correlations(points[model], name, "everywhere")) for model in MODELS]
+        for name in list(MEASURES)[1:]
+    }
+    holds = [each.mean >= BEST for each in places["everywhere"]]
+    return Verdict(
+        "The gain of the merge goes with RMS diversity.",
+        "[PG] Fig. 3",
+        "a strong correlation",
+        f"Pearson's r (dense, MoE): {_listed(places)}; of other measures everywhere: {_listed(others)}",
+        says(holds),
+        "" if all(holds) else WHY_CORRELATES,
+    )
+
+
+def _by_rate(figures: dict[str, Any]) -> Verdict:
+    found = {name: [interval(_correlation(figures["rates"], name))] for name in MEASURES}
+    holds = found["rms"][0].mean >= BEST
+    return Verdict(
+        "So it does among constant learning rates.",
+        "[PG] Fig. 3",
+        "not compared there",
+        f"Pearson's r over three rates and three steps: {_listed(found)}",
+        says([holds]),
+        "" if holds else WHY_RATE,
+    )
+
+
+WHY_FLAT = "?"
+WHY_FALLS = "?"
+WHY_FUNCTIONAL = "?"
+WHY_CORRELATES = "?"
+WHY_RATE = "?"
+
+WHERE: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "everywhere": lambda point: point["step"] > STABLE[0],
+    "stable": lambda point: point["decay"] == 0 and point["step"] > STABLE[0],
+    "decay": lambda point: point["decay"] > 0,
+}
+"""Which points a correlation is over; at the first of the trunk the loss still falls steeply."""
+
+
+def correlations(points: Points, name: str, where: str) -> list[float]:
+    """Pearson's r of the gain with a measure, over the points of each seed."""
+    return _correlation([point for point in points if WHERE[where](point)], name)
+
+
+def _correlation(points: Points, name: str) -> list[float]:
+    seeds = range(len(points[0]["gain"]))
+    return [
+        statistics.correlation([p[name][s] for p in points], [p["gain"][s] for p in points]) for s in seeds
+    ]
+
+
+def _at_step(figures: dict[str, Any], model: str, decay: int, step: int) -> dict[str, Any]:
+    """A point by the length before its decay, 0 for the trunk, and its step."""
+    points: Points = figures["points"][model]
+    return next(p for p in points if (p["decay"], p["step"]) == (decay, step))
+
+
+def _usual(figures: dict[str, Any], model: str, name: str) -> list[float]:
+    """A measure in the stable phase, its mean over the second half of the trunk, of each seed."""
+    points = [p for p in figures["points"][model] if p["decay"] == 0 and 2 * p["step"] > STABLE[-1]]
+    return [statistics.mean(seed) for seed in zip(*(p[name] for p in points), strict=True)]
+
+
+def _ends(figures: dict[str, Any], name: str) -> list[Interval]:
+    """A measure at the end of each decay as a share of the stable phase's."""
+    found = []
+    for model in MODELS:
+        usual = _usual(figures, model, name)
+        for length in LENGTHS:
+            end = _at_step(figures, model, length, round(length * (1 + DECAY)))[name]
+            found.append(interval([a / b for a, b in zip(end, usual, strict=True)]))
+    return found
+
+
+def _range(shares: Sequence[Interval]) -> str:
+    means, half = [100 * each.mean for each in shares], 100 * max(each.half for each in shares)
+    return f"{min(means):.1f} to {max(means):.1f} % (± {half:.1f} at most)"
+
+
+def _listed(found: Mapping[str, Sequence[Interval]]) -> str:
+    return "; ".join(f"{name} {', '.join(each.shown(2) for each in r)}" for name, r in found.items())
+
+
+def draw(figures: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    for row, model in zip(figure.subplots(2, 3), MODELS, strict=True):
+        points = figures["points"][model]
+        _draw_rms(row[0], points, model)
+        _draw_measures(row[1], figures, model)
+        _draw_gain(row[2], points, figures["rates"] if model == "dense" else [], model)
+    return figure
+
+
+def _draw_rms(axis: Axes, points: Points, model: str) -> None:
+    for length, colour in ((0, "black"), *zip(LENGTHS, COLOURS, strict=True)):
+        own = [p for p in points if p["decay"] == length]
+        label = f"decay after {length}" if length else "constant rate"
+        band(axis, [p["step"] for p in own], [p["rms"] for p in own], color=colour, label=label)
+    axis.set(title=f"{model}: RMS over training", xlabel="step", ylabel="RMS of 20 steps", ylim=0)
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def _draw_measures(axis: Axes, figures: dict[str, Any], model: str) -> None:
+    for name, label in MEASURES.items():
+        own = [p for p in figures["points"][model] if p["decay"] in (0, LENGTHS[-1])]
+        usual = _usual(figures, model, name)
+        shares = [[100 * a / b for a, b in zip(p[name], usual, strict=True)] for p in own]
+        band(axis, [p["step"] for p in own], shares, label=label)
+    axis.axvline(LENGTHS[-1], color="grey", linestyle=":")
+    axis.set(title=f"{model}: the decay begins at the dotted line", xlabel="step")
+    axis.set(ylabel="% of the stable phase's", yscale="log")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+
+
+def _draw_gain(axis: Axes, points: Points, by_rate: Points, model: str) -> None:
+    kinds = {
+        "stable": [p for p in points if WHERE["stable"](p)],
+        "decay": [p for p in points if WHERE["decay"](p)],
+        **{f"constant, {rate:g}": [p for p in by_rate if p["rate"] == rate] for rate in (4e-3, 1.6e-2)},
+    }
+    for name, found in kinds.items():
+        if found:
+            flat = [(x, y) for p in found for x, y in zip(p["rms"], p["gain"], strict=True)]
+            axis.scatter(*zip(*flat, strict=True), s=9, alpha=0.6, label=name)
+    r = interval(correlations(points, "rms", "everywhere"))
+    axis.set(title=f"{model}: r = {r.shown(2, sign=False)} (stable, decay)")
+    axis.set(xlabel="RMS of 20 steps", ylabel="gain of the merge, nats per byte")
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)

@@ -41,10 +41,10 @@ class Size:
     scale: float = 1.0
     width: int = 64
     context: int = 64
-    crops: int = 384
+    crops: int = 256
 
 
-SIZES = {"full": Size(), "quick": Size(0.1, 16, 32, 32), "large": Size(2.0, 128, 128, 384)}
+SIZES = {"full": Size(), "quick": Size(0.1, 16, 32, 32), "large": Size(2.0, 128, 128, 256)}
 
 
 class Score(NamedTuple):

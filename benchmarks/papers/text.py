@@ -30,7 +30,7 @@ MIXES: dict[str, tuple[str, ...]] = {
 """The texts of each mix, in equal shares of every batch.
 
 ``code`` is the standard library without comments and docstrings; ``prose`` is these, and the help texts;
-``torch`` is PyTorch's sources, another text for later stages; ``headers`` is a little C++, its library's core.
+``torch`` is PyTorch's sources, another text for later stages; ``headers`` is a little C++ of its library.
 """
 
 _LIBRARY = Path(os.__file__).parent
@@ -81,7 +81,9 @@ def _pieces(name: str) -> Iterator[str]:
             size += len(found)
         return
     if name == "headers":
-        yield from (path.read_text() for path in sorted(package_folder("torch").glob("include/c10/core/**/*.h")))
+        yield from (
+            path.read_text() for path in sorted(package_folder("torch").glob("include/c10/core/**/*.h"))
+        )
         return
     yield from (getattr(file, name) for file in _library())
     if name == "prose":
