@@ -66,7 +66,7 @@ def before(study: Study, name: str, seed: int) -> tuple[Spec, int]:
 
 
 def start(study: Study, name: str, seed: int, count: int) -> Merge | None:
-    """What a stage begins with: the merge of the last ``count`` snapshots, or ``None``, the last checkpoint."""
+    """What a stage begins with: the merge of the last ``count`` snapshots; ``None``: the last checkpoint."""
     spec, step = before(study, name, seed)
     return spec.window(step, count, study.steps(SPACING)) if count > 1 else None
 
