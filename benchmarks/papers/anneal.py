@@ -156,7 +156,7 @@ def _at_first(figures: Figures) -> Verdict:
         "At first the merge is ahead of the model that anneals.",
         "[PMA] Fig. 3",
         "ahead early in the annealing",
-        f"{listed(dict(zip(leads, firsts, strict=True)))} nats ahead after {WITHIN[0]} steps of {WITHIN[-1]}; "
+        f"{listed(dict(zip(leads, firsts, strict=True)))} nats after {WITHIN[0]} of {WITHIN[-1]} steps; "
         f"behind from step {' and '.join(map(str, until.values()))} on",
         says(holds),
         "" if all(holds) else WHY_FIRST,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.papers.curves import points
 from benchmarks.papers.paired import difference, listed
 from benchmarks.papers.spec import Snapshot, Spec, merge
 from benchmarks.papers.study import DECAY, Model, Study
@@ -146,8 +146,8 @@ def _over_mixes(figures: Figures) -> Verdict:
         "A merge of models whose decays read different data is better than each of them.",
         "[PG] Tab. 4",
         "a modest improvement",
-        f"on both texts {listed(gains)} nats over the better one; of two decays on the same data in different "
-        f"order {listed(control)}",
+        f"on both texts {listed(gains)} nats over the better one; of two decays on the same data in "
+        f"different orders {listed(control)}",
         says(holds),
         "" if all(holds) else WHY_MIXES,
     )
@@ -187,20 +187,21 @@ def _over_schedules(figures: Figures) -> Verdict:
 
 
 def _over_phases(figures: Figures) -> Verdict:
-    worse = {
-        name: [difference(found[name], found["decay"]) for found in figures["phases"].values()]
-        for name in ("stable", "across", "end of both")
+    against = {
+        other: [difference(found["end of both"], found[other]) for found in figures["phases"].values()]
+        for other in ("decay", "stable", "decay, live")
     }
-    against_live = [difference(f["end of both"], f["decay, live"]) for f in figures["phases"].values()]
-    against_stable = [difference(f["end of both"], f["stable"]) for f in figures["phases"].values()]
-    holds = [each.is_positive for each in (*worse["end of both"], *against_stable)]
+    border = {
+        other: [difference(found["across"], found[other]) for found in figures["phases"].values()]
+        for other in ("stable", "border, live")
+    }
+    holds = [each.is_positive for other in ("decay", "stable") for each in against[other]]
     return Verdict(
         "A merge of snapshots of both phases is worse than one of either phase alone.",
         "[PG] Tab. 11",
         "worse",
-        f"of the ends of both phases {listed({'': worse['end of both']}).strip()} nats worse than of the decay alone, "
-        f"{listed({'': against_stable}).strip()} than of the stable phase alone, {listed({'': against_live}).strip()} "
-        f"than the last weights (dense, MoE); over the border {listed({'': worse['across']}).strip()} than the decay's",
+        f"five of each phase's end, nats worse than (dense, MoE): {listed(against)}; ten over the border, "
+        f"worse than: {listed(border)}",
         says(holds),
         "" if all(holds) else WHY_PHASES,
     )
@@ -223,10 +224,8 @@ def draw(figures: Figures) -> Figure:
 
 
 def _bars(axis: Axes, found: dict[str, list[float]], title: str) -> None:
-    means = [interval(values) for values in found.values()]
-    halves = [each.half if math.isfinite(each.half) else 0.0 for each in means]
-    axis.errorbar([each.mean for each in means], range(len(means)), xerr=halves, fmt="o", capsize=3)
-    axis.set_yticks(range(len(means)), list(found))
+    points(axis, [interval(values) for values in found.values()], fmt="o")
+    axis.set_yticks(range(len(found)), list(found))
     axis.invert_yaxis()
     axis.grid(alpha=0.3)
     axis.set(title=title, xlabel="held-out loss, nats per byte")

@@ -1,4 +1,4 @@
-"""How the pictures of the claims draw a line with its interval over seeds."""
+"""How the pictures of the claims draw means with their intervals over seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks.papers.verdict import interval
+from benchmarks.papers.verdict import Interval, interval
 
 
 def band(axis: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **style: Any) -> None:
@@ -25,3 +25,9 @@ def band(axis: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **st
     if all(math.isfinite(each.half) for each in found):
         low, high = ([each.mean + sign * each.half for each in found] for sign in (-1, 1))
         axis.fill_between(x, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def points(axis: Axes, intervals: Sequence[Interval], **style: Any) -> None:
+    """Draws means and their intervals from left to right, one below the other, at 0, 1, 2, …"""
+    halves = [each.half if math.isfinite(each.half) else 0.0 for each in intervals]
+    axis.errorbar([each.mean for each in intervals], range(len(intervals)), xerr=halves, capsize=3, **style)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.papers import rates
 from benchmarks.papers.curves import band
+from benchmarks.papers.paired import extent, listed, ratio
 from benchmarks.papers.runs import built, load
 from benchmarks.papers.spec import Snapshot, Spec
 from benchmarks.papers.study import DECAY, LENGTHS, MODELS, Model, Study
@@ -38,8 +39,8 @@ MEASURES = {
     "probabilities": "KL of probabilities",
 }
 
-BEST, SMALL = 0.8, 0.25
-"""The correlation that is expected, and a share of the stable phase's diversity that counts as near 0."""
+BEST, SMALL = 0.8, 20
+"""The correlation that is expected, and what percentage of the stable phase's diversity is near 0."""
 
 COLOURS = ("tab:green", "tab:orange", "tab:red")
 
@@ -106,7 +107,7 @@ def _flat(figures: dict[str, Any]) -> Verdict:
     found = {}
     for model in MODELS:
         late, early = (_at_step(figures, model, 0, step)["rms"] for step in (LENGTHS[2], LENGTHS[1]))
-        found[model] = interval([100 * a / b for a, b in zip(late, early, strict=True)])
+        found[model] = ratio(late, early)
     holds = [abs(each.mean - 100) < 10 for each in found.values()]
     shown = ", ".join(f"{each.shown(0, sign=False)} % ({model})" for model, each in found.items())
     return Verdict(
@@ -121,12 +122,12 @@ def _flat(figures: dict[str, Any]) -> Verdict:
 
 def _falls(figures: dict[str, Any]) -> Verdict:
     found = _ends(figures, "rms")
-    holds = [each.mean + each.half < SMALL for each in found]
+    holds = [each.mean < SMALL for each in found]
     return Verdict(
         "It falls towards 0 with the learning rate.",
         "[PG] Fig. 1, 7, 8",
         "towards 0",
-        f"{_range(found)} of the stable phase's at the end of a decay (3 lengths, 2 models)",
+        f"{extent(found, 1, ' %', sign=False)} of the stable phase's at its end (3 lengths, 2 models)",
         says(holds),
         "" if all(holds) else WHY_FALLS,
     )
@@ -134,12 +135,13 @@ def _falls(figures: dict[str, Any]) -> Verdict:
 
 def _functional(figures: dict[str, Any]) -> Verdict:
     found = {name: _ends(figures, name) for name in list(MEASURES)[1:]}
-    holds = [each.mean + each.half < SMALL for ends in found.values() for each in ends]
+    holds = [each.mean < SMALL for ends in found.values() for each in ends]
     return Verdict(
         "So does what the model computes: activations, logits, probabilities.",
         "[PG] Fig. 9",
         "towards 0",
-        "of the stable phase's " + "; ".join(f"{name} {_range(ends)}" for name, ends in found.items()),
+        "of the stable phase's "
+        + "; ".join(f"{name} {extent(ends, 1, ' %', sign=False)}" for name, ends in found.items()),
         says(holds),
         "" if all(holds) else WHY_FUNCTIONAL,
     )
@@ -159,7 +161,7 @@ def _correlates(figures: dict[str, Any]) -> Verdict:
         "The gain of the merge goes with RMS diversity.",
         "[PG] Fig. 3",
         "a strong correlation",
-        f"Pearson's r (dense, MoE): {_listed(places)}; of other measures everywhere: {_listed(others)}",
+        f"Pearson's r (dense, MoE): {listed(places, 2)}; of other measures everywhere: {listed(others, 2)}",
         says(holds),
         "" if all(holds) else WHY_CORRELATES,
     )
@@ -172,7 +174,7 @@ def _by_rate(figures: dict[str, Any]) -> Verdict:
         "So it does among constant learning rates.",
         "[PG] Fig. 3",
         "not compared there",
-        f"Pearson's r over three rates and three steps: {_listed(found)}",
+        f"Pearson's r over three rates and three steps: {listed(found, 2)}",
         says([holds]),
         "" if holds else WHY_RATE,
     )
@@ -217,23 +219,14 @@ def _usual(figures: dict[str, Any], model: str, name: str) -> list[float]:
 
 
 def _ends(figures: dict[str, Any], name: str) -> list[Interval]:
-    """A measure at the end of each decay as a share of the stable phase's."""
+    """A measure at the end of each decay as a percentage of the stable phase's."""
     found = []
     for model in MODELS:
         usual = _usual(figures, model, name)
         for length in LENGTHS:
             end = _at_step(figures, model, length, round(length * (1 + DECAY)))[name]
-            found.append(interval([a / b for a, b in zip(end, usual, strict=True)]))
+            found.append(ratio(end, usual))
     return found
-
-
-def _range(shares: Sequence[Interval]) -> str:
-    means, half = [100 * each.mean for each in shares], 100 * max(each.half for each in shares)
-    return f"{min(means):.1f} to {max(means):.1f} % (± {half:.1f} at most)"
-
-
-def _listed(found: Mapping[str, Sequence[Interval]]) -> str:
-    return "; ".join(f"{name} {', '.join(each.shown(2) for each in r)}" for name, r in found.items())
 
 
 def draw(figures: dict[str, Any]) -> Figure:
@@ -251,8 +244,8 @@ def _draw_rms(axis: Axes, points: Points, model: str) -> None:
         own = [p for p in points if p["decay"] == length]
         label = f"decay after {length}" if length else "constant rate"
         band(axis, [p["step"] for p in own], [p["rms"] for p in own], color=colour, label=label)
-    axis.set(title=f"{model}: RMS over training", xlabel="step", ylabel="RMS of 20 steps", ylim=0)
-    axis.legend(fontsize=8)
+    axis.set(title=f"{model}: RMS over training", xlabel="step", ylabel="RMS of 20 steps", ylim=(0, 0.034))
+    axis.legend(fontsize=8, ncol=2, loc="upper right")
     axis.grid(alpha=0.3)
 
 

@@ -27,7 +27,7 @@ ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
     "merge of three, rate still too high": (True, AGAIN),
     "last checkpoint, rate still too high": (False, AGAIN),
 }
-"""Whether a restart begins with the merge, and what else it changes; all of them skip the data of the surge."""
+"""Whether a restart begins with the merge, and what else it changes; all skip the data of the surge."""
 
 
 def runs(study: Study, seed: int) -> list[Spec]:
