@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from benchmarks.papers.claims import claim, ready
 from benchmarks.papers.study import Study

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -125,20 +125,20 @@ class Study:
         spec = _spec(target)
         mix = mix or spec.mix
         kept = self._kept(spec)
-        key = digest([digest(target), part, mix, self.size.crops])
+        key = digest([digest(target), part, mix, self._crops(part)])
         if key not in kept:
             kept[key] = self.evaluate(spec, self.weights(target), part, mix)
             with self._scores(spec).open("a") as file:
                 file.write(json.dumps([key, *kept[key]]) + "\n")
         return kept[key]
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def evaluate(self, spec: Spec, weights: State, part: Part = "score", mix: str | None = None) -> Score:
         """The score of any weights for a run's model; nothing is kept."""
         model = _model(spec)
         load(model, weights)
         losses, right, count = 0.0, 0, 0
-        for batch in held_out(mix or spec.mix, part, spec.context, self.size.crops):
+        for batch in held_out(mix or spec.mix, part, spec.context, self._crops(part)):
             logits, labels = model(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten()
             losses += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(-1) == labels).sum())
@@ -150,9 +150,18 @@ class Study:
         live, merged = self.score(target.parts[-1], part, mix), self.score(target, part, mix)
         return Score(live.loss - merged.loss, merged.accuracy - live.accuracy)
 
+    def gains(self, make: Callable[[int], Merge]) -> dict[str, list[float]]:
+        """The gains of a merge on the text for figures, one of each seed; ``make`` names it for a seed."""
+        found = [self.gain(make(seed)) for seed in self.seeds]
+        return {"loss": [gain.loss for gain in found], "accuracy": [gain.accuracy for gain in found]}
+
     def best(self, targets: Iterable[T]) -> T:
         """The one with the least loss on the text for choices."""
         return min(targets, key=lambda target: self.score(target, "choose").loss)
+
+    def _crops(self, part: Part) -> int:
+        """Choices are made on half as much text, as they would be while a run trains."""
+        return self.size.crops // (2 if part == "choose" else 1)
 
     @cached_property
     def _memory(self) -> dict[Path, dict[str, Score]]:

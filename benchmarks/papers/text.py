@@ -51,12 +51,12 @@ def batch(mix: str, size: int, context: int, key: tuple[int, ...], step: int) ->
 
 @cache
 def held_out(mix: str, part: Part, context: int, crops: int) -> list[Batch]:
-    """Evenly spaced crops of a held-out text, the same for all runs, 32 in a batch."""
+    """Evenly spaced crops of a held-out text, the same for all runs, 16 in a batch."""
     found = []
     for name in MIXES[mix]:
         whole = text(name, part)
         starts = torch.linspace(0, len(whole) - context - 1, crops // len(MIXES[mix]), dtype=torch.float64)
-        found += list(SpacedCrops(whole, 32, context, starts.long()))
+        found += list(SpacedCrops(whole, 16, context, starts.long()))
     return found
 
 
