@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -80,9 +81,8 @@ def _mean(curve: Curve, begin: float, end: float) -> float:
 
 def spikes(norms: Curve) -> int:
     """Steps whose gradient norm is half as large again as the median of the eleven around it."""
-    return sum(
-        norms[i] > 1.5 * statistics.median(norms[max(0, i - 5) : i + 6].tolist()) for i in range(len(norms))
-    )
+    around = [statistics.median(norms[max(0, i - 5) : i + 6].tolist()) for i in range(len(norms))]
+    return int((norms > 1.5 * np.array(around)).sum())
 
 
 def _curves(study: Study, count: int) -> Figures:

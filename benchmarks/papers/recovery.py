@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.papers.curves import band
+from benchmarks.papers.paired import difference, listed
+from benchmarks.papers.runs import Curve
 from benchmarks.papers.spec import Spec
 from benchmarks.papers.study import MODELS, Model, Study
+from benchmarks.papers.verdict import Interval, Verdict, says
 
 TITLE = "Recovery from a divergence"
 
 CONCLUSION = ""
+
+Figures = dict[str, Any]
 
 ONSET, EXCESS, SURGE = 1600, 0.2, 40
 """Steps before the learning rate is 25 times too high, what it is then, and for how many steps."""
@@ -20,12 +29,12 @@ COUNT, SPACING = 3, 20
 
 AGAIN: dict[str, Any] = {"learning_rate": EXCESS, "steps": SURGE}
 ARMS: dict[str, tuple[bool, dict[str, Any]]] = {
-    "last checkpoint": (False, {}),
-    "merge of three": (True, {}),
-    "last checkpoint, new optimizer": (False, {"fresh": True, "warmup": 30}),
-    "merge of three, new optimizer": (True, {"fresh": True, "warmup": 30}),
-    "merge of three, rate still too high": (True, AGAIN),
-    "last checkpoint, rate still too high": (False, AGAIN),
+    "last": (False, {}),
+    "merge": (True, {}),
+    "last, new optimizer": (False, {"fresh": True, "warmup": 30}),
+    "merge, new optimizer": (True, {"fresh": True, "warmup": 30}),
+    "last, rate too high": (False, AGAIN),
+    "merge, rate too high": (True, AGAIN),
 }
 """Whether a restart begins with the merge, and what else it changes; all skip the data of the surge."""
 
@@ -56,3 +65,166 @@ def arm(study: Study, model: Model, seed: int, name: str) -> Spec:
     weights = trunk.window(onset, COUNT, study.steps(SPACING)) if merged else None
     scaled = {n: study.steps(v) if n in ("steps", "warmup") else v for n, v in changes.items()}
     return trunk.fork(onset, **{"steps": study.steps(AFTER), "order": 1, "weights": weights, **scaled})
+
+
+BLOCK = 10
+"""Steps whose training losses are averaged in the picture."""
+WITHIN = 1.02
+"""A held-out loss this close to the unbroken run's is recovered."""
+
+
+def measure(study: Study) -> Figures:
+    return {model: _figures(study, model) for model in MODELS}
+
+
+def _figures(study: Study, model: Model) -> Figures:
+    trunks = [study.trunk(model, seed) for seed in study.seeds]
+    lines = {
+        "no action": [no_action(study, model, seed) for seed in study.seeds],
+        **{name: [arm(study, model, seed, name) for seed in study.seeds] for name in ARMS},
+    }
+    onset, end = study.steps(ONSET), study.steps(ONSET + AFTER)
+    return {
+        "before": [study.score(trunk.at(onset)).loss for trunk in trunks],
+        "diverged": [
+            study.score(surge(study, model, seed).at(onset + study.steps(SURGE))).loss for seed in study.seeds
+        ],
+        "unbroken": {
+            "curve": [_blocks(study.run(trunk).losses[onset - study.steps(AFTER) : end]) for trunk in trunks],
+            "after": [study.score(trunk.at(end)).loss for trunk in trunks],
+        },
+        "surge": [_blocks(study.run(surge(study, model, seed)).losses) for seed in study.seeds],
+        "arms": {
+            name: {
+                "curve": [_blocks(study.run(line).losses) for line in found],
+                "after": [study.score(line.at(line.end)).loss for line in found],
+            }
+            for name, found in lines.items()
+        },
+    }
+
+
+def _blocks(curve: Curve) -> list[float]:
+    """Means of some steps, one after the other."""
+    size = min(BLOCK, len(curve))
+    blocks: list[float] = curve[: len(curve) // size * size].reshape(-1, size).mean(1).tolist()
+    return blocks
+
+
+def verdicts(figures: Figures) -> list[Verdict]:
+    return [_diverges(figures), _resumes(figures), _against_last(figures), _too_high(figures)]
+
+
+def _diverges(figures: Figures) -> Verdict:
+    jump = {model: difference(figures[model]["diverged"], figures[model]["before"]) for model in MODELS}
+    left = {model: _behind(figures, model, "no action") for model in MODELS}
+    holds = [each.mean > 0.3 for each in (*jump.values(), *left.values())]
+    return Verdict(
+        "At an excessive learning rate a run diverges, and does not come back by itself.",
+        "[PMA] §4.5, Fig. 7 right",
+        "a collapse at 6e-3",
+        f"{SURGE} steps at {EXCESS} raise the held-out loss by {listed(jump)} nats; {AFTER} steps later, at "
+        f"the right rate, it is {listed(left)} above the unbroken run's",
+        says(holds),
+        "" if all(holds) else WHY_DIVERGES,
+    )
+
+
+def _behind(figures: Figures, model: str, name: str) -> Interval:
+    """The loss after an arm, less that of the unbroken run."""
+    return difference(figures[model]["arms"][name]["after"], figures[model]["unbroken"]["after"])
+
+
+def _resumes(figures: Figures) -> Verdict:
+    names = ("merge", "merge, new optimizer")
+    pairs = [
+        pair
+        for name in names
+        for model in MODELS
+        for pair in zip(
+            figures[model]["arms"][name]["after"], figures[model]["unbroken"]["after"], strict=True
+        )
+    ]
+    recovered = sum(arm <= WITHIN * unbroken for arm, unbroken in pairs)
+    found = {name: [_behind(figures, model, name) for model in MODELS] for name in names}
+    return Verdict(
+        "Resumed from the mean of three snapshots before, it goes on along its trajectory.",
+        "[PMA] §4.5, Fig. 7 right",
+        "on the original trajectory",
+        f"after {AFTER} steps {recovered} of {len(pairs)} runs are within 2 % of the unbroken run; against its "
+        f"held-out loss (dense, MoE): {listed(found, 4)} nats",
+        "holds" if recovered == len(pairs) else says([recovered > 0, False]),
+        "" if recovered == len(pairs) else WHY_RESUMES,
+    )
+
+
+def _against_last(figures: Figures) -> Verdict:
+    first, end = {}, {}
+    for kind, suffix in (("optimizer kept", ""), ("new optimizer", ", new optimizer")):
+        arms = [(figures[m]["arms"][f"merge{suffix}"], figures[m]["arms"][f"last{suffix}"]) for m in MODELS]
+        first[kind] = [difference([c[0] for c in a["curve"]], [c[0] for c in b["curve"]]) for a, b in arms]
+        end[kind] = [difference(a["after"], b["after"]) for a, b in arms]
+    holds = [not each.is_positive for several in end.values() for each in several]
+    return Verdict(
+        "The merge is a better start than the last checkpoint before the divergence.",
+        "[PMA] §4.5",
+        "not compared there",
+        f"merge less last checkpoint (dense, MoE): training loss in the first {BLOCK} steps {listed(first)}; "
+        f"held-out loss after {AFTER} {listed(end, 4)} nats",
+        says([*holds, *(each.is_negative for several in end.values() for each in several)]),
+        WHY_LAST,
+    )
+
+
+def _too_high(figures: Figures) -> Verdict:
+    found = {
+        name: [
+            difference(figures[m]["arms"][f"{name}, rate too high"]["after"], figures[m]["diverged"])
+            for m in MODELS
+        ]
+        for name in ("merge", "last")
+    }
+    jump = [
+        difference(figures[m]["arms"]["merge, rate too high"]["after"], figures[m]["before"]) for m in MODELS
+    ]
+    holds = [each.mean < 0.1 for each in jump]
+    return Verdict(
+        "So resumed it survives the learning rate that it diverged at.",
+        "[PMA] §4.5, Fig. 7 right",
+        "the paper tells of no lower rate",
+        f"after {SURGE} steps at {EXCESS} it is{listed({'': jump})} nats above the loss before; against the first "
+        f"divergence: {listed(found)} (dense, MoE)",
+        says(holds),
+        "" if all(holds) else WHY_TOO_HIGH,
+    )
+
+
+WHY_DIVERGES = "?"
+WHY_RESUMES = "?"
+WHY_LAST = "?"
+WHY_TOO_HIGH = "?"
+
+DRAWN = ("last", "merge", "merge, new optimizer", "merge, rate too high")
+
+
+def draw(figures: Figures) -> Figure:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axis, model in zip(figure.subplots(1, 2), MODELS, strict=True):
+        found = figures[model]
+        _line(axis, ONSET - AFTER, found["unbroken"]["curve"], "black", "unbroken")
+        _line(axis, ONSET, found["surge"], "tab:red", f"{SURGE} steps at {EXCESS}")
+        _line(axis, ONSET + SURGE, found["arms"]["no action"]["curve"], "tab:red", "no action", "--")
+        for name, colour in zip(DRAWN, ("tab:blue", "tab:orange", "tab:green", "tab:purple"), strict=True):
+            _line(axis, ONSET, found["arms"][name]["curve"], colour, f"resumed: {name}")
+        axis.set(title=model, xlabel="step", ylabel="training loss, nats per byte")
+        axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    return figure
+
+
+def _line(
+    axis: Axes, begin: int, curves: list[list[float]], colour: str, label: str, style: str = "-"
+) -> None:
+    blocks = list(zip(*curves, strict=True))
+    places = [begin + BLOCK * (k + 0.5) for k in range(len(blocks))]
+    band(axis, places, blocks, color=colour, label=label, linestyle=style, linewidth=1.2)
