@@ -124,8 +124,8 @@ def _as_good(figures: Figures) -> Verdict:
         "[PMA] Fig. 3; Blog",
         "comparable",
         f"after as many steps it has {extent(shares, 0, ' %', sign=False)} of what annealing brings, and is "
-        f"{extent(behind)} nats behind (6 points, 2 models); the merge before a decay of "
-        f"{' steps, '.join(f'{n}: {each.shown()}' for n, each in worth.items())} steps against its end",
+        f"{extent(behind)} nats behind (6 points, 2 models); the merge at step {LEAVE} less what a decay from "
+        f"there ends with: {', '.join(f'{each.shown()} ({n} steps)' for n, each in worth.items())}",
         says(holds),
         "" if all(holds) else WHY_BEHIND,
     )

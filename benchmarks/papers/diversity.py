@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def measure(study: Study) -> dict[str, Any]:
     return {
         "points": {model: _points(study, model) for model in MODELS},
         "rates": [
-            {"rate": rate, **_at(study, lambda seed, r=rate: rates.trunk(study, seed, r), step)}
+            {"rate": rate, **_at(study, [rates.trunk(study, seed, rate) for seed in study.seeds], step)}
             for rate in rates.RATES
             for step in (600, 800, 1000)
         ],
@@ -64,18 +64,19 @@ def measure(study: Study) -> dict[str, Any]:
 
 def _points(study: Study, model: Model) -> Points:
     """Of the trunk and of its decays, in which a merge has snapshots of the decay alone."""
-    found = [{"decay": 0, **_at(study, lambda seed: study.trunk(model, seed), step)} for step in STABLE]
+    trunks = [study.trunk(model, seed) for seed in study.seeds]
+    found = [{"decay": 0, **_at(study, trunks, step)} for step in STABLE]
     for length in LENGTHS:
+        decays = [study.decay(model, seed, length) for seed in study.seeds]
         for own in range(N * SPACING, round(length * DECAY) + 1, 50):
-            point = _at(study, lambda seed, n=length: study.decay(model, seed, n), length + own)
-            found.append({"decay": length, **point})
+            found.append({"decay": length, **_at(study, decays, length + own)})
     return found
 
 
-def _at(study: Study, line: Callable[[int], Spec], step: int) -> dict[str, Any]:
+def _at(study: Study, lines: Sequence[Spec], step: int) -> dict[str, Any]:
     """The diversities and the gain of the merge at a step, for each seed."""
     at, spacing = study.steps(step), study.steps(SPACING)
-    windows = [line(seed).window(at, N, spacing) for seed in study.seeds]
+    windows = [line.window(at, N, spacing) for line in lines]
     pairs = [(window.parts[-1 - LAG], window.parts[-1]) for window in windows]
     distances = [_distances(study, *pair) for pair in pairs]
     return {
@@ -270,8 +271,8 @@ def _draw_gain(axis: Axes, points: Points, by_rate: Points, model: str) -> None:
     }
     for name, found in kinds.items():
         if found:
-            flat = [(x, y) for p in found for x, y in zip(p["rms"], p["gain"], strict=True)]
-            axis.scatter(*zip(*flat, strict=True), s=9, alpha=0.6, label=name)
+            x, y = ([value for p in found for value in p[what]] for what in ("rms", "gain"))
+            axis.scatter(x, y, s=9, alpha=0.6, label=name)
     r = interval(correlations(points, "rms", "everywhere"))
     axis.set(title=f"{model}: r = {r.shown(2, sign=False)} (stable, decay)")
     axis.set(xlabel="RMS of 20 steps", ylabel="gain of the merge, nats per byte")

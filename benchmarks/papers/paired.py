@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from benchmarks.papers.verdict import Interval, interval
 
@@ -26,7 +27,7 @@ def extent(intervals: Iterable[Interval], digits: int = 3, unit: str = "", sign:
     return f"{ends[0]} to {ends[1]}{unit} (± {widest:.{digits}f} at most)"
 
 
-def listed(found: Mapping[str, Interval | Sequence[Interval]], digits: int = 3) -> str:
+def listed(found: Mapping[Any, Interval | Sequence[Interval]], digits: int = 3) -> str:
     """``name +.012 ± .003, +.020 ± .002; name …``."""
     parts = []
     for name, each in found.items():

@@ -65,8 +65,9 @@ def arm(study: Study, model: Model, seed: int, name: str) -> Spec:
     merged, changes = ARMS[name]
     trunk, onset = study.trunk(model, seed), study.steps(ONSET)
     weights = trunk.window(onset, COUNT, study.steps(SPACING)) if merged else None
-    scaled = {n: study.steps(v) if n in ("steps", "warmup") else v for n, v in changes.items()}
-    return trunk.fork(onset, **{"steps": study.steps(AFTER), "order": 1, "weights": weights, **scaled})
+    given: dict[str, Any] = {"steps": AFTER, **changes}
+    scaled = {n: study.steps(v) if n in ("steps", "warmup") else v for n, v in given.items()}
+    return trunk.fork(onset, order=1, weights=weights, **scaled)
 
 
 BLOCK = 10
