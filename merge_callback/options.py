@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from merge_callback.candidate_options import check_comparison, check_fits, resolve_candidates
 from merge_callback.checks import (
     not_negative,
     one_of,
@@ -21,7 +22,7 @@ from merge_callback.checks import (
     resolve_size,
     true_or_false,
 )
-from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
+from merge_callback.merging import MergeMethod, Sma, resolve_method
 from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
@@ -43,6 +44,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "every_n_steps": None,
         "count_tokens": None,
         "method": "auto",
+        "candidates": None,
+        "select": None,
         "storage": "auto",
         "durable": True,
         "snapshot_dtype": None,
@@ -56,6 +59,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "max_shard_size": "5GB",
         "evaluate": True,
         "evaluate_with": (),
+        "evaluate_batches": None,
         "diversity_lag": 2,
         "probe": None,
         "exclude": (),
@@ -100,6 +104,9 @@ class Options:
     methods: dict[str, MergeMethod]
     automatic: frozenset[str]
     """The phases whose method is ours to choose."""
+    candidates: dict[str, MergeMethod]
+    """What else the window is merged by, by name; the default method is none of them."""
+    select: str | None
     storage: str
     durable: bool
     snapshot_dtype: torch.dtype | None
@@ -114,6 +121,7 @@ class Options:
     max_shard_bytes: int
     evaluate: bool
     evaluate_with: tuple[str, ...]
+    evaluate_batches: int | None
     diversity_lag: int
     probe: ProbeOptions | None
     exclude: tuple[str, ...]
@@ -144,13 +152,19 @@ class Options:
             given["method"] = "auto"  # the given one is that of the experts
             if not given["evaluate"]:
                 raise ValueError("evaluate=False and experts=[…] were both given: the merge is evaluated")
+        methods = resolve_methods(given["method"], given["window"])
+        candidates = resolve_candidates(given["candidates"], methods, given["window"])
+        check_comparison(given, candidates)
+        batches = given["evaluate_batches"]
         return cls(
             window=resolve_window(given["window"]),
             every=every,
             unit=unit,
             count_tokens=resolve_counter(given["count_tokens"]),
-            methods=resolve_methods(given["method"], given["window"]),
+            methods=methods,
             automatic=frozenset(p for p, m in _by_phase(given["method"]).items() if m == "auto"),
+            candidates=candidates,
+            select=given["select"],
             storage=resolve_storage(given["storage"], given["durable"]),
             durable=true_or_false("durable", given["durable"]),
             snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
@@ -164,6 +178,7 @@ class Options:
             max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
             evaluate=true_or_false("evaluate", given["evaluate"]),
             evaluate_with=resolve_classes(given["evaluate_with"]),
+            evaluate_batches=None if batches is None else positive("evaluate_batches", batches),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
@@ -261,15 +276,8 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
         methods = {phase: resolve_method(AUTO[phase] if m == "auto" else m) for phase, m in chosen.items()}
     except ValueError as error:
         raise ValueError(f"method={method!r}: {error}") from None
-    for weighted in (m for m in methods.values() if isinstance(m, Weighted)):
-        for size in range(2, window + 1):
-            try:
-                weighted.normalised_weights([float(i) for i in range(size)])
-            except ValueError as error:
-                raise ValueError(
-                    f"method={weighted!r} does not fit window={window}: {error}, or choose "
-                    f"window={len(weighted.weights)}"
-                ) from None
+    for chosen_method in methods.values():
+        check_fits(f"method={chosen_method!r}", chosen_method, window)
     return methods
 
 

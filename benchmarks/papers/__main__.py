@@ -13,6 +13,7 @@ written from these files (``python docs/generate.py``).
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--ready", action="store_true", help="train nothing: the seeds that are finished")
     options = parser.parse_args()
     torch.set_num_threads(1)  # the models are too small for more
+    warnings.filterwarnings("ignore", message=".*negative weights extrapolate")  # they are meant to
     size = "quick" if options.quick else options.size
     study = Study(options.cache, options.seeds or (2 if size == "quick" else 5), size)
     names = NAMES if "all" in options.names else options.names

@@ -109,7 +109,7 @@ def _pseudo_stable(figures: dict[str, Any]) -> Verdict:
     first, last = found[COSINE[1]], found[COSINE[-1]]
     verdict = says([first.is_positive, last.mean < first.mean / 3])
     return Verdict(
-        "While a cosine schedule's rate is still high, merging gains as in a stable phase; at its end no more.",
+        "While a cosine schedule's rate is high, merging gains as in a stable phase; at its end hardly.",
         "[PG] Tab. 7",
         "gains in Pythia's pseudo-stable phase",
         ", ".join(f"step {step}: {gain.shown()}" for step, gain in found.items()) + " nats",
@@ -118,9 +118,11 @@ def _pseudo_stable(figures: dict[str, Any]) -> Verdict:
     )
 
 
-WHY_LONG = "?"
-WHY_EARLY = "?"
-WHY_COSINE = "?"
+WHY_LONG = "The longest window is not ahead in both models."
+WHY_EARLY = "Not all of these windows are behind."
+WHY_COSINE = (
+    "The schedule ends at a tenth of its peak, so that some noise is left to average away at its end, too."
+)
 
 
 def _difference(

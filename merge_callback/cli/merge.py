@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from merge_callback.checks import one_of, resolve_dtype, resolve_size
 from merge_callback.cli.config_file import checked, is_plain, read_options
 from merge_callback.cli.imports import import_all
 from merge_callback.merging import METHODS, MergeMethod, Weighted, resolve_method
+from merge_callback.merging.method import own_options
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames
 from merge_callback.offline.left_out import grouped
@@ -324,7 +324,7 @@ def _method_options() -> dict[str, list[str]]:
     """Every option of a method, with the methods that have it."""
     found: dict[str, list[str]] = {}
     for name, method in METHODS.items():
-        for option in fields(method):  # type: ignore[arg-type]
+        for option in own_options(method):
             default = f" ({option.default})" if isinstance(option.default, (str, int, float)) else ""
             found.setdefault(option.name, []).append(name + default)
     return found
@@ -332,7 +332,7 @@ def _method_options() -> dict[str, list[str]]:
 
 def _list_methods(parsed: argparse.Namespace) -> int:
     for name, method in METHODS.items():
-        options = ", ".join(f"{f.name}={f.default!r}" for f in fields(method))  # type: ignore[arg-type]
+        options = ", ".join(f"{f.name}={f.default!r}" for f in own_options(method))
         print(f"{name:16} {_summary(method)}")
         facts = {"options": options, **_meanings(method), "needs": ", ".join(method.needs)}
         for label, text in {**facts, "source": method.reference}.items():
@@ -345,7 +345,7 @@ def _meanings(method: type[MergeMethod]) -> dict[str, str]:
     """What the options of a method mean, from its docstring."""
     text = inspect.cleandoc(method.__doc__ or "").partition("\nArgs:\n")[2]
     found = dict(re.findall(r"(?ms)^    (\w+): (.*?)(?=^    \w|^\S|\Z)", text))
-    own = (option.name for option in fields(method))  # type: ignore[arg-type]
+    own = (option.name for option in own_options(method))
     return {f"  {name}": " ".join(found[name].replace("``", "").split()) for name in own if name in found}
 
 

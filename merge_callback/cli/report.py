@@ -43,7 +43,7 @@ def report(arguments: Sequence[str]) -> int:
     output = parsed.output or runs[0].history.folder / "report.html"
     _check_own(output)
     with replacing(output.absolute()) as draft:
-        draft.write_text(page(runs, output.absolute().parent), encoding="utf-8")
+        draft.write_bytes(page(runs, output.absolute().parent).encode(errors="replace"))
     print(output)
     return 0
 

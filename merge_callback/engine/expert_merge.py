@@ -55,7 +55,7 @@ class ExpertMerge:
         if self._grid and method.name in _PLAIN_SUM:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it overshoots on the snapshots of one run: these are not
-                self._method = replace(method, normalize=False)  # type: ignore[type-var]
+                self._method = replace(method, normalize=False)  # type: ignore[call-arg]
         self._best: tuple[int, ...] | None = None
         self._has_told = False
 
@@ -172,10 +172,12 @@ class ExpertMerge:
         )
 
     def _at(self, at: tuple[int, ...]) -> MergeMethod:
-        chosen = {name: values[i] for (name, values), i in zip(self._grid.items(), at, strict=True)}
+        chosen: dict[str, Any] = {
+            name: values[i] for (name, values), i in zip(self._grid.items(), at, strict=True)
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return replace(self._method, **chosen) if chosen else self._method  # type: ignore[type-var]
+            return replace(self._method, **chosen) if chosen else self._method
 
     def _search(self, value: Callable[[tuple[int, ...]], float]) -> tuple[int, ...]:
         if self._best is None:

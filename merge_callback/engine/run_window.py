@@ -15,7 +15,7 @@ from merge_callback.engine.run_folder import RunFolder
 from merge_callback.messages import warn
 from merge_callback.options import Options
 from merge_callback.publish.export import Naming
-from merge_callback.sharding import Sharding
+from merge_callback.sharding import Sharding, device_of
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.codecs import CODECS
@@ -32,7 +32,6 @@ def new_window(
     options: Options,
     model: ModelTensors,
     sharding: Sharding,
-    device: torch.device,
     folder: RunFolder,
     resume: Mapping[str, Any],
 ) -> Window:
@@ -42,7 +41,6 @@ def new_window(
         options: the options of merging.
         model: the live model's tensors.
         sharding: says what each rank keeps of them.
-        device: the device that training uses.
         folder: the run's folder.
         resume: a former session's ``state_dict``; empty for a new run.
     """
@@ -51,7 +49,7 @@ def new_window(
         Layout.of(sharding.own(model.tensors), options.snapshot_dtype, still),
         options.storage,
         folder.path / WINDOW if options.durable else None,
-        device,
+        device_of(model.tensors.values()),
         {name for name in model.buffers if not all_finite(model.tensors[name])},
         model.buffers,
         sharding,

@@ -10,9 +10,12 @@ from functools import partial
 from shlex import quote
 from typing import Any, SupportsFloat
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from merge_callback.engine.background import Background
+from merge_callback.engine.candidates import Evaluate, Lower, Scores
+from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
@@ -110,7 +113,7 @@ class MergeSession:
         )
         self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
         self.phases = LRPhaseDetector(host.total_batches)
-        window = new_window(options, model, self.sharding, host.device, folder, resume)
+        window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.pipeline = SnapshotPipeline(
             options, host, window, publisher_of(options, folder, self.ranks), naming
@@ -184,7 +187,7 @@ class MergeSession:
             folder.give_up()
             raise
 
-    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | None = None) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int, tokens: int | Tensor | None = None) -> None:
         """Notes a batch before it is trained on; with the first one, finds out whether tokens can be counted.
 
         Args:
@@ -216,7 +219,7 @@ class MergeSession:
         return self.spikes.policy.recovery.lr.factor(step) if self.spikes else 1.0
 
     def end_batch(
-        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | None = None
+        self, outputs: Any, divided_by: int = 1, batch: Any = None, tokens: int | Tensor | None = None
     ) -> bool:
         """Counts a batch and, if an optimizer step was taken with it, the step; restores after a spike.
 
@@ -315,23 +318,56 @@ class MergeSession:
             live: what the live weights score, by metric.
             scored: what a merge scores, if one was validated with them.
         """
-        logged: dict[str, float] = {}
+        logged, found = dict[str, float](), dict[str, float]()
         if scored is not None:
-            logged = {**scored.shown, **self.pipeline.note_validation(live, scored), **scored.numbers}
+            found = self.pipeline.note_validation(live, scored)
+            logged = {**scored.shown, **found, **scored.numbers}
             report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
         newest, lower = (scored.newest, scored.lower) if scored else (None, {})
         merge_step = newest.step if newest else None
-        self.pipeline.keep_validation(at, live, logged, merge_step, lower)
+        self.pipeline.keep_validation(scored, at, live, logged, merge_step, lower)
+        others = scored.compared.entries if scored and scored.compared else ()
         self.host.record(
             "validation",
             self.host.step,
-            scores={"live": live, **({"merged": scored.metrics} if scored else {})},
-            gains={name.removeprefix(GAIN): v for name, v in logged.items() if name.startswith(GAIN)},
+            scores={
+                "live": live,
+                **({"merged": scored.metrics} if scored else {}),
+                **{entry.name: entry.metrics for entry in others},
+            },
+            gains={name.removeprefix(GAIN): v for name, v in found.items() if name.startswith(GAIN)},
             merge=merge_step,
             seconds=scored.seconds if scored else None,
+            **({"candidates": scored.compared.record()} if scored and scored.compared else {}),
         )
+
+    def compare(self, default: Merge, evaluate: Evaluate, live: Scores, lower: Lower) -> Comparison | None:
+        """Validates all candidates; ``None`` if no validation succeeded. All ranks have to call this.
+
+        Args:
+            default: the present merge by the default method.
+            evaluate: validates one.
+            live: what the live weights score, by metric.
+            lower: tells whether lower is better.
+        """
+        return self.pipeline.compare(self.live(), default, evaluate, live, lower)
+
+    def candidate(self, name: str) -> Merge | None:
+        """The present merge that has a name; ``None`` if this model has none. All ranks have to call this.
+
+        Raises:
+            ValueError: for a name that no candidate has.
+        """
+        default = self.current_merge()
+        if default is None or name == default.name:
+            return default
+        if name not in (names := self.pipeline.candidates.names):
+            raise ValueError(
+                f"no candidate is called {name!r}; there are {', '.join([default.name, *names])}"
+            )
+        return self.pipeline.candidates.merge(self.live(), name)
 
     def current_merge(self, merger: WindowMerger | None = None) -> Merge | None:
         """The merge of the present window; ``None`` if this model has none. All ranks have to call this.
@@ -359,6 +395,7 @@ class MergeSession:
 
     def close(self) -> None:
         """Releases the folder and the learning rates, and stops waiting for the other ranks."""
+        self.pipeline.publish_held()
         self._let_go()
         self.host.record("end", self.step, finished=False)
         self._give_folder_back(_PATIENCE)
@@ -460,9 +497,10 @@ class MergeSession:
                 "optimizers of self.optimizers(); Lightning does not count steps with use_pl_optimizer=False"
             )
 
-    def _count(self, batch: Any, tokens: int | None) -> None:
+    def _count(self, batch: Any, tokens: int | Tensor | None) -> None:
         try:
-            self.statistics.add_tokens(int(self.clock.count(batch)) if tokens is None else tokens)
+            found = self.clock.count(batch) if tokens is None else tokens
+            self.statistics.add_tokens(found if isinstance(found, Tensor) else int(found))
         except ValueError as error:
             self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
             say = warn if self.ranks.is_first else log.warning

@@ -57,9 +57,10 @@ def merge_state_dicts(
     bases = [] if base is None else [("the base", base)]
     check_alike([*bases, *((f"state dict {i}", state_dict) for i, state_dict in enumerate(state_dicts))])
     trajectory = _trajectory(resolved, positions, steps, len(state_dicts))
+    newest, state_dicts = state_dicts[-1], resolved.select(state_dicts)
+    trajectory = Trajectory(resolved.select(trajectory.positions), resolved.select(trajectory.steps))
     if base is not None and "task vectors" not in resolved.needs:
         raise ValueError(f"method {resolved.name!r} uses no base; leave it out")
-    newest = state_dicts[-1]
     kept = {n for n, t in newest.items() if not is_averaged(t) or matches_any(n, exclude)}
     merged = {
         n: t.clone() if n in kept else torch.empty(t.shape, dtype=t.dtype, device=t.device)
@@ -68,6 +69,7 @@ def merge_state_dicts(
     for name in newest:
         if name not in kept:
             _check_finite(name, [*bases, *((f"state dict {i}", s) for i, s in enumerate(state_dicts))])
+    state_dicts, trajectory = resolved.arranged(state_dicts, trajectory)
     model = [_inputs(name, state_dicts, base) for name in newest if name not in kept]
     survey = resolved.survey(model, trajectory)
     for inputs in model:

@@ -26,6 +26,7 @@ class AdapterMerge:
     def __init__(self, job: Job, adapters: Sequence[LoraAdapter], base: Checkpoint | None) -> None:
         self.job, self.adapters, self.base, self.newest = job, adapters, base, adapters[-1]
         self.trajectory = trajectory_of([adapter.checkpoint for adapter in adapters])
+        self._arranged, self._places = job.method.arranged(adapters, self.trajectory)
         self._check_options()
         self.layers: dict[str, LoraFactors] = {}
         self.whole: dict[str, Tensor] = {}
@@ -45,7 +46,7 @@ class AdapterMerge:
         self._check_finite()
         warn_of_bases([adapter.config for adapter in adapters])
         self.weights = self._weights()
-        self.survey = None if self.weights else job.method.survey(_Layers(self), self.trajectory)
+        self.survey = None if self.weights else job.method.survey(_Layers(self), self._places)
 
     @property
     def on_task_vectors(self) -> bool:
@@ -64,14 +65,14 @@ class AdapterMerge:
         if self.weights is None:
             inputs = self.inputs(module)
             out = torch.empty_like(inputs.tensors[0])
-            self.job.method.merge(inputs, out, self.trajectory, self.survey)
+            self.job.method.merge(inputs, out, self._places, self.survey)
             return out.view(self.layers[module].matrix.shape)
         held = [(a.layers[module].matrix, w) for a, w in self._weighted() if module in a.layers]
         return total([matrix for matrix, _ in held], [weight for _, weight in held])
 
     def inputs(self, module: str) -> Inputs:
         """The dense ΔW of every adapter, flat, in fp32."""
-        deltas = [self._of(module, adapter).matrix.dense().reshape(-1) for adapter in self.adapters]
+        deltas = [self._of(module, adapter).matrix.dense().reshape(-1) for adapter in self._arranged]
         zero = torch.zeros_like(deltas[0]) if self.on_task_vectors else None
         return Inputs(f"{plain(module)}.weight", deltas, zero)
 
@@ -81,7 +82,7 @@ class AdapterMerge:
             out.copy_(self.newest.whole.get(name, self.whole[name]))
             return
         base = None if self.base is None else self.base.tensors.get(plain(name))
-        tensors = [adapter.whole.get(name, base) for adapter in self.adapters]
+        tensors = [adapter.whole.get(name, base) for adapter in self._arranged]
         if any(t is None for t in tensors) or (base is None and self.on_task_vectors):
             raise ValueError(
                 f"{plain(name)} replaces the base's tensor, and {self.job.method.name!r} needs that, or not "
@@ -89,7 +90,7 @@ class AdapterMerge:
             )
         flat = [tensor.to(out.dtype).reshape(-1) for tensor in tensors if tensor is not None]
         initial = base.to(out.dtype).reshape(-1) if base is not None and self.on_task_vectors else None
-        self.job.method.merge(Inputs(plain(name), flat, initial), out.view(-1), self.trajectory, self.survey)
+        self.job.method.merge(Inputs(plain(name), flat, initial), out.view(-1), self._places, self.survey)
 
     def record(self) -> dict[str, Any]:
         """The provenance."""
@@ -104,11 +105,10 @@ class AdapterMerge:
 
     def _weights(self) -> list[float] | None:
         """What multiplies each adapter's ΔW; ``None`` if the method is not linear."""
-        method, positions = self.job.method, self.trajectory.positions
+        method = self.job.method
         if not isinstance(method, LinearMethod):
             return None
-        of = method.task_vector_weights if self.on_task_vectors else method.normalised_weights
-        return of(positions)
+        return method.weights_along(self.trajectory, self.on_task_vectors)
 
     def _weighted(self) -> Iterator[tuple[LoraAdapter, float]]:
         yield from zip(self.adapters, self.weights or (), strict=True)

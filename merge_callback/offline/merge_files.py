@@ -53,6 +53,7 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
         FileExistsError: if the folder is there already.
         OSError: if a file can't be read or written.
     """
+    job = replace(job, checkpoints=job.method.select(job.checkpoints))
     sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
     folder = OutputFolder(output, job.force, sources)
     with folder.draft() as draft:
@@ -104,6 +105,7 @@ class _Merging:
         self.job, self.checkpoints, self.base = job, same[-len(checkpoints) :], base and same[0]
         self.newest = checkpoints[-1]
         self.trajectory = trajectory_of(checkpoints)
+        self.arranged, self.places = job.method.arranged(self.checkpoints, self.trajectory)
         check_mergeable(job, self.checkpoints, self.base)
         # What Lightning loads must have the names of the module as it is, with its wrappers.
         as_it_is = job.kind == "lightning" and not job.naming.strip
@@ -141,7 +143,7 @@ class _Merging:
         """Merges tensor by tensor, in the order of the files."""
         names = {self.published(name): name for name in self.newest.tensors}
         total = len(self.checkpoints) * sum(t.nbytes for t in self.newest.tensors.values())
-        survey = self.job.method.survey(_Model(self), self.trajectory)
+        survey = self.job.method.survey(_Model(self), self.places)
 
         def merge(published: str) -> None:
             self._merge(names[published], files.tensors[published], survey)
@@ -164,7 +166,7 @@ class _Merging:
         Raises:
             ValueError: if it is not finite, and differs.
         """
-        sources = [*self.checkpoints, *([self.base] if self.base else [])]
+        sources = [*self.arranged, *([self.base] if self.base else [])]
         tensors = [*inputs.tensors, *([inputs.base] if inputs.base is not None else [])]
         spoilt = [s for s, tensor in zip(sources, tensors, strict=True) if not all_finite(tensor)]
         if not spoilt:
@@ -178,19 +180,18 @@ class _Merging:
         )
 
     def inputs(self, name: str) -> Inputs:
-        """One tensor of all checkpoints."""
-        tensors = [flat_numbers(checkpoint.tensors[name]) for checkpoint in self.checkpoints]
+        """One tensor of all checkpoints, in the order that the method takes them."""
+        tensors = [flat_numbers(checkpoint.tensors[name]) for checkpoint in self.arranged]
         return Inputs(name, tensors, None if self.base is None else flat_numbers(self.base.tensors[name]))
 
     def record(self) -> dict[str, Any]:
         """The provenance."""
         method = self.job.method
         linear = isinstance(method, LinearMethod) and self.base is None
-        positions = self.trajectory.positions
         state = {name for checkpoint in self.checkpoints for name in checkpoint.training_state}
         return {
             **common_record(self.job, self.checkpoints, self.base, self.trajectory),
-            "weights": method.normalised_weights(positions) if linear else None,  # type: ignore[attr-defined]
+            "weights": method.weights_along(self.trajectory) if linear else None,  # type: ignore[attr-defined]
             "copied": sorted(self.copied.union(self.not_finite)),
             **({"not_finite": sorted(self.not_finite)} if self.not_finite else {}),
             **({"recomputed": sorted(self.recomputed)} if self.recomputed else {}),
@@ -212,7 +213,7 @@ class _Merging:
         if _are_same(inputs) if linear else self.is_constant(inputs):
             out.copy_(self.newest.tensors[name])
         else:
-            self.job.method.merge(inputs, flat_numbers(out), self.trajectory, survey)
+            self.job.method.merge(inputs, flat_numbers(out), self.places, survey)
         if not all_finite(out):
             if not self.is_constant(inputs):
                 raise ValueError(

@@ -63,7 +63,8 @@ class Publisher:
         self.folder, self.keep_last, self.max_shard_bytes = folder, keep_last, max_shard_bytes
         self.published: list[str] = []
         self._protected: Collection[int] = ()  # steps of the emissions that stay besides
-        self._best: str | None = None  # the name of the one that ``best`` leads to
+        self._best: str | None = None  # the name of the one that ``best`` is to lead to
+        self._is_pointed_at = False  # whether it does
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError if it may not be done
 
     def sweep(self) -> None:
@@ -135,9 +136,9 @@ class Publisher:
         """
         self._protected = steps
         name = next((n for n in reversed(self.published) if step_of(n) == best), None)
-        if name is not None and name != self._best:
+        if name is not None and not (name == self._best and self._is_pointed_at):
             self._best = name
-            self._point_best(name)
+            self._is_pointed_at = self._point_best(name)
 
     def write_safetensors(
         self,
@@ -209,8 +210,11 @@ class Publisher:
         if self._point(LATEST, name):
             self._retain()
 
-    def _point_best(self, name: str) -> None:
+    def _point_best(self, name: str) -> bool:
+        """Points ``best`` at an emission; returns whether that need not be tried again."""
         self._point(BEST, name)
+        place = self.folder / BEST
+        return place.is_symlink() and os.readlink(place) == name
 
     def _surplus(self, names: Sequence[str]) -> list[str]:
         """Those of some names that are not to be kept any more; oldest first, as these are."""

@@ -94,8 +94,9 @@ class RemotePublisher(Publisher):
             self.published.remove(surplus)
         self._submit()
 
-    def _point_best(self, name: str) -> None:
+    def _point_best(self, name: str) -> bool:
         self._submit()
+        return True  # an upload that fails is tried again
 
     def _submit(self) -> None:
         if not self._is_queued:  # attempts that all wait for the same time-out must not pile up

@@ -38,7 +38,7 @@ class Recovery:
     ) -> None:
         self.options, self.host, self._merger = options, host, merger
         self.lr = LRScale(host.optimizers, lambda: host.step)
-        self.scaler = host.scaler
+        self.scaler = host.scaler if host.scaler is not None and host.scaler.is_enabled() else None
         self._loss_scale = self.scaler.get_scale() if self.scaler else 1.0  # the run's initial one
         if options.action == "restore":
             for optimizer in host.optimizers:
@@ -110,8 +110,9 @@ class Recovery:
             optimizer_state.scale(optimizer, self.options.optimizer_scale)
 
     def _reset_loss_scale(self) -> None:
-        if self.scaler and (state := self.scaler.state_dict()):  # empty if it is disabled
-            self.scaler.load_state_dict({**state, "scale": self._loss_scale, "_growth_tracker": 0})
+        if self.scaler:
+            state = {**self.scaler.state_dict(), "scale": self._loss_scale, "_growth_tracker": 0}
+            self.scaler.load_state_dict(state)
 
 
 def _check_scalable(optimizer: Optimizer) -> None:

@@ -14,6 +14,7 @@ from merge_callback.recovery.evidence import HeldBatches
 from merge_callback.recovery.spike_policy import SpikePolicy
 from merge_callback.sharding import local
 from merge_callback.signals.host import Host, report
+from merge_callback.signals.loss_scale import gradient_scale
 from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.step_statistics import Statistics, StepStatistics, dense
 from merge_callback.signals.watched_numbers import WatchedNumbers
@@ -83,7 +84,9 @@ class SpikeWatch:
         if self._several:
             self._stepped.add(next(i for i, o in enumerate(self.host.optimizers) if o is optimizer))
         if self.options.grad_norm:
-            self.statistics.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+            parameters = (p for group in optimizer.param_groups for p in group["params"])
+            scale = gradient_scale(optimizer, self.policy.recovery.scaler)
+            self.statistics.add_gradients(parameters, scale)
 
     def note_end_of_step(self, step: int) -> None:
         """Notes what belongs to the step that ends, before its statistics are sent."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +107,69 @@ def history_of(folder: Path, lines: Iterable[bytes]) -> History:
 
 
 def _event(line: bytes) -> Event | None:
-    """The event on a line; ``None`` for a line that was cut off."""
+    """The event on a line; ``None`` if it is none: the line was cut off, or lacks what every event has."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(event, dict):
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    told, step, when = event.get("event"), event.get("step"), event.get("time")
-    return (
-        event if isinstance(told, str) and isinstance(step, int) and isinstance(when, (int, float)) else None
-    )
+    if not _is_count(event.get("step")) or not _is_number(event.get("time"), 1e11):
+        return None
+    sound = {name: value for name, value in event.items() if _EXPECTED.get(name, _any)(value)}
+    return sound if _NEEDED.get(event["event"], set()) <= sound.keys() else None
+
+
+def _any(value: object) -> bool:
+    return True
+
+
+def _is_number(value: object, most: float = 1e300) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < most
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value, 1e15)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_spike(value: object) -> bool:
+    counts = ("onset", "rewarm_steps", "seconds")
+    return isinstance(value, dict) and all(_is_number(value[name]) for name in counts if name in value)
+
+
+def _is_window(value: object) -> bool:
+    return _is_count(value) or _is_list(_is_count)(value)
+
+
+def _is_list(is_sound: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_sound, value))
+
+
+def _is_mapping(is_sound: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, dict) and all(map(is_sound, value.values()))
+
+
+_EXPECTED: Mapping[str, Callable[[object], bool]] = {
+    "window": _is_window,
+    "snapshots": _is_list(_is_count),
+    "weights": _is_list(_is_number),
+    "phase": _is_text,
+    "path": _is_text,
+    "since": _is_count,
+    "total_steps": _is_count,
+    "record": _is_spike,
+    "scores": _is_mapping(_is_mapping(_any)),
+    **dict.fromkeys(("gains", "layers", "values", "methods", "versions"), _is_mapping(_any)),
+}
+"""What an entry has to be. One that is anything else counts as missing: the file may be anybody's."""
+
+_NEEDED: Mapping[str, set[str]] = {
+    "validation": {"scores"},
+    "phase": {"phase", "since"},
+    "spike": {"record"},
+}
+"""What an event has no meaning without."""

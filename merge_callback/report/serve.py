@@ -48,13 +48,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         try:
             if path == "/":
-                self._answer("text/html", self._page().encode())
+                self._answer("text/html", self._page().encode(errors="replace"))
             elif path == "/changed":
-                self._answer("text/plain", self._state().encode())
+                self._answer("text/plain", self._state().encode(errors="replace"))
             else:
                 self._answer("application/json", self._record(unquote(path)))
         except (OSError, ValueError) as error:
-            self._answer("text/plain", str(error).encode(), 404)
+            self._answer("text/plain", str(error).encode(errors="replace"), 404)
 
     def log_message(self, *_: object) -> None:
         return

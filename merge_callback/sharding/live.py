@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,17 @@ def as_real(tensor: Tensor) -> Tensor:
     """A complex tensor as pairs of real and imaginary parts, in its own memory; any other tensor itself."""
     is_pairs = tensor.is_complex() and tensor.layout == torch.strided
     return torch.view_as_real(tensor) if is_pairs else tensor
+
+
+def device_of(tensors: Iterable[Tensor]) -> torch.device:
+    """The device that most bytes of live tensors lie on.
+
+    It need not be the one that training computes on: FSDP may keep its shards in host memory.
+    """
+    held = Counter[torch.device]()
+    for tensor in tensors:
+        held[tensor.device] += tensor.nbytes
+    return max(held, key=held.__getitem__, default=torch.device("cpu"))
 
 
 def overwrite(tensor: Tensor, values: Tensor) -> None:

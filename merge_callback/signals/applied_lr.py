@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from functools import partial
 from itertools import chain
 from operator import mul
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from merge_callback.signals.async_scalars import Read, send
 
 
 class AppliedLR:
@@ -17,8 +21,8 @@ class AppliedLR:
     An optimizer without a rate (a parameter-free one, Adafactor's relative steps) counts as having a constant
     rate of 1.
 
-    A rate that is a tensor on an accelerator (``capturable`` optimizers) costs one wait per step: keep such
-    rates on the CPU, as ``torch.optim`` recommends.
+    A rate that is a tensor on an accelerator (``capturable`` optimizers) is known one step late, as nobody
+    waits for it; only the first one is waited for.
 
     Args:
         optimizers: all optimizers of the run, in the trainer's order. They may take turns.
@@ -31,6 +35,9 @@ class AppliedLR:
         self._optimizers, self._numel = list(optimizers), numel  # held, so that no other object gets its id
         self._index = {id(optimizer): index for index, optimizer in enumerate(self._optimizers)}
         self._rates: dict[int, list[float]] = {}  # by optimizer
+        self._under_way: dict[
+            int, Read
+        ] = {}  # those of the last step, of optimizers that have some on a device
         self._sizes: dict[int, list[int]] = {}
 
     def note(self, optimizer: Optimizer) -> None:
@@ -39,7 +46,7 @@ class AppliedLR:
         sizes = self._sizes.get(index)
         if sizes is None or len(sizes) != len(groups):
             self._sizes[index] = [self._size(group) for group in groups]
-        self._rates[index] = [_rate(group) for group in groups]
+        self._rates[index] = self._read(index, [_rate(group) for group in groups])
 
     @property
     def rates(self) -> list[float]:
@@ -54,21 +61,45 @@ class AppliedLR:
         return float(sum(map(mul, rates, sizes)))
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        """The last noted rates, as primitives."""
+        """The last noted rates, as primitives; waits for those that are under way."""
         return {
-            str(index): [[rate, n] for rate, n in zip(rates, self._sizes[index], strict=True)]
+            str(index): [
+                [*group] for group in zip(rates, self._sizes[index], *self._next(index), strict=True)
+            ]
             for index, rates in self._rates.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
         """Goes on from a ``state_dict``."""
-        self._rates = {int(i): [rate for rate, _ in groups] for i, groups in state.items()}
-        self._sizes = {int(i): [int(n) for _, n in groups] for i, groups in state.items()}
+        self._rates = {int(i): [rate for rate, *_ in groups] for i, groups in state.items()}
+        self._sizes = {int(i): [int(n) for _, n, *_ in groups] for i, groups in state.items()}
+        after = {int(i): [rate for _, _, rate in groups] for i, groups in state.items() if len(groups[0]) > 2}
+        self._under_way = {i: partial(_known, rates) for i, rates in after.items()}
+
+    def _read(self, index: int, rates: list[float | Tensor]) -> list[float]:
+        """An optimizer's rates; those of its last step, if some of the present ones are on a device."""
+        if not any(isinstance(rate, Tensor) for rate in rates):
+            return rates  # type: ignore[return-value]
+        sent = send(rates)
+        before = self._under_way.get(index, sent)
+        self._under_way[index] = sent
+        return before(None)
+
+    def _next(self, index: int) -> list[list[float]]:
+        """The rates of an optimizer that are under way, if some are."""
+        read = self._under_way.get(index)
+        return [] if read is None else [read(None)]
 
     def _size(self, group: dict[str, Any]) -> int:
         return sum(self._numel(parameter) for parameter in group["params"])
 
 
-def _rate(group: Mapping[str, Any]) -> float:
+def _rate(group: Mapping[str, Any]) -> float | Tensor:
     rate = group.get("lr")
+    if isinstance(rate, Tensor) and rate.is_cuda:
+        return rate
     return 1.0 if rate is None else float(rate)
+
+
+def _known(rates: list[float], within: timedelta | None) -> list[float]:
+    return rates

@@ -55,7 +55,7 @@ class Host(Protocol):
         module: the module whose parameters and buffers are merged, under its own names.
         root: the module as the loop calls it: wrapped for several devices (DDP, FSDP), or the module itself.
         optimizers: all optimizers of the run, always in the same order.
-        device: the device that training uses.
+        device: the device that training computes on; the parameters may lie elsewhere.
         default_folder: where merges are published if the user names no folder; a local path or a URL.
         processes: number of the run's processes on this machine.
         scaler: the scaler of fp16 losses; ``None`` if there is none.
@@ -66,6 +66,7 @@ class Host(Protocol):
             as a tokenizer's.
         is_manual: whether the number of optimizer steps per batch is not known in advance.
         will_validate: whether the loop is going to validate merged weights.
+        validates_now: whether it does so before the next step.
         epoch: number of completed epochs.
         record: adds an event to the run's event file. The session sets it, on the first rank.
     """
@@ -107,6 +108,10 @@ class Host(Protocol):
     @property
     def will_validate(self) -> bool:  # noqa: D102
         return True
+
+    @property
+    def validates_now(self) -> bool:  # noqa: D102
+        return False
 
     @property
     def epoch(self) -> int:  # noqa: D102

@@ -61,7 +61,8 @@ class StepStatistics:
         counts: whether this rank's batches are summed up. Tensor-parallel ranks share a batch, and only one
             of them counts it; the losses of the others are only checked for being finite.
         device: the device that training uses.
-        clock: advanced by the tokens of every step once they are known; with a single rank at its end.
+        clock: advanced by the tokens of every step once they are known: with a single rank at its end, unless
+            they are counted on the device.
         own_part: returns the part of a parameter's gradient that this rank counts, as a plain tensor, so that
             each gradient is summed up once; ``None`` if it has none. Default: the whole gradient, which is
             right for a single rank.
@@ -82,7 +83,7 @@ class StepStatistics:
         self._clock, self._own_part = clock or TokenClock(), own_part or _gradient
         self._losses: list[float | Tensor] = []
         self._square_norms: list[float | Tensor] = []
-        self._tokens = 0.0
+        self._tokens: float | Tensor = 0.0
         self._on_device = False  # whether one of these is a tensor
         self.names: list[str] | None = None
         self._scalars: Mapping[str, Tensor | float] = {}
@@ -103,16 +104,25 @@ class StepStatistics:
             self._losses.append(loss)
             self._on_device |= isinstance(loss, Tensor)
 
-    def add_tokens(self, tokens: float) -> None:
+    def add_tokens(self, tokens: float | Tensor) -> None:
         """Notes the tokens of a micro-batch; NaN if they can't be counted, which stops the clock."""
-        self._tokens += tokens
+        if isinstance(tokens, Tensor):
+            tokens = _own(tokens.reshape(()), 1)
+            self._on_device |= isinstance(tokens, Tensor)
+        self._tokens = self._tokens + tokens
 
     @torch.no_grad()
-    def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Notes the norm of the gradients that one optimizer is about to apply."""
+    def add_gradients(self, parameters: Iterable[Tensor], scale: Tensor | None = None) -> None:
+        """Notes the norm of the gradients that one optimizer is about to apply.
+
+        Args:
+            parameters: the optimizer's.
+            scale: what their gradients are multiplied by, as fp16 needs it; ``None`` if they are as is.
+        """
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
-            square = _own(torch.nn.utils.get_total_norm(gradients), 1) ** 2
+            norm = _own(torch.nn.utils.get_total_norm(gradients), 1)
+            square = (norm if scale is None else norm / _own(scale, 1)) ** 2
             self._square_norms.append(square)
             self._on_device |= isinstance(square, Tensor)
 
@@ -152,7 +162,7 @@ class StepStatistics:
             self._own_losses.append((step, losses[0] if len(losses) == 1 else sum(losses) / len(losses)))
         tokens, numbers = self._tokens, self._take(scale)
         last, self._last = self._last, self._send(step, numbers)
-        if self._ranks.group is None:
+        if self._ranks.group is None and not isinstance(tokens, Tensor):
             self._last.counted = True
             self._clock.add(tokens)
         return None if last is None else self._read(last)
@@ -185,7 +195,7 @@ class StepStatistics:
         return {
             "losses": [float(loss) for loss in self._losses],
             "square_norms": [float(square) for square in self._square_norms],
-            "tokens": self._tokens,
+            "tokens": float(self._tokens),
             "scale": self._scale,
             "names": self.names,
             "last": self._last_step(),

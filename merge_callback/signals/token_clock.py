@@ -16,11 +16,12 @@ _SURE_KEYS = ("input_ids", "tokens")  # with any number of dimensions: choices, 
 class TokenClock:
     """Adds up the tokens of the optimizer steps over all ranks.
 
-    On several ranks the tokens of a step are known one step later, unless they are waited for.
+    On several ranks, or if they are counted on a device, the tokens of a step are known one step later,
+    unless they are waited for.
 
     Args:
-        count: returns the tokens of one batch; default: ``count_tokens``. It should only read shapes, and
-            never wait for a device.
+        count: returns the tokens of one batch, as a number or as a tensor, which nobody waits for; default:
+            ``count_tokens``. It should never wait for a device itself.
 
     Attributes:
         tokens: tokens of all steps that are known.
@@ -28,7 +29,7 @@ class TokenClock:
         countable: whether tokens can be counted; ``None`` before the first batch.
     """
 
-    def __init__(self, count: Callable[[Any], int] | None = None) -> None:
+    def __init__(self, count: Callable[[Any], int | Tensor] | None = None) -> None:
         self.count = count or count_tokens
         self.tokens, self.largest = 0, 0
         self.countable: bool | None = None

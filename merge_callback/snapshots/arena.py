@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from merge_callback.sharding.live import as_real, overwrite
 from merge_callback.snapshots.layout import Group, Layout
+from merge_callback.snapshots.staging import copying, fetch, send
+
+_IS_CUDA = attrgetter("is_cuda")
 
 
 class Arena:
@@ -168,8 +172,12 @@ class Arena:
     @torch.no_grad()
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
         """Overwrites ``tensors`` in place with the arena, casting to their dtypes."""
-        for name, view in self.tensors().items():
-            overwrite(tensors[name], view)
+        pairs = [(tensors[name], view) for name, view in self.tensors().items()]
+        if not self.buffer.is_cuda:
+            send((tensor, copying(view)) for tensor, view in pairs if tensor.is_cuda)
+            pairs = [pair for pair in pairs if not pair[0].is_cuda]
+        for tensor, view in pairs:
+            overwrite(tensor, view)
 
     def non_finite(self) -> list[str]:
         """Names of the floating-point tensors that hold NaN or Inf."""
@@ -217,6 +225,11 @@ class FrozenPart:
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Copies tensors of one dtype each to its target, all in one call: without Python between them."""
+    if targets and not targets[0].is_cuda and any(map(_IS_CUDA, sources)):
+        pairs = list(zip(targets, sources, strict=True))
+        fetch(pair for pair in pairs if pair[1].is_cuda)
+        pairs = [pair for pair in pairs if not pair[1].is_cuda]
+        targets, sources = [target for target, _ in pairs], [source for _, source in pairs]
     try:
         torch._foreach_copy_(targets, sources)
     except (RuntimeError, TypeError):  # a subclass of Tensor need not know that operation

@@ -15,6 +15,7 @@ from merge_callback.snapshots.codecs import Whole
 from merge_callback.snapshots.frozen import drop_moved, note_fingerprints
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError
+from merge_callback.snapshots.staging import has_room
 
 _WORTH_A_FILE = 1 / 32
 """How much of a model has to be frozen for it to be kept once: else each snapshot stands by itself."""
@@ -72,8 +73,8 @@ class LiveCopy:
     """Copies what this rank keeps of the live weights into arenas; what is frozen it copies once.
 
     Of a model on a GPU the copy is made on that GPU, in the order of its stream, so that only the device
-    waits; in host memory, at the pace of the bus, if the GPU has no room for it. What is frozen is only
-    compared from then on.
+    waits. If the most that training has taken leaves no room for it, it goes to host memory, at the pace of
+    the bus, and training waits. The first copy decides. What is frozen is only compared from then on.
 
     Args:
         layout: of what this rank keeps.
@@ -98,6 +99,7 @@ class LiveCopy:
         self._live_device, self._device = devices
         self.moved: set[str] = set()  # what was frozen, and changed all the same
         self._judged = frozenset[str](), frozenset[str]()
+        self._has_room: bool | None = None  # on the device of the live model; None before the first copy
 
     @torch.no_grad()
     def take(
@@ -149,15 +151,23 @@ class LiveCopy:
         return other.sharing(arena.frozen, names)
 
     def _copy(self, layout: Layout, own: Mapping[str, Tensor]) -> Arena:
-        try:
-            arena = self._pool.acquire(layout, self._live_device)
-        except torch.OutOfMemoryError:
-            if self._device == self._live_device:
-                raise
-            arena = self._pool.acquire(layout, self._device)
+        arena = self._acquire(layout)
         try:
             arena.copy_from(own)
         except ValueError:
             self._pool.recycle(arena)
             raise
         return arena
+
+    def _acquire(self, layout: Layout) -> Arena:
+        """An arena on the device of the live model, if it has the room, else on the window's."""
+        if self._device == self._live_device:
+            return self._pool.acquire(layout, self._device)
+        if self._has_room is None:
+            self._has_room = has_room(self._live_device, self._layout.nbytes)
+        if self._has_room:
+            try:
+                return self._pool.acquire(layout, self._live_device)
+            except torch.OutOfMemoryError:  # a failure frees the allocator's cache: it is not to come again
+                self._has_room = False
+        return self._pool.acquire(layout, self._device)

@@ -95,10 +95,11 @@ def _merged(name: str, products: Sequence[LowRank], method: MergeMethod, traject
     if len(products) == 1:
         return products[0]
     if isinstance(method, LinearMethod):
-        weights = method.normalised_weights(trajectory.positions)
+        weights = method.weights_along(trajectory)
         merged = total(products, weights, torch.float64).cut(rank)
     else:
-        inputs = Inputs(name, [product.dense().view(-1) for product in products])
+        arranged, trajectory = method.arranged(products, trajectory)
+        inputs = Inputs(name, [product.dense().view(-1) for product in arranged])
         dense = torch.empty_like(inputs.tensors[0])
         method.merge(inputs, dense, trajectory, method.survey([inputs], trajectory))
         around = torch.cat([product.a for product in products])

@@ -157,7 +157,7 @@ class SnapshotStore:
         layout: of one snapshot; of what this rank keeps of it.
         storage: of ``STORAGES``.
         folder: for the snapshot files; ``None`` keeps snapshots in memory only.
-        device: of the live model.
+        device: of the live model's tensors.
         masks: names of buffers that may hold Inf.
         buffers: names of those that may hold -Inf.
         sharding: which part of each tensor this rank keeps.
@@ -192,7 +192,8 @@ class SnapshotStore:
         self.session = self.ranks.from_first(uuid.uuid4().hex[:12])  # of this process and its fellows
         self.check_finite = FiniteCheck(masks, buffers)
         self.coding = Delta(codec, folder is not None, self.check_finite) if codec else Whole()
-        self.pool, to_host, live = ArenaPool(layout, self.coding.packed), ToHost(), torch.device(device)
+        self.live_device = live = torch.device(device)
+        self.pool, to_host = ArenaPool(layout, self.coding.packed), ToHost()
         self.files = SnapshotFiles.of(folder, self.sharding, self.session, to_host)
         self.place = STORAGES[storage](live, self.pool, self.files, to_host)
         self.live = LiveCopy(

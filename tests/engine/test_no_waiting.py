@@ -1,113 +1,161 @@
-"""Between snapshots the callback waits for no device: shown without one, by tensors that have no values.
+"""The hooks of a step wait for no device: shown without one, over whole fits on a pretended one.
 
-A fake CUDA tensor refuses whatever needs its value (``item``, ``bool``, ``nonzero``, …): a hook handed
-such tensors and comes through has waited for none. What that can't show is that the one small copy of a step
-to the host is asynchronous, and what the sum over several ranks does; ``test_step_statistics.py`` does, on a
-GPU. Learning rates that are tensors on a device are waited for, as ``AppliedLR`` says.
+What a pretended GPU can't show is the order between streams, and what the sum over several ranks does there.
 """
 
-from types import SimpleNamespace
+import json
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from training_runs import Classifier, loader, train
+from pretend_gpu import GPU, OneGpu, OnGpu, RefusedError, plain, pretend_gpu, put_on
+from training_runs import Classifier, assert_same_bits, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
-from merge_callback.signals import async_scalars, step_statistics
+from merge_callback.signals import step_statistics
+from merge_callback.signals.applied_lr import AppliedLR
+from merge_callback.signals.step_statistics import StepStatistics
+from merge_callback.signals.token_clock import TokenClock
+
+STEPS = 12
+HOOKS = ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end")
 
 
-class NoWayToTheHost(TorchDispatchMode):
-    """Refuses every copy from the device to the host."""
+class Watched(CheckpointMergeCallback):
+    """Raises if a hook of a step waits for the device, but for the numbers of the step before."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        results = func(*args, **(kwargs or {}))
-        given, got = (_devices(leaves) for leaves in ((args, kwargs), results))
-        if "cuda" in given and "cpu" in got:
-            raise AssertionError(f"{func} brings a tensor to the host")
-        return results
+    gpu = None
 
 
-def _devices(tree):
-    return {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
+def _watched(name):
+    hook = getattr(CheckpointMergeCallback, name)
+
+    def watched(self, trainer, *args):
+        if self.gpu is None or trainer.global_step == 0:
+            return hook(self, trainer, *args)
+        with self.gpu.refusing("event"):
+            return hook(self, trainer, *args)
+
+    return watched
 
 
-class StepsOnADevice(Callback):
-    """At the end of the first real step, takes the session through steps of two micro-batches on a device."""
-
-    def __init__(self, merging, monkeypatch, steps=4):
-        self.merging, self.steps = merging, steps
-        self.sent, self.read, self.over = 0, 0, False
-        monkeypatch.setattr(async_scalars, "_copy", self._copy)
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step > 1:
-            return
-        session = self.merging.session
-        with FakeTensorMode(allow_non_fake_inputs=True), NoWayToTheHost():
-            session.spikes.policy.recovery.scaler = SimpleNamespace(_scale=torch.ones((), device="cuda"))
-            weight = nn.Parameter(torch.ones(4, 4, device="cuda"))
-            weight.grad = torch.ones(4, 4, device="cuda")
-            optimizer = torch.optim.SGD([weight], lr=0.1)
-            for _ in range(self.steps):
-                self._step(trainer, optimizer)
-        session.spikes.policy.recovery.scaler, self.over = None, True
-
-    def _step(self, trainer, optimizer):
-        micro_batch = {"input_ids": torch.ones(2, 8, dtype=torch.long, device="cuda")}
-        outputs = {"loss": torch.ones((), dtype=torch.bfloat16, device="cuda")}
-        for last in (False, True):
-            self.merging.on_train_batch_start(trainer, None, micro_batch, 0)
-            if last:
-                self.merging.on_before_optimizer_step(trainer, None, optimizer)
-                trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.increment_completed()
-            self.merging.on_train_batch_end(trainer, None, outputs, micro_batch, 0)
-
-    def _copy(self, vector):
-        """Stands in for the copy of a step's numbers: not to be waited for before the next is sent."""
-        assert vector.is_cuda
-        self.sent += 1
-        number = self.sent
-
-        def read(within):
-            assert self.sent > number or self.over
-            self.read += not self.over
-            return [1.0] * len(vector)
-
-        return read
+for name in HOOKS:
+    setattr(Watched, name, _watched(name))
 
 
-def steps_on_a_device(tmp_path, monkeypatch):
-    merging = CheckpointMergeCallback(
-        every_n_tokens=10**9,
-        count_tokens=lambda batch: batch["input_ids"].numel() if isinstance(batch, dict) else 1,
-        dirpath=tmp_path,
-        evaluate=False,
-        spike=SpikeOptions(grad_norm=True),
-    )
-    probe = StepsOnADevice(merging, monkeypatch)
-    train(Classifier(), merging, probe, data=loader(), max_steps=1, log_every_n_steps=0)
-    return probe
+class Logging(Classifier):
+    """Logs to the progress bar, and a number of each step."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("shown", loss.detach(), prog_bar=True)
+        self.log("aux", loss.detach() * 2, on_step=True, on_epoch=True)
+        return loss
 
 
-def test_the_hooks_between_snapshots_need_no_value_of_a_tensor_on_a_device(tmp_path, monkeypatch):
-    probe = steps_on_a_device(tmp_path, monkeypatch)
-    assert (probe.sent, probe.read) == (probe.steps, probe.steps - 1)  # each is read when the next one ends
+class Capturable(Classifier):
+    """Its learning rate is a tensor on the device of the weights."""
+
+    def configure_optimizers(self):
+        device = self.net[0].weight.device
+        rate = torch.tensor(0.01, device=device)
+        return torch.optim.Adam(self.parameters(), lr=rate, capturable=device.type == "cuda", foreach=False)
+
+
+def tokens_on_the_device(batch):
+    return (batch[1] >= 0).sum() * 8
+
+
+RUNS = {
+    "default": {},
+    "every option of the step path": {
+        "spike": SpikeOptions(grad_norm=True, watch=["aux"]),
+        "module": Logging,
+        "fit": {"accumulate_grad_batches": 2, "log_every_n_steps": 3},
+    },
+    "metrics in the progress bar": {"module": Logging, "fit": {"log_every_n_steps": 2}},
+    "tokens that are counted on the device": {
+        "count_tokens": tokens_on_the_device,
+        "every_n_tokens": 4 * 64,
+        "every_n_steps": None,
+    },
+    "a learning rate on the device": {"module": Capturable},
+}
+
+
+def fit(*callbacks, module=Classifier, fit=()):
+    """A fit on the device; the weights it ends with."""
+    seed()
+    model = put_on(module())
+    train(model, *callbacks, data=loader(128), strategy=OneGpu(), max_steps=STEPS, **dict(fit))
+    return {name: plain(tensor) for name, tensor in model.state_dict().items()}
+
+
+def watched(gpu, folder, **options):
+    callback = Watched(**{"every_n_steps": 4, "window": 3, "evaluate": False, "dirpath": folder, **options})
+    callback.gpu = gpu
+    return callback
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_hook_of_a_step_waits_for_the_device(tmp_path, monkeypatch, run):
+    of_fit = {name: RUNS[run][name] for name in ("module", "fit") if name in RUNS[run]}
+    options = {name: value for name, value in RUNS[run].items() if name not in of_fit}
+    with pretend_gpu(monkeypatch) as gpu:
+        callback = watched(gpu, tmp_path, **options)
+        assert_same_bits(fit(callback, **of_fit), fit(**of_fit))
+    assert [snapshot.step for snapshot in callback.window] == [4, 8, 12]
 
 
 @pytest.mark.parametrize(
-    ("wait", "refused"),
+    "wait",
     [
-        (lambda loss, _: loss.item(), DataDependentOutputException),
-        (lambda loss, _: float(bool(loss)), DataDependentOutputException),
-        (lambda loss, _: loss.cpu().double(), AssertionError),
+        lambda loss, _: loss.item(),
+        lambda loss, _: float(bool(loss)),
+        lambda loss, _: loss.cpu().double(),
+        lambda loss, _: torch.empty(()).copy_(loss),
+        lambda loss, _: loss * torch.tensor(1.0, device=GPU),
     ],
 )
-def test_a_hook_that_waits_would_be_found_out(tmp_path, monkeypatch, wait, refused):
-    monkeypatch.setattr(step_statistics, "_own", wait)
-    with pytest.raises(refused):
-        steps_on_a_device(tmp_path, monkeypatch)
+def test_a_hook_that_waits_would_be_found_out(tmp_path, monkeypatch, wait):
+    monkeypatch.setattr(
+        step_statistics, "_own", lambda loss, _: wait(loss, _) if isinstance(loss, OnGpu) else 0.0
+    )
+    with pretend_gpu(monkeypatch) as gpu, pytest.raises(RefusedError, match="waits for the device"):
+        fit(watched(gpu, tmp_path))
+
+
+def test_rates_on_the_device_are_known_one_step_late_across_a_resume_too(monkeypatch):
+    with pretend_gpu(monkeypatch) as gpu:
+        rate, weight = torch.full((), 1.0, device=GPU), torch.ones(3, device=GPU)
+        optimizer = torch.optim.SGD([{"params": [weight], "lr": rate}, {"params": [], "lr": 0.5}])
+        unbroken, resumed, seen = AppliedLR([optimizer]), AppliedLR([optimizer]), []
+        for step in range(6):
+            rate.fill_(2.0**-step)
+            for applied in (unbroken, resumed):
+                with gpu.refusing("event"):
+                    applied.note(optimizer)
+            seen.append(unbroken.rates[0])
+            assert (
+                (resumed.rates, resumed.total)
+                == (unbroken.rates, unbroken.total)
+                == ([seen[-1], 0.5], 3 * seen[-1])
+            )
+            state, resumed = json.loads(json.dumps(resumed.state_dict())), AppliedLR([optimizer])
+            resumed.load_state_dict(state)
+    assert seen == [1.0, 1.0, 0.5, 0.25, 0.125, 0.0625]
+
+
+def test_tokens_on_the_device_are_summed_there_and_counted_one_step_late(monkeypatch):
+    clock = TokenClock()
+    with pretend_gpu(monkeypatch) as gpu:
+        statistics = StepStatistics(device=GPU, clock=clock)
+        for step in range(1, 4):
+            with gpu.refusing("event"):
+                for tokens in (3, 4):
+                    statistics.add_tokens(torch.full((), tokens, dtype=torch.long, device=GPU))
+                seen = statistics.end_step(step, None)
+            assert clock.tokens == 7 * (step - 1)
+            assert seen is None or seen.tokens == 7
+        statistics.flush_to_clock()
+        statistics.forget()
+    assert clock.tokens == 21

@@ -16,8 +16,10 @@ from event_files import EVERY, STEPS, run, write_run
 
 from merge_callback.cli.main import main
 from merge_callback.engine.events import EventFile
+from merge_callback.events import EVENTS, KINDS
 from merge_callback.metrics import FORECAST, FORECAST_ERROR
-from merge_callback.report.numbers import spread, thinned, ticks
+from merge_callback.report.numbers import thinned, ticks
+from merge_callback.noise import spread
 from merge_callback.report.page import page, read_runs
 from merge_callback.report.run_view import names_of
 from merge_callback.report.serve import server
@@ -265,3 +267,33 @@ def test_a_served_page_shows_records_and_no_other_file(site):
     for path in (f"{folder}/secret", f"{folder}/events.jsonl", "/etc/hostname", "/../../etc/hostname"):
         with pytest.raises(HTTPError, match="404"):
             get(f"{address}{path}")
+
+
+WRONG = [
+    None,
+    True,
+    -1,
+    10**400,
+    float("nan"),
+    float("inf"),
+    "\ud800",
+    "x",
+    [],
+    ["x", None],
+    [float("nan")],
+    {},
+    {"a": {"b": []}},
+]
+
+
+@pytest.mark.parametrize("kind", [kind.name for kind in KINDS])
+def test_entries_that_are_not_what_they_should_be_spoil_no_page(tmp_path, kind):
+    write_run(tmp_path, restores=(200,))
+    lines = [json.loads(line) for line in (tmp_path / EVENTS).read_text().splitlines()]
+    last = {line["event"]: line for line in lines}.get(kind, {"event": kind, "step": 7, "time": 1.0})
+    for entry in {*last, *next(k for k in KINDS if k.name == kind).entries} - {"event", "format", "run_id"}:
+        for wrong in WRONG:
+            lines.append({**last, entry: wrong})
+    (tmp_path / EVENTS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Traceback" not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -609,3 +609,29 @@ def test_the_callback_shows_its_run_in_python_when_it_is_over(tmp_path):
     assert merging.best.name.startswith(f"step={min(scores, key=scores.get):08d}-")
     assert merging.latest == (tmp_path / "merges/latest").resolve()
     assert_same_bits(merging.merge(), load_merge(merging.latest))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_the_gradient_norm_of_an_fp16_run_is_unscaled(tmp_path, monkeypatch, optim):
+    def norms(scaler):
+        seen = []
+
+        class Reads(TrainerCallback):
+            def on_step_end(self, *_, **__):
+                seen.append(merging.session.statistics._last.read().norm)
+
+        merging = CheckpointMergeTrainerCallback(
+            every_n_steps=100, dirpath=tmp_path / "merges", spike={"grad_norm": True}
+        )
+        run = trainer_of(tmp_path, merging, Reads(), max_steps=5, optim=optim)
+        if scaler:  # as fp16=True on a GPU
+            monkeypatch.setattr(type(run.accelerator), "mixed_precision", "fp16")
+            run.accelerator.scaler, run.accelerator.native_amp = scaler, True
+        run.train()
+        return seen
+
+    plain = norms(None)
+    assert norms(torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)) == pytest.approx(
+        plain, 0.02
+    )
+    assert len(plain) == 5

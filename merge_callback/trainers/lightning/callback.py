@@ -81,6 +81,11 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         method: A method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
             either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay; of
             a model with LoRA adapters ``sma`` in both.
+        candidates: What else the window is merged by: a list of methods, or a mapping from names to methods,
+            e.g. ``{"wsm-15": Wsm(last=15), "ema": "ema"}``. Each validation validates all of them and the
+            merge by ``method``; the best one is published, and is what ``merged/…`` shows.
+        select: The validation metric that chooses among them, and that says which emission is the best. By
+            default the first whose direction is known, a loss before others.
         storage: Where snapshots live: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory.
             ``"auto"`` is ``"disk"``, or ``"cpu"`` if the window is not durable.
         durable: Writes every snapshot to a file, so that the window survives the process.
@@ -106,6 +111,8 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         evaluate: Validates the merged weights after each validation.
         evaluate_with: Classes, or their names, of callbacks that prepare batches or compute metrics in
             validation hooks. These run for the merged weights, too; all other callbacks do not.
+        evaluate_batches: With ``candidates``, compares them on the first so many batches of each validation
+            dataloader; then the best of them and the merge by ``method`` are validated in full.
         diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
             between the oldest and the newest.
         probe: Measures on one fixed batch how far what the model computes has moved, too: logits,
@@ -141,6 +148,8 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         every_n_steps: int | None = None,
         count_tokens: Callable[[Any], int] | None = None,
         method: str | MergeMethod | dict[str, str | MergeMethod] = "auto",
+        candidates: list[str | MergeMethod] | dict[str, str | MergeMethod] | None = None,
+        select: str | None = None,
         storage: str = "auto",
         durable: bool = True,
         snapshot_dtype: str | torch.dtype | None = None,
@@ -154,6 +163,7 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         max_shard_size: int | str = "5GB",
         evaluate: bool = True,
         evaluate_with: Sequence[str | type[Callback]] = (),
+        evaluate_batches: int | None = None,
         diversity_lag: int = 2,
         probe: Any = None,
         exclude: Sequence[str] = (),

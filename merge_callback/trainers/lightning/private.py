@@ -180,8 +180,10 @@ def logged_step(trainer: Trainer) -> int:
     That is the step at which Lightning logs the module's metrics, or what the module logs as ``step``.
     """
     results: Mapping[str, Any] = trainer._results or {}
-    if any(r.meta.name == "step" and not r.has_reset for r in results.values()):  # of the loop that runs now
-        return int(trainer.callback_metrics["step"])
+    for own in results.values():
+        if own.meta.name == "step" and not own.has_reset:  # of the loop that runs now
+            # Not callback_metrics while there is another way: that one waits for all that the module logs.
+            return int(own._forward_cache if own.meta.on_step else trainer.callback_metrics["step"])
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
