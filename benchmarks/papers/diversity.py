@@ -24,7 +24,11 @@ from merge_callback.diversity.functional import Features, functional_distances
 
 TITLE = "Diversity, and what it says about the gain"
 
-CONCLUSION = ""
+CONCLUSION = """\
+In one run diversity is a good gauge: when it falls below a fifth of what it was in the stable phase, there
+is nothing left for a merge to gain. RMS of the weights, which costs no forward pass, says it as well as
+what the model computes. Don't compare the number between runs, learning rates or early and late training:
+within the stable phase it tells nothing about the gain."""
 
 N, SPACING, LAG = 10, 10, 2
 """Snapshots of a merge, steps between them, and intervals between the two that diversity compares."""
@@ -181,11 +185,20 @@ def _by_rate(figures: dict[str, Any]) -> Verdict:
     )
 
 
-WHY_FLAT = "?"
-WHY_FALLS = "?"
-WHY_FUNCTIONAL = "?"
-WHY_CORRELATES = "?"
-WHY_RATE = "?"
+WHY_FLAT = "It drifts by more than a tenth in one of the models."
+WHY_FALLS = "At the end of one of the decays more than a fifth of it is left."
+WHY_FUNCTIONAL = "At the end of one of the decays more than a fifth of one of the measures is left."
+WHY_CORRELATES = (
+    "The correlation comes from the fall of both in the decay. Within the stable phase diversity hardly "
+    "changes while the gain still grows, because early in training an average lags behind the model."
+)
+WHY_RATE = (
+    "Adam's steps make the distance between snapshots proportional to the learning rate, whatever it is "
+    "good for: from 0.004 to 0.016 RMS grows 3.5-fold. The gain does not. A higher rate also slows the "
+    "training down, and while the loss falls fast an average of past weights gains less: at each rate the "
+    "gain grows from step 600 to step 1,000, although the distance does not. RMS tells how the gain "
+    "changes along one run, not which run gains more."
+)
 
 WHERE: dict[str, Callable[[dict[str, Any]], bool]] = {
     "everywhere": lambda point: point["step"] > STABLE[0],

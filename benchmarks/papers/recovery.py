@@ -18,7 +18,11 @@ from benchmarks.papers.verdict import Interval, Verdict, says
 
 TITLE = "Recovery from a divergence"
 
-CONCLUSION = ""
+CONCLUSION = """\
+A divergence does not heal by itself, and a restart from before it does, with the optimizer's state kept or
+new. Which weights before it are taken hardly matters in the end, as long as they are old enough to be
+sound. Put the learning rate right as well: a merge does not make a wrong one harmless.
+``CheckpointMerger`` does all of this within ten steps."""
 
 Figures = dict[str, Any]
 
@@ -231,11 +235,22 @@ def _too_high(figures: Figures) -> Verdict:
     )
 
 
-WHY_DIVERGES = "?"
-WHY_RESUMES = "?"
-WHY_CALLBACK = "?"
-WHY_LAST = "?"
-WHY_TOO_HIGH = "?"
+WHY_DIVERGES = "In one of the models the loss has come back for the most part."
+WHY_RESUMES = "Some runs are still more than 2 % behind."
+WHY_CALLBACK = "Not every run was restored in time, or some are still behind."
+WHY_LAST = (
+    "In its first steps a run from the merge has a lower loss, by what a merge gains in the stable phase. "
+    "At a constant learning rate this is gone after some hundred steps, and the last checkpoint does as "
+    "well. The merge is the safer choice where the last checkpoint may already be damaged, which it is "
+    "not here."
+)
+WHY_TOO_HIGH = (
+    "Here the excessive rate itself is the cause, and no starting point survives it. In the paper's run a "
+    "rate at the edge went well for a long time before the accident. These small models have no such "
+    "edge: without qk-norm and clipping, with two and four layers, constant rates of 0.02, 0.03, 0.05, "
+    "0.1 and 0.2 all train at once to a loss that is higher the higher the rate (2.7 to 3.3 nats), and "
+    "none of them collapses later. So the rate was raised at once."
+)
 
 DRAWN = ("last", "merge", "merge, new optimizer", "merge, rate too high")
 
