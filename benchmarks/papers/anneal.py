@@ -183,13 +183,15 @@ def _predicts(figures: Figures) -> Verdict:
 
 
 def _errors(figures: Figures, own: bool) -> list[Interval]:
-    """Of the merge as a forecast at each point but the first; corrected by the point before, if ``own``."""
+    """Of the merge as a forecast from the second point on; of the third on, corrected by the one before."""
     found = []
     for model in MODELS:
-        cells = [figures["along"][model][str(point)] for point in POINTS]
+        cells = [figures["along"][model][str(point)] for point in POINTS[1:]]
         gaps = [[b - a for a, b in zip(c["annealed"], c["before"], strict=True)] for c in cells]
-        for earlier, gap in pairwise(gaps):
-            found.append(difference(gap, earlier if own else [0.0] * len(gap)))
+        if own:
+            found += [difference(gap, earlier) for earlier, gap in pairwise(gaps)]
+        else:
+            found += [interval(gap) for gap in gaps]
     return found
 
 
@@ -235,9 +237,9 @@ WHY_BEHIND = (
 WHY_FIRST = "The merge is ahead on average, but the interval over these seeds reaches down to 0."
 WHY_PREDICTS = (
     "The merge before a decay does not contain what the decay learns (the row above), so it is too "
-    "pessimistic, and always by about as much. An earlier fork of the same run tells by how much: "
-    "corrected by it, the forecast is several times as good, except from the first fork to the second, "
-    "when the model still changes fast."
+    "pessimistic, and always by about as much. An earlier fork of the same run tells by how much; only a "
+    "fork at step 400 is too early for that. Corrected by the fork before, the forecast is several times "
+    "as good."
 )
 WHY_RANKS = (
     "Two of the rates end close together after annealing, closer than the merges can tell them apart with "

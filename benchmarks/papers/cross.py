@@ -220,7 +220,7 @@ WHY_SCHEDULES = (
     "The three decays read the same batches and end near one another, so there is little to average away, "
     "and the mean includes the worse ones; halfway the slower schedules are still at a high rate and far "
     "behind. Two decays with the same schedule that read their data in different orders do gain, at "
-    "either point, by more than any merge along one decay: what helps is other data, not another "
+    "either point, by more than three snapshots of one decay: what helps is other data, not another "
     "schedule."
 )
 WHY_PHASES = (
