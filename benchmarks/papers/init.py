@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.papers.curves import band, points
+from benchmarks.papers.curves import points
 from benchmarks.papers.paired import difference, extent
 from benchmarks.papers.runs import Curve
 from benchmarks.papers.spec import Spec
@@ -227,7 +227,7 @@ def draw(figures: Figures) -> Figure:
         for count, curves in figures["curves"].items():
             blocks = list(zip(*curves[name], strict=True))
             places = [BLOCK * (k + 0.5) for k in range(len(blocks))]
-            band(axis, places, blocks, label=f"from {LABELS[count]}")
+            axis.plot(places, [statistics.mean(block) for block in blocks], label=f"from {LABELS[count]}")
         axis.set(title=STAGES[SHOWN[0]].title, xlabel="step of the stage", ylabel=unit)
         axis.grid(alpha=0.3)
     loss.legend(fontsize=8)

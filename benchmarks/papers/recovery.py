@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.papers.curves import band
 from benchmarks.papers.paired import difference, listed
 from benchmarks.papers.rescue import BEFORE, rescued
 from benchmarks.papers.runs import Curve
@@ -276,4 +276,5 @@ def _line(
 ) -> None:
     blocks = list(zip(*curves, strict=True))
     places = [begin + BLOCK * (k + 0.5) for k in range(len(blocks))]
-    band(axis, places, blocks, color=colour, label=label, linestyle=style, linewidth=1.2)
+    means = [statistics.mean(block) for block in blocks]
+    axis.plot(places, means, color=colour, label=label, linestyle=style, linewidth=1.2)
