@@ -14,7 +14,14 @@ from merge_callback.options import AUTO
 
 TITLE = "The best of many candidates"
 
-CONCLUSION = ""
+CONCLUSION = (
+    "**Choosing among many merges pays a little.** In the stable phase it gives some 5 % of the gain on "
+    "top, and nearly always it is the running average of 5 % width that is chosen; among snapshots' "
+    "windows and methods alone there is next to nothing to choose. In the decay what is chosen is ahead "
+    "of the default, `ties`; `ema` of the same ten snapshots gets most of that without a choice. The "
+    "choice by held-out text is nearly as good as the best in hindsight. If one candidate is to be "
+    "added to the default, it is the running average."
+)
 
 COUNTS, SPACING = (3, 6, 10, 15), 20
 DEFAULT = 10

@@ -12,7 +12,13 @@ from benchmarks.papers.verdict import Interval, Verdict, interval, says
 
 TITLE = "The window"
 
-CONCLUSION = ""
+CONCLUSION = (
+    "**Ten snapshots, each twenty steps apart, are a fair choice from the middle of these runs on.** "
+    "Late, fifteen gain a little more, and three are far behind. Early that window is too long: six "
+    "snapshots ten steps apart gain most, and ten of them forty steps apart are worse than no merge. "
+    "What counts is how far the window reaches back against how long the run has been: the best windows "
+    "of the three steps span 8 to 12 % of it."
+)
 
 COUNTS, SPACINGS = (3, 6, 10, 15), (10, 20, 40)
 
