@@ -6,21 +6,16 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.papers import rates
 from benchmarks.papers.curves import band
+from benchmarks.papers.distances import distances
 from benchmarks.papers.paired import extent, listed, ratio
-from benchmarks.papers.runs import built, load
-from benchmarks.papers.spec import Snapshot, Spec
+from benchmarks.papers.spec import Spec
 from benchmarks.papers.study import DECAY, LENGTHS, MODELS, Model, Study
-from benchmarks.papers.text import held_out
 from benchmarks.papers.verdict import Interval, Verdict, interval, says
-from merge_callback.diversity import rms_diversity
-from merge_callback.diversity.features import Call, features_of, layers_of
-from merge_callback.diversity.functional import Features, functional_distances
 
 TITLE = "Diversity, and what it says about the gain"
 
@@ -82,26 +77,12 @@ def _at(study: Study, lines: Sequence[Spec], step: int) -> dict[str, Any]:
     at, spacing = study.steps(step), study.steps(SPACING)
     windows = [line.window(at, N, spacing) for line in lines]
     pairs = [(window.parts[-1 - LAG], window.parts[-1]) for window in windows]
-    distances = [_distances(study, *pair) for pair in pairs]
+    distances = [distances(study, *pair) for pair in pairs]
     return {
         "step": step,
         "gain": [study.gain(window).loss for window in windows],
         **{name: [each[name] for each in distances] for name in MEASURES},
     }
-
-
-def _distances(study: Study, older: Snapshot, newer: Snapshot) -> dict[str, float]:
-    found = functional_distances(_features(study, older), _features(study, newer))
-    return {"rms": rms_diversity(study.weights(older), study.weights(newer)), **found}
-
-
-def _features(study: Study, snapshot: Snapshot) -> Features:
-    """Logits and activations of 64 held-out sequences, at their final token."""
-    spec = snapshot.spec
-    model = built(spec).eval()
-    load(model, study.weights(snapshot))
-    probe = torch.cat([b["input_ids"] for b in held_out(spec.mix, "choose", spec.context, 64)])
-    return features_of(model, Call((probe,)), layers_of(dict(model.named_modules())))
 
 
 def verdicts(figures: dict[str, Any]) -> list[Verdict]:
