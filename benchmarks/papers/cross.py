@@ -213,8 +213,8 @@ def _over_phases(figures: Figures) -> Verdict:
 WHY_MIXES = "On average the merge is better, but not surely over these seeds."
 WHY_MIXTURE = (
     "Each of the two decays forgets some of the text that it does not read, and the mean undoes most of "
-    "this, not all. With the decay on the mixture as a third part nothing is lost and nothing is gained, "
-    "though three decays were paid."
+    "this, not all. With the decay on the mixture as a third part hardly anything is lost, but nothing is "
+    "gained either, though three decays were paid."
 )
 WHY_SCHEDULES = (
     "The three decays read the same batches and end near one another, so there is little to average away, "
