@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,8 @@ from merge_callback.checks import (
     resolve_size,
     true_or_false,
 )
-from merge_callback.merging import MergeMethod, Sma, resolve_method
+from merge_callback.merging import MergeMethod, resolve_method
+from merge_callback.merging.running import RunningAverage, resolve_running
 from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
@@ -32,8 +33,8 @@ from merge_callback.urls import file_system_of, is_remote, local_path
 DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B suits 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
 
-AUTO = {"stable": "sma", "decay": "ties"}
-"""The default method of each phase that is merged."""
+AUTO = {"stable": "sma", "decay": "ema"}
+"""The default method of each phase that is merged, by the comparison in ``docs/evidence.md``."""
 
 MERGED_PHASES = tuple(AUTO)
 
@@ -61,6 +62,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "evaluate_with": (),
         "evaluate_batches": None,
         "diversity_lag": 2,
+        "running": (),
         "probe": None,
         "exclude": (),
         "lora": "delta",
@@ -102,8 +104,6 @@ class Options:
     unit: Literal["tokens", "steps"]
     count_tokens: Callable[[Any], int] | None
     methods: dict[str, MergeMethod]
-    automatic: frozenset[str]
-    """The phases whose method is ours to choose."""
     candidates: dict[str, MergeMethod]
     """What else the window is merged by, by name; the default method is none of them."""
     select: str | None
@@ -123,6 +123,7 @@ class Options:
     evaluate_with: tuple[str, ...]
     evaluate_batches: int | None
     diversity_lag: int
+    running: Mapping[str, RunningAverage]
     probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
@@ -162,7 +163,6 @@ class Options:
             unit=unit,
             count_tokens=resolve_counter(given["count_tokens"]),
             methods=methods,
-            automatic=frozenset(p for p, m in _by_phase(given["method"]).items() if m == "auto"),
             candidates=candidates,
             select=given["select"],
             storage=resolve_storage(given["storage"], given["durable"]),
@@ -180,6 +180,7 @@ class Options:
             evaluate_with=resolve_classes(given["evaluate_with"]),
             evaluate_batches=None if batches is None else positive("evaluate_batches", batches),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            running=resolve_running(given["running"]),
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),
@@ -195,13 +196,6 @@ class Options:
         first = {"window": self.window, f"every_n_{self.unit}": self.every, "method": "auto"}
         shown = {**first, **self.given, f"every_n_{self.unit}": self.every}
         return ", ".join(f"{n}={v:_}" if type(v) is int else f"{n}={v!r}" for n, v in shown.items())
-
-    def for_adapters(self) -> Options:
-        """The options for a model with LoRA adapters: ``sma`` where the method is ours to choose.
-
-        ``ties`` would elect signs in A and B apart; adapters lose most by it (*Less Is More*, §4).
-        """
-        return replace(self, methods=self.methods | {phase: Sma() for phase in self.automatic})
 
 
 def resolve_window(window: int) -> int:
@@ -259,8 +253,7 @@ def resolve_interval(
 def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]:
     """The method of each phase.
 
-    ``"auto"`` is ``sma`` in the stable phase and ``ties`` in the decay (Practical Guidelines, table 3), and
-    of LoRA adapters ``sma`` in both. A mapping may leave a phase to ``auto``.
+    ``"auto"`` is ``sma`` in the stable phase and ``ema`` in the decay. A mapping may leave a phase to it.
 
     Raises:
         ValueError: for an unknown phase, method or option, or for weights that don't fit a window while it

@@ -165,7 +165,7 @@ def draw(figures: dict[str, Any]) -> Figure:
             axis.set(title=f"{model}, {when} (step {STEPS[when]:,})", xlabel="snapshots")
     for step in COSINE:
         _line(axes[0][3], [figures["cosine"][str(step)][str(n)]["loss"] for n in COUNTS], f"step {step:,}")
-    axes[0][3].set(title="dense, cosine, 20 apart", xlabel="snapshots")
+    axes[0][3].set(title="cosine, 20 apart", xlabel="snapshots")
     axes[0][0].set(ylabel="gain, nats per byte")
     axes[1][0].set(ylabel="gain, nats per byte")
     axes[0][0].legend(fontsize=8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -60,6 +61,16 @@ def load_merge(
     tensors |= {alias: tensors[kept] for alias, kept in merge.tied.items()}
     if module is None:
         return tensors
+    return named_for(module, tensors, str(read_record(path).content.get("stripped_prefix") or ""))
+
+
+def named_for(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+    """Tensors by the names that they have in a module's ``state_dict``, as far as it has them.
+
+    Args:
+        module: what they are to be loaded into.
+        tensors: by published names.
+        prefix: what was stripped from these.
+    """
     own = {clean_name(name): name for name in module.state_dict()}
-    prefix = str(read_record(path).content.get("stripped_prefix") or "")
     return {own.get(name) or own.get(prefix + name) or name: tensor for name, tensor in tensors.items()}

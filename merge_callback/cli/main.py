@@ -41,7 +41,17 @@ examples:
   merge-callback demo --spike
 """
 
-_ON_FILES = {"merge", "diversity", "interference", "difficulty", "moerge", "inspect", "methods", "prune"}
+_ON_FILES = {
+    "merge",
+    "diversity",
+    "interference",
+    "difficulty",
+    "moerge",
+    "inspect",
+    "methods",
+    "prune",
+    "sweep",
+}
 
 
 def run() -> None:
@@ -126,6 +136,7 @@ def _make_parser() -> argparse.ArgumentParser:
     from merge_callback.cli.moerge import add_moerge
     from merge_callback.cli.parser import Parser
     from merge_callback.cli.prune import add_prune
+    from merge_callback.cli.sweep import add_sweep
     from merge_callback.cli.validate import add_validate
 
     parser = Parser(
@@ -140,6 +151,7 @@ def _make_parser() -> argparse.ArgumentParser:
         commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")
     )
     add_merge(commands.add_parser("merge", help="merge checkpoint files, of any size, in little memory"))
+    add_sweep(commands.add_parser("sweep", help="merge in many ways, score every merge, keep the best"))
     add_moerge(commands.add_parser("moerge", help="make one model of LoRA experts that routes each token"))
     add_methods(commands.add_parser("methods", help="list the merging methods, their options and sources"))
     add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.reduce.threads import yielding
+from merge_callback.snapshots.staging import recorded
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +60,8 @@ class _Job(NamedTuple):
 class Background:
     """Runs jobs in a thread of its own, in the order they are submitted, while training goes on.
 
-    On CUDA a job runs on a stream of its own, after the work that was queued on the device when the job was
+    Passes over the weights leave training half of the cores, and on Linux they run at a low priority. On CUDA
+    a job runs on a stream of its own, after the work that was queued on the device when the job was
     submitted, and it is done once the device has finished it, too. A job may submit others. If one raises,
     the exception is logged. A signal whose handler raises, at any instruction of a call, leaves the job
     submitted or not, and a later call waits for what was.
@@ -148,10 +151,15 @@ class Background:
 
     def _work(self, job: _Job) -> None:
         with ExitStack() as stack:
+            stack.enter_context(yielding())
             stack.enter_context(torch.no_grad())  # like the device and the stream, each thread has its own
             if self._stream is not None and job.ready is not None:
                 stack.enter_context(torch.cuda.device(self._stream.device))
                 stack.enter_context(torch.cuda.stream(self._stream))
-                stack.callback(self._stream.synchronize)
+                stack.callback(_wait_for, self._stream)
                 self._stream.wait_event(job.ready)
             job.work()
+
+
+def _wait_for(stream: torch.cuda.Stream) -> None:
+    recorded(stream).synchronize()  # not stream.synchronize(), which would take a core meanwhile

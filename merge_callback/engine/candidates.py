@@ -13,6 +13,7 @@ from merge_callback.engine.comparison import Comparison, Entry
 from merge_callback.engine.history import History
 from merge_callback.engine.validations import gains
 from merge_callback.merging import MergeMethod
+from merge_callback.merging.running import RunningAverage
 from merge_callback.messages import info
 from merge_callback.metrics import GAIN
 from merge_callback.sharding import Ranks
@@ -51,7 +52,7 @@ class Source(Protocol):
 class Tried(NamedTuple):
     """A merge that was validated: its method, its number of snapshots, and what it scores."""
 
-    method: MergeMethod
+    method: MergeMethod | RunningAverage
     snapshots: int
     scores: dict[str, float]
 

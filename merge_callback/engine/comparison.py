@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from merge_callback.merging import MergeMethod
+from merge_callback.merging.running import RunningAverage
 from merge_callback.metrics import GAIN
 
 
@@ -16,7 +17,7 @@ class Entry:
     """What one candidate scored, on the batches that all were compared on."""
 
     name: str
-    method: MergeMethod
+    method: MergeMethod | RunningAverage
     snapshots: int
     metrics: dict[str, float]
     gains: dict[str, float]

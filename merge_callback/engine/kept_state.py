@@ -7,7 +7,7 @@ import logging
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import (
     BuiltinFunctionType,
@@ -27,6 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset
 
 from merge_callback.engine.random_state import Restore, generator_restore, is_the_run
+from merge_callback.signals.host import Spare
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors, settled
 from merge_callback.snapshots.layout import Layout
@@ -49,7 +50,7 @@ _NO_STATE = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 
 @contextmanager
 def kept_weights(
-    module: nn.Module, root: nn.Module, device: torch.device
+    module: nn.Module, root: nn.Module, spare: Spare | None
 ) -> Iterator[tuple[dict[str, Tensor], Restore]]:
     """Yields the live tensors (or shards), and a function that restores them and all other buffers exactly.
 
@@ -58,42 +59,47 @@ def kept_weights(
     Args:
         module: the live model.
         root: the module that wraps it; the model itself if nothing does.
-        device: the device of the copy.
+        spare: gives room for the copy; default: new memory on the host.
 
     Raises:
         HalfRestoredError: if both attempts fail.
     """
     model = ModelTensors.of(module, root)
-    live = Arena.empty(Layout.of(model.tensors), device)
-    live.copy_from(model.tensors)
-    transient = [(buffer, buffer.clone()) for buffer in model.transient]
+    with (spare or _in_host_memory)(Layout.of(model.tensors)) as live:
+        live.copy_from(model.tensors)
+        transient = [(buffer, buffer.clone()) for buffer in model.transient]
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def put_all_back() -> None:
-        ModelTensors.of(module, root)  # shards are shown again, if FSDP has gathered them
-        live.copy_to(model.tensors)
-        for buffer, kept in transient:
-            put_back(buffer, kept)
+        @torch.inference_mode(False)
+        @torch.no_grad()
+        def put_all_back() -> None:
+            ModelTensors.of(module, root)  # shards are shown again, if FSDP has gathered them
+            live.copy_to(model.tensors)
+            for buffer, kept in transient:
+                put_back(buffer, kept)
 
-    def restore() -> None:
-        try:
-            put_all_back()
-        except Exception as error:
-            log.warning("merge: restoring the live weights failed half way and is tried again: %r", error)
-            free_memory()
+        def restore() -> None:
             try:
                 put_all_back()
-            except Exception as again:
-                raise HalfRestoredError(f"the live weights are only partly restored: {again!r}") from again
+            except Exception as error:
+                log.warning("merge: restoring the live weights failed half way and is tried again: %r", error)
+                free_memory()
+                try:
+                    put_all_back()
+                except Exception as again:
+                    problem = f"the live weights are only partly restored: {again!r}"
+                    raise HalfRestoredError(problem) from again
 
-    try:
-        yield model.tensors, restore
-    except BaseException:
-        settled(root)
-        raise
-    finally:
-        restore()
+        try:
+            yield model.tensors, restore
+        except BaseException:
+            settled(root)
+            raise
+        finally:
+            restore()
+
+
+def _in_host_memory(layout: Layout) -> AbstractContextManager[Arena]:
+    return nullcontext(Arena.empty(layout))
 
 
 class PythonState:

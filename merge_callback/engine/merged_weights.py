@@ -35,13 +35,12 @@ def merged_weights(host: Host, merged: Arena, sharding: Sharding) -> Iterator[di
     Raises:
         HalfRestoredError: if the live weights could not be put back.
     """
-    device = merged.buffer.device
 
     @contextmanager
     def as_it_was() -> Iterator[None]:
         with (
             DeferredSignals(),
-            kept_weights(host.module, host.root, device),
+            kept_weights(host.module, host.root, host.spare),
             as_before(host.optimizers, modes),
         ):
             restore()
@@ -50,7 +49,7 @@ def merged_weights(host: Host, merged: Arena, sharding: Sharding) -> Iterator[di
     with DeferredSignals() as signals, ExitStack() as stack:
         stack.callback(RandomState().restore)
         modes = stack.enter_context(in_mode_of_evaluation(host.optimizers))
-        tensors, restore = stack.enter_context(kept_weights(host.module, host.root, device))
+        tensors, restore = stack.enter_context(kept_weights(host.module, host.root, host.spare))
 
         def put_in() -> dict[str, Tensor]:
             merged.copy_to(sharding.own(tensors))

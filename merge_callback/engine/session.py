@@ -27,7 +27,12 @@ from merge_callback.engine.model_parts import (
 )
 from merge_callback.engine.plan import Plan, from_here
 from merge_callback.engine.run_folder import RunFolder
-from merge_callback.engine.run_window import new_window, note_publishing, restore_window
+from merge_callback.engine.run_window import (
+    new_window,
+    note_publishing,
+    restore_window,
+    running_averages,
+)
 from merge_callback.engine.session_parts import event_file, publisher_of, watch_for_spikes
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.engine.validations import Scored
@@ -44,7 +49,6 @@ from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.lora_merge import factor_pairs
 from merge_callback.snapshots.merge import Merge, WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
@@ -89,7 +93,7 @@ class MergeSession:
         self.folder, self.dirpath, self.lock = folder, folder.path, folder.lock
         naming = Naming.of(host.module, options.strip_prefix, host.further_files)
         model = self.live()
-        self.options = options = options.for_adapters() if factor_pairs(model.tensors) else options
+        self.options = options
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
         check_exclude(options.exclude, model)
@@ -115,14 +119,17 @@ class MergeSession:
         self.phases = LRPhaseDetector(host.total_batches)
         window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
-        self.pipeline = SnapshotPipeline(
-            options, host, window, publisher_of(options, folder, self.ranks), naming
-        )
+        self.running = running_averages(options, model, window, host.device)
+        publisher = publisher_of(options, folder, self.ranks)
+        self.pipeline = SnapshotPipeline(options, host, window, publisher, naming, self.running)
+        host.spare = window.store.live.spare
         self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
         self.step = host.step  # the last optimizer step seen
         self._stepless = 0  # batches of a manual optimization since its last step
         self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
         self.spikes = watch_for_spikes(options, host, self.pipeline, self.statistics, folder.path)
+        if self.spikes and self.running:
+            self.spikes.policy.after_restore = self._roll_averages_back
         try:
             self._put_folder_in_order()
             self.plan = Plan.of(options, window.store, host)
@@ -211,6 +218,8 @@ class MergeSession:
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that is about to be taken."""
         self.applied.note(optimizer)
+        if self.running:
+            self.running.wait()  # they may still be reading what the step overwrites
         if self.spikes:
             self.spikes.note_step(optimizer)
 
@@ -259,7 +268,25 @@ class MergeSession:
         due = self.interval.is_over(self.step)
         warming_up = self.phases.is_warming_up
         restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
+        if self.running and not restored and self.running.is_due(step):
+            self._update_averages()
         return due and not restored
+
+    def _update_averages(self) -> None:
+        assert self.running is not None
+        try:
+            self.running.update(self.step, self._at_snapshots.tensors().tensors)
+        except Exception:
+            log.exception("merge: the running averages end at step %s; training goes on", self.step)
+            self.running.end()
+
+    def _roll_averages_back(self, step: int) -> None:
+        assert self.running is not None
+        try:
+            self.running.roll_back(step, self.host.step, self.live().tensors)
+        except Exception:
+            log.exception("merge: the running averages end at step %s; training goes on", self.host.step)
+            self.running.end()
 
     def follow_model(self) -> MergeSession | None:
         """The session to continue with; call it before a snapshot. A new one if the model's tensors changed.
@@ -376,6 +403,8 @@ class MergeSession:
             merger: another merger of the window than the one whose merges are published.
         """
         model = self.live()
+        if self.running:
+            self.running.wait()  # whoever asks may put the merge in the place of what they read
         self.pipeline.wait_until_merged()  # before that, only it may communicate with other ranks
         is_same = all(self.ranks.exchange(not tensor_changes(self._shapes, model)))
         return self.pipeline.current_merge(model, merger) if is_same else None
@@ -402,6 +431,7 @@ class MergeSession:
 
     def _let_go(self) -> None:
         self.pipeline.wait()
+        self.host.spare = None
         self.statistics.close()
         if self.spikes:
             self.spikes.close()
@@ -444,6 +474,11 @@ class MergeSession:
         self.pipeline.load_state_dict(state)
         if restore_window(self.window, self.folder, state, self.host.step):
             self._report_resume()
+        if self.running:
+            for line in self.running.load_state_dict(
+                state.get("running", {}), state["window"]["folder"], self.host.step
+            ):
+                warn(f"merge: {line}")
         self.host.record(
             "resumed",
             self.step,

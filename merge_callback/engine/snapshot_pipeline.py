@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +16,7 @@ from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
-from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores
+from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores, Source
 from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
@@ -35,6 +35,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
+from merge_callback.snapshots.running import RunningAverages, Stored
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 
@@ -59,6 +60,7 @@ class _Report:
     segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
     features: Features | None = None
+    averages: Sequence[Stored] = ()
     functional: dict[str, float] = field(default_factory=dict)
 
 
@@ -88,10 +90,17 @@ class SnapshotPipeline:
         window: the run's window.
         publisher: publishes the emissions.
         naming: the published names of the tensors.
+        running: the running averages, if there are any.
     """
 
     def __init__(
-        self, options: Options, host: Host, window: Window, publisher: Publisher, naming: Naming
+        self,
+        options: Options,
+        host: Host,
+        window: Window,
+        publisher: Publisher,
+        naming: Naming,
+        running: RunningAverages | None = None,
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(window.store.live_device)
@@ -111,9 +120,11 @@ class SnapshotPipeline:
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.running = running
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self.history = History(options.select)
-        self.candidates = Candidates([self._merger], options.evaluate_batches, window.ranks, self.history)
+        sources: list[Source] = [self._merger, *([running] if running else [])]
+        self.candidates = Candidates(sources, options.evaluate_batches, window.ranks, self.history)
         self._held: _Held | None = None  # the merge that waits for its validation
         self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
         self._validated = False  # whether there was a validation since the last snapshot
@@ -121,6 +132,7 @@ class SnapshotPipeline:
         self._emitted = -1  # step of the last merge that is published
         self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
+        self._is_stable = False  # whether that is of the stable phase
         self.published = 0  # number of merges
         trained = window.store.whole.only(window.store.whole.names - window.store.expected)
         numel = sum(group.numel for group in trained.groups)
@@ -177,6 +189,7 @@ class SnapshotPipeline:
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
+        report.averages = self.running.copies(snapshot.step) if self.running else []
         report.stall = stall + time.monotonic()
         emit = may_publish and self.options.emit_every > 0
         self._pending = self.background.submit(partial(self._keep, model, captured, report, emit, hold))
@@ -321,17 +334,21 @@ class SnapshotPipeline:
             self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
             log.exception("merge: a snapshot could not be logged")
+        running = {"running": self.running.state_dict(to_keep)} if self.running else {}
+        further = self.running.files.needed() if self.running else ()
         return {
+            **running,
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
             "handed_in": self._handed_in,
+            "is_stable": self._is_stable,
             "choice": self._choice,
             "validated": self._validated,
             "published": list(self.publisher.published),
             "emissions": self.published,
             "last_stable": self._last_stable,
             "advice": self.advice.state_dict(),
-            "window": self._window.state_dict(to_keep),
+            "window": self._window.state_dict(to_keep, further),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
             "history": self.history.state_dict(),
@@ -350,6 +367,8 @@ class SnapshotPipeline:
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
+        if state.get("is_stable") and self._emitted == state["handed_in"]:  # published after the checkpoint
+            self._last_stable = self._emitted
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
         """Publishes what the resumed run was to publish but did not, or holds it back again."""
@@ -385,6 +404,8 @@ class SnapshotPipeline:
         A failure is logged; the run goes on.
         """
         try:
+            if self.running:
+                self.running.store(report.averages)
             self._take_in(model, captured, report, may_publish, hold)
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
@@ -444,7 +465,7 @@ class SnapshotPipeline:
         """Publishes the merge of the present window, if it is new, or holds it back for its validation."""
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
-            self._handed_in = merge.step
+            self._handed_in, self._is_stable = merge.step, merge.snapshots[-1].phase == "stable"
             self._held = _Held(merge, model, self._merger.diversity)
             merge.published = self._release_and_wait  # whoever needs its memory
             if not hold:

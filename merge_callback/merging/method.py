@@ -135,6 +135,8 @@ class MergeMethod(ABC):
         one_of("order", order, ("forward", "reversed", "random"))
         if order != "forward" and self.name == "sma":
             raise ValueError(f"sma: order={order!r} changes nothing, as all snapshots weigh the same")
+        if order != "forward" and getattr(self, "extrapolates", False):
+            raise ValueError(f"{self.name}: order={order!r} has no meaning: it goes on along the run")
 
     def _selection(self, name: str) -> Any:
         """One of the options that all methods have; its default if the method has its own by that name."""
@@ -221,6 +223,9 @@ def own_options(method: type[MergeMethod]) -> list[Field[Any]]:
 class LinearMethod(MergeMethod):
     """A method that is one weighted sum: ``Σ w̃_i θ_i`` with ``w̃ = w / Σw``, oldest snapshot first."""
 
+    extrapolates: ClassVar[bool] = False
+    """Whether negative weights are what it is for, and nothing to warn of."""
+
     @abstractmethod
     def raw_weights(self, positions: Sequence[float]) -> Sequence[float]:
         """One weight per snapshot, oldest first, not yet normalised.
@@ -237,7 +242,7 @@ class LinearMethod(MergeMethod):
         """
         if not positions:
             raise ValueError(f"method {self.name!r} needs at least one snapshot to merge, got none")
-        return normalised(self.raw_weights(positions))
+        return normalised(self.raw_weights(positions), self.extrapolates)
 
     def task_vector_weights(self, positions: Sequence[float]) -> list[float]:
         """What multiplies each task vector, if θ_init is not one of the snapshots; they need not sum to 1."""
@@ -346,8 +351,8 @@ def resolve_method(method: str | MergeMethod, **options: Any) -> MergeMethod:
     return resolved
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
-    """``w / Σw``; refuses non-finite weights and a sum near 0, warns of negative ones.
+def normalised(weights: Sequence[float], extrapolates: bool = False) -> list[float]:
+    """``w / Σw``; refuses non-finite weights and a sum near 0, warns of negative ones unless they are meant.
 
     Raises:
         ValueError: names the weights and the reason.
@@ -357,7 +362,7 @@ def normalised(weights: Sequence[float]) -> list[float]:
     total, size = math.fsum(weights), math.fsum(map(abs, weights))
     if abs(total) <= 1e-6 * size or size == 0:
         raise ValueError(f"weights {list(weights)} sum to {total:g}, so they cannot be normalised to 1")
-    if min(weights) < 0:
+    if min(weights) < 0 and not extrapolates:
         warnings.warn(f"weights {list(weights)}: negative weights extrapolate", stacklevel=2)
     return [w / total for w in weights]
 

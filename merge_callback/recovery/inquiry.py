@@ -91,7 +91,7 @@ class Inquiry:
         trained = {id(p) for p in parameters if p.grad is not None} or set(map(id, parameters))
         candidate = partial(self._put_in, snapshots, trained)
         newest = partial(self._put_in, snapshots[-1:], trained) if len(snapshots) > 1 else None
-        for trial in self._trials(snapshots[-1]):
+        for trial in self._trials():
             try:
                 if trial.source == "validation":
                     candidate, newest = partial(self._put_in_all, snapshots), None
@@ -130,7 +130,7 @@ class Inquiry:
         """
         if not evidence.guilty or evidence.source != "batch" or not math.isfinite(evidence.live):
             return evidence
-        (trial,) = self._trials(snapshots[-1])[1:]
+        (trial,) = self._trials()[1:]
         try:
             live, merged = trial.compare(partial(self._put_in_all, snapshots))
         except UnrepeatableStepError:  # there is no validation, or none yet
@@ -149,11 +149,11 @@ class Inquiry:
                 "whether to restore"
             )
 
-    def _trials(self, snapshot: Snapshot) -> list[Trial]:
-        device, ranks = snapshot.arena.buffer.device, self._merger().ranks
+    def _trials(self) -> list[Trial]:
+        ranks = self._merger().ranks
         wanted = {"batch": ("batch", "validation"), "validation": ("validation",), "rules": ()}
         return [
-            Trial(source, partial(self.host.rehearse, source, device), self._live, ranks)
+            Trial(source, partial(self.host.rehearse, source), self._live, ranks)
             for source in wanted[self.options.evidence]
         ]
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from merge_callback.reduce import threads
 
 BLOCK = 1 << 15
 """Elements processed at once on a CPU: a dozen fp32 blocks stay in the second-level cache. It is also the
@@ -20,28 +22,41 @@ _THREADS = 4  # more threads would wait for Python between operations that take 
 
 _SHARE = 1 << 18  # elements below which starting a thread costs more than it saves
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
 def in_ranges(size: int, device: torch.device, job: Callable[[int, int], T]) -> list[T]:
     """Splits ``size`` elements into one range per thread and runs ``job(start, stop)`` on each range.
 
-    There are at most as many threads as PyTorch uses; that setting is not changed. The split depends on it,
-    so the results of ``job`` must not depend on where a range begins.
+    There are at most as many threads as PyTorch uses, half as many in the background; that setting is not
+    changed. The split depends on it, so the results of ``job`` must not depend on where a range begins.
 
     Returns:
         The results of all calls, in the order of the elements.
     """
-    most = min(torch.get_num_threads(), _THREADS) if device.type == "cpu" else 1
-    threads = max(1, min(most, size // _SHARE))
-    share = math.ceil(size / threads / BLOCK) * BLOCK if threads > 1 else size
-    inference = torch.is_inference_mode_enabled()  # this mode and no_grad are per thread
+    most = most_threads() if device.type == "cpu" else 1
+    count = max(1, min(most, size // _SHARE))
+    share = math.ceil(size / count / BLOCK) * BLOCK if count > 1 else size
+    starts = range(0, size, share) if count > 1 else [0]
+    return side_by_side(starts, lambda start: job(start, min(start + share, size)), count)
 
-    def run(start: int) -> T:
-        with torch.inference_mode(inference), torch.no_grad():
-            return job(start, min(start + share, size))
 
-    if threads == 1:
-        return [run(0)]
-    with ThreadPoolExecutor(threads, thread_name_prefix="merge") as pool:
-        return list(pool.map(run, range(0, size, share)))
+def most_threads() -> int:
+    """As many threads as a reduction may take, up to 4."""
+    return min(threads.most(), _THREADS)
+
+
+def side_by_side(items: Collection[S], job: Callable[[S], T], count: int) -> list[T]:
+    """Runs a job on each item, in so many threads; returns the results in the items' order."""
+    # These modes are per thread.
+    inference, yields = torch.is_inference_mode_enabled(), threads.is_yielding()
+
+    def run(item: S) -> T:
+        with torch.inference_mode(inference), torch.no_grad(), threads.yielding(yields):
+            return job(item)
+
+    if count == 1:
+        return [run(item) for item in items]
+    with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
+        return list(pool.map(run, items))

@@ -78,7 +78,7 @@ def _copy(vector: Tensor) -> Read:
     """Queues the copy of a CUDA vector on the current stream; holds the vector until it is copied."""
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True, device="cpu")
     host.copy_(vector, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits takes no core
     copied.record(torch.cuda.current_stream(vector.device))
 
     def read(within: timedelta | None, _kept: Tensor = vector) -> list[float]:

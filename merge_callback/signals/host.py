@@ -36,6 +36,10 @@ class UnrepeatableStepError(RuntimeError):
     """The training step can't be run again just to compute a loss; the message says why."""
 
 
+Spare = Callable[[Any], AbstractContextManager[Any]]
+"""Gives, for a ``Layout``, an ``Arena`` in memory that is not needed for a while."""
+
+
 class Record(Protocol):
     """Adds an event to the run's event file; see ``EventFile.write``."""
 
@@ -69,6 +73,8 @@ class Host(Protocol):
         validates_now: whether it does so before the next step.
         epoch: number of completed epochs.
         record: adds an event to the run's event file. The session sets it, on the first rank.
+        spare: gives room for a copy of the live weights, for a while; ``None`` is new memory on the host. The
+            session sets it.
     """
 
     module: nn.Module
@@ -104,6 +110,7 @@ class Host(Protocol):
     is_manual: bool = False
     further_files: Mapping[str, bytes] = MappingProxyType({})
     record: Record = staticmethod(_forget)
+    spare: Spare | None = None
 
     @property
     def will_validate(self) -> bool:  # noqa: D102
@@ -158,12 +165,11 @@ class Host(Protocol):
         is_ddp = isinstance(self.root, nn.parallel.DistributedDataParallel)
         return nullcontext(self.module if is_ddp else self.root)
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """A rehearsal of training batches (``"batch"``) or of the first validation ones (``"validation"``).
 
         Args:
             source: ``"batch"`` or ``"validation"``.
-            device: the device of the copy of the live weights.
 
         Raises:
             UnrepeatableStepError: if the loop can't do it; raised on entry at the latest.

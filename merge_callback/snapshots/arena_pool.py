@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -29,11 +30,31 @@ class ArenaPool:
 
     def acquire(self, layout: Layout, device: torch.device) -> Arena:
         """An uninitialised arena, recycled if one is free."""
-        for index in reversed(range(len(self._free))):
-            free = self._free[index]
-            if free.layout is layout and free.buffer.device == device:
-                return self._free.pop(index).reused()
-        return Arena.empty(layout, device)
+        free = self._taken(lambda free: free.layout is layout and free.buffer.device == device)
+        return free.reused() if free is not None else Arena.empty(layout, device)
+
+    @contextmanager
+    def lent(self, layout: Layout, device: torch.device, otherwise: torch.device) -> Iterator[Arena]:
+        """An arena of any layout for a while: in memory that lies idle on one device, or new on another."""
+        idle = self._taken(lambda free: free.buffer.device == device and free.layout.nbytes >= layout.nbytes)
+        try:
+            if idle is None:
+                yield Arena.empty(layout, otherwise)
+            else:
+                with torch.inference_mode(False):
+                    arena = Arena(layout, idle.buffer[: layout.nbytes])
+                yield arena
+        finally:
+            if idle is not None:
+                self.recycle(idle)
+
+    def _taken(self, fits: Callable[[Arena], bool]) -> Arena | None:
+        for free in reversed(self._free[:]):
+            if fits(free):
+                with suppress(ValueError):  # another thread was faster
+                    self._free.remove(free)
+                    return free
+        return None
 
     def recycle(self, arena: Arena) -> None:
         """Takes back an arena that nobody uses any more."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -149,6 +150,13 @@ class LiveCopy:
         if arena.frozen is not None:
             arena.frozen.names = names
         return other.sharing(arena.frozen, names)
+
+    def spare(self, layout: Layout) -> AbstractContextManager[Arena]:
+        """Room for one more copy of live tensors, for a while.
+
+        It is what lies idle between two snapshots on the live model's device, or new memory of the window's.
+        """
+        return self._pool.lent(layout, self._live_device, self._device)
 
     def _copy(self, layout: Layout, own: Mapping[str, Tensor]) -> Arena:
         arena = self._acquire(layout)

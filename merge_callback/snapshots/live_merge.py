@@ -18,6 +18,7 @@ from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.arena_merge import groups, in_common, is_floating
 from merge_callback.snapshots.deltas import delta_weights, flat_tensors
 from merge_callback.snapshots.layout import Group
+from merge_callback.snapshots.staging import Fill, copying, send
 
 log = logging.getLogger(__name__)
 
@@ -95,21 +96,35 @@ def _merge_group_into(
     given: Mapping[str, Tensor],
 ) -> None:
     def merge(start: int, stop: int) -> None:
+        sent: list[tuple[Tensor, Fill]] = []
         for segment in group.segments:
             if not start <= segment.start < stop:
                 continue
             sources = [flat[segment.start : segment.stop] for flat in flats]
-            tensor = tensors[segment.name]
-            if segment.name in given:
-                overwrite(tensor, given[segment.name].view(segment.shape))
+            tensor, known = tensors[segment.name], given.get(segment.name)
+            if tensor.is_cuda and not (sources[0] if known is None else known).is_cuda:
+                sent.append((tensor, copying(known) if known is not None else _merging(sources, factors)))
+            elif known is not None:
+                overwrite(tensor, known.view(segment.shape))
             elif _is_flat(tensor, sources[0].device):
                 one_pass(sources, factors, tensor.view(-1))
             else:
                 merged = torch.empty_like(sources[0], dtype=tensor.dtype)
                 one_pass(sources, factors, merged)
                 overwrite(tensor, merged.view(segment.shape))
+        if sent:
+            send(sent)
 
     in_ranges(group.numel, tensors[group.names[0]].device, merge)
+
+
+def _merging(sources: Sequence[Tensor], factors: Sequence[float]) -> Fill:
+    """Has a tensor on a GPU overwritten with a merge of what lies in host memory."""
+
+    def fill(part: Tensor, start: int, stop: int) -> None:
+        one_pass([source[start:stop] for source in sources], factors, part)
+
+    return fill
 
 
 def _is_flat(tensor: Tensor, device: torch.device) -> bool:

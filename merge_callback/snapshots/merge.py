@@ -17,6 +17,7 @@ from torch import Tensor
 from merge_callback.diversity import rms_per_tensor
 from merge_callback.merging import LinearMethod, MergeMethod, Trajectory
 from merge_callback.merging.power_iteration import recompute, vectors_of
+from merge_callback.merging.running import RunningAverage
 from merge_callback.snapshots.arena import Arena, all_finite
 from merge_callback.snapshots.arena_merge import Sum, in_common, merge_arenas, merge_tensors
 from merge_callback.snapshots.capture import ModelTensors
@@ -48,7 +49,7 @@ class Merge:
     """
 
     arena: Arena
-    method: MergeMethod
+    method: MergeMethod | RunningAverage
     snapshots: list[Snapshot]
     weights: list[float] | None
     copied: list[str]

@@ -22,7 +22,7 @@ from merge_callback.snapshots.live_copy import FiniteCheck, LiveCopy
 from merge_callback.snapshots.safetensors_file import map_arena
 from merge_callback.snapshots.snapshot import Snapshot, Stored
 from merge_callback.snapshots.snapshot_files import SnapshotFiles
-from merge_callback.snapshots.staging import ToHost
+from merge_callback.snapshots.staging import ToHost, copying, send
 
 
 class Memory:
@@ -56,7 +56,7 @@ class Memory:
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
         """Free room where snapshots would lie, in bytes."""
-        return _available_memory()
+        return available_memory()
 
     def moved_in(self, arena: Arena) -> Arena:
         """A captured snapshot on the device of the arenas."""
@@ -67,6 +67,10 @@ class Memory:
         self._pool.recycle(arena)
         return moved.sharing(arena.frozen, arena.shared)
 
+    def to_be_written(self, arena: Arena) -> Arena:
+        """A captured snapshot where it is best written from: its place, so that the device is read once."""
+        return self.moved_in(arena)
+
     def admitted(self, stored: Stored, arena: Arena) -> Arena:
         """A captured snapshot, written if it is to be, in its place."""
         return self.moved_in(arena)
@@ -74,7 +78,10 @@ class Memory:
     def loaded(self, mapped: Arena) -> Arena:
         """A snapshot in its place, from its mapped file."""
         arena = self._pool.acquire(mapped.layout, self.device)
-        arena.buffer.copy_(mapped.buffer)
+        if arena.buffer.is_cuda:
+            send([(arena.buffer, copying(mapped.buffer))])
+        else:
+            arena.buffer.copy_(mapped.buffer)
         return arena
 
     def rewritable(self, arena: Arena) -> Arena:
@@ -104,7 +111,7 @@ class DeviceMemory(Memory):
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
         """Free room where snapshots would lie, in bytes."""
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 class Mapped(Memory):
@@ -117,7 +124,11 @@ class Mapped(Memory):
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
         """Free room where snapshots would lie, in bytes."""
-        return shutil.disk_usage(folder).free if folder is not None else _available_memory()
+        return shutil.disk_usage(folder).free if folder is not None else available_memory()
+
+    def to_be_written(self, arena: Arena) -> Arena:
+        """The same: its bytes go to the file as they come from the device."""
+        return arena
 
     def admitted(self, stored: Stored, arena: Arena) -> Arena:
         """A captured snapshot that was written, as its mapped file."""
@@ -255,7 +266,8 @@ class SnapshotStore:
         return self.check_finite.may_hold(name, tensor)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Bytes of memory that nobody uses."""
     # MemAvailable counts the page cache as free, which SC_AVPHYS_PAGES does not.
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

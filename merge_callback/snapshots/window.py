@@ -94,13 +94,15 @@ class Window(Segments):
             self.store.place.release(self.snapshots.pop().arena)
         self._commit()
 
-    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+    def state_dict(self, to_keep: bool = True, further: Sequence[str] = ()) -> dict[str, Any]:
         """The window as primitives: its snapshots' records.
 
         Args:
             to_keep: whether it is a checkpoint's, which needs the files from now on.
+            further: other files in the folder that it needs.
         """
-        saved = self.folder.saved_with([file for s in self.snapshots for file in (s.file, s.frozen) if file])
+        files = [file for s in self.snapshots for file in (s.file, s.frozen) if file]
+        saved = self.folder.saved_with([*files, *further])
         if to_keep:
             self.folder.saved = saved
             with suppress(OSError):  # only a later resume from an older checkpoint would miss it
@@ -232,7 +234,7 @@ class Window(Segments):
         """
         store = self.store
         if (base := store.coding.base(self.snapshots)) is None:
-            return arena
+            return self._to_be_written(arena)
 
         def encode() -> Arena:
             nonlocal arena
@@ -250,6 +252,13 @@ class Window(Segments):
         store.pool.recycle(arena)
         snapshot.difference_to = base.step
         return encoded
+
+    def _to_be_written(self, arena: Arena) -> Arena:
+        try:
+            return self.ranks.agreed(partial(self.store.place.to_be_written, arena))
+        except BaseException:
+            self.store.pool.recycle(arena)
+            raise
 
     def _admit(self, snapshot: Snapshot, arena: Arena) -> None:
         """Takes a snapshot in as the newest one, if it has a place.

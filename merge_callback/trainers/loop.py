@@ -435,19 +435,19 @@ class LoopHost(Host):
         """Calls what Fabric has made of the model, or else the model as it is, without autocast."""
         return nullcontext(self._fabrics) if self._fabrics is not None else super().forward_pass()
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """Calls ``compute_loss`` again."""
         if source != "batch" or self._compute_loss is None:
             raise UnrepeatableStepError("pass compute_loss= and step(batch=…) to have it computed")
-        return self._rehearsed(self._compute_loss, device)
+        return self._rehearsed(self._compute_loss)
 
     @contextmanager
-    def _rehearsed(self, compute_loss: ComputeLoss, device: torch.device) -> Iterator[LossOf]:
+    def _rehearsed(self, compute_loss: ComputeLoss) -> Iterator[LossOf]:
         random, state = RandomState(), PythonState(self.module, self.optimizers)
         with ExitStack() as stack:
             stack.callback(random.restore)
             stack.callback(state.restore)
-            stack.enter_context(kept_weights(self.module, self.root, device))
+            stack.enter_context(kept_weights(self.module, self.root, self.spare))
             buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]
 
             def loss(batches: Sequence[HeldBatch]) -> float:

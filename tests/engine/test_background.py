@@ -1,12 +1,16 @@
 """Jobs in the background, and a signal at any instruction of what hands them in."""
 
+import os
 import signal
 import sys
 import threading
 
 import pytest
+import torch
 
 from merge_callback.engine.background import Background
+from merge_callback.reduce import compiled, threads
+from merge_callback.reduce.ranges import in_ranges
 
 CALLS = {
     "submit": lambda background, done: background.submit(lambda: done.append(True)),
@@ -101,3 +105,29 @@ def test_without_threads_the_caller_runs_the_job(monkeypatch):
     done = []
     assert Background().submit(lambda: done.append(threading.current_thread())).is_set()
     assert done == [threading.main_thread()]
+
+
+def test_passes_in_the_background_leave_training_half_of_the_cores_and_precedence(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    usual, seen = os.getpriority(os.PRIO_PROCESS, 0), []
+    lower = min(19, usual + 10) if sys.platform == "linux" else usual
+
+    def note(*_):
+        seen.append((threading.current_thread().name, os.getpriority(os.PRIO_PROCESS, 0)))
+
+    def passes():
+        seen.clear()
+        compiled._in_threads(note, compiled._Split(), most=8)
+        nested = in_ranges(1 << 22, torch.device("cpu"), lambda *_: threads.most())
+        note()
+        return seen[:], nested
+
+    in_training, nested = passes()
+    assert [priority for _, priority in in_training] == [usual] * 7
+    assert nested == [6] * 4
+    found = []
+    assert Background().submit(lambda: found.append(passes())).wait(60)
+    ((in_background, nested),) = found
+    assert in_background == [("reduce", lower)] * 3 + [("merge-background", usual)]
+    assert nested == [3] * 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == usual

@@ -18,8 +18,8 @@ from merge_callback.cli.main import main
 from merge_callback.engine.events import EventFile
 from merge_callback.events import EVENTS, KINDS
 from merge_callback.metrics import FORECAST, FORECAST_ERROR
-from merge_callback.report.numbers import thinned, ticks
 from merge_callback.noise import spread
+from merge_callback.report.numbers import thinned, ticks
 from merge_callback.report.page import page, read_runs
 from merge_callback.report.run_view import names_of
 from merge_callback.report.serve import server

@@ -54,8 +54,8 @@ class RefusedError(AssertionError):
 
 
 class Event:
-    def __init__(self, *_, **__):
-        self.gpu, self.after = _gpu, 0
+    def __init__(self, blocking=False, **_):
+        self.gpu, self.after, self.blocking = _gpu, 0, blocking
 
     def record(self, *_):
         self.gpu, self.after = _gpu, _gpu.queued
@@ -66,7 +66,7 @@ class Event:
         return done
 
     def synchronize(self):
-        _gpu.note("event")
+        _gpu.note("event" if self.blocking else "event that takes a core")
         self.gpu.run_until(self.after)
 
     def wait(self, *_): ...

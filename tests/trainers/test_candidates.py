@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from evaluation_runs import Case, Curves, Metrics, Watching, fit, merging
+from evaluation_runs import Case, Watching, fit, merging
 from lightning.pytorch.callbacks import ModelCheckpoint
-from training_runs import Classifier, Probe, assert_same_bits, emissions, loader, seed, train, weights_of
+from training_runs import Classifier, assert_same_bits, emissions, loader, seed, weights_of
 
 from merge_callback import CheckpointMerger, load_merge
 from merge_callback.merging import Ema, Wsm

@@ -232,10 +232,10 @@ class LightningHost(Host):
 
             yield call
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """Runs the training step, or the validation, again."""
         kind = {"batch": rehearsed_training, "validation": rehearsed_validation}[source]
-        return kind(self.trainer, self.lightning_module, device)
+        return kind(self.trainer, self.lightning_module, self.spare)
 
     def validation_loss(self) -> float:
         """The last logged validation loss; NaN if there is none."""

@@ -30,6 +30,7 @@ from merge_callback.metrics import GAIN, MERGED
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.recovery.schedule_free import in_mode_of_evaluation
 from merge_callback.sharding.sharding import Sharding
+from merge_callback.signals.host import Spare
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_merge import HalfRestoredError
@@ -188,6 +189,7 @@ class MergedValidation:
                     self._trackers,
                     self._seen,
                     math.inf if batches is None else batches,
+                    self._host.spare,
                 )
         except Exception as error:
             if DeferredSignals.has_raised(error):
@@ -284,6 +286,7 @@ def validate_with(
     trackers: Mapping[nn.Module, int] | None = None,
     seen: SeenWeights | None = None,
     at_most: float = math.inf,
+    spare: Spare | None = None,
 ) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
 
@@ -301,6 +304,7 @@ def validate_with(
         trackers: the lengths of the ``MetricTracker`` before the last validation.
         seen: the weights that the live validation was run with.
         at_most: batches of each dataloader that are validated.
+        spare: gives room for a copy of the live weights.
 
     Returns:
         Every metric the module logged for the epoch, by its name in ``trainer.callback_metrics``.
@@ -309,8 +313,7 @@ def validate_with(
         Exception: any exception of the module's validation.
     """
     loop, sharding = validation_loop(trainer, at_most), sharding or Sharding({}, {})
-    device = trainer.strategy.root_device if merged is None else merged.buffer.device
-    swap = undisturbed(trainer, module, device, taking_part, trackers)
+    swap = undisturbed(trainer, module, spare, taking_part, trackers)
     with DeferredSignals() as signals, ExitStack() as stack:
 
         def put_in() -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from merge_callback.engine.kept_state import (
     reset_metrics,
 )
 from merge_callback.recovery.evidence import copied
-from merge_callback.signals.host import HeldBatch, LossOf, UnrepeatableStepError
+from merge_callback.signals.host import HeldBatch, LossOf, Spare, UnrepeatableStepError
 from merge_callback.signals.step_statistics import loss_in
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
 from merge_callback.trainers.lightning.private import (
@@ -44,7 +44,7 @@ _CALLED_LOSS = re.compile(r"(^|[^a-zA-Z])loss$|^loss([^a-zA-Z]|$)", re.IGNORECAS
 
 
 @contextmanager
-def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.device) -> Iterator[LossOf]:
+def rehearsed_training(trainer: Trainer, module: LightningModule, spare: Spare | None) -> Iterator[LossOf]:
     """A ``Rehearsal`` of the training step, as Lightning runs it, without gradients.
 
     A step that needs gradients itself (a penalty on them, an adversary) is run with them, but only in
@@ -53,7 +53,7 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
     Args:
         trainer: a trainer in fit, between two training steps.
         module: its module.
-        device: the device of the copy of the live weights.
+        spare: gives room for a copy of the live weights.
 
     Raises:
         UnrepeatableStepError: if the step takes items from an iterator.
@@ -64,7 +64,7 @@ def rehearsed_training(trainer: Trainer, module: LightningModule, device: torch.
         raise UnrepeatableStepError(f"it may take from an iterator that the module holds ({iterator!r:.80})")
     loop = trainer.fit_loop.epoch_loop
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(trainer, module, device))
+        stack.enter_context(undisturbed(trainer, module, spare))
         stack.enter_context(replaced(loop, RESULTS, names_of(trainer)._ResultCollection(training=True)))
         stack.enter_context(_no_training(trainer, module))
         state = python_state(trainer, module)
@@ -145,13 +145,13 @@ class _TrainingLoss:
 
 
 @contextmanager
-def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torch.device) -> Iterator[LossOf]:
+def rehearsed_validation(trainer: Trainer, module: LightningModule, spare: Spare | None) -> Iterator[LossOf]:
     """A ``Rehearsal`` of the first batches of the validation; the batches passed to it are ignored.
 
     Args:
         trainer: a trainer in fit, between two training steps.
         module: its module.
-        device: the device of the copy of the live weights.
+        spare: gives room for a copy of the live weights.
 
     Raises:
         UnrepeatableStepError: if no validation has logged a loss yet.
@@ -172,7 +172,7 @@ def rehearsed_validation(trainer: Trainer, module: LightningModule, device: torc
                 trainer.training = True
         return float(epoch_metrics(results_of(loop), callback_metrics(trainer))[name])
 
-    with undisturbed(trainer, module, device):
+    with undisturbed(trainer, module, spare):
         yield loss
 
 

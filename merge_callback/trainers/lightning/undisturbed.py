@@ -18,6 +18,7 @@ from merge_callback.engine.kept_state import (
 )
 from merge_callback.engine.random_state import RandomState, Restore
 from merge_callback.recovery.deferred_signals import DeferredSignals
+from merge_callback.signals.host import Spare
 from merge_callback.trainers.lightning.private import (
     LOGGER_CONNECTOR,
     checkpoint_connector,
@@ -38,7 +39,7 @@ Replacement = tuple[object, str, Any]
 def undisturbed(
     trainer: Trainer,
     module: LightningModule,
-    device: torch.device,
+    spare: Spare | None,
     taking_part: Sequence[Callback] = (),
     trackers: Mapping[nn.Module, int] | None = None,
 ) -> Iterator[dict[str, Tensor]]:
@@ -56,7 +57,7 @@ def undisturbed(
     Args:
         trainer: a trainer in fit. Signals have to be deferred on entry and on exit.
         module: its module.
-        device: the device of the copy of the live weights.
+        spare: gives room for a copy of the live weights.
         taking_part: the callbacks whose hooks are called; their state is restored like the module's.
         trackers: the lengths of the ``MetricTracker`` before the last validation.
 
@@ -76,7 +77,7 @@ def undisturbed(
         # Hooks of the validation run in its inference mode, whose tensors could never be trained on.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        tensors, state, restore = stack.enter_context(_kept(trainer, module, device, taking_part))
+        tensors, state, restore = stack.enter_context(_kept(trainer, module, spare, taking_part))
         own: list[Replacement] = []
         set_within: list[Replacement] = []  # by handlers
         stack.callback(_set_all, set_within)
@@ -84,7 +85,7 @@ def undisturbed(
         @contextmanager
         def as_it_was(stays: bool = False) -> Iterator[None]:
             with DeferredSignals(), torch.inference_mode(False), ExitStack() as present:
-                present.enter_context(_kept(trainer, module, device, taking_part))
+                present.enter_context(_kept(trainer, module, spare, taking_part))
                 for replacement in own:
                     present.enter_context(replaced(*replacement))
                 restore()
@@ -125,7 +126,7 @@ def python_state(
 
 @contextmanager
 def _kept(
-    trainer: Trainer, module: LightningModule, device: torch.device, taking_part: Sequence[Callback]
+    trainer: Trainer, module: LightningModule, spare: Spare | None, taking_part: Sequence[Callback]
 ) -> Iterator[tuple[dict[str, Tensor], PythonState, Restore]]:
     """Yields the live tensors, the Python state, and a function that restores both, as exit does."""
     random, state = random_state(trainer), python_state(trainer, module, taking_part)
@@ -133,7 +134,7 @@ def _kept(
     with ExitStack() as stack:
         stack.callback(random.restore)
         stack.callback(state.restore)
-        tensors, restore_weights = stack.enter_context(kept_weights(module, model, device))
+        tensors, restore_weights = stack.enter_context(kept_weights(module, model, spare))
 
         def restore() -> None:
             restore_weights()

@@ -187,15 +187,15 @@ class TransformersHost(Host):
         with self.trainer.compute_loss_context_manager(), super().forward_pass() as called:
             yield called
 
-    def rehearse(self, source: str, device: torch.device) -> Rehearsal:
+    def rehearse(self, source: str) -> Rehearsal:
         """Runs the trainer's training step without its backward pass, or some of its prediction steps."""
         if source == "batch":
-            return self._rehearsed(self._step_loss, (), device)
+            return self._rehearsed(self._step_loss, ())
         evaluated = self.evaluated
         if evaluated is None:
             raise UnrepeatableStepError("there was no evaluation yet")
         loader = evaluated.dataloader
-        return self._rehearsed(lambda _: self._evaluation_loss(loader), (loader,), device)
+        return self._rehearsed(lambda _: self._evaluation_loss(loader), (loader,))
 
     def validation_loss(self) -> float:
         """That of the last evaluation."""
@@ -228,12 +228,10 @@ class TransformersHost(Host):
             yield state
 
     @contextmanager
-    def _rehearsed(
-        self, loss_of: LossOf, dataloaders: Sequence[Any], device: torch.device
-    ) -> Iterator[LossOf]:
+    def _rehearsed(self, loss_of: LossOf, dataloaders: Sequence[Any]) -> Iterator[LossOf]:
         with ExitStack() as stack:
             state = stack.enter_context(self.undisturbed(dataloaders))
-            stack.enter_context(kept_weights(self.module, self.root, device))
+            stack.enter_context(kept_weights(self.module, self.root, self.spare))
             stack.enter_context(torch.no_grad())
             random = RandomState(dataloaders)
             buffers = [(buffer, buffer.clone()) for buffer in self.module.buffers()]

@@ -194,7 +194,7 @@ class MergedEvaluation:
     ) -> dict[str, float]:
         host = self._host
         weights: AbstractContextManager[Any] = (
-            kept_weights(host.module, host.root, host.device)
+            kept_weights(host.module, host.root, host.spare)
             if merged is None
             else merged_weights(host, merged, session.sharding)
         )
