@@ -14,6 +14,7 @@ import inspect
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -324,6 +325,47 @@ def posthoc_errors() -> str:
     return table(head, lines) + "\n\nIn brackets stand the residuals."
 
 
+def evidence() -> str:
+    """All claims of the papers that were tried, with their verdicts, in the order of the page's sections."""
+    rows = [
+        (f"[{record['title']}](#{_anchor(record['title'])})", v["source"], v["claim"], v["says"])
+        for record in _evidence()
+        for v in record["verdicts"]
+    ]
+    counts = Counter(row[-1] for row in rows)
+    told = ", ".join(f"{count} {says}" for says, count in counts.most_common())
+    return f"{len(rows)} claims: {told}.\n\n" + table(("study", "source", "claim", "verdict"), rows)
+
+
+def evidence_of(name: str) -> str:
+    """What one study found: the conclusion, the picture, the verdicts with both figures, the reasons."""
+    record = _measured(f"papers/{name}")
+    rows = [[v[key] for key in ("source", "claim", "paper", "ours", "says")] for v in record["verdicts"]]
+    reasons = dict.fromkeys(f"*{v['claim']}* {v['why']}" for v in record["verdicts"] if v["why"])
+    command = f"`python -m benchmarks.papers {name}`"
+    parts = [
+        f"## {record['title']}",
+        record["conclusion"],
+        f"![{record['title']}](../benchmarks/results/papers/{name}.png)",
+        table(("source", "claim", "the paper", "here", "verdict"), rows),
+        *reasons,
+        f"{command}, {len(record['seeds'])} seeds, {record['date']}.",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _evidence() -> list[Any]:
+    """The records, as the page orders them."""
+    page = (ROOT / "docs/evidence.md").read_text()
+    return [
+        _measured(f"papers/{name}") for name in re.findall(r"<!-- generated: evidence of (\w+) -->", page)
+    ]
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^\w-]", "", title.lower().replace(" ", "-"))
+
+
 def _blocks() -> dict[str, Callable[[], str]]:
     blocks: dict[str, Callable[[], str]] = {
         "options": callback_options,
@@ -347,7 +389,10 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "second stage": second_stage,
         "running": running_cost,
         "posthoc": posthoc_errors,
+        "evidence": evidence,
     }
+    for path in (ROOT / "benchmarks/results/papers").glob("*.json"):
+        blocks[f"evidence of {path.stem}"] = lambda name=path.stem: evidence_of(name)  # type: ignore[misc]
     for name in METHODS:
         blocks[f"options of {name}"] = lambda name=name: method_options(name)  # type: ignore[misc]
         blocks[f"gain of {name}"] = lambda name=name: gain(name)  # type: ignore[misc]

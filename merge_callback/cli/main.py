@@ -142,7 +142,9 @@ def _refuse(reason: object) -> int:
 
     if isinstance(reason, OSError) and reason.filename is not None and reason.strerror:
         reason = f"{reason.filename}: {reason.strerror}"  # the system's, without its number
-    print(f"merge-callback: {printable(str(reason))}", file=sys.stderr)
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    who = f"merge-callback (rank {os.environ['RANK']})" if several else "merge-callback"
+    print(f"{who}: {printable(str(reason))}", file=sys.stderr)
     return 1
 
 

@@ -213,6 +213,10 @@ def _reconstruction(given: Mapping[str, Any]) -> Reconstruction:
 def _merged(job: Job, output: Path, peers: Peers) -> dict[str, Any]:
     """Merges models, or LoRA adapters, which are small, on rank 0, if that is what the checkpoints are."""
     if adapters := opened_adapters(job.checkpoints):
+        if job.optimizer_state:
+            raise ValueError(
+                f"--optimizer-state is for whole models, and {job.checkpoints[-1]} is a LoRA adapter"
+            )
         return merge_adapters(job, adapters, output) if peers.rank == 0 else {}
     if job.kind in ("lora", "model") or job.rank is not None:
         option = f"--as {job.kind}" if job.rank is None else "--rank"

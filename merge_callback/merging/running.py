@@ -82,15 +82,16 @@ class RunningAverage(ABC):
 
     def options(self) -> dict[str, Any]:
         """The options as primitives."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
         return {
-            n: v if isinstance(v, (int, float, str)) else repr(v)
-            for n, v in vars(self).items()
-            if v is not None
+            n: v if isinstance(v, (int, float, str)) else getattr(v, "__qualname__", repr(v))
+            for n, v in given.items()
         }
 
     def record(self) -> dict[str, Any]:
-        """What it is, as primitives."""
-        return {"kind": self.name, **self.options()}
+        """Which average it is, as primitives: one that is updated more rarely, or elsewhere, is the same."""
+        options = {n: v for n, v in self.options().items() if n not in ("every_n_steps", "offload")}
+        return {"kind": self.name, **options}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from operator import mul
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -82,12 +83,13 @@ class StepStatistics:
         self._ranks, self._counts, self._device = ranks or Ranks(), counts, torch.device(device)
         self._clock, self._own_part = clock or TokenClock(), own_part or _gradient
         self._losses: list[float | Tensor] = []
-        self._square_norms: list[float | Tensor] = []
+        self._factors: list[float] = []  # that the losses are still to be multiplied by
+        self._norms: list[float | Tensor] = []
         self._tokens: float | Tensor = 0.0
         self._on_device = False  # whether one of these is a tensor
         self.names: list[str] | None = None
         self._scalars: Mapping[str, Tensor | float] = {}
-        self._own_losses: deque[tuple[int, float | Tensor]] = deque(maxlen=_REMEMBERED)
+        self._own_losses: deque[tuple[int, list[float | Tensor], list[float]]] = deque(maxlen=_REMEMBERED)
         self._scale: float | None = None  # the loss scale after the last step that was read; None if unknown
         self._last: _Pending | None = None
 
@@ -99,15 +101,18 @@ class StepStatistics:
             divided_by: what Lightning divided the loss by (``accumulate_grad_batches``; 1 if manual).
         """
         loss = loss_in(outputs)
-        if isinstance(loss, (Tensor, float)):
-            loss = _own(loss, divided_by)
-            self._losses.append(loss)
+        if isinstance(loss, Tensor):
+            loss = _own(loss)
             self._on_device |= isinstance(loss, Tensor)
+        elif not isinstance(loss, float):
+            return
+        self._losses.append(loss)
+        self._factors.append(divided_by)
 
     def add_tokens(self, tokens: float | Tensor) -> None:
         """Notes the tokens of a micro-batch; NaN if they can't be counted, which stops the clock."""
         if isinstance(tokens, Tensor):
-            tokens = _own(tokens.reshape(()), 1)
+            tokens = _own(tokens.reshape(()))
             self._on_device |= isinstance(tokens, Tensor)
         self._tokens = self._tokens + tokens
 
@@ -121,16 +126,15 @@ class StepStatistics:
         """
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
-            norm = _own(torch.nn.utils.get_total_norm(gradients), 1)
-            square = (norm if scale is None else norm / _own(scale, 1)) ** 2
-            self._square_norms.append(square)
-            self._on_device |= isinstance(square, Tensor)
+            norm = _own(torch.nn.utils.get_total_norm(gradients))
+            self._norms.append(norm if scale is None else norm / _own(scale))
+            self._on_device |= isinstance(norm, Tensor)
 
     def set_gradient_norm(self, norm: Tensor | float) -> None:
         """Notes the global norm of the step's gradients, if the loop has computed it on all ranks already."""
-        square = _own(norm, 1) ** 2
-        self._square_norms = [square if self._ranks.is_first else 0.0]
-        self._on_device |= isinstance(square, Tensor)
+        norm = _own(norm)
+        self._norms = [norm if self._ranks.is_first else 0.0]
+        self._on_device |= isinstance(norm, Tensor)
 
     def add_scalars(self, values: Mapping[str, Tensor | float]) -> None:
         """Notes further scalars of the step that ends now, by name."""
@@ -138,8 +142,8 @@ class StepStatistics:
 
     def own_losses(self, steps: Iterable[int]) -> list[float | None]:
         """This rank's own mean losses of some of the last steps; waits for them. ``None`` if unknown."""
-        known = dict(self._own_losses)
-        return [None if (loss := known.get(step)) is None else float(loss) for step in steps]
+        known = {step: (losses, factors) for step, losses, factors in self._own_losses}
+        return [float(_sum(*known[step]) / len(known[step][0])) if step in known else None for step in steps]
 
     @torch.no_grad()
     def gradient_norm(self, parameters: Iterable[Tensor]) -> float:
@@ -158,13 +162,13 @@ class StepStatistics:
         Returns:
             The statistics of the previous step; ``None`` at the first one.
         """
-        if losses := self._losses:
-            self._own_losses.append((step, losses[0] if len(losses) == 1 else sum(losses) / len(losses)))
-        tokens, numbers = self._tokens, self._take(scale)
-        last, self._last = self._last, self._send(step, numbers)
-        if self._ranks.group is None and not isinstance(tokens, Tensor):
+        if self._losses:
+            self._own_losses.append((step, self._losses, self._factors))
+        own = self._take(scale)
+        last, self._last = self._last, self._send(step, own)
+        if self._ranks.group is None and not isinstance(own.tokens, Tensor):
             self._last.counted = True
-            self._clock.add(tokens)
+            self._clock.add(own.tokens)
         return None if last is None else self._read(last)
 
     def flush_to_clock(self) -> None:
@@ -178,7 +182,7 @@ class StepStatistics:
         The tokens of the step that has just ended are counted first.
         """
         self.flush_to_clock()
-        self._losses, self._square_norms, self._scalars = [], [], {}
+        self._losses, self._factors, self._norms, self._scalars = [], [], [], {}
         self._scale, self._last = None, None
 
     def close(self) -> None:
@@ -193,8 +197,8 @@ class StepStatistics:
         It waits for the sum of that step, and leaves it out if the other ranks are gone.
         """
         return {
-            "losses": [float(loss) for loss in self._losses],
-            "square_norms": [float(square) for square in self._square_norms],
+            "losses": [float(loss) * by for loss, by in zip(self._losses, self._factors, strict=True)],
+            "square_norms": [float(norm) ** 2 for norm in self._norms],
             "tokens": float(self._tokens),
             "scale": self._scale,
             "names": self.names,
@@ -205,7 +209,8 @@ class StepStatistics:
         """Restores the first rank's ``state_dict``; only the first rank gets its micro-batches back."""
         first = self._ranks.is_first
         self._losses = list(state["losses"]) if first else []
-        self._square_norms = list(state["square_norms"]) if first else []
+        self._factors = [1.0] * len(self._losses)
+        self._norms = [square**0.5 for square in state["square_norms"]] if first else []
         self._tokens = state["tokens"] if first else 0.0
         self._scale = state["scale"]
         self._last = None
@@ -226,15 +231,14 @@ class StepStatistics:
             return None
         return [self._last.step, self._last.names, *self._last.read()]
 
-    def _take(self, scale: Tensor | None) -> list[float | Tensor]:
-        """The sums of the step that ends; resets them for the next one."""
-        losses, squares, tokens = self._losses, self._square_norms, self._tokens
-        self._losses, self._square_norms, self._tokens = [], [], 0.0
-        loss = sum(losses)
-        counted = [loss, float(len(losses)), tokens] if self._counts else [0.0, 0.0, 0.0]
-        bad = 0.0 if self._ranks.group is None else _is_bad(loss)
-        numbers = [*counted, bad, sum(squares), float(len(squares)), 0.0 if scale is None else scale]
-        return numbers if self.names is None else [*numbers, *self._take_scalars(self.names)]
+    def _take(self, scale: Tensor | None) -> _Own:
+        """What this rank has of the step that ends; nothing is left for the next one."""
+        scalars = [] if self.names is None else self._take_scalars(self.names)
+        known = 0.0 if scale is None else _own(scale)
+        self._on_device |= isinstance(known, Tensor)
+        own = _Own(self._losses, self._factors, self._norms, self._tokens, known, scalars)
+        self._losses, self._factors, self._norms, self._tokens = [], [], [], 0.0
+        return own
 
     def _take_scalars(self, names: Sequence[str]) -> list[float | Tensor]:
         """Whether there are unknown scalars; then for each known name its value, and whether there is one."""
@@ -242,18 +246,26 @@ class StepStatistics:
         numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
         for name in names:
             value = found.get(name)
-            own = 0.0 if value is None else _own(value, 1)
+            own = 0.0 if value is None else _own(value)
             numbers += [own, float(value is not None)]
             self._on_device |= isinstance(own, Tensor)
         return numbers
 
-    def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
+    def _send(self, step: int, own: _Own) -> _Pending:
+        """Begins to sum a step's numbers: on the host if this rank is alone, since each launch costs."""
         ranks = self._ranks
-        on_device, self._on_device = self._on_device or isinstance(numbers[6], Tensor), False
-        if ranks.group is None and not on_device:
-            return _Pending(step, self.names, _reduced(numbers, 1))  # type: ignore[arg-type]
-        read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
-        return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
+        on_device, self._on_device = self._on_device, False
+        if ranks.group is not None:
+            read = send_sum(own.sums(self._counts, several=True), ranks, self._device)
+            return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
+        if not on_device:
+            return _Pending(step, self.names, _reduced(own.sums(self._counts), 1))  # type: ignore[arg-type]
+        read, counts = send(own.parts(), are_own=True), self._counts
+        return _Pending(
+            step,
+            self.names,
+            wait=lambda within: _reduced(own.of(read(within)).sums(counts), 1),  # type: ignore[arg-type]
+        )
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
         """Advances the clock by a step's tokens, unless that is done already."""
@@ -279,6 +291,35 @@ class StepStatistics:
         if self._scale is None:  # the first step, or the first after a restore: only an overflow shows
             return not all(math.isfinite(number) for number in (loss, norm) if number is not None)
         return scale < self._scale
+
+
+class _Own(NamedTuple):
+    """What one rank has of a step: numbers of its own, each on the host or on the device."""
+
+    losses: list[float | Tensor]
+    factors: list[float]
+    norms: list[float | Tensor]
+    tokens: float | Tensor
+    scale: float | Tensor
+    scalars: list[float | Tensor]
+
+    def parts(self) -> list[float | Tensor]:
+        """All that may be on the device."""
+        return [*self.losses, *self.norms, self.tokens, self.scale, *self.scalars]
+
+    def of(self, parts: list[float]) -> _Own:
+        """The same with other ``parts``."""
+        begin, end = len(self.losses), len(self.losses) + len(self.norms)
+        tokens, scale, *scalars = parts[end:]
+        return _Own([*parts[:begin]], self.factors, [*parts[begin:end]], tokens, scale, [*scalars])
+
+    def sums(self, counts: bool, several: bool = False) -> list[float | Tensor]:
+        """What is summed over the ranks."""
+        loss, count = _sum(self.losses, self.factors), float(len(self.losses))
+        counted = [loss, count, self.tokens] if counts else [0.0, 0.0, 0.0]
+        square = sum(norm**2 for norm in self.norms) if self.norms else 0.0
+        bad = _is_bad(loss) if several else 0.0
+        return [*counted, bad, square, float(len(self.norms)), self.scale, *self.scalars]
 
 
 class _Sums(NamedTuple):
@@ -325,6 +366,13 @@ def _reduced(numbers: list[float], ranks: int) -> _Sums:
     return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens, scalars)
 
 
+def _sum(losses: Sequence[float | Tensor], factors: Sequence[float]) -> float | Tensor:
+    if len(losses) == 1:
+        return losses[0] * factors[0]
+    total: float | Tensor = sum(map(mul, losses, factors))
+    return total
+
+
 def _is_bad(loss: float | Tensor) -> float | Tensor:
     return (
         loss.isfinite().logical_not().double() if isinstance(loss, Tensor) else float(not math.isfinite(loss))
@@ -340,12 +388,14 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
-def _own(value: Tensor | float, factor: int) -> Tensor | float:
-    """A copy times ``factor`` that no later step overwrites; a plain number if that needs no waiting."""
+def _own(value: Tensor | float) -> Tensor | float:
+    """A copy that no later step overwrites; a plain number if that needs no waiting."""
     if full_tensor := getattr(value, "full_tensor", None):  # a DTensor; importing its class takes a second
         value = full_tensor()
-    if isinstance(value, Tensor) and value.is_cuda:
-        return value.detach().double().mean() * factor
-    if isinstance(value, Tensor):
-        return (value if value.numel() == 1 else value.detach().double().mean()).item() * factor
-    return value * factor
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_cuda:
+        return (value if value.numel() == 1 else value.detach().double().mean()).item()
+    if value.numel() != 1:
+        return value.detach().double().mean()
+    return value.detach().reshape(()).to(torch.float64, copy=True)  # one launch

@@ -80,6 +80,7 @@ class RunningAverages:
         self.by_name = {name: Running(average) for name, average in averages.items()}
         self.window, self.sharding, self.ranks = window, window.store.sharding, window.ranks
         self.layout = averaged_layout(self.sharding, tensors, left_out)
+        self._hash = window.store.whole.only(self.layout.names).hash
         self.files = RunningFiles(window.folder, averages, self.sharding, window.store.session, ToHost())
         self._device, self._size = device, window.size
         self._sources = LiveSources(self.sharding, self.layout)
@@ -91,7 +92,8 @@ class RunningAverages:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._done: torch.cuda.Event | None = None
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._is_under_way = False
         self._has_ended = False
 
     @property
@@ -144,9 +146,9 @@ class RunningAverages:
 
     def wait(self) -> None:
         """Has the device finish the updates before what it is told next."""
-        if self._done is not None:
+        if self._is_under_way:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-            self._done = None
+            self._is_under_way = False
 
     def copies(self, step: int) -> list[Stored]:
         """Copies of all averages as they are now, to be stored; they stay until the next ones are made.
@@ -229,6 +231,7 @@ class RunningAverages:
                 name: self._state_of(name, running, to_keep) for name, running in self.by_name.items()
             },
             "stored": self.files.state_dict(),
+            "layout": self._hash,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], folder: str, step: int) -> list[str]:
@@ -242,25 +245,29 @@ class RunningAverages:
         Returns:
             One line for each average that does not go on as if there had been no break.
         """
-        averages = state.get("averages", {})
+        averages = state.get("averages", {}) if state.get("layout") == self._hash else {}
         same = {
-            n: r
-            for n, r in self.by_name.items()
-            if n in averages and averages[n]["average"] == r.average.record()
+            name: running
+            for name, running in self.by_name.items()
+            if name in averages and averages[name]["average"] == running.average.record()
         }
-        self.files.load_state_dict({n: s for n, s in state["stored"].items() if n in same}, folder, step)
+        stored = {name: steps for name, steps in state.get("stored", {}).items() if name in same}
+        self.files.load_state_dict(stored, folder, step)
         lines = [
-            f"running average {name} is new, or has other options now: it begins after step {step}"
+            f"running average {name} is new, or has other options or tensors now: it begins after step {step}"
             for name in self.by_name
             if name not in same
         ]
         for name, running in same.items():
             at, file = averages[name]["at"], averages[name]["file"]
-            if at is None or not (problem := self._load(name, running, [(at, file)])):
-                continue
-            is_lost = self._load(name, running, self.files.up_to(name, step))
-            then = f"begins after step {step}" if is_lost else f"goes on from step {running.at}"
-            lines.append(f"running average {name} {then}: {problem}")
+            problem = "an update of it was interrupted" if at is None else ""
+            if problem or (problem := self._load(name, running, [(at, file)])):
+                earlier = self.files.up_to(name, step)
+                if at is None and not earlier:
+                    continue  # it had not begun
+                is_lost = self._load(name, running, earlier)
+                then = f"begins after step {step}" if is_lost else f"goes on from step {running.at}"
+                lines.append(f"running average {name} {then}: {problem}")
         return lines
 
     def roll_back(self, step: int, now: int, tensors: Mapping[str, Tensor]) -> None:
@@ -294,7 +301,7 @@ class RunningAverages:
             self._begin(running, sources)
             return
         targets, weight = [*running.arena.own_tensors().values()], 1 - beta
-        if running.arena.buffer.device == self._device:
+        if running.arena.buffer.device.type == self._device.type:
             lerp(targets, sources, weight, self._sources.are_wide)
             return
         for target, source in zip(targets, sources, strict=True):  # through the device's memory and back
@@ -342,7 +349,7 @@ class RunningAverages:
         """Waits until the averages may be read from, or written to, outside of their stream."""
         self.wait()
         if self._stream is not None and any(running.average.offload for running in self.by_name.values()):
-            self._stream.synchronize()
+            self._done.synchronize()
 
     def _state_of(self, name: str, running: Running, to_keep: bool) -> dict[str, Any]:
         at = None if running.is_torn else running.at
@@ -383,5 +390,6 @@ class _OwnStream:
         self._context.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        self._averages._done = self._stream.record_event()
+        self._averages._done.record(self._stream)
+        self._averages._is_under_way = True
         self._context.__exit__(*error)

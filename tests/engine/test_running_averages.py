@@ -162,12 +162,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(unbroken_loop):
         assert_same_bits(found, unbroken_loop.averages[name][1])
 
 
+def moved(loop, folder):
+    """The state of a checkpoint whose run's folder was copied."""
+    shutil.copytree(loop.saved["merger"]["dirpath"], folder)
+    state = copy.deepcopy(loop.saved)
+    state["merger"]["dirpath"] = str(folder)
+    state["merger"]["window"]["folder"] = str(folder / "window")
+    return state
+
+
 def test_a_stored_copy_that_was_altered_is_not_gone_on_from(unbroken_loop, tmp_path):
     """The checkpoint's own copy is damaged: the average goes on from the one of the last snapshot."""
-    shutil.copytree(unbroken_loop.saved["merger"]["dirpath"], tmp_path / "run")
-    state = copy.deepcopy(unbroken_loop.saved)
-    state["merger"]["dirpath"] = str(tmp_path / "run")
-    state["merger"]["window"]["folder"] = str(tmp_path / "run/window")
+    state = moved(unbroken_loop, tmp_path / "run")
     name = "power_ema-0.05"
     (file,) = (tmp_path / "run/window" / state["merger"]["running"]["averages"][name]["file"]).glob("rank-*")
     content = bytearray(file.read_bytes())
@@ -191,17 +197,49 @@ def at_step(loop, name, step):
 
 
 def test_new_and_changed_averages_begin_where_the_run_is_resumed(unbroken_loop, tmp_path):
-    shutil.copytree(unbroken_loop.saved["merger"]["dirpath"], tmp_path / "run")
-    state = copy.deepcopy(unbroken_loop.saved)
-    state["merger"]["dirpath"] = str(tmp_path / "run")
-    state["merger"]["window"]["folder"] = str(tmp_path / "run/window")
+    state = moved(unbroken_loop, tmp_path / "run")
     running = {"power_ema-0.05": PowerEma(0.06)}
     with pytest.warns(
-        UserWarning, match=r"power_ema-0.05 is new, or has other options now: it begins after step 10"
+        UserWarning,
+        match="power_ema-0.05 is new, or has other options or tensors now",
     ):
         resumed = Loop(tmp_path / "run", state=state, running=running, steps=SAVED + 1)
     for name, tensor in resumed.averages["power_ema-0.05"][1].items():
         assert torch.equal(tensor, resumed.weights[-1][name])
+
+
+def test_an_average_may_be_updated_more_rarely_from_a_resume_on(unbroken_loop, tmp_path):
+    state = moved(unbroken_loop, tmp_path / "run")
+    average = PowerEma(0.05, every_n_steps=4, offload=True)
+    resumed = Loop(tmp_path / "run", state=state, running=[average], steps=12)
+    beta = average.beta(SAVED, 12)
+    before = tracked(RUNNING[0], unbroken_loop.weights[:SAVED])[1]
+    for name, tensor in resumed.averages["power_ema-0.05"][1].items():
+        expected = beta * before[name] + (1 - beta) * unbroken_loop.weights[11][name].double()
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_an_update_that_was_interrupted_is_not_saved(unbroken_loop, tmp_path, monkeypatch):
+    """As by Ctrl-C: the resumed run goes on from the copy of the last snapshot."""
+    mergers, blend, end = [], RunningAverages._blend, CheckpointMerger._end
+
+    def interrupted(self, running, sources, beta):
+        if running.at == SAVED:
+            raise KeyboardInterrupt
+        blend(self, running, sources, beta)
+
+    def ending(self, *args):
+        mergers.append(self)
+        end(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunningAverages, "_blend", interrupted)
+        patched.setattr(CheckpointMerger, "_end", ending)
+        with pytest.raises(KeyboardInterrupt):
+            Loop(tmp_path, running=[PowerEma(0.05)])
+    state = {**unbroken_loop.saved, "merger": mergers[0].state_dict()}
+    with pytest.warns(UserWarning, match=r"goes on from step 8: an update of it was interrupted"):
+        Loop(tmp_path, state=state, running=[PowerEma(0.05)], steps=SAVED + 2)
 
 
 # --- several ranks ------------------------------------------------------------------------------------------

@@ -181,7 +181,7 @@ def test_other_files_and_another_evaluation_are_scored_again(run):
     assert len(calls) == 8
 
 
-def test_greedy_soup_and_weights_by_metric(run):
+def test_greedy_soup_and_weights_by_metric(run, capsys):
     methods = ["--methods", "greedy", "metric-weighted", "--temperature", 0.05]
     assert sweep(*methods, "--select", "val_loss", "--output", "best") == 0
     states = [model(seed)["a.weight"] for seed in range(5)]
@@ -192,6 +192,7 @@ def test_greedy_soup_and_weights_by_metric(run):
         mean = torch.stack([states[j] for j in sorted([*kept, i])]).mean(0)
         if (loss := float(((mean - 1) ** 2).mean())) <= best:
             kept, best = sorted([*kept, i]), loss
+    assert "single checkpoints scatter by" in capsys.readouterr().err
     rows = table("best-sweep")
     soup = f"greedy [{','.join(str(i + 1) for i in kept)}]"
     assert float(rows[soup]["val_loss"]) == pytest.approx(best, rel=1e-5)
@@ -287,6 +288,7 @@ def test_nothing_that_is_there_is_replaced(run, capsys):
     assert sweep("--select", "val_loss", "--output", "mine") == 1
     assert sweep("--select", "val_loss", "--output", "run", "--force") == 1
     assert sweep("--select", "val_loss", "--results", "run") == 1
+    assert sweep("--select", "val_loss", "--output", "new", "--results", "new/scores") == 1
     assert sorted(os.listdir("mine")) == ["notes.txt"]
     assert len(os.listdir("run")) == 5
 
@@ -312,6 +314,23 @@ def test_a_dry_run_writes_nothing(run, capsys):
     assert "would read run/step=100.safetensors" in printed
     assert "sma-5, greedy-5 (a search)" in printed
     assert sorted(run.rglob("*")) == before
+
+
+def test_adapters_are_refused_whose_factors_have_no_mean(run, capsys):
+    folders = [run / f"adapters/step={step}" for step in (1, 2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+        name = "base_model.model.q_proj.lora_"
+        save_file({f"{name}{f}.weight": t for f, t in factors.items()}, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    scored = ["--evaluate", "scoring:loss", "--results", "scores"]
+    assert main(["sweep", *map(str, folders), *scored]) == 1
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    assert main(["merge", *map(str, folders), "--optimizer-state", "--output", "out"]) == 1
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    assert not Path("scores").exists()
 
 
 def test_usage_is_told(run, capsys):
