@@ -256,16 +256,12 @@ class StepStatistics:
         ranks = self._ranks
         on_device, self._on_device = self._on_device, False
         if ranks.group is not None:
-            read = send_sum(own.sums(self._counts, several=True), ranks, self._device)
+            read = send_sum(own.sums(self._counts), ranks, self._device)
             return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
         if not on_device:
-            return _Pending(step, self.names, _reduced(own.sums(self._counts), 1))  # type: ignore[arg-type]
-        read, counts = send(own.parts(), are_own=True), self._counts
-        return _Pending(
-            step,
-            self.names,
-            wait=lambda within: _reduced(own.of(read(within)).sums(counts), 1),  # type: ignore[arg-type]
-        )
+            return _Pending(step, self.names, own.alone())
+        read = send(own.parts(), are_own=True)
+        return _Pending(step, self.names, wait=lambda within: own.of(read(within)).alone())
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
         """Advances the clock by a step's tokens, unless that is done already."""
@@ -313,13 +309,18 @@ class _Own(NamedTuple):
         tokens, scale, *scalars = parts[end:]
         return _Own([*parts[:begin]], self.factors, [*parts[begin:end]], tokens, scale, [*scalars])
 
-    def sums(self, counts: bool, several: bool = False) -> list[float | Tensor]:
+    def alone(self) -> _Sums:
+        """The sums of a lone rank, once all is on the host."""
+        mean = _sum(self.losses, self.factors) / len(self.losses) if self.losses else None
+        norm = sum(norm**2 for norm in self.norms) ** 0.5 if self.norms else None
+        return _Sums(mean, norm, self.scale or None, self.tokens, self.scalars)  # type: ignore[arg-type]
+
+    def sums(self, counts: bool) -> list[float | Tensor]:
         """What is summed over the ranks."""
         loss, count = _sum(self.losses, self.factors), float(len(self.losses))
         counted = [loss, count, self.tokens] if counts else [0.0, 0.0, 0.0]
         square = sum(norm**2 for norm in self.norms) if self.norms else 0.0
-        bad = _is_bad(loss) if several else 0.0
-        return [*counted, bad, square, float(len(self.norms)), self.scale, *self.scalars]
+        return [*counted, _is_bad(loss), square, float(len(self.norms)), self.scale, *self.scalars]
 
 
 class _Sums(NamedTuple):
@@ -390,10 +391,13 @@ def dense(gradient: Tensor) -> Tensor:
 
 def _own(value: Tensor | float) -> Tensor | float:
     """A copy that no later step overwrites; a plain number if that needs no waiting."""
-    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor; importing its class takes a second
-        value = full_tensor()
-    if not isinstance(value, Tensor):
-        return value
+    if type(value) is not Tensor:  # which it nearly always is, and looking for what it lacks takes a while
+        if full_tensor := getattr(
+            value, "full_tensor", None
+        ):  # a DTensor; its class takes a second to import
+            value = full_tensor()
+        if not isinstance(value, Tensor):
+            return value
     if not value.is_cuda:
         return (value if value.numel() == 1 else value.detach().double().mean()).item()
     if value.numel() != 1:
