@@ -42,7 +42,7 @@ from merge_callback import CheckpointMergeCallback, SpikeOptions
 from merge_callback.demo.spike import SpikePlan, SpikeRun, merging, read_events, train
 from merge_callback.demo.spike_curves import SMOOTH, smoothed
 from merge_callback.snapshots.arena import Arena
-from merge_callback.snapshots.arena_merge import merge_arenas
+from merge_callback.snapshots.arena_merge import Sum, merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
 
 PLAN = SpikePlan(steps=1500)
@@ -178,7 +178,7 @@ class TimeRestores(Callback):
         out = Arena.empty(session.window.store.layout)
         recovery = session.spikes.policy.recovery
         for _ in range(self.repeats):
-            self._time("merge", lambda: merge_arenas([1 / 3] * 3, arenas, out))
+            self._time("merge", lambda: merge_arenas(arenas, [Sum([1 / 3] * 3, out)]))
             self._time("copy", lambda: out.copy_to(model.tensors))
             self._time("reset", lambda: recovery._set_back(trainer.optimizers[0], True))
             self._time("restore", lambda: recovery.restore(snapshots, trainer.global_step, 1.0))

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from merge_callback.checkpoints.load_merge import load_merge
     from merge_callback.diversity import RMSDiversity
     from merge_callback.merging import METHODS, merge_state_dicts, register_method
+    from merge_callback.merging.running import PowerEma, RunningEma, RunningWsm, SmaSince
+    from merge_callback.offline.posthoc import posthoc_ema
     from merge_callback.recovery.spike_policy import TrainingDivergedError
     from merge_callback.spike_options import SpikeOptions
     from merge_callback.trainers.lightning.adaptive_decay import WarmupAdaptiveDecay
@@ -20,13 +22,18 @@ __all__ = [
     "METHODS",
     "CheckpointMergeCallback",
     "CheckpointMerger",
+    "PowerEma",
     "ProbeOptions",
     "RMSDiversity",
+    "RunningEma",
+    "RunningWsm",
+    "SmaSince",
     "SpikeOptions",
     "TrainingDivergedError",
     "WarmupAdaptiveDecay",
     "load_merge",
     "merge_state_dicts",
+    "posthoc_ema",
     "register_method",
 ]
 
@@ -34,13 +41,18 @@ _HOMES = {
     "CheckpointMergeCallback": "trainers.lightning.callback",
     "CheckpointMerger": "trainers.loop",
     "METHODS": "merging",
+    "PowerEma": "merging.running",
     "ProbeOptions": "probe_options",
     "RMSDiversity": "diversity",
+    "RunningEma": "merging.running",
+    "RunningWsm": "merging.running",
+    "SmaSince": "merging.running",
     "SpikeOptions": "spike_options",
     "TrainingDivergedError": "recovery.spike_policy",
     "WarmupAdaptiveDecay": "trainers.lightning.adaptive_decay",
     "load_merge": "checkpoints.load_merge",
     "merge_state_dicts": "merging",
+    "posthoc_ema": "offline.posthoc",
     "register_method": "merging",
 }
 

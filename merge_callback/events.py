@@ -96,10 +96,11 @@ KINDS: tuple[Kind, ...] = (
         "validation",
         "after a validation",
         {
-            "scores": "by whose they are (`live`, `merged`): every metric, by its name",
+            "scores": "by whose they are (`live`, `merged`, a candidate's name): every metric, by its name",
             "gains": "of the merge, by metric; positive is better",
             "merge": "step of the merge that was validated; null if there is no new one",
             "seconds": "that the merged validation took; null if there was none",
+            "candidates": "what `merge.json` says of them; null without",
         },
     ),
     Kind(

@@ -13,7 +13,7 @@ class Metric:
 
     Args:
         name: as loggers and ``callback_metrics`` have it; ``<name>`` stands for a metric of the validation,
-            ``<sibling>`` for the name of an expert.
+            ``<sibling>`` for the name of an expert, ``<candidate>`` for that of a candidate.
         meaning: one sentence.
         logged: at which steps.
         unit: of the value.
@@ -71,6 +71,25 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         f"{GAIN}<name>",
         "How much better the merge scores than the live weights; positive is always better.",
+        _VALIDATION,
+        "that of the metric",
+    ),
+    Metric(
+        f"{MERGED}<candidate>/<name>",
+        "The same of each candidate, with `candidates=`, on `evaluate_batches` if that is given; "
+        "`merged/<name>` is the best one's.",
+        _VALIDATION,
+        "that of the metric",
+    ),
+    Metric(
+        f"{MERGED_EVAL}<candidate>_eval_<name>",
+        "The same, as the Hugging Face Trainer names it.",
+        _VALIDATION,
+        "that of the metric",
+    ),
+    Metric(
+        f"{GAIN}<candidate>/<name>",
+        "How much better a candidate scores than the live weights on the same batches.",
         _VALIDATION,
         "that of the metric",
     ),

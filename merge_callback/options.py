@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from merge_callback.candidate_options import check_comparison, check_fits, resolve_candidates
 from merge_callback.checks import (
     not_negative,
     one_of,
@@ -21,7 +22,8 @@ from merge_callback.checks import (
     resolve_size,
     true_or_false,
 )
-from merge_callback.merging import MergeMethod, Sma, Weighted, resolve_method
+from merge_callback.merging import MergeMethod, resolve_method
+from merge_callback.merging.running import RunningAverage, resolve_running
 from merge_callback.probe_options import ProbeOptions, resolve_probe
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.storage import STORAGES
@@ -31,8 +33,8 @@ from merge_callback.urls import file_system_of, is_remote, local_path
 DEFAULT_TOKENS = 4_000_000_000
 """Spacing of the snapshots in tokens: 4B suits 0.7B and 7B models (arXiv 2505.12082, section 4.3)."""
 
-AUTO = {"stable": "sma", "decay": "ties"}
-"""The default method of each phase that is merged."""
+AUTO = {"stable": "sma", "decay": "ema"}
+"""The default method of each phase that is merged, by the comparison in ``docs/evidence.md``."""
 
 MERGED_PHASES = tuple(AUTO)
 
@@ -43,6 +45,8 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "every_n_steps": None,
         "count_tokens": None,
         "method": "auto",
+        "candidates": None,
+        "select": None,
         "storage": "auto",
         "durable": True,
         "snapshot_dtype": None,
@@ -56,7 +60,9 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "max_shard_size": "5GB",
         "evaluate": True,
         "evaluate_with": (),
+        "evaluate_batches": None,
         "diversity_lag": 2,
+        "running": (),
         "probe": None,
         "exclude": (),
         "lora": "delta",
@@ -98,8 +104,9 @@ class Options:
     unit: Literal["tokens", "steps"]
     count_tokens: Callable[[Any], int] | None
     methods: dict[str, MergeMethod]
-    automatic: frozenset[str]
-    """The phases whose method is ours to choose."""
+    candidates: dict[str, MergeMethod]
+    """What else the window is merged by, by name; the default method is none of them."""
+    select: str | None
     storage: str
     durable: bool
     snapshot_dtype: torch.dtype | None
@@ -114,7 +121,9 @@ class Options:
     max_shard_bytes: int
     evaluate: bool
     evaluate_with: tuple[str, ...]
+    evaluate_batches: int | None
     diversity_lag: int
+    running: Mapping[str, RunningAverage]
     probe: ProbeOptions | None
     exclude: tuple[str, ...]
     lora: str
@@ -144,13 +153,18 @@ class Options:
             given["method"] = "auto"  # the given one is that of the experts
             if not given["evaluate"]:
                 raise ValueError("evaluate=False and experts=[…] were both given: the merge is evaluated")
+        methods = resolve_methods(given["method"], given["window"])
+        candidates = resolve_candidates(given["candidates"], methods, given["window"])
+        check_comparison(given, candidates)
+        batches = given["evaluate_batches"]
         return cls(
             window=resolve_window(given["window"]),
             every=every,
             unit=unit,
             count_tokens=resolve_counter(given["count_tokens"]),
-            methods=resolve_methods(given["method"], given["window"]),
-            automatic=frozenset(p for p, m in _by_phase(given["method"]).items() if m == "auto"),
+            methods=methods,
+            candidates=candidates,
+            select=given["select"],
             storage=resolve_storage(given["storage"], given["durable"]),
             durable=true_or_false("durable", given["durable"]),
             snapshot_dtype=resolve_dtype("snapshot_dtype", given["snapshot_dtype"]),
@@ -164,7 +178,9 @@ class Options:
             max_shard_bytes=resolve_size("max_shard_size", given["max_shard_size"]),
             evaluate=true_or_false("evaluate", given["evaluate"]),
             evaluate_with=resolve_classes(given["evaluate_with"]),
+            evaluate_batches=None if batches is None else positive("evaluate_batches", batches),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
+            running=resolve_running(given["running"]),
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),
@@ -180,13 +196,6 @@ class Options:
         first = {"window": self.window, f"every_n_{self.unit}": self.every, "method": "auto"}
         shown = {**first, **self.given, f"every_n_{self.unit}": self.every}
         return ", ".join(f"{n}={v:_}" if type(v) is int else f"{n}={v!r}" for n, v in shown.items())
-
-    def for_adapters(self) -> Options:
-        """The options for a model with LoRA adapters: ``sma`` where the method is ours to choose.
-
-        ``ties`` would elect signs in A and B apart; adapters lose most by it (*Less Is More*, §4).
-        """
-        return replace(self, methods=self.methods | {phase: Sma() for phase in self.automatic})
 
 
 def resolve_window(window: int) -> int:
@@ -244,8 +253,7 @@ def resolve_interval(
 def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]:
     """The method of each phase.
 
-    ``"auto"`` is ``sma`` in the stable phase and ``ties`` in the decay (Practical Guidelines, table 3), and
-    of LoRA adapters ``sma`` in both. A mapping may leave a phase to ``auto``.
+    ``"auto"`` is ``sma`` in the stable phase and ``ema`` in the decay. A mapping may leave a phase to it.
 
     Raises:
         ValueError: for an unknown phase, method or option, or for weights that don't fit a window while it
@@ -262,20 +270,7 @@ def resolve_methods(method: MethodOption, window: int) -> dict[str, MergeMethod]
     except ValueError as error:
         raise ValueError(f"method={method!r}: {error}") from None
     for chosen_method in methods.values():
-        if (last := chosen_method.newest) is not None and last > window:
-            raise ValueError(
-                f"method={chosen_method!r} merges the last {last} of a window of {window} "
-                f"snapshots: choose a smaller last=, or window={last}"
-            )
-    for weighted in (m for m in methods.values() if isinstance(m, Weighted)):
-        for size in range(2, window + 1):
-            try:
-                weighted.normalised_weights([float(i) for i in range(size)])
-            except ValueError as error:
-                raise ValueError(
-                    f"method={weighted!r} does not fit window={window}: {error}, or choose "
-                    f"window={len(weighted.weights)}"
-                ) from None
+        check_fits(f"method={chosen_method!r}", chosen_method, window)
     return methods
 
 

@@ -115,7 +115,7 @@ def names(tmp_path, monkeypatch):
     for name in METHODS.keys() - known:
         del METHODS[name]
     READERS[:] = readers
-    for module in ("my_methods", "my_probe"):
+    for module in ("my_methods", "my_module", "my_probe"):
         sys.modules.pop(module, None)
 
 
@@ -127,7 +127,14 @@ def write_checkpoints() -> list[Path]:
         for step in (0, 10, 20, 30):
             state = {"layer.weight": torch.randn(4, 4), "layer.router_bias": torch.randn(4)}
             path = Path(folder) / (f"epoch=0-step={step}.ckpt" if step else "first.ckpt")
-            torch.save({"state_dict": state, "global_step": step, "pytorch-lightning_version": "2.6.6"}, path)
+            moments = {"exp_avg": torch.randn(4, 4), "exp_avg_sq": torch.rand(4, 4), "step": step}
+            optimizer = {"state": {0: moments}, "param_groups": [{"params": [0]}]}
+            content = {
+                "global_step": step,
+                "pytorch-lightning_version": "2.6.6",
+                "optimizer_states": [optimizer],
+            }
+            torch.save({"state_dict": state, **content}, path)
             written.append(path)
     shutil.copy("run/first.ckpt", "base.ckpt")
     for folder in ("run-a/final", "run-b/final"):
@@ -180,12 +187,19 @@ def build():
 """
 
 
+MY_MODULE = """
+def evaluate(state):
+    return {"val_loss": state["layer.weight"].square().mean()}
+"""
+
+
 def provide(part: str, names: dict) -> None:
     """Adds what only some pages need, and what is dear to make."""
     if "paths" in part or "merge-callback " in part:
         names["paths"] = write_checkpoints()[:4]
         Path("my_methods.py").write_text(MY_METHODS)
         Path("my_probe.py").write_text(MY_PROBE)
+        Path("my_module.py").write_text(MY_MODULE)
     if "logs/version_0/merges" in part:
         merging = CheckpointMergeCallback(every_n_steps=2, dirpath="logs/version_0/merges")
         train(small_model(), merging, data=names["data"], max_steps=8)
@@ -306,12 +320,14 @@ def test_all_that_is_logged_is_in_the_table(tmp_path):
     files = {"base": tmp_path / "base.safetensors", "experts": [tmp_path / "sibling.safetensors"]}
     options = {"dirpath": tmp_path / "merges", "count_tokens": lambda batch: 64, "method": Ties()}
     merging = CheckpointMergeCallback(every_n_steps=2, probe=True, **options, **files)
-    trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
+    comparing = CheckpointMergeCallback(every_n_steps=2, candidates=["wma"], dirpath=tmp_path / "compared")
+    trainer = train(small_model(), merging, comparing, data=Data(), max_steps=12, log_every_n_steps=1)
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)
     unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
     assert unseen == [
         "merged_eval_<name>",
+        "merged_<candidate>_eval_<name>",
         "merge/forecast/<name>",
         "merge/forecast_error/<name>",
         "merge_spike/baseline",

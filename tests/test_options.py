@@ -150,7 +150,7 @@ def test_strategies_whose_weights_would_be_guessed_at_are_refused(strategy, reas
 
 
 def test_a_window_that_cannot_fit_says_how_much_and_what_to_choose(tmp_path, monkeypatch):
-    monkeypatch.setattr("merge_callback.snapshots.storage._available_memory", lambda: 1000)
+    monkeypatch.setattr("merge_callback.snapshots.storage.available_memory", lambda: 1000)
     with pytest.raises(
         ValueError, match=r"needs 2.9 kB of cpu room and 1.0 kB are free: choose storage='disk'"
     ):

@@ -32,12 +32,13 @@ BOTTOM = [
     "signals",
     "spike_options",
     "probe_options",
+    "candidate_options",
     "merging",
     "diversity",
     "sharding",
     "reduce",
 ]
-ROOMS = [*TOP, *BOTTOM, "metrics", "events", "messages", "checks", "torch_metric", "urls"]
+ROOMS = [*TOP, *BOTTOM, "metrics", "events", "messages", "checks", "noise", "torch_metric", "urls"]
 """From the top to the bottom."""
 
 MAY_USE = {

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from merge_callback.analysis.tensor_blocks import BLOCK, as_reals, one_thread, shared_names, side_by_side
 from merge_callback.analysis.top_magnitude import keep_top, thresholds
-from merge_callback.merging.threshold import Part
+from merge_callback.merging.census import Part
 
 _CACHED = 1 << 12  # columns whose N·(N−1)/2 ratios are formed at once
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from merge_callback.merging.threshold import Part, alone, search_kth_largest
+from merge_callback.merging.census import Part
+from merge_callback.merging.threshold import search_kth_largest, together
 
 
 def thresholds(vectors: Sequence[Sequence[Part]], count: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +22,7 @@ def thresholds(vectors: Sequence[Sequence[Part]], count: int) -> tuple[Tensor, T
         The smallest magnitude kept, fp32 ``(N,)``, and how many entries of exactly that magnitude to keep,
         int64 ``(N,)``: those with lower indices first.
     """
-    found = [alone(search_kth_largest(parts, count)) for parts in vectors]
+    found = together([search_kth_largest(parts, count) for parts in vectors])
     return torch.tensor([each.magnitude for each in found]), torch.tensor([each.kept for each in found])
 
 

@@ -114,6 +114,7 @@ def _card(folder: Path, record: Mapping[str, Any], like: Path | None) -> str:
         _how(method, sources),
         _table(sources, record.get("weights")),
         _metrics(record.get("metrics") or {}),
+        _candidates(_mapping(record.get("candidates"))),
         *_use(folder, config, base if adapter else ""),
         f"`{PROVENANCE}` records how the merge was made, with checksums"
         + (f"; `{CARD_BEFORE}` is the card of a checkpoint." if (folder / CARD_BEFORE).exists() else "."),
@@ -160,6 +161,26 @@ def _metrics(metrics: Mapping[str, Mapping[str, float]]) -> str:
     """What the merge scored in the run's validation, beside the model that was trained."""
     rows = [(name, f"{s['merged']:.6g}", f"{s['live']:.6g}") for name, s in metrics.items()]
     return _markdown(["metric", "merged", "last checkpoint"], rows) if rows else ""
+
+
+def _candidates(found: Mapping[str, Any]) -> str:
+    """What the other merges of the same snapshots scored, by the metric that chose."""
+    metric = found.get("select")
+    if metric is None:
+        return ""
+    rows = [
+        (
+            f"**{one['name']}**" if one["name"] == found["selected"] else one["name"],
+            str(one["snapshots"]),
+            *(f"{one[kind][metric]:.6g}" if metric in one[kind] else "" for kind in ("metrics", "gains")),
+        )
+        for one in found["scores"]
+    ]
+    spread = found.get("spread")
+    noise = f" The live {metric} scatters by {spread:.2g} between validations." if spread else ""
+    part = f" on the first {found['batches']} batches" if found.get("batches") else ""
+    text = f"It was chosen among {len(rows)} merges by {metric}{part}.{noise}"
+    return f"{text}\n\n{_markdown(['candidate', 'snapshots', metric, 'gain'], rows)}"
 
 
 def _use(folder: Path, config: Mapping[str, Any], base: str) -> Iterator[str]:

@@ -10,12 +10,14 @@ from merge_callback.checkpoints.lightning_merge import LightningMergeReader
 from merge_callback.checkpoints.pytorch_file import PytorchReader
 from merge_callback.checkpoints.reader import Reader
 from merge_callback.checkpoints.run_snapshot import ShardedSnapshotReader
+from merge_callback.checkpoints.running_average import RunningAverageReader
 from merge_callback.checkpoints.safetensors_file import SafetensorsReader
 from merge_callback.checkpoints.safetensors_folder import SafetensorsFolderReader
 
 READERS: list[Reader] = [
     DistributedReader(),
     ShardedSnapshotReader(),
+    RunningAverageReader(),
     LightningMergeReader(),
     BinFolderReader(),
     SafetensorsFolderReader(),

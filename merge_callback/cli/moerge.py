@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from merge_callback.cli.dry_run import HELP, reads, size_of, tell_dry
 from merge_callback.cli.imports import import_named
+from merge_callback.engine.plan import in_bytes
 from merge_callback.moerge import MoergedLinear, moerge, save_moerged
 from merge_callback.moerge.model import RECORD
 from merge_callback.offline.output_folder import OutputFolder
@@ -60,6 +62,7 @@ def add_moerge(parser: argparse.ArgumentParser) -> None:
         default="abs",
         help="experts are ranked by |R x|, as in Arrow, or by R x, as in eq. 2 of the paper (%(default)s)",
     )
+    add("--dry-run", action="store_true", help=HELP)
 
 
 def _moerge(parsed: argparse.Namespace) -> int:
@@ -68,6 +71,12 @@ def _moerge(parsed: argparse.Namespace) -> int:
     folder = OutputFolder(parsed.output, force=False, sources=())
     is_own = ":" in parsed.base and not Path(parsed.base).exists()
     base = _own(parsed.base) if is_own else _pretrained(Path(parsed.base))
+    if parsed.dry_run:
+        adapters = [Path(adapter) for adapter in parsed.adapters]
+        total = in_bytes(sum(map(size_of, adapters)))
+        return tell_dry(
+            [*reads(adapters), f"would write {len(adapters)} experts to {parsed.output}, about {total}"]
+        )
     torch.manual_seed(0)  # of --init random: the same command makes the same file
     model = moerge(base, parsed.adapters, parsed.k, parsed.init, parsed.score)
     with folder.draft() as draft:

@@ -6,16 +6,19 @@ import sys
 import traceback
 import warnings
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from merge_callback import CheckpointMergeCallback, load_merge
+from merge_callback.checkpoints.load_merge import named_for
 
 
 class FitOptionsError(ValueError):
@@ -119,6 +122,74 @@ def check(arguments: Sequence[str]) -> tuple[list[CheckpointMergeCallback], int 
     raise AssertionError
 
 
+def validation(arguments: Sequence[str]) -> Callable[[dict[str, Tensor]], dict[str, float]]:
+    """A function that scores a state dict by the validation of `fit`'s module and data, as `fit` makes them.
+
+    The trainer has one device, and no logger and no callbacks. Each validation begins with the same seed.
+
+    Raises:
+        FitOptionsError: if LightningCLI refuses an argument; by the function, if a state dict does not fit.
+    """
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        _run(_Validating, [*arguments, *_PLAIN_TRAINER], exit_on_error=False)
+    except ArgumentError as error:
+        raise FitOptionsError(_shortened(str(error))) from None
+    except (ValueError, MisconfigurationException) as error:
+        raise FitOptionsError(" ".join(str(_first_cause(error)).split())) from None
+    except _Made as made:
+        return made.cli.validated
+    finally:
+        sys.path.remove(here)
+    raise AssertionError
+
+
+_PLAIN_TRAINER = [
+    "--trainer.devices=1",
+    "--trainer.num_nodes=1",
+    "--trainer.strategy=auto",
+    "--trainer.logger=false",
+    "--trainer.callbacks=null",
+    "--trainer.enable_checkpointing=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+]
+
+
+class _Made(Exception):  # noqa: N818
+    """Ends the command line of `_Validating` with what it has made."""
+
+    def __init__(self, cli: "_Validating") -> None:
+        super().__init__()
+        self.cli = cli
+
+
+class _Validating(MergeCLI):
+    """Makes module, data and trainer as `fit` does, and trains nothing."""
+
+    def before_fit(self) -> None:
+        """Ends it."""
+        raise _Made(self)
+
+    def validated(self, state: Mapping[str, Tensor]) -> dict[str, float]:
+        """The metrics of a validation with these weights."""
+        module, trainer = self.model, self.trainer
+        assert isinstance(module, LightningModule)
+        assert isinstance(trainer, Trainer)
+        try:
+            module.load_state_dict(named_for(module, state))
+        except RuntimeError as error:
+            raise FitOptionsError(
+                f"the merge does not fit the model of --config: {' '.join(str(error).split()):.300}"
+            ) from None
+        seed = self.config.fit.seed_everything
+        with isolate_rng():
+            seed_everything(seed if type(seed) is int else 0, workers=True, verbose=False)
+            found = trainer.validate(module, datamodule=self.datamodule, verbose=False)
+        return {name: float(value) for metrics in found for name, value in metrics.items()}
+
+
 class _Read(Exception):  # noqa: N818
     """Ends `_Checking` with what it has read."""
 
@@ -175,6 +246,7 @@ def _run(kind: type[MergeCLI], arguments: Sequence[str], exit_on_error: bool = T
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        save_config_callback=None if kind is _Validating else SaveConfigCallback,
         parser_kwargs={"prog": "merge-callback", **options, "fit": {**options, "description": _FIT}},
         args=["fit", *arguments],
     )

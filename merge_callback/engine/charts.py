@@ -70,16 +70,28 @@ class Charts:
     def layout(self, metrics: Collection[str]) -> dict[str, dict[str, list[Any]]]:
         """The layout as ``add_custom_scalars`` takes it: by category and title, with patterns of tags."""
         # Logged per step and epoch, a metric is ``x_epoch`` to Lightning's loggers; ``x`` is no curve.
-        names = sorted(name for name in metrics if f"{name}_epoch" not in metrics)
+        every = sorted(name for name in metrics if f"{name}_epoch" not in metrics)
+        of = {name: [n[: -len(name) - 1] for n in every if n.endswith(self._end(name))] for name in every}
+        names = [name for name in every if not any(name.endswith(self._end(other)) for other in every)]
+        merged = {n: [f"{self._merged}{c}{self._end(n)}" for c in of[n]] for n in names}
         charts = {
-            "Live and merged": {name: [name, f"{self._merged}{name}", f"{FORECAST}{name}"] for name in names},
-            "Gain of the merge": {name: [f"{GAIN}{name}"] for name in names},
+            "Live and merged": {
+                name: [name, f"{self._merged}{name}", *merged[name], f"{FORECAST}{name}"] for name in names
+            },
+            "Gain of the merge": {
+                name: [f"{GAIN}{name}", *(f"{GAIN}{candidate}/{name}" for candidate in of[name])]
+                for name in names
+            },
             **_BESIDE,
         }
         return {
             category: {title: ["Multiline", [*map(self._pattern, tags)]] for title, tags in titles.items()}
             for category, titles in charts.items()
         }
+
+    def _end(self, name: str) -> str:
+        """How the name of a candidate's metric ends, whose metric is called ``name``."""
+        return f"{self._merged[-1]}{name}"
 
     def _pattern(self, name: str) -> str:
         return f"{re.escape(self._tag(name))}$"

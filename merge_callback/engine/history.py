@@ -7,15 +7,24 @@ from collections import deque
 from collections.abc import Collection, Mapping
 from typing import Any, SupportsFloat
 
+from merge_callback.noise import spread
 from merge_callback.snapshots.snapshot import Snapshot
+
+_NEAR = 16  # validations whose noise is measured
 
 _MOST = 10_000  # rows that are kept: in a checkpoint they take a few megabytes
 
 
 class History:
-    """The newest 10,000 rows of a run: one for each snapshot and for each validation, in their order."""
+    """The newest 10,000 rows of a run: one for each snapshot and for each validation, in their order.
 
-    def __init__(self) -> None:
+    Args:
+        select: the metric that merges are compared by; ``None`` for the first by its name whose direction is
+            known, a loss before others.
+    """
+
+    def __init__(self, select: str | None = None) -> None:
+        self.select = select
         self.rows: deque[dict[str, Any]] = deque(maxlen=_MOST)
         self.lower: dict[str, bool] = {}  # whether lower is better, by the name of a live metric
 
@@ -56,21 +65,43 @@ class History:
     def ranked(self, steps: Collection[int]) -> list[int]:
         """The steps of those merges that were validated, the one that scored best first.
 
-        The metric is the first one by its name whose direction is known, a loss before others.
-
         Args:
             steps: of the merges in question, those of their newest snapshots.
         """
-        metrics = sorted(self.lower, key=lambda name: ("loss" not in name, name))
-        for metric in metrics[:1]:
-            sign = 1 if self.lower[metric] else -1
-            scores = {
-                row["merge_step"]: sign * score
-                for row in list(self.rows)  # in one piece: training may add rows
-                if row.get("merge_step") in steps and math.isfinite(score := _merged(row, metric))
-            }
-            return sorted(scores, key=lambda step: (scores[step], -step))
-        return []
+        if (metric := self.chosen(self.lower)) is None:
+            return []
+        sign = 1 if self.lower[metric] else -1
+        scores = {
+            row["merge_step"]: sign * score
+            for row in list(self.rows)  # in one piece: training may add rows
+            if row.get("merge_step") in steps and math.isfinite(score := _merged(row, metric))
+        }
+        return sorted(scores, key=lambda step: (scores[step], -step))
+
+    def chosen(self, metrics: Collection[str]) -> str | None:
+        """The metric that merges are compared by, of some with a known direction; ``None`` if it is none."""
+        if self.select is not None:
+            return self.select if self.select in metrics else None
+        return min(metrics, key=lambda name: ("loss" not in name, name), default=None)
+
+    def spread(
+        self, metric: str, phase: str, newest: Mapping[str, SupportsFloat] | None = None
+    ) -> float | None:
+        """The standard deviation of a live metric's noise in the last 16 validations of a phase.
+
+        Args:
+            metric: its name.
+            phase: of the learning rate; earlier phases do not count.
+            newest: what the live weights score in a validation that is not noted yet.
+        """
+        values = [float(newest[metric])] if newest and metric in newest else []
+        for row in reversed(list(self.rows)):
+            if row["event"] == "validation":
+                if row.get("phase") != phase or len(values) == _NEAR:
+                    break
+                if math.isfinite(value := float(row.get(metric, math.nan))):
+                    values.append(value)
+        return spread(values)
 
     def scores(self, merge_step: int) -> dict[str, dict[str, float]]:
         """What a merge and the live weights scored in its validation, by metric; empty if there was none.

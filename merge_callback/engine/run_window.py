@@ -12,6 +12,7 @@ import torch
 from merge_callback.checks import DTYPES
 from merge_callback.engine.model_parts import global_tensors
 from merge_callback.engine.run_folder import RunFolder
+from merge_callback.merging.power_iteration import vectors_of
 from merge_callback.messages import warn
 from merge_callback.options import Options
 from merge_callback.publish.export import Naming
@@ -20,6 +21,7 @@ from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.codecs import CODECS
 from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.running import RunningAverages
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
 from merge_callback.snapshots.window_folder import WINDOW
@@ -58,6 +60,31 @@ def new_window(
         frozen=model.frozen,
     )
     return Window(options.window, store, folder.run_id)
+
+
+def running_averages(
+    options: Options, model: ModelTensors, window: Window, device: torch.device
+) -> RunningAverages | None:
+    """The running averages that the options ask for; ``None`` if they ask for none.
+
+    What is excluded, most of a frozen model, masks and the vectors of spectral norm are left out.
+
+    Args:
+        options: the options of merging.
+        model: the live model's tensors.
+        window: the run's window.
+        device: the device that training uses.
+    """
+    if not options.running:
+        return None
+    masks = {name for name in model.buffers if not all_finite(model.tensors[name])}
+    left_out = {
+        *masks,
+        *model.matching(options.exclude),
+        *vectors_of(model.tensors),
+        *window.store.expected,
+    }
+    return RunningAverages(options.running, model.tensors, left_out, window, device)
 
 
 def still_needed(window: Window, count: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,8 @@ from merge_callback.analysis.layer_groups import layer_groups
 from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
+from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores, Source
+from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
 from merge_callback.engine.validations import Scored, closing_line, gains
@@ -33,6 +35,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
+from merge_callback.snapshots.running import RunningAverages, Stored
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 
@@ -41,6 +44,8 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PATIENCE = 600.0  # seconds that a checkpoint waits for the work under way
+
+_OFTEN = 2  # intervals in a row with a validation, after which the next one is expected to have one
 
 _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
@@ -57,7 +62,17 @@ class _Report:
     segment: list[Snapshot] = field(default_factory=list)
     diversity: dict[str, Any] | None = None
     features: Features | None = None
+    averages: Sequence[Stored] = ()
     functional: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class _Held:
+    """A merge that is published once it is validated, and what is known of it."""
+
+    merge: Merge
+    model: ModelTensors
+    diversity: dict[str, Any] | None
 
 
 class SnapshotPipeline:
@@ -67,32 +82,60 @@ class SnapshotPipeline:
     merge. Until the first job is done, nothing else may use the window, nor communicate with the other ranks
     through its group: ``window``, ``merger`` and all their users wait for it.
 
+    A merge that is about to be validated is held back until then, so that its record tells what it scores,
+    and the best candidate is published in its place. Without a validation it is published at the next
+    snapshot.
+
     Args:
         options: the callback's options.
         host: the run.
         window: the run's window.
         publisher: publishes the emissions.
         naming: the published names of the tensors.
+        running: the running averages, if there are any.
     """
 
     def __init__(
-        self, options: Options, host: Host, window: Window, publisher: Publisher, naming: Naming
+        self,
+        options: Options,
+        host: Host,
+        window: Window,
+        publisher: Publisher,
+        naming: Naming,
+        running: RunningAverages | None = None,
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(window.store.live_device)
         self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
-        self._merger = WindowMerger(window, options.methods, lag, options.exclude, options.lora)
+        self._validates = options.evaluate and host.will_validate and options.experts is None
+        self._merger = WindowMerger(
+            window,
+            options.methods,
+            lag,
+            options.exclude,
+            options.lora,
+            candidates=options.candidates if self._validates else {},
+            processes=host.processes,
+        )
         self._exporter = Exporter(
             publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
         )
+        self.running = running
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
-        self.history = History()
+        self.history = History(options.select)
+        sources: list[Source] = [self._merger, *([running] if running else [])]
+        self.candidates = Candidates(sources, options.evaluate_batches, window.ranks, self.history)
+        self._held: _Held | None = None  # the merge that waits for its validation
+        self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
+        self._validated = False  # whether there was a validation since the last snapshot
+        self._often = 0  # of how many intervals up to there that is so, without a break
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
         self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
+        self._is_stable = False  # whether that is of the stable phase
         self.published = 0  # number of merges
         trained = window.store.whole.only(window.store.whole.names - window.store.expected)
         numel = sum(group.numel for group in trained.groups)
@@ -141,12 +184,19 @@ class SnapshotPipeline:
         """
         stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
+        self._release()
+        self._often, self._validated = (self._often + 1 if self._validated else 0), False
+        # Where validations are rarer than snapshots, most merges would wait for one in vain.
+        is_likely = self._often >= _OFTEN or self.host.validates_now
+        hold = self._validates and (bool(self.candidates.names) or is_likely)
         report = _Report(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
+        report.averages = self.running.copies(snapshot.step) if self.running else []
         report.stall = stall + time.monotonic()
-        self._pending = self.background.submit(partial(self._keep, model, captured, report, may_publish))
+        emit = may_publish and self.options.emit_every > 0
+        self._pending = self.background.submit(partial(self._keep, model, captured, report, emit, hold))
 
     def wait_until_merged(self) -> None:
         """Waits until the last snapshot is in the window, measured and merged; all ranks do so together."""
@@ -174,8 +224,9 @@ class SnapshotPipeline:
 
     def finish_what_is_begun(self) -> None:
         """Waits until the last snapshot is in the window and every submitted merge is published."""
-        self.background.drain()
         self.wait_until_merged()
+        self._release()
+        self.background.drain()
 
     def current_merge(self, model: ModelTensors, merger: WindowMerger | None = None) -> Merge | None:
         """The merge of the present window; ``None`` if there is none, or if it can't be made.
@@ -201,13 +252,36 @@ class SnapshotPipeline:
             self._advise(scored.newest.step, line)
         return metrics
 
-    def keep_validation(self, *found: Any) -> None:
-        """Keeps what a validation has found (see ``History``); another emission may be the best by it."""
+    def compare(
+        self, model: ModelTensors, default: Merge, evaluate: Evaluate, live: Scores, lower: Lower
+    ) -> Comparison | None:
+        """Validates the candidates; see ``Candidates.compare``.
+
+        Raises:
+            Exception: on all ranks, whatever ``evaluate`` raises.
+        """
+        return self.candidates.compare(model, default, evaluate, live, lower, default.snapshots[-1].phase)
+
+    def keep_validation(self, scored: Scored | None, *found: Any) -> None:
+        """Keeps what a validation has found, and publishes the merge that waited for it.
+
+        Args:
+            scored: what a merge scores, if one was validated.
+            *found: see ``History.add_validation``; another emission may be the best by it.
+        """
         self.history.add_validation(*found)
+        self._validated = True
+        if scored and scored.compared and (scored.compared.metric or self.options.select is None):
+            self._choice = {"step": scored.step, "record": scored.compared.record()}
+        is_decided = scored and (scored.compared is None or self._choice.get("step") == scored.step)
+        if scored and is_decided and self._held and self._held.merge.step == scored.step:
+            self._release()
         self.background.submit(self._protect)
 
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
+        self.wait_until_merged()
+        self._release()
         self.wait()
         return self._window.ranks.from_first(self.publisher.newest_up_to(step))
 
@@ -219,7 +293,7 @@ class SnapshotPipeline:
         self.background.drain()
         if self.publisher.published:
             best = next(iter(self._ranked()), None)
-            info(closing_line(self.advice.validations, self.published, self.publisher, best))
+            info(closing_line(self.advice.validations, self.published, self.publisher, best, self._spread()))
         elif self.options.experts is None:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
@@ -243,6 +317,13 @@ class SnapshotPipeline:
             return f"{count} ({phases}), but a merge takes two of one phase after the warm-up; {shorter}"
         return f"{count}, but their merge could not be made or written; see the warnings above"
 
+    def publish_held(self) -> None:
+        """Publishes what is held back when a run ends by an exception, unless other ranks may be gone."""
+        if self._window.ranks.size == 1:
+            self.wait()
+            self._release()
+            self.wait()
+
     def close(self) -> None:
         """Closes the process group of publishing. All ranks have to call this."""
         self.publish_group.close()
@@ -257,15 +338,21 @@ class SnapshotPipeline:
             self.log_pending()
         except Exception:  # a checkpoint is worth more than a curve
             log.exception("merge: a snapshot could not be logged")
+        running = {"running": self.running.state_dict(to_keep)} if self.running else {}
+        further = self.running.files.needed() if self.running else ()
         return {
+            **running,
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
             "handed_in": self._handed_in,
+            "is_stable": self._is_stable,
+            "choice": self._choice,
+            "validated": [self._validated, self._often],
             "published": list(self.publisher.published),
             "emissions": self.published,
             "last_stable": self._last_stable,
             "advice": self.advice.state_dict(),
-            "window": self._window.state_dict(to_keep),
+            "window": self._window.state_dict(to_keep, further),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
             "history": self.history.state_dict(),
@@ -280,15 +367,20 @@ class SnapshotPipeline:
             self.advice.load_state_dict(state["advice"])
         self.history.load_state_dict(state.get("history", {}))
         self._last_stable = state.get("last_stable", -1)
+        self._choice = state.get("choice", {})
+        self._validated, self._often = state.get("validated", (False, 0))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
+        if state.get("is_stable") and self._emitted == state["handed_in"]:  # published after the checkpoint
+            self._last_stable = self._emitted
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
-        """Publishes the last merge that the resumed run submitted but did not publish."""
+        """Publishes what the resumed run was to publish but did not, or holds it back again."""
         last = state.get("handed_in", -1)
         if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
-            self.background.submit(partial(self._emit, model)).wait()
+            is_validated = last == self._choice.get("step") or bool(self.history.scores(last))
+            self.background.submit(partial(self._emit, model, self._validates and not is_validated)).wait()
 
     def _capture(self, live: ModelTensors | Exception, step: int) -> tuple[ModelTensors, Captured]:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
@@ -309,17 +401,23 @@ class SnapshotPipeline:
 
     # In the background, one job after the other.
 
-    def _keep(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+    def _keep(
+        self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool, hold: bool
+    ) -> None:
         """Adds a captured snapshot to the window, then measures, merges and publishes.
 
         A failure is logged; the run goes on.
         """
         try:
-            self._take_in(model, captured, report, may_publish)
+            if self.running:
+                self.running.store(report.averages)
+            self._take_in(model, captured, report, may_publish, hold)
         except Exception:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
-    def _take_in(self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool) -> None:
+    def _take_in(
+        self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool, hold: bool
+    ) -> None:
         seconds = -time.monotonic()
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
         if not self._append(report.snapshot, captured):
@@ -327,11 +425,10 @@ class SnapshotPipeline:
         self._taken += 1
         if self.probe and report.features:
             report.functional = self.probe.compare(report.features)
-        emit = may_publish and self.options.emit_every > 0 and self._taken % self.options.emit_every == 0
-        evaluate = self.options.evaluate and self.host.will_validate and self.options.experts is None
-        self._without_altered(partial(self._merger.measure, model, merge=emit or evaluate))
+        emit = may_publish and self._taken % self.options.emit_every == 0
+        self._without_altered(partial(self._merger.measure, model, merge=emit or self._validates))
         if emit:
-            self._emit(model)
+            self._emit(model, hold)
         report.window, report.segment = len(self._window), self._window.segment()
         report.diversity = self._merger.diversity
         self._reports.append(report)
@@ -369,39 +466,58 @@ class SnapshotPipeline:
             warn(f"merge: the snapshot of step {snapshot.step} could not be kept in a file ({error})")
         return bool(self._window.snapshots) and self._window.snapshots[-1] is snapshot
 
-    def _emit(self, model: ModelTensors) -> None:
-        """Publishes the merge of the present window, if it is new."""
+    def _emit(self, model: ModelTensors, hold: bool = False) -> None:
+        """Publishes the merge of the present window, if it is new, or holds it back for its validation."""
         merge = self.current_merge(model)
         if merge is not None and merge.step != self._handed_in:
-            self._handed_in = merge.step
-            prepared = self._prepared(merge, model.tied)
-            done = self.background.submit(partial(self._publish, merge, prepared))
-            merge.published = done.wait
+            self._handed_in, self._is_stable = merge.step, merge.snapshots[-1].phase == "stable"
+            self._held = _Held(merge, model, self._merger.diversity)
+            merge.published = self._release_and_wait  # whoever needs its memory
+            if not hold:
+                self._release()
 
-    def _prepared(self, merge: Merge, tied: Mapping[str, str]) -> Callable[[], Path | None] | Exception:
-        """A function that publishes a merge, or the error that keeps this rank from it."""
-        try:
-            return self._exporter.prepare(
-                merge,
-                tied,
-                diversity=self._merger.diversity,
-                layout=self._window.store.whole.hash,
-                run_id=self._window.folder.run_id,
-                **({"metrics": scores} if (scores := self.history.scores(merge.step)) else {}),
-            )
-        except Exception as error:  # the other ranks have to learn of it
-            return error
+    def _release(self) -> None:
+        """Has the merge that is held back published; the best candidate in its place, once it is known."""
+        if self._held is None:
+            return
+        held, self._held = self._held, None
+        merge, held.merge.published = held.merge, None
+        record = self._choice["record"] if self._choice.get("step") == merge.step else {}
+        if record and record["selected"] != merge.name:
+            merge = self.candidates.merge(held.model, record["selected"]) or merge
+        done = self.background.submit(partial(self._publish, merge, held, record))
+        merge.published = done.wait
 
-    def _publish(self, merge: Merge, prepared: Callable[[], Path | None] | Exception) -> None:
+    def _release_and_wait(self) -> None:
+        if (held := self._held) is not None:
+            self._release()
+            held.merge.wait()
+
+    def _prepared(self, merge: Merge, held: _Held, record: Mapping[str, Any]) -> Callable[[], Path | None]:
+        """A function that publishes a merge."""
+        is_scored = not record or record["selected"] == merge.name
+        scores = self.history.scores(merge.step) if is_scored else {}
+        return self._exporter.prepare(
+            merge,
+            held.model.tied,
+            diversity=held.diversity,
+            layout=self._window.store.whole.hash,
+            run_id=self._window.folder.run_id,
+            **({"metrics": scores} if scores else {}),
+            **({"candidates": record} if record else {}),
+        )
+
+    def _publish(self, merge: Merge, held: _Held, record: Mapping[str, Any]) -> None:
         seconds = -time.monotonic()
         try:
-            self.publish_group.agree(prepared if isinstance(prepared, Exception) else None)
+            prepared = self.publish_group.agreed(partial(self._prepared, merge, held, record))
             if merge.snapshots[-1].phase == "stable":
                 self._last_stable = merge.step
             self._protect()
-            if not isinstance(prepared, Exception) and (folder := prepared()):
+            if folder := prepared():
                 self._record_emission(merge, folder, seconds + time.monotonic())
             self._emitted, self.published = merge.step, self.published + 1
+            self._protect()  # it may be the best
         except Exception as error:
             warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
 
@@ -431,6 +547,11 @@ class SnapshotPipeline:
             bytes=size,
             seconds=seconds,
         )
+
+    def _spread(self) -> float | None:
+        """The standard deviation of the noise of the live metric that is spoken of, in the present phase."""
+        known = self.advice.validations
+        return self.history.spread(known.metric, known.recent[-1].phase) if known.recent else None
 
     def _warn_of_cuts(self) -> None:
         for line in self._window.drop_cut():

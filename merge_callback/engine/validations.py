@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsFloat
 
+from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.forecast import forecast
 from merge_callback.engine.plan import from_here
 from merge_callback.metrics import FORECAST, FORECAST_ERROR, GAIN
@@ -49,6 +50,7 @@ class Scored:
         newest: that snapshot; ``None`` if the merge is not one of the window's.
         numbers: what else is logged.
         seconds: that the validation took; ``None`` if that is not known.
+        compared: what the candidates score, if there are any; the merge is the best one then.
     """
 
     metrics: Mapping[str, SupportsFloat]
@@ -58,6 +60,7 @@ class Scored:
     newest: Snapshot | None = None
     numbers: Mapping[str, float] = field(default_factory=dict)
     seconds: float | None = None
+    compared: Comparison | None = None
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,9 @@ class Validations:
         self.added, self._before, self._decayed = state.get("decays", ({}, {}, {}))
 
 
-def closing_line(validations: Validations, count: int, publisher: Publisher, best: int | None) -> str:
+def closing_line(
+    validations: Validations, count: int, publisher: Publisher, best: int | None, spread: float | None
+) -> str:
     """What the user reads at the end of a run.
 
     Args:
@@ -173,6 +178,7 @@ def closing_line(validations: Validations, count: int, publisher: Publisher, bes
         count: number of merges that were published.
         publisher: which has published at least one.
         best: step of the published merge that scored best; ``None`` if none of them was validated.
+        spread: the standard deviation of the live metric's noise; ``None`` if that is not known.
     """
     newest, metric = _place(publisher, publisher.newest_step), validations.metric
     line = f"merge: {count} merge{'s' * (count != 1)} published, the newest is {newest}"
@@ -185,7 +191,8 @@ def closing_line(validations: Validations, count: int, publisher: Publisher, bes
     if most.gains[metric] <= 0:
         return f"{line}; no merge scored better than the live weights"
     gain = f"{most.gains[metric]:.3g} in {metric}"
-    return f"{line}; the largest gain was {gain}, at step {most.step:,} ({most.phase} phase)"
+    noise = "" if spread is None else f"; the live {metric} scatters by {spread:.2g} between validations"
+    return f"{line}; the largest gain was {gain}, at step {most.step:,} ({most.phase} phase){noise}"
 
 
 def _place(publisher: Publisher, step: int) -> Path | str | None:

@@ -1,6 +1,6 @@
 """The merging methods, their registry, and merging of whole models."""
 
-from merge_callback.merging.linear import Ema, Sma, Weighted, Wma, Wsm
+from merge_callback.merging.linear import Ema, Extrapolate, Sma, Weighted, Wma, Wsm
 from merge_callback.merging.merge import check_alike, merge_state_dicts
 from merge_callback.merging.method import (
     METHODS,
@@ -22,6 +22,7 @@ __all__ = [
     "Dare",
     "Dropout",
     "Ema",
+    "Extrapolate",
     "Inputs",
     "LinearMethod",
     "MergeMethod",

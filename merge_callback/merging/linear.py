@@ -7,8 +7,9 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
+from merge_callback.checks import positive
 from merge_callback.merging.method import LinearMethod, normalised, register_method
 
 DECAY_CURVES: dict[str, Callable[[float], float]] = {
@@ -112,6 +113,42 @@ class Wsm(LinearMethod):
         gap = span / (len(positions) - 1) if span else 1.0
         curve = [self._curve((p - positions[0] + gap) / (span + gap)) for p in positions]
         return [before - after for before, after in pairwise([1.0, *curve])]
+
+
+@register_method("extrapolate", reference="arXiv 2605.26484")
+@dataclass(frozen=True)
+class Extrapolate(LinearMethod):
+    """Extrapolation: ``m_k + λ (m_k − m_{k−1})``, the mean of the last snapshots moved on along its own way.
+
+    ``m_k`` is the mean of the newest ``window`` snapshots, and ``m_{k−1}`` of as many before them. The best λ
+    is found on validation data: ``merge-callback sweep --methods extrapolate --line-search``. While there are
+    fewer than twice ``window`` snapshots, both means are of half of them; one snapshot is taken as it is.
+
+    Args:
+        scale: λ; 0 is the mean ``m_k``.
+        window: how many snapshots each mean is of; default: half of those that are merged.
+
+    Raises:
+        ValueError: for a ``scale`` that is negative or not finite, or a ``window`` that is not positive.
+    """
+
+    extrapolates: ClassVar[bool] = True
+
+    scale: float = 0.5
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.scale) and self.scale >= 0):
+            raise ValueError(f"extrapolate: scale={self.scale} must be 0 or a positive number")
+        if self.window is not None:
+            positive("extrapolate: window", self.window)
+
+    def raw_weights(self, positions: Sequence[float]) -> list[float]:
+        """0 for the oldest, −λ/n for each snapshot of the earlier mean, (1+λ)/n for each of the later one."""
+        if (count := len(positions)) == 1:
+            return [1.0]
+        n = min(self.window or count, count // 2)
+        return [0.0] * (count - 2 * n) + [-self.scale / n] * n + [(1 + self.scale) / n] * n
 
 
 @register_method("weighted", reference="weights given by the user")

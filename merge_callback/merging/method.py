@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -128,12 +129,14 @@ class MergeMethod(ABC):
         Raises:
             ValueError: for a ``last`` below 2, or an order that there is not, or that changes nothing.
         """
-        last, order = self.newest, self._selection("order")
+        last, order = self.newest, self.arrangement
         if last is not None and positive("last", last) < 2:
             raise ValueError(f"{self.name}: last={last} leaves nothing to merge; choose 2 or more")
         one_of("order", order, ("forward", "reversed", "random"))
         if order != "forward" and self.name == "sma":
             raise ValueError(f"sma: order={order!r} changes nothing, as all snapshots weigh the same")
+        if order != "forward" and getattr(self, "extrapolates", False):
+            raise ValueError(f"{self.name}: order={order!r} has no meaning: it goes on along the run")
 
     def _selection(self, name: str) -> Any:
         """One of the options that all methods have; its default if the method has its own by that name."""
@@ -146,6 +149,22 @@ class MergeMethod(ABC):
         """How many of the newest snapshots are merged at most; ``None`` for all."""
         return self._selection("last")  # type: ignore[no-any-return]
 
+    @property
+    def arrangement(self) -> Order:
+        """Which snapshot takes which place: the order that was chosen."""
+        return self._selection("order")  # type: ignore[no-any-return]
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of its kind: its name, ``last`` and order.
+
+        >>> from merge_callback.merging import Wsm
+        >>> Wsm(last=5, order="reversed").label
+        'wsm-5-reversed'
+        """
+        told = (self.name, self.newest, None if self.arrangement == "forward" else self.arrangement)
+        return "-".join(re.sub(r"[^\w.+=-]", "_", str(part)) for part in told if part)
+
     def select(self, snapshots: Sequence[T]) -> Sequence[T]:
         """The newest ``last`` of some snapshots, oldest first."""
         return snapshots if (last := self.newest) is None else snapshots[-last:]
@@ -153,7 +172,7 @@ class MergeMethod(ABC):
     def places(self, trajectory: Trajectory) -> list[int]:
         """For each place in the method, which of the snapshots takes it, in the order that was chosen."""
         order = list(range(len(trajectory.steps)))
-        if (chosen := self._selection("order")) == "reversed":
+        if (chosen := self.arrangement) == "reversed":
             order.reverse()
         elif chosen == "random":
             random.Random(f"{self.order_seed} {trajectory.steps[-1]}").shuffle(order)
@@ -204,6 +223,9 @@ def own_options(method: type[MergeMethod]) -> list[Field[Any]]:
 class LinearMethod(MergeMethod):
     """A method that is one weighted sum: ``Σ w̃_i θ_i`` with ``w̃ = w / Σw``, oldest snapshot first."""
 
+    extrapolates: ClassVar[bool] = False
+    """Whether negative weights are what it is for, and nothing to warn of."""
+
     @abstractmethod
     def raw_weights(self, positions: Sequence[float]) -> Sequence[float]:
         """One weight per snapshot, oldest first, not yet normalised.
@@ -220,7 +242,7 @@ class LinearMethod(MergeMethod):
         """
         if not positions:
             raise ValueError(f"method {self.name!r} needs at least one snapshot to merge, got none")
-        return normalised(self.raw_weights(positions))
+        return normalised(self.raw_weights(positions), self.extrapolates)
 
     def task_vector_weights(self, positions: Sequence[float]) -> list[float]:
         """What multiplies each task vector, if θ_init is not one of the snapshots; they need not sum to 1."""
@@ -329,8 +351,8 @@ def resolve_method(method: str | MergeMethod, **options: Any) -> MergeMethod:
     return resolved
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
-    """``w / Σw``; refuses non-finite weights and a sum near 0, warns of negative ones.
+def normalised(weights: Sequence[float], extrapolates: bool = False) -> list[float]:
+    """``w / Σw``; refuses non-finite weights and a sum near 0, warns of negative ones unless they are meant.
 
     Raises:
         ValueError: names the weights and the reason.
@@ -340,7 +362,7 @@ def normalised(weights: Sequence[float]) -> list[float]:
     total, size = math.fsum(weights), math.fsum(map(abs, weights))
     if abs(total) <= 1e-6 * size or size == 0:
         raise ValueError(f"weights {list(weights)} sum to {total:g}, so they cannot be normalised to 1")
-    if min(weights) < 0:
+    if min(weights) < 0 and not extrapolates:
         warnings.warn(f"weights {list(weights)}: negative weights extrapolate", stacklevel=2)
     return [w / total for w in weights]
 

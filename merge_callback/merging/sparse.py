@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from merge_callback.merging.census import Part
 from merge_callback.merging.method import Inputs, MergeMethod, Need, Trajectory, register_method
 from merge_callback.merging.randomness import Stream
 from merge_callback.merging.task_vectors import TaskVectors, warn_of_plain_sum
 from merge_callback.merging.threshold import (
-    Part,
     Search,
     Threshold,
-    alone,
     search_kth_largest,
     search_tie_ends,
     together,
@@ -170,8 +169,7 @@ def kept_of_all(vectors: Mapping[str, TaskVectors], density: float) -> dict[str,
     count = max(map(len, vectors.values()), default=0)
     searches = [_search_kept(list(vectors.values()), which, k) for which in range(count)]
     shard = next((v.shard for v in vectors.values()), None)
-    # Several processes search all at once, which saves messages; a single one in turn, which saves memory.
-    found = together(searches, shard.ranks.exchange) if shard else [alone(search) for search in searches]
+    found = together(searches, shard.ranks.exchange) if shard else together(searches)
     return {name: [kept[i] for kept in found] for i, name in enumerate(vectors)}
 
 
@@ -312,6 +310,7 @@ def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
             partial(_widened, v, which, wide),
             v.shard.piece if v.shard else None,
             (v.others[which], v.initial) if wide == torch.float32 else None,
+            partial(_sampled, v, which, wide),
         )
         for v in vectors
     ]
@@ -320,6 +319,12 @@ def _parts(vectors: Iterable[TaskVectors], which: int) -> list[Part]:
 def _widened(vectors: TaskVectors, which: int, dtype: torch.dtype, start: int, stop: int) -> Iterator[Tensor]:
     blocks = vectors.blocks(which, start, stop)
     return blocks if vectors.dtype == dtype else (block.to(dtype) for block in blocks)
+
+
+def _sampled(
+    vectors: TaskVectors, which: int, dtype: torch.dtype, starts: range, length: int
+) -> Iterator[Tensor]:
+    return (piece.to(dtype) for piece in vectors.sample(which, starts, length))
 
 
 @lru_cache

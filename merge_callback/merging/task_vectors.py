@@ -125,6 +125,24 @@ class TaskVectors:
         for begin, end in self.spans(start, stop):
             yield self.block(which, begin, end, self.initial_block(begin, end, initial), difference)
 
+    def sample(self, which: int, starts: range, length: int) -> Iterator[Tensor]:
+        """``length`` elements of one task vector from each start on; of the last one what there is."""
+        # On a CPU no more at once than PyTorch takes in the calling thread; see ``ranges.BLOCK``.
+        few = max(1, ranges.BLOCK // length) if self.device.type == "cpu" else len(starts)
+        for some in (starts[i : i + few] for i in range(0, len(starts), few)):
+            theta, initial = (_runs(flat, some, length) for flat in (self.others[which], self.initial))
+            yield theta.to(self.dtype).sub(initial.to(self.dtype))
+
+
+def _runs(flat: Tensor, starts: range, length: int) -> Tensor:
+    """Runs of elements, one after the other; two operations for any number of them."""
+    if not isinstance(flat, Tensor):  # a `Decoded` is only read where it is sliced
+        return torch.cat([flat[start : start + length] for start in starts])
+    rest = flat[starts[-1] :][:length]
+    if len(starts) == 1:
+        return rest
+    return torch.cat([flat[starts[0] : starts[-1]].unfold(0, length, starts.step).reshape(-1), rest])
+
 
 def warn_of_plain_sum(name: str) -> None:
     """Warns; to be called from the ``__post_init__`` of a method with ``normalize=False``."""

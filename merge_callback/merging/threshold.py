@@ -2,10 +2,12 @@
 
 The bits of a non-negative float, read as an integer, are in the order of the floats. A sample brackets the
 k-th magnitude. One pass counts the elements above and on the two brackets, and collects those between them:
-about a sixtieth of a large vector, usually few enough (2^20) to be held. If there are more, a subsample
+about a sixtieth of a large vector, usually few enough (2^21) to be held. If there are more, a subsample
 brackets the next pass. Brackets that missed cost one more pass, too. Elements above are always counted, never
 estimated, so the result depends neither on blocks nor on threads. Each block is counted separately, which
 shows in which block the elements equal to the threshold are.
+
+Searches that run together share their passes: what the vectors have in common (θ_init) is read once for all.
 
 Several processes that each have a part of the vector search together: they exchange their samples and counts,
 and the elements between the brackets only once these are few (2^17).
@@ -14,66 +16,48 @@ and the elements between the brackets only once these are few (2^17).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, pairwise
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from merge_callback.reduce import compiled
-from merge_callback.reduce.dispatch import compiled_serves, triton_serves
-from merge_callback.reduce.ranges import in_ranges
+from merge_callback.merging.census import (
+    Bits,
+    Bracket,
+    Count,
+    Part,
+    bits_of,
+    count_equal,
+    counted,
+    integer_type,
+)
+from merge_callback.reduce.ranges import most_threads, side_by_side
 from merge_callback.sharding import Piece
 
 T = TypeVar("T")
 
-Search: TypeAlias = Generator[Any, list[Any], T]
-"""Yields values to send to the other processes, and receives the values of all processes."""
-
-Bits: TypeAlias = npt.NDArray[np.signedinteger[Any]]
-
-Split: TypeAlias = tuple[int, int, int, Bits]
+Search: TypeAlias = Generator[Any, Any, T]
+"""Yields values to send to the other processes, and receives the values of all; or a `Bracket`, and receives
+the counts of its elements in this process."""
 
 Ties: TypeAlias = Sequence[tuple[int, int]]
 """For each block its length, and how many of its elements are equal to the threshold."""
 
-_SAMPLE = 1 << 16  # largest sample, in elements; a small vector gives a 128th of them, a tiny one 4096 or all
-
-_PICKED = 1 << 20  # elements between the brackets from which on only every second one is held
+_SAMPLE = 1 << 16  # elements of a sample; a small vector gives a 128th, a tiny one 4096, a huge one a 512th
 
 _EXCHANGED = 1 << 17  # elements that processes exchange at most, per search
 
+_ORDERED = 1 << 18  # elements to be ordered from which on threads are started: two milliseconds' work
+
+_FEW = 1 << 12  # elements that are searched for an equal one; of more, halves are counted first
+
 _PLACES = 1 << 12  # ranges of a vector in which processes count equal elements at once
 
-_BLOCK = 1 << 18  # elements per call of the C kernel; with fewer, threads would wait for Python
-
 _RUN = 512  # consecutive elements per sample: a run costs as much as one element
-
-
-@dataclass(frozen=True)
-class Part:
-    """A vector, or a part of one, e.g. one tensor of a model.
-
-    Args:
-        size: number of elements.
-        dtype: fp32 or fp64.
-        device: the blocks' device.
-        blocks: yields the elements from one index up to another in blocks; each overwrites the last.
-        piece: which elements of a tensor these are, if other processes have the others.
-        difference: two flat tensors whose fp32 difference the vector is, if it is one.
-    """
-
-    size: int
-    dtype: torch.dtype
-    device: torch.device
-    blocks: Callable[[int, int], Iterable[Tensor]]
-    piece: Piece | None = None
-    difference: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,38 +69,56 @@ class Threshold:
         kept: number of equal elements among the k largest; those with the lowest indices.
         equal: number of elements of this magnitude.
         ties: for each part, the blocks of this process with their numbers of equal elements.
+        bits: those of the magnitude.
     """
 
     magnitude: float
     kept: int
     equal: int
     ties: Sequence[Ties] = field(default=(), compare=False, repr=False)
+    bits: int = field(default=0, compare=False, repr=False)
 
 
 def alone(search: Search[T]) -> T:
     """Runs a search in a single process."""
-    return together([search], lambda sent: [sent])[0]
+    return together([search])[0]
 
 
-def together(searches: Sequence[Search[T]], exchange: Callable[[Any], list[Any]]) -> list[T]:
-    """Runs several searches at once; what they yield is sent in one message.
+def together(
+    searches: Sequence[Search[T]], exchange: Callable[[Any], list[Any]] = lambda value: [value]
+) -> list[T]:
+    """Runs several searches at once: they share messages, and passes over what they have in common.
 
     Args:
         searches: the same ones in every process.
-        exchange: sends a value and returns every process's value, by process.
+        exchange: sends a value and returns every process's value, by process. By default there is one.
     """
+
+    def advanced(one: tuple[int, Any]) -> tuple[int, bool, Any]:
+        """Whether a search is done, and what it found or asks for next."""
+        which, values = one
+        try:
+            return which, False, searches[which].send(values)
+        except StopIteration as stop:
+            return which, True, stop.value
+
     found: dict[int, T] = {}
     received: dict[int, Any] = dict.fromkeys(range(len(searches)))  # None starts a generator
     while received:
-        sent = {}
-        for i, values in received.items():
-            try:
-                sent[i] = searches[i].send(values)
-            except StopIteration as stop:
-                found[i] = stop.value
+        asked = side_by_side(received.items(), advanced, _threads(received))
+        brackets = {i: value for i, done, value in asked if isinstance(value, Bracket)}
+        sent = {i: value for i, done, value in asked if not done and i not in brackets}
+        found |= {i: value for i, done, value in asked if done}
+        received = counted(brackets)
         everyones = exchange(sent) if sent else []
-        received = {i: [theirs[i] for theirs in everyones] for i in sent}
+        received |= {i: [theirs[i] for theirs in everyones] for i in sent}
     return [found[i] for i in range(len(searches))]
+
+
+def _threads(received: Mapping[int, Any]) -> int:
+    """How many searches are worth advancing at once: several, if they have many elements to order."""
+    arrays = [a for values in received.values() for a in values or () if isinstance(a, np.ndarray)]
+    return most_threads() if sum(map(len, arrays)) >= _ORDERED else 1
 
 
 def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
@@ -131,11 +133,11 @@ def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
     if not total:
         return Threshold(0.0, 0, 0)
     dtype = parts[0].dtype
-    least, most = 0, int(torch.iinfo(_integer(dtype)).max)  # bits that certainly bracket it
-    sample, smaller, among = np.concatenate((yield _sample(parts, total))), total - k, total
+    least, most = 0, int(torch.iinfo(integer_type(dtype)).max)  # bits that certainly bracket it
+    sample, smaller, among = _together((yield _sample(parts, total))), total - k, total
     while True:
         low, high = _guess(sample, smaller, among, least, most)
-        counts = _count_pass(parts, low, high)
+        counts = yield Bracket(parts, low, high)
         totals = yield (*_totals(counts), _stride(counts))
         above, at_high, between, at_low, _ = map(sum, zip(*totals, strict=True))
         rank = k - above - at_high  # among those below high, from the largest
@@ -146,9 +148,10 @@ def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
         if 0 < rank <= between:
             few = between if len(totals) == 1 else _EXCHANGED
             stride = max(1 << (-(-between // few) - 1).bit_length(), *(stride for *_, stride in totals))
-            sample = np.concatenate((yield _picked(counts, stride, dtype)))
+            sample = _together((yield _picked(counts, stride, dtype)))
             if len(sample) == between:
-                value = int(np.partition(sample, -rank)[-rank])
+                sample.partition(-rank)
+                value = int(sample[-rank])
                 rank -= int(np.count_nonzero(sample > value))
                 return (yield from _threshold(value, rank, counts, dtype, partial(_picked_equal, value)))
             least, most, smaller, among = low + 1, high - 1, between - rank, between
@@ -173,25 +176,25 @@ def search_tie_ends(parts: Sequence[Part], threshold: Threshold) -> Search[list[
         elif sum(equal) <= left:
             ends.append(part.size)
         else:
-            ends.append((yield from _search_tie_end(part, threshold.magnitude, left, ties)))
+            ends.append((yield from _search_tie_end(part, threshold, left, ties)))
         left = max(0, left - sum(equal))
     return ends
 
 
-def _search_tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> Search[int]:
+def _search_tie_end(part: Part, threshold: Threshold, keep: int, ties: Ties) -> Search[int]:
     """The index of this process's elements up to which the first ``keep`` equal ones of the part lie."""
     if part.piece is None:
-        return _tie_end(part, magnitude, keep, ties)
+        return _tie_end(part, threshold.bits, keep, ties)
     (first, last), own = part.piece.bounds, sum(equal for _, equal in ties)
     everyones = yield first, last, own
     runs = sorted((start, stop) for start, stop, _ in everyones if stop > start)
     if all(stop <= start for (_, stop), (start, _) in pairwise(runs)):  # one after the other
         before = sum(equal for start, _, equal in everyones if start < first)
-        return _tie_end(part, magnitude, min(max(0, keep - before), own), ties)
+        return _tie_end(part, threshold.bits, min(max(0, keep - before), own), ties)
     low, high = 0, max(stop for _, stop in runs)
     while True:
         width = -(-(high - low) // _PLACES)
-        up_to = np.cumsum(sum((yield _places(part, part.piece, magnitude, low, high, width))))
+        up_to = np.cumsum(sum((yield _places(part, part.piece, threshold.magnitude, low, high, width))))
         place = int(np.searchsorted(up_to, keep))
         keep -= int(up_to[place - 1]) if place else 0
         low, high = low + place * width, min(low + (place + 1) * width, high)
@@ -214,74 +217,44 @@ def _places(part: Part, piece: Piece, magnitude: float, low: int, high: int, wid
 
 def _sample(parts: Iterable[Part], total: int) -> Bits:
     """The bits of short runs of elements, evenly spaced over all parts."""
-    stride = _RUN * max(1, total // min(_SAMPLE, max(4096, total >> 7)))
+    wanted = min(max(_SAMPLE, total >> 9), max(4096, total >> 7))
+    stride = _RUN * max(1, total // wanted)
     runs, next_run = [], 0  # as an index into the part
     for part in parts:
-        for start in range(next_run, part.size, stride):
-            for block in part.blocks(start, min(start + _RUN, part.size)):
-                runs.append(_bits(block.clone()).cpu().numpy())
+        if starts := range(next_run, part.size, stride):
+            runs += [bits_of(piece).cpu().numpy() for piece in part.sample(starts, _RUN)]
         next_run = (next_run - part.size) % stride
     return _joined(runs, part.dtype)
 
 
 def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tuple[int, int]:
-    """Brackets for the bits of the element that ``smaller`` of ``among`` elements are smaller than."""
+    """Brackets for the bits of the element that ``smaller`` of ``among`` elements are smaller than.
+
+    Changes the order of the sample.
+    """
     count = len(sample)
     place = smaller * count // among  # counted from the smallest element
     margin = 0 if count == among else 2 * math.isqrt(count) + 1  # four standard errors, or more
     if not count:
         return least, most
     ends = max(0, place - margin), min(count - 1, place + margin)
-    low, high = np.partition(sample, ends)[list(ends)].tolist()
+    sample.partition(ends)
+    low, high = sample[list(ends)].tolist()
     return low if place >= margin else least, high if place + margin < count else most
 
 
-class _Count(NamedTuple):
-    """Counts of one block's elements: larger than ``high``, equal to it, between, and equal to ``low``.
-
-    If both ends are the same, none count as between or as equal to ``low``. ``picked`` is every ``stride``-th
-    element between.
-    """
-
-    length: int
-    above: int
-    at_high: int
-    between: int
-    at_low: int
-    stride: int
-    picked: Bits
-
-
-def _count_pass(parts: Iterable[Part], low: int, high: int) -> list[list[_Count]]:
-    """Counts every block of every part."""
-    seen = 0
-
-    def count(part: Part, start: int, stop: int) -> list[_Count]:
-        nonlocal seen  # threads may overwrite each other's value; it need not be exact
-        counts = []
-        for length, (above, at_high, at_low, between) in _splits(part, start, stop, low, high):
-            stride = 1 << (seen // _PICKED).bit_length()
-            seen += len(between)
-            picked = between[::stride].copy()  # a view would keep all of them alive
-            counts.append(_Count(length, above, at_high, len(between), at_low, stride, picked))
-        return counts
-
-    ranges = (in_ranges(part.size, part.device, partial(count, part)) for part in parts)
-    return [list(chain.from_iterable(found)) for found in ranges]
-
-
-def _totals(counts: Sequence[Sequence[_Count]]) -> tuple[int, int, int, int]:
+def _totals(counts: Sequence[Sequence[Count]]) -> tuple[int, int, int, int]:
     blocks = list(chain.from_iterable(counts))
     above, at_high = sum(block.above for block in blocks), sum(block.at_high for block in blocks)
     return above, at_high, sum(block.between for block in blocks), sum(block.at_low for block in blocks)
 
 
-def _stride(counts: Sequence[Sequence[_Count]]) -> int:
+def _stride(counts: Sequence[Sequence[Count]]) -> int:
     """The stride with which elements between are picked in all blocks; a power of 2."""
     return max((block.stride for block in chain.from_iterable(counts)), default=1)
 
 
-def _picked(counts: Sequence[Sequence[_Count]], stride: int, dtype: torch.dtype) -> Bits:
+def _picked(counts: Sequence[Sequence[Count]], stride: int, dtype: torch.dtype) -> Bits:
     """Every ``stride``-th element between."""
     blocks = chain.from_iterable(counts)
     return _joined([block.picked[:: stride // block.stride] for block in blocks], dtype)
@@ -292,79 +265,41 @@ def _joined(pieces: Sequence[Bits], dtype: torch.dtype) -> Bits:
     return np.concatenate([empty, *pieces])
 
 
-def _picked_equal(bits: int, block: _Count) -> int:
+def _together(everyones: Sequence[Bits]) -> Bits:
+    """The elements of all processes, to be ordered in place."""
+    return everyones[0] if len(everyones) == 1 else np.concatenate(everyones)
+
+
+def _picked_equal(bits: int, block: Count) -> int:
     return int(np.count_nonzero(block.picked == bits))
 
 
 def _threshold(
     bits: int,
     kept: int,
-    counts: Sequence[Sequence[_Count]],
+    counts: Sequence[Sequence[Count]],
     dtype: torch.dtype,
-    equal: Callable[[_Count], int],
+    equal: Callable[[Count], int],
 ) -> Search[Threshold]:
     ties = [[(block.length, equal(block)) for block in part] for part in counts]
-    magnitude = torch.tensor(bits, dtype=_integer(dtype), device="cpu").view(dtype).item()
+    magnitude = torch.tensor(bits, dtype=integer_type(dtype), device="cpu").view(dtype).item()
     everyones = yield sum(number for part in ties for _, number in part)
-    return Threshold(magnitude, kept, sum(everyones), ties)
+    return Threshold(magnitude, kept, sum(everyones), ties, bits)
 
 
-def _splits(part: Part, start: int, stop: int, low: int, high: int) -> Iterator[tuple[int, Split]]:
-    """The length of each block of a part, and the result of ``_split`` for it."""
-    if part.difference is None or not compiled_serves(*part.difference):
-        for block in part.blocks(start, stop):
-            yield block.numel(), _split(_bits(block), low, high)
-        return
-    for begin in range(start, stop, _BLOCK):
-        theta, initial = (whole[begin : min(begin + _BLOCK, stop)] for whole in part.difference)
-        yield theta.numel(), compiled.split(theta, initial, low, high)
-
-
-def _split(bits: Tensor, low: int, high: int) -> Split:
-    """The numbers of bits above ``high``, equal to it, and equal to ``low`` (if lower), and the bits between.
-
-    In a vector with few different magnitudes the brackets are frequent ones. Counting those is far cheaper
-    than picking them.
-    """
-    if triton_serves(bits, dtypes={torch.int32}):
-        from merge_callback.reduce import triton_census
-
-        above, at_high, at_low, found = triton_census.split(bits, low, high)
-        return above, at_high, at_low, found.cpu().numpy()
-    if bits.device.type != "cpu":
-        between = bits[(bits > low) & (bits < high)].cpu().numpy()
-        at_low = int((bits == low).sum()) if low < high else 0
-        return int((bits > high).sum()), int((bits == high).sum()), at_low, between
-    array, count = bits.numpy(), np.count_nonzero  # five times as fast as PyTorch's
-    above, from_high = int(count(array > high)), array >= high
-    at_high = int(count(from_high)) - above
-    if low == high:
-        return above, at_high, 0, array[:0]
-    inside = (array > low) ^ from_high
-    between = array[inside.nonzero()[0]]  # faster than a mask
-    at_low = int(count(array >= low)) - len(between) - at_high - above
-    return above, at_high, at_low, between
-
-
-def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> int:
-    """The index up to which at most ``keep`` elements equal to the magnitude lie."""
-    begin, used = 0, 0
+def _tie_end(part: Part, bits: int, keep: int, ties: Ties) -> int:
+    """The index up to which at most ``keep`` elements equal to the threshold lie."""
+    begin = 0
     for length, equal in ties:
-        if used + equal <= keep:
-            begin, used = begin + length, used + equal
+        if equal <= keep:
+            begin, keep = begin + length, keep - equal
             continue
-        for block in part.blocks(begin, begin + length):
-            places = (block.abs_() == magnitude).nonzero()
-            if used + len(places) > keep:
-                return begin + int(places[keep - used])
-            begin, used = begin + block.numel(), used + len(places)
+        while length > _FEW:  # the half in which the first one lies that is not kept
+            half = length // 2
+            if (equal := count_equal(part, begin, begin + half, bits)) <= keep:
+                begin, keep, length = begin + half, keep - equal, length - half
+            else:
+                length = half
+        places = torch.cat([bits_of(block) == bits for block in part.blocks(begin, begin + length)])
+        return begin + int(places.nonzero()[keep])
     return part.size
-
-
-def _bits(block: Tensor) -> Tensor:
-    """The magnitudes' bits, as integers in the same order; overwrites the block."""
-    return block.abs_().view(_integer(block.dtype))
-
-
-def _integer(dtype: torch.dtype) -> torch.dtype:
-    return torch.int64 if dtype == torch.float64 else torch.int32

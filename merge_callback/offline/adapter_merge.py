@@ -15,8 +15,8 @@ from merge_callback.merging import Inputs, LinearMethod
 from merge_callback.merging.low_rank import LowRank, total
 from merge_callback.offline.adapters import warn_of_bases
 from merge_callback.offline.compatibility import check_weights
+from merge_callback.offline.file_merge import common_record, trajectory_of
 from merge_callback.offline.job import Job
-from merge_callback.offline.merge_files import common_record, trajectory_of
 from merge_callback.snapshots.arena import all_finite
 
 

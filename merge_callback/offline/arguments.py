@@ -20,7 +20,7 @@ from merge_callback.checkpoints.registry import glob_suffixes, run_suffixes
 from merge_callback.snapshots.safetensors_file import CorruptFileError
 
 _NO_CHECKPOINT = re.compile(
-    r"\.|tmp-|frozen-step=|.*(\.tmp|\.part|\.incomplete|~)$"
+    r"\.|tmp-|frozen-step=|running-.*-step=|.*(\.tmp|\.part|\.incomplete|~)$"
     r"|(optim(izer)?|scheduler|scaler|sampler|rng_state|random_states|training_args)(_\d+)*(\.\w+)?$",
     re.DOTALL,
 )

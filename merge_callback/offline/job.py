@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -58,10 +58,12 @@ class Job:
         state_key: where in the checkpoints the weights are, if there is more than one place.
         kind: files for ``safetensors`` and ``from_pretrained``, or one Lightning checkpoint. Of adapters:
             ``lora`` for an adapter, as by default, or ``model`` for the base with what they add.
+        optimizer_state: merge the moments of the optimizers, too, so that training can go on from the output.
         rank: of the merged adapter, if it is to be of less than the sum of the ranks, which is exact.
         force: replace what is there.
         progress: show a bar.
         workers: processes that merge, one tensor each at a time; 1: this one.
+        provenance: further entries of ``merge.json``.
         begun: is called once the checkpoints are found to belong together.
     """
 
@@ -74,8 +76,10 @@ class Job:
     max_shard_bytes: int | None = None
     state_key: str | None = None
     kind: Literal["safetensors", "lightning", "lora", "model"] = "safetensors"
+    optimizer_state: bool = False
     rank: int | None = None
     force: bool = False
     progress: bool = False
     workers: int = 1
+    provenance: Mapping[str, Any] = field(default_factory=dict)
     begun: Callable[[], None] = lambda: None

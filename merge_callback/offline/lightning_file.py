@@ -29,21 +29,27 @@ def split_dtypes(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     return list(shards.values())
 
 
-def write_lightning(folder: Path, tensors: Mapping[str, Tensor], newest: Checkpoint) -> dict[str, str]:
+def write_lightning(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    newest: Checkpoint,
+    training: Mapping[str, Any] | None = None,
+) -> dict[str, str]:
     """Turns the files of a model into one Lightning checkpoint.
 
-    ``load_from_checkpoint`` and ``trainer.validate(ckpt_path=…)`` load it. It holds no optimizer state.
+    ``load_from_checkpoint`` and ``trainer.validate(ckpt_path=…)`` load it.
 
     Args:
         folder: holds the files that ``tensors`` are mapped from; they are removed.
         tensors: by name; those that share memory do so in the checkpoint.
         newest: the last of the merged checkpoints, whose hyperparameters go along.
+        training: the state of the training, from which ``trainer.fit(ckpt_path=…)`` goes on.
 
     Returns:
         The checkpoint's SHA-256, by its name.
     """
     drafts = list(folder.iterdir())
-    content = {**_carried(newest), "state_dict": dict(tensors)}
+    content = {**(_carried(newest) if training is None else training), "state_dict": dict(tensors)}
     torch.save(content, folder / MERGED_CKPT)
     sync(folder / MERGED_CKPT)
     for draft in drafts:

@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.checkpoints.file_names import CONFIG
-from merge_callback.checkpoints.merge_record import versions
-from merge_callback.checkpoints.open import Checkpoint, open_checkpoint
+from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.checkpoints.safetensors_shards import shard_names
-from merge_callback.checks import matches_any
-from merge_callback.merging import Inputs, LinearMethod, Trajectory
-from merge_callback.merging.merge import flat_numbers, is_averaged
-from merge_callback.merging.power_iteration import recompute, vectors_of
-from merge_callback.offline.alignment import aligned, published_name
-from merge_callback.offline.compatibility import check_mergeable, check_patterns
+from merge_callback.offline.file_merge import FileMerge
 from merge_callback.offline.job import Job
 from merge_callback.offline.lightning_file import split_dtypes, write_lightning
+from merge_callback.offline.optimizer_states import MOMENTS, resumable
 from merge_callback.offline.output import ModelFiles, copy_extras, lay_out, write_record, write_texts
 from merge_callback.offline.output_folder import OutputFolder
-from merge_callback.offline.workers import each, numbers
-from merge_callback.snapshots.arena import all_finite
-from merge_callback.snapshots.frozen import same_bytes
+from merge_callback.offline.peers import Peers
 from merge_callback.snapshots.safetensors_file import file_checksum, write_json
-
-_FEW = 4096  # elements, which tell most tensors that differ
 
 
 @torch.no_grad()
-def merge_files(job: Job, output: Path) -> dict[str, Any]:
+def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str, Any]:
     """Merges checkpoints into a new folder, which appears complete or not at all.
 
     Args:
         job: what and how.
         output: the folder.
+        peers: the processes that share the tensors; default: this one alone.
 
     Returns:
-        What ``merge.json`` in it says.
+        What ``merge.json`` in it says; nothing on ranks that only help.
 
     Raises:
         ValueError: for checkpoints that don't belong together, values that are not finite, or options that
@@ -56,27 +46,33 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
     job = replace(job, checkpoints=job.method.select(job.checkpoints))
     sources = [*job.checkpoints, *([] if job.base is None else [job.base])]
     folder = OutputFolder(output, job.force, sources)
-    with folder.draft() as draft:
+    peers = peers or Peers()
+    with folder.draft(is_kept=peers.rank == 0) as draft:
         checkpoints = [open_checkpoint(path, draft, job.state_key) for path in job.checkpoints]
         base = None if job.base is None else open_checkpoint(job.base, draft, job.state_key)
         everything = [*checkpoints, *([] if base is None else [base])]
         folder.add_sources(path for source in everything for path in (*source.files, *source.extras))
         newest, lightning = checkpoints[-1], job.kind == "lightning"
-        if job.naming.strip is None and not lightning:  # a LightningModule loads the names of its own
-            job = replace(job, naming=replace(job.naming, strip=newest.prefix))
-        merging = _Merging(job, checkpoints, base)
-        job.begun()
-        tensors, tied = merging.outputs()
-        if lightning:
-            parts = split_dtypes(tensors)
-            shards, index = dict(zip(shard_names(len(parts)), parts, strict=True)), ""
-        else:
-            shards, index = lay_out(tensors, newest, merging.published, job.max_shard_bytes)
+        job = with_prefix(job, newest)
+        merging = FileMerge(job, checkpoints, base)
+        training = _training(merging, draft) if job.optimizer_state and peers.rank == 0 else None
+        if peers.rank == 0:
+            job.begun()
+        shards, index, tied = output_files(merging)
+        if peers.rank > 0:
+            merging.help([name for shard in shards.values() for name in shard], peers)
+            return {}
         files = ModelFiles(draft, shards, index, tied)
-        merging.run(files)
+        merging.run(files, peers)
         checksums = files.finish()
         if lightning:
-            checksums = write_lightning(draft, files.tensors | _aliases(files.tensors, tied), newest)
+            tensors = files.tensors | _aliases(files.tensors, tied)
+            if isinstance(training, tuple):
+                from merge_callback.offline.distributed_states import write_resumable
+
+                checksums = write_resumable(draft, tensors, *training, newest.path)
+            else:
+                checksums = write_lightning(draft, tensors, newest, training)
         else:
             extras = {path.relative_to(newest.path).as_posix(): path for path in newest.extras}
             checksums |= copy_extras(extras, draft)
@@ -88,6 +84,7 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
         record = {
             **merging.record(),
             "tied": tied,
+            **({"optimizer_state": {"merged": list(MOMENTS), "step": newest.step}} if training else {}),
             "files": checksums,
             "left_out": {} if lightning else dict(newest.left_out),
         }
@@ -95,211 +92,31 @@ def merge_files(job: Job, output: Path) -> dict[str, Any]:
     return record
 
 
-class _Merging:
-    """One merge of files that were found to belong together."""
-
-    def __init__(self, job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None) -> None:
-        given = [*([] if base is None else [base]), *checkpoints]
-        check_patterns(job, given)
-        same = aligned(given, job.naming.strip or "", job.exclude)
-        self.job, self.checkpoints, self.base = job, same[-len(checkpoints) :], base and same[0]
-        self.newest = checkpoints[-1]
-        self.trajectory = trajectory_of(checkpoints)
-        self.arranged, self.places = job.method.arranged(self.checkpoints, self.trajectory)
-        check_mergeable(job, self.checkpoints, self.base)
-        # What Lightning loads must have the names of the module as it is, with its wrappers.
-        as_it_is = job.kind == "lightning" and not job.naming.strip
-        self._plain_name = str if as_it_is else published_name(given, job.naming.strip or "")
-        job.naming.check(
-            [name for checkpoint in reversed(given) for name in checkpoint.tensors],
-            [self.published(name) for name in (*self.newest.tensors, *self.newest.tied)],
-        )
-        self.recomputed = {
-            name: names
-            for name, names in vectors_of(self.newest.tensors).items()
-            if not any(n in self.newest.copied or matches_any(n, job.exclude) for n in (name, names[0]))
-        }
-        self.copied = {
-            name
-            for name, tensor in self.newest.tensors.items()
-            if not is_averaged(tensor) or name in self.newest.copied or matches_any(name, job.exclude)
-        } - self.recomputed.keys()
-        self._constant = numbers(self.newest.tensors)  # 1: not finite, and the same everywhere
-
-    def published(self, name: str) -> str:
-        """A tensor's name in the output."""
-        return self.job.naming.prefix + self._plain_name(name)
-
-    def outputs(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The tensors to write, on the meta device, and the further names of shared ones."""
-        published = self.published
-        tensors = {
-            published(name): torch.empty(tensor.shape, dtype=self._dtype(tensor), device="meta")
-            for name, tensor in self.newest.tensors.items()
-        }
-        return tensors, {published(alias): published(kept) for alias, kept in self.newest.tied.items()}
-
-    def run(self, files: ModelFiles) -> None:
-        """Merges tensor by tensor, in the order of the files."""
-        names = {self.published(name): name for name in self.newest.tensors}
-        total = len(self.checkpoints) * sum(t.nbytes for t in self.newest.tensors.values())
-        survey = self.job.method.survey(_Model(self), self.places)
-
-        def merge(published: str) -> None:
-            self._merge(names[published], files.tensors[published], survey)
-
-        bar = tqdm(total=total, unit="B", unit_scale=True, disable=not self.job.progress)
-        sizes = {published: tensor.nbytes for published, tensor in files.tensors.items()}
-        with bar, closing(each(merge, sizes, self.job.workers)) as merged:
-            for published in merged:
-                files.done(published)
-                bar.update(len(self.checkpoints) * self.newest.tensors[names[published]].nbytes)
-
-    @property
-    def not_finite(self) -> set[str]:
-        """What holds NaN or Inf, the same in all checkpoints, and is copied therefore: buffers and masks."""
-        return {name for name, is_constant in self._constant.items() if is_constant}
-
-    def is_constant(self, inputs: Inputs) -> bool:
-        """Whether a tensor is not finite, but has the same bits everywhere.
-
-        Raises:
-            ValueError: if it is not finite, and differs.
-        """
-        sources = [*self.arranged, *([self.base] if self.base else [])]
-        tensors = [*inputs.tensors, *([inputs.base] if inputs.base is not None else [])]
-        spoilt = [s for s, tensor in zip(sources, tensors, strict=True) if not all_finite(tensor)]
-        if not spoilt:
-            return False
-        if len(spoilt) == len(tensors) and all(same_bytes(tensors[0], other) for other in tensors[1:]):
-            self._constant[inputs.name].fill_(1)
-            return True
-        raise ValueError(
-            f"tensor {inputs.name!r} of {spoilt[0].path} holds NaN or Inf; leave that checkpoint "
-            "out, or copy the tensor with --exclude"
-        )
-
-    def inputs(self, name: str) -> Inputs:
-        """One tensor of all checkpoints, in the order that the method takes them."""
-        tensors = [flat_numbers(checkpoint.tensors[name]) for checkpoint in self.arranged]
-        return Inputs(name, tensors, None if self.base is None else flat_numbers(self.base.tensors[name]))
-
-    def record(self) -> dict[str, Any]:
-        """The provenance."""
-        method = self.job.method
-        linear = isinstance(method, LinearMethod) and self.base is None
-        state = {name for checkpoint in self.checkpoints for name in checkpoint.training_state}
-        return {
-            **common_record(self.job, self.checkpoints, self.base, self.trajectory),
-            "weights": method.weights_along(self.trajectory) if linear else None,  # type: ignore[attr-defined]
-            "copied": sorted(self.copied.union(self.not_finite)),
-            **({"not_finite": sorted(self.not_finite)} if self.not_finite else {}),
-            **({"recomputed": sorted(self.recomputed)} if self.recomputed else {}),
-            **({"training_state": sorted(state)} if state else {}),
-            "stripped_prefix": self.job.naming.strip or "",
-            "prefix": self.job.naming.prefix,
-        }
-
-    def _merge(self, name: str, out: Tensor, survey: Any) -> None:
-        if name in self.copied:
-            out.copy_(self.newest.tensors[name])
-            return
-        if name in self.recomputed:
-            self._merge_vectors(name, out, survey)
-            return
-        inputs = self.inputs(name)
-        linear = isinstance(self.job.method, LinearMethod)
-        # What did not train stays as it is, to the last bit. A linear sum shows what is not finite.
-        if _are_same(inputs) if linear else self.is_constant(inputs):
-            out.copy_(self.newest.tensors[name])
-        else:
-            self.job.method.merge(inputs, flat_numbers(out), self.places, survey)
-        if not all_finite(out):
-            if not self.is_constant(inputs):
-                raise ValueError(
-                    f"tensor {inputs.name!r}: the merge does not fit {out.dtype}; choose a wider --dtype"
-                )
-            out.copy_(self.newest.tensors[name])
-
-    def _merge_vectors(self, name: str, out: Tensor, survey: Any) -> None:
-        """Finds a singular vector of spectral norm again, for the merged weight; each of a pair by itself."""
-        weight, *vectors = self.recomputed[name]
-        own = {n: self.newest.tensors[n].to(self._dtype(self.newest.tensors[n]), copy=True) for n in vectors}
-        stored = self.newest.tensors[weight]
-        own[weight] = torch.empty(stored.shape, dtype=self._dtype(stored))
-        self._merge(weight, own[weight], survey)
-        recompute([self.recomputed[name]], own.__getitem__)
-        out.copy_(own[name])
-
-    def _dtype(self, tensor: Tensor) -> torch.dtype:
-        if not tensor.is_floating_point():
-            return tensor.dtype
-        return self.job.dtype or self.newest.dtypes.get(tensor.dtype, tensor.dtype)
+def with_prefix(job: Job, newest: Checkpoint) -> Job:
+    """The job with the prefix that the run of the newest takes off, if no other was given."""
+    if job.naming.strip is not None or job.kind == "lightning":  # a LightningModule loads names of its own
+        return job
+    return replace(job, naming=replace(job.naming, strip=newest.prefix))
 
 
-class _Model:
-    """Every tensor that is merged, to be read as often as a method wants."""
-
-    def __init__(self, merging: _Merging) -> None:
-        self.merging = merging
-
-    def __iter__(self) -> Iterator[Inputs]:
-        for name in self.merging.newest.tensors:
-            if name not in self.merging.copied and name not in self.merging.recomputed:
-                inputs = self.merging.inputs(name)
-                if not self.merging.is_constant(inputs):
-                    yield inputs
+def output_files(merging: FileMerge) -> tuple[dict[str, dict[str, Tensor]], str, dict[str, str]]:
+    """The tensors of each file on the meta device, the name of their index, and the names of shared ones."""
+    tensors, tied = merging.outputs()
+    if merging.job.kind == "lightning":
+        parts = split_dtypes(tensors)
+        return dict(zip(shard_names(len(parts)), parts, strict=True)), "", tied
+    shards, index = lay_out(tensors, merging.newest, merging.published, merging.job.max_shard_bytes)
+    return shards, index, tied
 
 
-def _are_same(inputs: Inputs) -> bool:
-    """Whether a tensor is the same everywhere, also in the base."""
-    first, *others = [*inputs.tensors, *([] if inputs.base is None else [inputs.base])]
-    return all(torch.equal(first[:_FEW], other[:_FEW]) for other in others) and all(
-        torch.equal(first, other) for other in others
-    )
+def _training(merging: FileMerge, spool: Path) -> dict[str, Any] | tuple[str, dict[str, Any]]:
+    """The state of the training, of the kind that the newest checkpoint is of."""
+    if merging.newest.format == "dcp":
+        from merge_callback.offline.distributed_states import resumable_distributed  # .7 s to import
 
-
-def trajectory_of(checkpoints: Sequence[Checkpoint]) -> Trajectory:
-    """Where the checkpoints lie along their run: their tokens, else their steps, else evenly spaced."""
-    even = Trajectory.even(len(checkpoints))
-    steps = _ascending([checkpoint.step for checkpoint in checkpoints])
-    tokens = _ascending([checkpoint.tokens for checkpoint in checkpoints])
-    return Trajectory(tokens or steps or even.positions, steps or even.steps)
-
-
-def _ascending(numbers: Sequence[int | None]) -> list[int] | None:
-    known = [number for number in numbers if number is not None]
-    ascending = len(known) == len(numbers) and all(a < b for a, b in pairwise(known))
-    return known if ascending else None
+        return resumable_distributed(merging, spool)
+    return resumable(merging, spool)
 
 
 def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:
     return {alias: tensors[kept] for alias, kept in tied.items()}
-
-
-def common_record(
-    job: Job, checkpoints: Sequence[Checkpoint], base: Checkpoint | None, trajectory: Trajectory
-) -> dict[str, Any]:
-    """What the record of every merge of files says, of models and of adapters."""
-    method = job.method
-    return {
-        "format": 1,
-        "method": {"name": method.name, "options": method.options(), "reference": method.reference},
-        "inputs": [_described(checkpoint) for checkpoint in checkpoints],
-        "base": None if base is None else _described(base),
-        "positions": list(trajectory.positions),
-        "step": checkpoints[-1].step,
-        "tokens": checkpoints[-1].tokens,
-        "versions": versions(),
-    }
-
-
-def _described(checkpoint: Checkpoint) -> dict[str, Any]:
-    files = {path.name: path.stat().st_size for path in checkpoint.files}
-    return {
-        "path": str(checkpoint.path),
-        "format": checkpoint.format,
-        "step": checkpoint.step,
-        "tokens": checkpoint.tokens,
-        "files": files,
-    }

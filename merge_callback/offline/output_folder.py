@@ -43,7 +43,6 @@ class OutputFolder:
         self._settled = True  # whether what has which name is on the disk
         if not self.target.name:
             raise ValueError(f"{target}: is no folder that can be made; name another one with --output")
-        _sweep(self.target)
         self.check()
 
     def add_sources(self, sources: Iterable[Path]) -> None:
@@ -67,16 +66,23 @@ class OutputFolder:
             )
 
     @contextmanager
-    def draft(self) -> Iterator[Path]:
+    def draft(self, is_kept: bool = True) -> Iterator[Path]:
         """The folder under a temporary name; it takes its place at the end, and leaves nothing otherwise.
+
+        Args:
+            is_kept: if not, it leaves nothing in any case.
 
         Raises:
             OSError: if it can't be written.
         """
+        _sweep(self.target)
+        self.check()  # the sweep may have brought back what was to be replaced
         make_folder(self.target.parent)
         draft, lock = _new_draft(self.target)
         try:
             yield draft
+            if not is_kept:
+                return
             for name, _ in named_below(draft):  # folders last
                 sync(draft / name)
             sync(draft)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 _MOST = 8  # beyond that, the memory is busy
 
-_job: Callable[[str], None] | None = None  # handed over by the fork
+_job: Callable[[str], object] | None = None  # handed over by the fork
 
 
 def available() -> int:
@@ -23,7 +23,7 @@ def available() -> int:
     return min(_MOST, len(os.sched_getaffinity(0)))
 
 
-def each(job: Callable[[str], None], sizes: Mapping[str, int], workers: int) -> Generator[str, None, None]:
+def each(job: Callable[[str], object], sizes: Mapping[str, int], workers: int) -> Generator[str, None, None]:
     """Runs ``job`` on every name, the largest first; yields the names in their order as they are done.
 
     Not threads: the operations on one block take microseconds, and threads would wait for the interpreter.

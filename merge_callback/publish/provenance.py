@@ -9,11 +9,12 @@ from typing import Any
 
 from merge_callback.checkpoints.merge_record import versions
 from merge_callback.merging import MergeMethod
+from merge_callback.merging.running import RunningAverage
 from merge_callback.snapshots.snapshot import Snapshot
 
 
 def provenance(
-    method: MergeMethod,
+    method: MergeMethod | RunningAverage,
     snapshots: Sequence[Snapshot],
     weights: Sequence[float] | None,
     diversity: Mapping[str, Any] | None,

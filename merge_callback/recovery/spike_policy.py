@@ -103,6 +103,7 @@ class SpikePolicy:
         )
         self._actions = options.watched
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError if writing is not allowed
+        self.after_restore: Callable[[int], object] = lambda step: None  # the newest restored snapshot's
 
     @property
     def window(self) -> Window:
@@ -293,6 +294,7 @@ class SpikePolicy:
         """Drops all records of the replaced weights."""
         self._suspicion = None
         self.numbers.restored(max(1, self.options.rewarm_steps // _UNMOVED))
+        self.after_restore(last_step)
         try:
             self.window.drop_newer(last_step)
         except OSError as error:

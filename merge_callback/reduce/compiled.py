@@ -5,7 +5,7 @@ fused multiply-add, ``instructions()`` is 0 and ``blocks`` does the same with Py
 
 A weighted sum has the same bits as in ``blocks``; a sum of squares is more exact. The contrasts are formed in
 fp32, squared and summed in fp64, and their sum is the same for any number of threads. The two passes of TIES,
-``elect`` and ``split``, also give the same bits as PyTorch's operations.
+``elect`` and ``tally``, also give the same bits as PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ from merge_callback.reduce.passes import Cut, Outs, Row, Weights, rows_of
 
 _SHARE = 1 << 23  # least bytes per thread: half a millisecond; starting one on a busy core takes longer
 
-_VERSION = 3  # version of the structures below and the functions in kernels.c, which has the same number
+_GROUP = 64  # elements that are written at once; the last may be beyond those that are meant
+
+_VERSION = 4  # version of the structures below and the functions in kernels.c, which has the same number
+
+Room = npt.NDArray[np.int32]
+
+Split = tuple[int, int, int, npt.NDArray[np.signedinteger[Any]]]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTED, _CONTRASTED = 1, 2
@@ -95,15 +101,27 @@ class _Election(ctypes.Structure):
     )
 
 
-class _Split(ctypes.Structure):
+class _Tally(ctypes.Structure):
     _fields_ = (
         ("theta", ctypes.c_void_p),
-        ("initial", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("theta_dtype", ctypes.c_int32),
-        ("initial_dtype", ctypes.c_int32),
+        ("between", ctypes.c_void_p),
+        ("above", ctypes.c_int64),
+        ("at_high", ctypes.c_int64),
+        ("at_low", ctypes.c_int64),
+        ("found", ctypes.c_int64),
+        ("dtype", ctypes.c_int32),
         ("low", ctypes.c_int32),
         ("high", ctypes.c_int32),
+    )
+
+
+class _Census(ctypes.Structure):
+    _fields_ = (
+        ("initial", ctypes.c_void_p),
+        ("tallies", ctypes.POINTER(_Tally)),
+        ("count", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("initial_dtype", ctypes.c_int32),
     )
 
 
@@ -113,11 +131,7 @@ _FUNCTIONS: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
     ("reduce_take_sums", None, (ctypes.POINTER(_Sums), ctypes.c_int)),
     ("reduce_combine", None, (ctypes.POINTER(_Pass), ctypes.c_void_p)),
     ("reduce_elect_chunks", None, (ctypes.POINTER(_Election), ctypes.c_int)),
-    (
-        "reduce_split",
-        ctypes.c_int64,
-        (ctypes.POINTER(_Split), ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
-    ),
+    ("reduce_tally", None, (ctypes.POINTER(_Census), ctypes.c_int)),
 )
 
 
@@ -192,37 +206,46 @@ def elect(initial: Tensor, others: Sequence[Tensor], out: Tensor, scale: float, 
     increment_version(out)
 
 
-def split(
-    theta: Tensor, initial: Tensor, low: int, high: int
-) -> tuple[int, int, int, npt.NDArray[np.signedinteger[Any]]]:
-    """The numbers of magnitudes of ``θ − θ_init`` above ``high``, at it, and at ``low``; and those between.
+def tally(
+    initial: Tensor, others: Sequence[Tensor], brackets: Sequence[tuple[int, int]], room: Room
+) -> list[Split]:
+    """Counts the magnitudes of every ``θ − θ_init`` by its own bracket; θ_init is read once for all.
 
     Runs in the calling thread only, and releases the GIL.
 
     Args:
-        theta: flat and contiguous, fp32, bf16 or fp16.
-        initial: the same, with the same number of elements.
-        low: bits of an fp32 magnitude.
-        high: not less than ``low``; if both are the same, none count as at ``low``.
+        initial: flat and contiguous, fp32, bf16 or fp16, ``n`` elements.
+        others: the θ, each of them likewise.
+        brackets: for each θ the bits ``low`` and ``high`` of two fp32 magnitudes; ``high`` is not lower.
+        room: what ``tally_room`` gave for as many θ and at least ``n`` elements.
 
     Returns:
-        The three numbers, and the bits of the magnitudes between, int32, in the order of the elements.
+        For each θ the numbers of magnitudes above ``high``, at it, and at ``low`` (0 if both are the same);
+        and the bits of those between, int32, in the order of the elements, until ``room`` is used again.
     """
-    work = _Split(
-        theta.data_ptr(),
-        initial.data_ptr(),
-        theta.numel(),
-        _DTYPES[theta.dtype],
-        _DTYPES[initial.dtype],
-        low,
-        high,
+    places = range(room.ctypes.data, room.ctypes.data + room.nbytes, room.strides[0])
+    tallies = (_Tally * len(others))(
+        *(
+            _Tally(theta.data_ptr(), place, 0, 0, 0, 0, _DTYPES[theta.dtype], *bracket)
+            for theta, place, bracket in zip(others, places, brackets, strict=True)
+        )
     )
-    counts, between = np.empty(3, dtype=np.int64), np.empty(work.size, dtype=np.int32)
-    found = _loaded().reduce_split(
-        ctypes.byref(work), counts.ctypes.data, between.ctypes.data, instructions()
-    )
-    above, at_high, at_low = counts.tolist()
-    return above, at_high, at_low, between[:found]
+    work = _Census(initial.data_ptr(), tallies, len(others), initial.numel(), _DTYPES[initial.dtype])
+    _loaded().reduce_tally(ctypes.byref(work), instructions())
+    return [
+        (each.above, each.at_high, each.at_low, place[: each.found])
+        for each, place in zip(tallies, room, strict=True)
+    ]
+
+
+def tally_room(count: int, size: int) -> Room:
+    """Memory for the magnitudes that ``tally`` finds between the brackets; it is not touched before.
+
+    Args:
+        count: number of θ.
+        size: elements of each, at most.
+    """
+    return np.empty((count, size + _GROUP), dtype=np.int32)
 
 
 def _terms(

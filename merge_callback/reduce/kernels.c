@@ -20,7 +20,8 @@
 #define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
 #define CACHED 24576  /* bytes of all sources that stay in the first-level cache for further sums */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
-#define AHEAD 1024    /* bytes; 512 and 2048 were as good, within a few per cent */
+#define AHEAD 1024    /* bytes that are asked for before they are needed; 512 and 2048 were much the same */
+#define PORTION 2048  /* elements of θ_init that stay in the first-level cache while all sources are counted */
 #define STREAMED (2 << 20) /* bytes of output from which on writes bypass the caches */
 
 #define VECTORS (GROUP / LANES)
@@ -83,14 +84,25 @@ typedef struct {
     float scale;
 } Election;
 
+/* What is counted of one task vector's magnitudes, as bits: above `high`, at it, at `low` if that is lower, and
+ * between. Those between are also written; they and GROUP more must have room. */
 typedef struct {
-    const char *theta, *initial;
-    int64_t size;
-    int32_t theta_dtype, initial_dtype;
+    const char *theta;
+    int32_t *between;
+    int64_t above, at_high, at_low, found;
+    int32_t dtype;
     int32_t low, high;
-} Split;
+} Tally;
 
-const int64_t reduce_version = 3;   /* of all structures and functions: compiled.py has the same number */
+typedef struct {
+    const char *initial;
+    Tally *tallies; /* of each task vector */
+    int64_t count;
+    int64_t size;
+    int32_t initial_dtype;
+} Census;
+
+const int64_t reduce_version = 4;   /* of all structures and functions: compiled.py has the same number */
 const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -155,7 +167,21 @@ static inline TARGET __m256i to_bf16_avx512(__m512 x) {
 static inline TARGET void store_half_avx512(void *p, __m256i x) { _mm256_storeu_si256(p, x); }
 static inline TARGET void stream_half_avx512(void *p, __m256i x) { _mm256_stream_si256(p, x); }
 static inline TARGET void fence_avx512(void) { _mm_sfence(); }
-static inline TARGET uint32_t set_avx512(const void *mask) { return _mm512_movepi32_mask(_mm512_loadu_si512(mask)); }
+typedef __m512i NAME(Bits);
+typedef __mmask16 NAME(Mask);
+static inline TARGET __m512i magnitude_avx512(__m512 x) {
+    return _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff));
+}
+static inline TARGET __m512i same_avx512(int32_t bits) { return _mm512_set1_epi32(bits); }
+static inline TARGET __mmask16 above_avx512(__m512i a, __m512i b) { return _mm512_cmpgt_epi32_mask(a, b); }
+static inline TARGET __mmask16 equal_avx512(__m512i a, __m512i b) { return _mm512_cmpeq_epi32_mask(a, b); }
+static inline TARGET __m512i count_avx512(__m512i counts, __mmask16 set) {
+    return _mm512_mask_add_epi32(counts, set, counts, _mm512_set1_epi32(1));
+}
+static inline TARGET int64_t pick_avx512(int32_t *to, __m512i bits, __mmask16 set) {
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(set, bits));
+    return __builtin_popcount(set);
+}
 typedef __m256i NAME(Halves);
 #include "kernels_pass.h"
 #include "kernels_ties.h"
@@ -191,7 +217,23 @@ static inline TARGET __m128i to_bf16_avx2(__m256 x) {
 static inline TARGET void store_half_avx2(void *p, __m128i x) { _mm_storeu_si128(p, x); }
 static inline TARGET void stream_half_avx2(void *p, __m128i x) { _mm_stream_si128(p, x); }
 static inline TARGET void fence_avx2(void) { _mm_sfence(); }
-static inline TARGET uint32_t set_avx2(const void *mask) { return _mm256_movemask_ps(_mm256_loadu_ps(mask)); }
+typedef __m256i NAME(Bits);
+typedef __m256i NAME(Mask);
+static inline TARGET __m256i magnitude_avx2(__m256 x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+}
+static inline TARGET __m256i same_avx2(int32_t bits) { return _mm256_set1_epi32(bits); }
+static inline TARGET __m256i above_avx2(__m256i a, __m256i b) { return _mm256_cmpgt_epi32(a, b); }
+static inline TARGET __m256i equal_avx2(__m256i a, __m256i b) { return _mm256_cmpeq_epi32(a, b); }
+static inline TARGET __m256i count_avx2(__m256i counts, __m256i set) { return _mm256_sub_epi32(counts, set); }
+static inline TARGET int64_t pick_avx2(int32_t *to, __m256i bits, __m256i set) {
+    int64_t found = 0;
+    int32_t places[LANES];
+    memcpy(places, &bits, sizeof places);
+    for (uint32_t left = _mm256_movemask_ps(_mm256_castsi256_ps(set)); left; left &= left - 1)
+        to[found++] = places[__builtin_ctz(left)];
+    return found;
+}
 typedef __m128i NAME(Halves);
 #include "kernels_pass.h"
 #include "kernels_ties.h"
@@ -233,8 +275,11 @@ void reduce_elect_chunks(Election *election, int instructions) {
         elect_chunks_avx2(election);
 }
 
-int64_t reduce_split(const Split *split, int64_t *counts, int32_t *between, int instructions) {
-    return instructions == AVX512 ? split_avx512(split, counts, between) : split_avx2(split, counts, between);
+void reduce_tally(const Census *census, int instructions) {
+    if (instructions == AVX512)
+        tally_avx512(census);
+    else
+        tally_avx2(census);
 }
 
 #elif defined(__FP_FAST_FMAF) && defined(__FLT16_MAX__)
@@ -281,10 +326,19 @@ static inline void store_half_plain(void *p, uint16_t x) { memcpy(p, &x, 2); }
 #define stream_fp32_plain store_fp32_plain
 #define stream_half_plain store_half_plain
 static inline void fence_plain(void) {}
-static inline uint32_t set_plain(const void *mask) {
-    uint32_t set = 0, places[4];
-    memcpy(places, mask, sizeof places);
-    for (int k = 0; k < 4; k++) set |= (places[k] & 1) << k;
+typedef int32_t NAME(Bits);
+typedef int32_t NAME(Mask);
+static inline int32_t magnitude_plain(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits & 0x7fffffff;
+}
+static inline int32_t same_plain(int32_t bits) { return bits; }
+static inline int32_t above_plain(int32_t a, int32_t b) { return a > b; }
+static inline int32_t equal_plain(int32_t a, int32_t b) { return a == b; }
+static inline int32_t count_plain(int32_t counts, int32_t set) { return counts + set; }
+static inline int64_t pick_plain(int32_t *to, int32_t bits, int32_t set) {
+    *to = bits;
     return set;
 }
 typedef uint16_t NAME(Halves);
@@ -308,9 +362,9 @@ void reduce_elect_chunks(Election *election, int instructions) {
     elect_chunks_plain(election);
 }
 
-int64_t reduce_split(const Split *split, int64_t *counts, int32_t *between, int instructions) {
+void reduce_tally(const Census *census, int instructions) {
     (void)instructions;
-    return split_plain(split, counts, between);
+    tally_plain(census);
 }
 
 #else

@@ -7,9 +7,9 @@ typedef float NAME(Floats) __attribute__((vector_size(4 * WIDE)));
 typedef int32_t NAME(Ints) __attribute__((vector_size(4 * WIDE)));
 
 /* A group of a source, or the `count` elements that are left of it, widened. */
-INLINE void NAME(widen)(NAME(Floats) *x, const char *data, int64_t at, int32_t dtype, int64_t count) {
+INLINE void NAME(widen)(void *x, const char *data, int64_t at, int32_t dtype, int64_t count) {
     NAME(Lanes) lanes[VECTORS];
-    NAME(load_group)(lanes, data + at * width(dtype), dtype, count);
+    NAME(load_group)(lanes, data + at * width(dtype), dtype, count, AHEAD);
     memcpy(x, lanes, sizeof lanes);
 }
 
@@ -20,6 +20,9 @@ INLINE NAME(Floats) NAME(absolute)(NAME(Floats) x) { return (NAME(Floats))((NAME
 
 /* The same number in all places. */
 INLINE NAME(Floats) NAME(all)(float x) { return x - (NAME(Floats)){0}; }
+
+/* What is trimmed up to a magnitude; nothing if that is NaN. */
+INLINE NAME(Floats) NAME(cut)(float magnitude) { return NAME(all)(magnitude >= 0 ? magnitude : 0); }
 
 /* Trims, elects and averages one group. */
 INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t count, int stream) {
@@ -33,19 +36,22 @@ INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t coun
     NAME(widen)(initial, election->initial, at, election->initial_dtype, count);
     for (const Entries *entries = election->entries; entries < election->entries + election->count; entries++) {
         NAME(widen)(x, entries->data, at, entries->dtype, count);
-        NAME(Floats) below = NAME(all)(entries->below), at_most = NAME(all)(entries->at_most);
+        NAME(Floats) below = NAME(cut)(entries->below), at_most = NAME(cut)(entries->at_most);
         int64_t left = entries->end - at;
         int32_t before_end = left < 0 ? 0 : smaller(left, GROUP);
         UNROLL for (int v = 0; v < PARTS; v++) {
-            NAME(Ints) early = index + WIDE * v < before_end;
-            NAME(Floats) cut = NAME(where)(early, below) + NAME(where)(~early, at_most);
-            NAME(Floats) entry = x[v] - initial[v];
-            entry = NAME(where)(~(NAME(absolute)(entry) <= cut), entry);
-            /* NaN is neither positive nor negative: it goes into both sums, as with clamp(). */
-            positive[v] += NAME(where)(~(entry < 0), entry);
-            negative[v] += NAME(where)(~(entry > 0), entry);
-            ayes[v] -= ~(entry <= 0); /* a set mask is -1 */
-            noes[v] -= ~(entry >= 0);
+            NAME(Floats) cut = at_most, entry = x[v] - initial[v];
+            if (before_end) {
+                NAME(Ints) early = index + WIDE * v < before_end;
+                cut = NAME(where)(early, below) + NAME(where)(~early, at_most);
+            }
+            /* No cut is negative, so this also tells the sign. NaN has neither: it goes into both sums, as with
+             * clamp(). What is trimmed adds 0. */
+            NAME(Ints) aye = ~(entry <= cut), noe = ~(entry >= -cut);
+            positive[v] += NAME(where)(aye, entry);
+            negative[v] += NAME(where)(noe, entry);
+            ayes[v] -= aye; /* a set mask is -1 */
+            noes[v] -= noe;
         }
     }
     NAME(Floats) one = NAME(all)(1);
@@ -76,47 +82,67 @@ static TARGET void NAME(elect_chunks)(Election *election) {
     NAME(fence)();
 }
 
-/* Adds up a mask's places that are set, each for 1. */
-INLINE int64_t NAME(number)(NAME(Ints) counts) {
+/* The sum of all places. */
+INLINE int64_t NAME(sum_of)(NAME(Bits) counts) {
+    int32_t places[LANES];
     int64_t sum = 0;
-    for (int k = 0; k < WIDE; k++) sum -= counts[k];
+    memcpy(places, &counts, sizeof places);
+    for (int k = 0; k < LANES; k++) sum += places[k];
     return sum;
 }
 
-/* One group's magnitudes; returns how many of those between are written. */
-INLINE int64_t NAME(split_group)(
-    const Split *split, int64_t at, int64_t count, NAME(Ints) *above, NAME(Ints) *at_high, NAME(Ints) *at_low,
-    int32_t *between) {
-    NAME(Floats) theta[PARTS], initial[PARTS];
-    NAME(Ints) bits[PARTS];
-    int64_t found = 0;
-    NAME(widen)(theta, split->theta, at, split->theta_dtype, count);
-    NAME(widen)(initial, split->initial, at, split->initial_dtype, count);
-    UNROLL for (int v = 0; v < PARTS; v++) bits[v] = (NAME(Ints))NAME(absolute)(theta[v] - initial[v]);
-    if (count < GROUP)
-        memset((int32_t *)bits + count, 0xff, 4 * (GROUP - count)); /* -1 is below every magnitude */
-    UNROLL for (int v = 0; v < PARTS; v++) {
-        *above += bits[v] > split->high;
-        *at_high += bits[v] == split->high;
-        *at_low += bits[v] == split->low;
-        NAME(Ints) inside = (bits[v] > split->low) & (bits[v] < split->high);
-        for (uint32_t set = NAME(set)(&inside); set; set &= set - 1)
-            between[found++] = ((int32_t *)(bits + v))[__builtin_ctz(set)];
+/* Counts whole groups of one task vector, from `at` on, beside their part of θ_init. */
+static TARGET void NAME(tally_groups)(Tally *tally, const float *initial, int64_t at, int64_t count) {
+    NAME(Bits) low = NAME(same)(tally->low), high = NAME(same)(tally->high);
+    NAME(Bits) above = NAME(same)(0), at_high = above, at_low = above;
+    int32_t *between = tally->between + tally->found;
+    int64_t bytes = width(tally->dtype);
+    for (int64_t i = 0; i < count; i += GROUP) {
+        NAME(Lanes) theta[VECTORS];
+        const char *data = tally->theta + (at + i) * bytes;
+        NAME(load_group)(theta, data, tally->dtype, GROUP, PORTION * bytes); /* others are counted until then */
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            NAME(Bits) bits = NAME(magnitude)(theta[v] - NAME(load_fp32)(initial + i + LANES * v));
+            above = NAME(count)(above, NAME(above)(bits, high));
+            at_high = NAME(count)(at_high, NAME(equal)(bits, high));
+            at_low = NAME(count)(at_low, NAME(equal)(bits, low));
+            between += NAME(pick)(between, bits, NAME(above)(bits, low) & NAME(above)(high, bits));
+        }
     }
-    return found;
+    tally->found = between - tally->between;
+    tally->above += NAME(sum_of)(above);
+    tally->at_high += NAME(sum_of)(at_high);
+    tally->at_low += tally->low < tally->high ? NAME(sum_of)(at_low) : 0;
 }
 
-/* Counts the magnitudes of a task vector above `high`, at it, and at `low` if that is lower; writes those
- * between, as bits, and returns how many they are. `between` has room for all elements. */
-static TARGET int64_t NAME(split)(const Split *split, int64_t *counts, int32_t *between) {
-    NAME(Ints) above = {0}, at_high = {0}, at_low = {0};
-    int64_t found = 0, at = 0;
-    for (; at + GROUP <= split->size; at += GROUP)
-        found += NAME(split_group)(split, at, GROUP, &above, &at_high, &at_low, between + found);
-    if (at < split->size)
-        found += NAME(split_group)(split, at, split->size - at, &above, &at_high, &at_low, between + found);
-    counts[0] = NAME(number)(above);
-    counts[1] = NAME(number)(at_high);
-    counts[2] = split->low < split->high ? NAME(number)(at_low) : 0;
-    return found;
+/* Counts the `count` elements that are left of one task vector at the end. */
+static TARGET void NAME(tally_rest)(Tally *tally, const float *initial, int64_t at, int64_t count) {
+    float theta[GROUP];
+    NAME(widen)(theta, tally->theta, at, tally->dtype, count);
+    for (int64_t i = 0; i < count; i++) {
+        float entry = theta[i] - initial[i];
+        int32_t bits;
+        memcpy(&bits, &entry, 4);
+        bits &= 0x7fffffff;
+        tally->above += bits > tally->high;
+        tally->at_high += bits == tally->high;
+        tally->at_low += bits == tally->low && bits < tally->high;
+        if (bits > tally->low && bits < tally->high)
+            tally->between[tally->found++] = bits;
+    }
+}
+
+/* All task vectors, portion by portion. */
+static TARGET void NAME(tally)(const Census *census) {
+    float initial[PORTION];
+    for (int64_t at = 0; at < census->size; at += PORTION) {
+        int64_t count = smaller(PORTION, census->size - at), whole = count / GROUP * GROUP;
+        for (int64_t i = 0; i < count; i += GROUP)
+            NAME(widen)(initial + i, census->initial, at + i, census->initial_dtype, smaller(GROUP, count - i));
+        for (Tally *tally = census->tallies; tally < census->tallies + census->count; tally++) {
+            NAME(tally_groups)(tally, initial, at, whole);
+            if (whole < count)
+                NAME(tally_rest)(tally, initial + whole, at + whole, count - whole);
+        }
+    }
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ _THREADS = 4  # more threads would wait for Python between operations that take 
 
 _SHARE = 1 << 18  # elements below which starting a thread costs more than it saves
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -34,17 +35,28 @@ def in_ranges(size: int, device: torch.device, job: Callable[[int, int], T]) -> 
     Returns:
         The results of all calls, in the order of the elements.
     """
-    most = min(threads.most(), _THREADS) if device.type == "cpu" else 1
+    most = most_threads() if device.type == "cpu" else 1
     count = max(1, min(most, size // _SHARE))
     share = math.ceil(size / count / BLOCK) * BLOCK if count > 1 else size
+    starts = range(0, size, share) if count > 1 else [0]
+    return side_by_side(starts, lambda start: job(start, min(start + share, size)), count)
+
+
+def most_threads() -> int:
+    """As many threads as a reduction may take, up to 4."""
+    return min(threads.most(), _THREADS)
+
+
+def side_by_side(items: Collection[S], job: Callable[[S], T], count: int) -> list[T]:
+    """Runs a job on each item, in so many threads; returns the results in the items' order."""
     # These modes are per thread.
     inference, yields = torch.is_inference_mode_enabled(), threads.is_yielding()
 
-    def run(start: int) -> T:
+    def run(item: S) -> T:
         with torch.inference_mode(inference), torch.no_grad(), threads.yielding(yields):
-            return job(start, min(start + share, size))
+            return job(item)
 
     if count == 1:
-        return [run(0)]
+        return [run(item) for item in items]
     with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
-        return list(pool.map(run, range(0, size, share)))
+        return list(pool.map(run, items))

@@ -211,6 +211,7 @@ def _of_a_run(run: RunView, axis: Axis, target: Path, several: bool) -> list[Htm
         sections.events(run),
         tag("h2", f"Merges{name}"),
         sections.merges(run, target),
+        sections.candidates(run),
         sections.window(run),
         tag("h2", f"What it cost{name}"),
         sections.costs(run),

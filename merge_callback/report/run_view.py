@@ -16,8 +16,9 @@ from merge_callback.metrics import (
     FORECAST_ERROR,
     METRICS,
 )
+from merge_callback.noise import spread
 from merge_callback.report.history import Event, History
-from merge_callback.report.numbers import Point, number, shown, spread
+from merge_callback.report.numbers import Point, number, shown
 
 _SILENT = 600.0
 """Seconds without an event after which a run that has not ended may be dead."""

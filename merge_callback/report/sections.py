@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -178,6 +179,59 @@ def merges(run: RunView, target: Path) -> Html:
     if older:
         parts.append(tag("details", tag("summary", f"{len(older):,} older ones"), table(head, older, told)))
     return tag("div", *parts, class_="card runs")
+
+
+def candidates(run: RunView) -> Html:
+    """What the candidates scored when they were compared last, and where the gain was largest."""
+    compared = [event for event in run.validations if event.get("candidates")]
+    if not compared:
+        return Html()
+    metric = next((name for name in run.metrics if run.gains(name)), None)
+    best = run.best(metric) if metric else None
+    shown = {event["step"]: event for event in compared if best and event["step"] == best.step}
+    shown[compared[-1]["step"]] = compared[-1]
+    tables = []
+    for step, event in sorted(shown.items()):
+        newest = "the newest" if event is compared[-1] else ""
+        largest = f"the largest gain in {metric}" if best and step == best.step else ""
+        which = " and ".join(filter(None, (newest, largest)))
+        tables.append(_comparison(event, f"Step {step:,}: {which}."))
+    return tag("div", tag("h3", "Candidates"), *tables, class_="card runs")
+
+
+def _comparison(event: Event, told: str) -> Html:
+    """The candidates of one validation, the best one first."""
+    found = event["candidates"]
+    metric, scores = str(found.get("select") or ""), found["scores"]
+    sign = 1 if found.get("lower_is_better") else -1
+    noise = number(found.get("spread"))
+
+    def rank(one: Event) -> float:
+        value = number(one["metrics"].get(metric))
+        return math.inf if value is None else sign * value
+
+    rows = []
+    for one in sorted(scores, key=rank):
+        gain = number(one["gains"].get(metric))
+        is_chosen = one["name"] == found.get("selected")
+        kind = None if gain is None or not noise or abs(gain) < noise else "good" if gain > 0 else "bad"
+        rows.append(
+            (
+                tag("b", one["name"]) if is_chosen else one["name"],
+                one["method"],
+                f"{one['snapshots']:,}",
+                one["order"],
+                shown(number(one["metrics"].get(metric))),
+                tag("span", signed(gain), class_=kind),
+                "published" if is_chosen else "",
+            )
+        )
+    if noise:
+        told += f" The live {metric} scatters by {shown(noise, 2)} from one validation to the next."
+    if batches := number(found.get("batches")):
+        told += f" Compared on {batches:,.0f} batches of each data loader."
+    head = ("candidate", "method", "snapshots", "order", metric or "score", "gain", "")
+    return table(head, rows, told)
 
 
 def _merge_row(run: RunView, event: Event, metric: str | None, target: Path) -> tuple[object, ...]:

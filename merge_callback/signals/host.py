@@ -70,6 +70,7 @@ class Host(Protocol):
             as a tokenizer's.
         is_manual: whether the number of optimizer steps per batch is not known in advance.
         will_validate: whether the loop is going to validate merged weights.
+        validates_now: whether it does so before the next step.
         epoch: number of completed epochs.
         record: adds an event to the run's event file. The session sets it, on the first rank.
         spare: gives room for a copy of the live weights, for a while; ``None`` is new memory on the host. The
@@ -114,6 +115,10 @@ class Host(Protocol):
     @property
     def will_validate(self) -> bool:  # noqa: D102
         return True
+
+    @property
+    def validates_now(self) -> bool:  # noqa: D102
+        return False
 
     @property
     def epoch(self) -> int:  # noqa: D102

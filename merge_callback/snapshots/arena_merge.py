@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -14,37 +15,48 @@ from merge_callback.snapshots.deltas import delta_weights, flat_tensors
 from merge_callback.snapshots.layout import Group
 
 
+class Sum(NamedTuple):
+    """A weighted sum of snapshots.
+
+    Args:
+        weights: one normalised weight per snapshot, or 0.
+        out: of the same tensors, in any float dtypes (``layout.native`` gives the model's).
+        copied: names of tensors that are not averaged.
+    """
+
+    weights: Sequence[float]
+    out: Arena
+    copied: Collection[str] = ()
+
+
 def merge_arenas(
-    weights: Sequence[float] | None,
     arenas: Sequence[Arena],
-    out: Arena | None = None,
-    copied: Collection[str] = (),
+    sums: Sequence[Sum] = (),
     contrast: Sequence[float] | None = None,
     newest: int = -1,
 ) -> dict[str, float]:
-    """Merges snapshots into ``out`` and measures a distance, reading each arena once.
+    """Merges snapshots in several ways at once and measures a distance, reading each arena once.
 
-    Integer and boolean tensors, and those named in ``copied``, are taken from the newest snapshot.
+    Integer and boolean tensors, and those that a sum has ``copied``, are taken from the newest snapshot.
 
     Args:
-        weights: one normalised weight per snapshot, or 0; ``None``: measure only.
         arenas: of a window's snapshots from its oldest on, at least one; whole ones of one layout, or
             differences in one of its ``delta``.
-        out: of the same tensors, in any float dtypes (``layout.native`` gives the model's).
-        copied: names of tensors that are not averaged.
+        sums: the merges, each with memory of its own.
         contrast: one factor per snapshot; −1 and 1 at two of them, and 0 elsewhere, give their distance.
         newest: index of the newest snapshot that is merged.
 
     Returns:
         Σ (Σ contrast[i] · snapshot i)² of each floating-point tensor; empty without ``contrast``.
     """
-    apart = in_common(arenas) - (out.layout.names if out is not None else frozenset())
+    outs = [row.out for row in sums]
+    apart = in_common(arenas).difference(*(out.layout.names for out in outs))
     squares = {name: 0.0 for name in apart if is_floating(arenas[0], name)} if contrast else {}
-    for group in groups(arenas, apart, out):
+    for group in groups(arenas, apart, outs):
         if group.dtype.is_floating_point:
-            squares |= _reduce_group(group, arenas, weights, out, contrast)
-    if out is not None:
-        _copy_named(arenas[: newest + 1 or None], out, copied)
+            squares |= _reduce_group(group, arenas, sums, contrast)
+    for row in sums:
+        _copy_named(arenas[: newest + 1 or None], row.out, row.copied)
     return squares
 
 
@@ -94,7 +106,7 @@ def in_common(arenas: Sequence[Arena]) -> frozenset[str]:
     return names
 
 
-def groups(arenas: Sequence[Arena], apart: frozenset[str], out: Arena | None = None) -> Sequence[Group]:
+def groups(arenas: Sequence[Arena], apart: frozenset[str], outs: Sequence[Arena] = ()) -> Sequence[Group]:
     """What is read in one go: a group of all that one dtype has.
 
     If some snapshots have other tensors in common than the rest, as some have changed since, it is each
@@ -103,11 +115,11 @@ def groups(arenas: Sequence[Arena], apart: frozenset[str], out: Arena | None = N
     Args:
         arenas: of the snapshots.
         apart: names of what is not to be read.
-        out: to which the merge is written.
+        outs: to which merges are written.
     """
     first = arenas[0]
     names = first.layout.names | first.shared
-    others = {id(arena.layout): arena.layout for arena in (*arenas[1:], *([] if out is None else [out]))}
+    others = {id(arena.layout): arena.layout for arena in (*arenas[1:], *outs)}
     if {layout.names for layout in others.values()} <= {first.layout.names} and (
         names == first.layout.names | apart
     ):
@@ -121,19 +133,17 @@ def is_floating(arena: Arena, name: str) -> bool:
 
 
 def _reduce_group(
-    group: Group,
-    arenas: Sequence[Arena],
-    weights: Sequence[float] | None,
-    out: Arena | None,
-    contrast: Sequence[float] | None,
+    group: Group, arenas: Sequence[Arena], sums: Sequence[Sum], contrast: Sequence[float] | None
 ) -> dict[str, float]:
     stored = [arena.find(group) for arena in arenas]
-    if out is not None and group.names[0] not in out.layout.names:
-        out = None  # it takes what the newest snapshot has in common with others
+    # A merge takes what the newest snapshot has in common with others.
+    rows = [row for row in sums if group.names[0] in row.out.layout.names]
+    if not rows and not contrast:
+        return {}
     squares = one_pass(
         [flat for flat, _ in stored],
-        delta_weights(stored, weights) if weights and out is not None else None,
-        None if out is None else out.find(group)[0],
+        [delta_weights(stored, row.weights) for row in rows] or None,
+        [row.out.find(group)[0] for row in rows] or None,
         delta_weights(stored, contrast) if contrast else None,
         group.stops,
     )

@@ -43,6 +43,12 @@ class Manifest:
         return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
 
     @property
+    def running(self) -> list[Mapping[str, Any]]:
+        """The records of the stored running averages."""
+        found = self.content.get("running")
+        return [r for r in found if isinstance(r, dict)] if isinstance(found, list) else []
+
+    @property
     def saved(self) -> list[list[str]]:
         """The names of the files that each of the last checkpoints needs, as far as they are such lists."""
         found = self.content.get("saved")

@@ -39,7 +39,7 @@ def shards_name(step: int, session: str, is_delta: bool = False) -> str:
 
 def step_of(name: str, session: str) -> int | None:
     """The step of a folder's snapshot, if it is this session's."""
-    found = re.fullmatch(rf"(?:frozen-)?step=(\d+)-{session}(-delta)?", name)
+    found = re.fullmatch(rf"(?:frozen-|running-[\w.-]+-)?step=(\d+)-{session}(-delta)?", name)
     return int(found[1]) if found else None
 
 
@@ -129,8 +129,8 @@ def shares(path: Path, sharding: Sharding, header: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A file, and which part of each tensor it has."""
+class Source:
+    """A file, which part of each tensor it has, and its SHA-256, or what that begins with."""
 
     path: Path
     checksum: str
@@ -152,7 +152,23 @@ def gather_shards(path: Path, checksum: str, wanted: Mapping[str, Piece], out: M
         CorruptFileError: if a file that is read is not what was written, or an element is in none.
         OSError: if one is missing or unreadable.
     """
-    sources = list(_sources(path, checksum))
+    gather(path, list(_sources(path, checksum)), wanted, out)
+
+
+def gather(
+    path: Path, sources: Sequence[Source], wanted: Mapping[str, Piece], out: Mapping[str, Tensor]
+) -> None:
+    """The same from files that are known already.
+
+    Args:
+        path: that they belong to, for messages.
+        sources: the files.
+        wanted: which part of each tensor.
+        out: what is filled, contiguous.
+
+    Raises:
+        CorruptFileError, OSError: as ``gather_shards``.
+    """
     opened: dict[int, dict[str, Tensor]] = {}
     for name, piece in wanted.items():
         filled = 0
@@ -166,10 +182,10 @@ def gather_shards(path: Path, checksum: str, wanted: Mapping[str, Piece], out: M
             raise CorruptFileError(f"{path}: holds {filled} of {piece.numel} elements of {name!r}")
 
 
-def _sources(path: Path, checksum: str) -> Iterator[_Source]:
+def _sources(path: Path, checksum: str) -> Iterator[Source]:
     if path.is_file():
         places = read_header(path).places
-        yield _Source(path, checksum, {place.name: Piece.all_of(place.shape) for place in places})
+        yield Source(path, checksum, {place.name: Piece.all_of(place.shape) for place in places})
         return
     for file, expected in listed_shards(path, checksum).items():
         metadata = read_header(path / file).metadata
@@ -177,11 +193,11 @@ def _sources(path: Path, checksum: str) -> Iterator[_Source]:
             pieces = read_pieces(metadata["pieces"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptFileError(f"{path / file}: does not say what it holds ({error!r})") from None
-        yield _Source(path / file, expected, pieces)
+        yield Source(path / file, expected, pieces)
 
 
-def _open(source: _Source) -> dict[str, Tensor]:
-    if file_checksum(source.path) != source.checksum:
+def _open(source: Source) -> dict[str, Tensor]:
+    if not source.checksum or not file_checksum(source.path).startswith(source.checksum):
         raise CorruptFileError(f"{source.path}: the checksum differs from the recorded one")
     return map_safetensors(source.path)[0]
 
@@ -200,7 +216,7 @@ class _Read:
     to: Box
 
 
-def _reads(name: str, piece: Piece, sources: Sequence[_Source]) -> Iterator[_Read]:
+def _reads(name: str, piece: Piece, sources: Sequence[Source]) -> Iterator[_Read]:
     # These take half a second to import, and are only needed here.
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,

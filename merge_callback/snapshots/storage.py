@@ -56,7 +56,7 @@ class Memory:
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
         """Free room where snapshots would lie, in bytes."""
-        return _available_memory()
+        return available_memory()
 
     def moved_in(self, arena: Arena) -> Arena:
         """A captured snapshot on the device of the arenas."""
@@ -111,7 +111,7 @@ class DeviceMemory(Memory):
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
         """Free room where snapshots would lie, in bytes."""
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
 class Mapped(Memory):
@@ -124,7 +124,7 @@ class Mapped(Memory):
     @staticmethod
     def free_bytes(folder: Path | None, device: torch.device) -> int:
         """Free room where snapshots would lie, in bytes."""
-        return shutil.disk_usage(folder).free if folder is not None else _available_memory()
+        return shutil.disk_usage(folder).free if folder is not None else available_memory()
 
     def to_be_written(self, arena: Arena) -> Arena:
         """The same: its bytes go to the file as they come from the device."""
@@ -266,7 +266,8 @@ class SnapshotStore:
         return self.check_finite.may_hold(name, tensor)
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
+    """Bytes of memory that nobody uses."""
     # MemAvailable counts the page cache as free, which SC_AVPHYS_PAGES does not.
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

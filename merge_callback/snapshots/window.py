@@ -94,13 +94,15 @@ class Window(Segments):
             self.store.place.release(self.snapshots.pop().arena)
         self._commit()
 
-    def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
+    def state_dict(self, to_keep: bool = True, further: Sequence[str] = ()) -> dict[str, Any]:
         """The window as primitives: its snapshots' records.
 
         Args:
             to_keep: whether it is a checkpoint's, which needs the files from now on.
+            further: other files in the folder that it needs.
         """
-        saved = self.folder.saved_with([file for s in self.snapshots for file in (s.file, s.frozen) if file])
+        files = [file for s in self.snapshots for file in (s.file, s.frozen) if file]
+        saved = self.folder.saved_with([*files, *further])
         if to_keep:
             self.folder.saved = saved
             with suppress(OSError):  # only a later resume from an older checkpoint would miss it

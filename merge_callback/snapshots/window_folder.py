@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 WINDOW = "window"
 """The folder of the window in a run's folder."""
 
-_SNAPSHOT = re.compile(r"(frozen-)?step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
+_SNAPSHOT = re.compile(r"(frozen-|running-[\w.-]+-)?step=\d+-[0-9a-f]{12}(-delta|\.safetensors)?")
 _DRAFT = hidden_names(rf"(?:frozen-)?step=.*|{re.escape(MANIFEST)}")
 
 
@@ -47,6 +47,7 @@ class WindowFolder:
         self.saved: list[list[str]] = []  # the files of the windows that the last two checkpoints need
         self._own = path if keeps else None
         self.published: Mapping[str, Any] = {}  # what is said of how merges of the snapshots are published
+        self.running: Sequence[Mapping[str, Any]] = []  # records of the stored running averages
         self.before_writing: Callable[[], object] = lambda: None  # raises OSError if it may not be done
 
     def claim(self) -> None:
@@ -91,6 +92,7 @@ class WindowFolder:
                 "layout": layout,
                 "snapshots": list(snapshots),
                 "saved": self.saved,
+                **({"running": list(self.running)} if self.running else {}),
                 **({"published": dict(self.published)} if self.published else {}),
             }
             write_json(self._own / MANIFEST, manifest)
@@ -109,6 +111,7 @@ class WindowFolder:
         except OSError:  # they are another run's
             return
         needed = {*held, *(file for files in self.saved for file in files)}
+        needed.update(record["file"] for record in self.running)
         for path in [
             p for p in self._own.iterdir() if _SNAPSHOT.fullmatch(p.name) or _DRAFT.fullmatch(p.name)
         ]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from types import TracebackType
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from merge_callback.engine.candidates import Tried
 from merge_callback.engine.charts import Charts
 from merge_callback.engine.kept_state import PythonState, kept_weights, put_back, reset_metrics
 from merge_callback.engine.merged_weights import merged_weights
@@ -36,7 +37,13 @@ log = logging.getLogger(__name__)
 
 ComputeLoss = Callable[[Any], Tensor | float]
 
-_NOT_HERE = ("evaluate", "evaluate_with", "base", "experts")  # options of loops that validate by themselves
+_NOT_HERE = (
+    "evaluate",
+    "evaluate_with",
+    "evaluate_batches",
+    "base",
+    "experts",
+)  # options of loops that validate by themselves
 
 
 class CheckpointMerger(RunResults):
@@ -107,7 +114,7 @@ class CheckpointMerger(RunResults):
         self._is_begun = self._is_swapped = False
         self._has_stepped = False  # whether an optimizer was seen to step since the last call of ``step``
         self._told: set[str] = set()
-        self._shown: Merge | None = None  # the merge that was validated since the last step
+        self._shown: dict[str, Merge] = {}  # the merges that were validated since the last step
         self._handles = [o.register_step_pre_hook(self._before_step) for o in self._host.optimizers]
 
     @property
@@ -159,7 +166,7 @@ class CheckpointMerger(RunResults):
         if not self._has_stepped:  # it is stepped in some other way, such as in hooks of the backward pass
             for optimizer in self._host.optimizers:
                 session.note_step(optimizer)
-        self._has_stepped, self._shown = False, None
+        self._has_stepped, self._shown = False, {}
         self._host.steps_taken += 1
         self._host.scalars = dict(scalars or {})
         session.begin_batch(batch, self._host.steps_taken - 1, tokens)
@@ -170,40 +177,100 @@ class CheckpointMerger(RunResults):
             if session is not None:
                 session.take_snapshot()
 
+    @property
+    def candidates(self) -> list[str]:
+        """The names of the merges to validate: by ``method``, and by ``candidates``; empty without a merge.
+
+        Example::
+
+            scores = {}
+            for name in merger.candidates:
+                with merger.merged_weights(name):
+                    scores[name] = validate(model)
+            merger.log_validation(validate(model), candidates=scores)
+        """
+        if self._session is None or not (default := self._session.merger.default):
+            return []
+        return [default, *self._session.pipeline.candidates.names]
+
     @contextmanager
-    def merged_weights(self) -> Iterator[Merge | None]:
+    def merged_weights(self, name: str | None = None) -> Iterator[Merge | None]:
         """Within, the model has the merged weights: for a validation, say. All ranks enter together.
 
         Afterwards the live weights, the buffers and the random generators are as they were, bit for bit.
 
+        Args:
+            name: of one of the ``candidates``; by default it is the merge by ``method``.
+
         Yields:
             The merge: its ``step``, ``phase`` and the ``weights`` of its snapshots. ``None`` while there is
             nothing to merge: then the model keeps its weights.
+
+        Raises:
+            ValueError: for a name that no candidate has.
         """
-        merge = self._session.current_merge() if self._session else None
+        merge = None
+        if self._session:
+            merge = self._session.candidate(name) if name else self._session.current_merge()
         if merge is None or self._session is None:
             yield None
             return
-        self._is_swapped, self._shown = True, merge
+        self._is_swapped, self._shown[merge.name] = True, merge
         try:
             with merged_weights(self._host, merge.arena, self._session.sharding):
                 yield merge
         finally:
             self._is_swapped = False
 
-    def log_validation(self, live: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+    def log_validation(
+        self,
+        live: Mapping[str, Any],
+        merged: Mapping[str, Any] | None = None,
+        *,
+        candidates: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Logs what a validation has found: ``merged/<name>``, and ``merge_gain/<name>``.
 
         A gain is positive if the merge is better, whichever way the metric improves: ``lower_is_better`` and
-        ``higher_is_better`` tell, or a name that is a standard term.
+        ``higher_is_better`` tell, or a name that is a standard term. Of several candidates the best one is
+        ``merged/<name>``, and is published; the others are ``merged/<candidate>/<name>``. All ranks call it.
 
         Args:
             live: what the live weights score, by name.
             merged: what the merged weights score.
+            candidates: in place of that, what each of the ``candidates`` scores, by its name.
         """
-        found = {name: float(value) for name, value in merged.items()}
+        if candidates and self._session is not None and candidates.keys() <= self._shown.keys():
+            self._compare(self._session, live, candidates)
+            return
+        found = {name: float(value) for name, value in (merged or {}).items()}
+        lower = self._lower_is_better(found)
+        values = {f"{MERGED}{name}": value for name, value in found.items()}
+        shown = next(reversed(self._shown.values()), None)
+        if self._session is None or shown is None:
+            report(self._host, values | gains(live, found, lower))
+            return
+        newest = shown.snapshots[-1]
+        self._session.note_validation(live, Scored(found, values, lower, newest.step, newest))
+
+    def _compare(
+        self, session: MergeSession, live: Mapping[str, Any], candidates: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Logs what several merges score, and chooses the best."""
+        tried = {n: Tried.of(self._shown[n], candidates[n]) for n in self.candidates if n in candidates}
+        newest = self._shown[next(iter(tried))].snapshots[-1]
+        lower = self._lower_is_better(next(iter(candidates.values())))
+        found = session.pipeline.candidates.judge(newest.step, tried, live, live, lower, newest.phase)
+        shown, numbers = found.logged(lambda name, metric: f"{MERGED}{name}/{metric}")
+        shown |= {f"{MERGED}{name}": value for name, value in found.metrics.items()}
+        session.note_validation(
+            live, Scored(found.metrics, shown, lower, newest.step, newest, numbers, compared=found)
+        )
+
+    def _lower_is_better(self, names: Iterable[str]) -> dict[str, bool | None]:
+        """Whether lower is better, by metric; says once of which that is not known, and the remedy."""
         options, lower = self.options, dict[str, bool | None]()
-        for name in found:
+        for name in names:
             said = said_lower(name, options.lower_is_better, options.higher_is_better)
             lower[name] = sounds_lower(name) if said is None else said
             if lower[name] is None and name not in self._told:
@@ -212,12 +279,7 @@ class CheckpointMerger(RunResults):
                     f"merge: no {GAIN}{name} is logged: whether lower or higher is better is not known; "
                     f"say so with lower_is_better={[name]}, or with higher_is_better="
                 )
-        values = {f"{MERGED}{name}": float(value) for name, value in found.items()}
-        if self._session is None or self._shown is None:
-            report(self._host, values | gains(live, found, lower))
-            return
-        newest = self._shown.snapshots[-1]
-        self._session.note_validation(live, Scored(found, values, lower, newest.step, newest))
+        return lower
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as primitives; the snapshots stay in the window's files.

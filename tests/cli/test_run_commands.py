@@ -213,9 +213,9 @@ def test_validate_names_each_problem_in_a_line(options, expected, tmp_path, caps
 
 
 def test_an_object_among_the_options_is_made(tmp_path, capsys):
-    ema = {"class_path": "merge_callback.merging.Ema", "init_args": {"alpha": 0.1}}
-    status, told = validated(changed(tmp_path, method={"stable": ema}), capsys)
-    assert (status, told[2]) == (0, "merge: ema in the stable phase, ties in the decay phase")
+    wsm = {"class_path": "merge_callback.merging.Wsm", "init_args": {"decay": "linear"}}
+    status, told = validated(changed(tmp_path, method={"stable": wsm}), capsys)
+    assert (status, told[2]) == (0, "merge: wsm in the stable phase, ema in the decay phase")
 
 
 COMMANDS = [

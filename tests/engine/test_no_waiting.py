@@ -7,10 +7,11 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from pretend_gpu import GPU, OneGpu, OnGpu, RefusedError, plain, pretend_gpu, put_on
 from training_runs import Classifier, assert_same_bits, loader, seed, train
 
-from merge_callback import CheckpointMergeCallback, SpikeOptions
+from merge_callback import CheckpointMergeCallback, PowerEma, RunningEma, SmaSince, SpikeOptions
 from merge_callback.signals import step_statistics
 from merge_callback.signals.applied_lr import AppliedLR
 from merge_callback.signals.step_statistics import Statistics, StepStatistics
@@ -79,6 +80,7 @@ RUNS = {
         "every_n_steps": None,
     },
     "a learning rate on the device": {"module": Capturable},
+    "running averages": {"running": [PowerEma(0.1), RunningEma(decay=0.9, offload=True), SmaSince(step=5)]},
 }
 
 
@@ -104,6 +106,23 @@ def test_no_hook_of_a_step_waits_for_the_device(tmp_path, monkeypatch, run):
         callback = watched(gpu, tmp_path, **options)
         assert_same_bits(fit(callback, **of_fit), fit(**of_fit))
     assert [snapshot.step for snapshot in callback.window] == [4, 8, 12]
+
+
+def test_an_average_in_pinned_host_memory_is_the_one_on_the_device(tmp_path, monkeypatch):
+    seen = {}
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step == STEPS - 1:
+                for copy in callback.session.running.copies(STEPS - 1):
+                    seen[copy.name] = copy.step, {n: plain(t) for n, t in copy.arena.own_tensors().items()}
+
+    running = {"device": PowerEma(0.1), "host": PowerEma(0.1, offload=True)}
+    with pretend_gpu(monkeypatch) as gpu:
+        callback = watched(gpu, tmp_path, running=running)
+        fit(callback, Copies())
+    assert seen["host"][0] == STEPS - 1
+    assert_same_bits(list(seen["host"][1].values()), list(seen["device"][1].values()))
 
 
 @pytest.mark.parametrize(

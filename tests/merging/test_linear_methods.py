@@ -8,7 +8,7 @@ import torch
 from checkpoint_files import ROOT
 
 from merge_callback import METHODS, merge_state_dicts, register_method
-from merge_callback.merging import Ema, LinearMethod, Sma, Weighted, Wma, Wsm, resolve_method
+from merge_callback.merging import Ema, Extrapolate, LinearMethod, Sma, Weighted, Wma, Wsm, resolve_method
 
 EVEN = [1.0, 2.0, 3.0, 4.0, 5.0]
 
@@ -21,6 +21,11 @@ GOLDENS = [
     (Wsm(), EVEN, [0.447214, 0.185242, 0.142141, 0.119831, 0.105573]),
     (Wsm(decay="linear"), EVEN, [0.2] * 5),
     (Wsm(decay="cosine"), EVEN, [0.095492, 0.25, 0.309017, 0.25, 0.095492]),
+    # arXiv 2605.26484: m_k + λ (m_k - m_{k-1}), of means of two; the fifth, the oldest, is in neither.
+    (Extrapolate(scale=0.5), EVEN, [0, -0.25, -0.25, 0.75, 0.75]),
+    (Extrapolate(scale=2.0, window=1), EVEN, [0, 0, 0, -2, 3]),
+    (Extrapolate(scale=0.5, window=4), [0.0, 1, 2, 3], [-0.25, -0.25, 0.75, 0.75]),
+    (Extrapolate(), [0.0], [1.0]),
     (Weighted([0.25, 0.25, 0.5]), [0.0, 1, 2], [0.25, 0.25, 0.5]),
 ]
 
@@ -29,6 +34,13 @@ GOLDENS = [
 def test_weights_are_the_published_ones(method, positions, golden):
     # The goldens are given to 6-8 digits.
     assert method.normalised_weights(positions) == pytest.approx(golden, abs=5e-7)
+
+
+def test_extrapolation_warns_of_nothing_and_goes_one_way(recwarn):
+    Extrapolate(scale=1.0).normalised_weights(EVEN)
+    assert not recwarn
+    with pytest.raises(ValueError, match="order='reversed' has no meaning"):
+        resolve_method("extrapolate", order="reversed")
 
 
 def test_recursive_ema_is_the_recursion_of_the_paper():
@@ -72,6 +84,8 @@ def test_given_weights_serve_a_window_that_is_still_filling_from_the_newest_on()
     ("build", "named"),
     [
         (lambda: Ema(alpha=0), "alpha=0"),
+        (lambda: Extrapolate(scale=-1), "scale=-1"),
+        (lambda: Extrapolate(window=0), "window=0"),
         (lambda: Ema(alpha=1.5), "alpha=1.5"),
         (lambda: Ema(init="newest"), "init='newest'"),
         (lambda: Wsm(decay="exp"), "decay='exp'"),

@@ -7,9 +7,15 @@ import sys
 import pytest
 import torch
 
-from merge_callback.merging import threshold
-from merge_callback.merging.threshold import Part, Threshold, alone, search_kth_largest, search_tie_ends
+from merge_callback.merging import census, threshold
+from merge_callback.merging.census import Part
+from merge_callback.merging.method import Inputs
+from merge_callback.merging.sparse import kept_of_all
+from merge_callback.merging.task_vectors import TaskVectors
+from merge_callback.merging.threshold import Threshold, alone, search_kth_largest, search_tie_ends
 from merge_callback.reduce import ranges
+
+FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def kth_largest(parts, k):
@@ -74,7 +80,7 @@ def test_the_threshold_and_its_ties_are_those_of_a_stable_sort(build, sample, mo
 @pytest.mark.parametrize("picked", [50, 200, 1 << 20])
 @pytest.mark.parametrize("build", VECTORS.values(), ids=VECTORS)
 def test_however_few_elements_a_pass_may_hold_the_result_is_exact(build, picked, monkeypatch):
-    monkeypatch.setattr(threshold, "_PICKED", picked)
+    monkeypatch.setattr(census, "_PICKED", picked)
     monkeypatch.setattr(threshold, "_SAMPLE", 128)
     monkeypatch.setattr(threshold, "_RUN", 4)
     vector = build(3000, 3)
@@ -89,11 +95,36 @@ def test_a_sample_that_misleads_costs_a_pass_but_not_the_result(monkeypatch):
     vector = random(20_000, 0) + 10
     vector.view(-1, 200)[:, :10] = 0
     passes = []
-    count_pass = threshold._count_pass
-    monkeypatch.setattr(threshold, "_count_pass", lambda *a: passes.append(a) or count_pass(*a))
+    count_pass = census.count_pass
+    monkeypatch.setattr(census, "count_pass", lambda *a: passes.append(a) or count_pass(*a))
     assert kth_largest([part(vector)], 10_000) == by_sorting(vector, 10_000)
-    assert passes[0][2] == 0  # the highest bits it believed in: those of zero
+    ((first,),) = passes[0]
+    assert first.high == 0  # the highest bits it believed in: those of zero
     assert len(passes) == 2
+
+
+@pytest.mark.parametrize("dtypes", [(FP32, FP32), (BF16, FP32), (torch.float64, BF16)], ids=str)
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 20_000, 20_480, 20_481])
+@pytest.mark.parametrize("first", [0, 300])
+def test_a_sample_that_is_read_at_once_is_that_of_single_runs(first, size, dtypes):
+    theta, initial = (random(size, seed).to(dtype) for seed, dtype in enumerate(dtypes))
+    own = TaskVectors(Inputs("w", [theta], initial))
+    if starts := range(first, size, 2048):
+        runs = [block.clone() for at in starts for block in own.blocks(0, at, min(at + 512, size))]
+        found = torch.cat(list(own.sample(0, starts, 512)))
+        assert found.dtype == own.dtype
+        assert torch.equal(found, torch.cat(runs))
+
+
+def test_vectors_with_one_beginning_are_counted_in_one_pass(monkeypatch):
+    passes = []
+    count_pass = census.count_pass
+    monkeypatch.setattr(census, "count_pass", lambda all: passes.append(len(all)) or count_pass(all))
+    tensors = [random(20_000, seed) for seed in range(5)]
+    found = kept_of_all({"w": TaskVectors(Inputs("w", tensors))}, 0.8)["w"]
+    assert passes == [4]
+    exact = [by_sorting(tensor - tensors[0], 16_000).magnitude for tensor in tensors[1:]]
+    assert [kept.magnitude for kept in found] == exact
 
 
 def test_ties_that_the_search_counted_are_not_counted_again():
@@ -113,8 +144,8 @@ def test_ties_that_the_search_counted_are_not_counted_again():
 
 def test_one_pass_is_enough_for_a_normal_vector(monkeypatch):
     passes = []
-    count_pass = threshold._count_pass
-    monkeypatch.setattr(threshold, "_count_pass", lambda *a: passes.append(a) or count_pass(*a))
+    count_pass = census.count_pass
+    monkeypatch.setattr(census, "count_pass", lambda *a: passes.append(a) or count_pass(*a))
     vector = random(1 << 22, 0)
     found = kth_largest([part(vector, 1 << 15)], 3 << 20)
     assert found.magnitude == vector.abs().kthvalue((1 << 20) + 1).values.item()

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_callback import load_merge, merge_state_dicts
 from merge_callback.cli.main import main
-from merge_callback.offline import merge_files as merging
-from merge_callback.offline import output, workers
+from merge_callback.offline import file_merge, output, workers
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +73,7 @@ def merge_in_processes(count, arguments, killed=False):
 def _merge_in_processes(count, arguments, killed):
     workers.available = lambda: count
     if killed:
-        merging._Merging._merge = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        file_merge.FileMerge.merge = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     return main(arguments)
 
 
@@ -539,7 +538,7 @@ def test_the_trajectory_is_told_from_tokens_then_steps_then_nothing():
             self.step, self.tokens = step, tokens
 
     def positions(*known):
-        return list(merging.trajectory_of([Known(*k) for k in known]).positions)
+        return list(file_merge.trajectory_of([Known(*k) for k in known]).positions)
 
     assert positions((1, 10), (2, 30)) == [10, 30]
     assert positions((1, 10), (2, None)) == [1, 2]

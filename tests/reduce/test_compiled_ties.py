@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge_callback.merging import Ties, Trajectory, sparse, threshold
+from merge_callback.merging import Ties, Trajectory, census, sparse
 from merge_callback.merging.method import Inputs
 from merge_callback.merging.task_vectors import TaskVectors
 from merge_callback.reduce import compiled, dispatch
@@ -54,6 +54,10 @@ def merged(inputs, method, eager, dtype=FP32):
     return out
 
 
+def tally(theta, initial, low, high):
+    return compiled.tally(initial, [theta], [(low, high)], compiled.tally_room(1, len(theta)))[0]
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", [eighths, randn], ids=["many ties", "no ties"])
 @pytest.mark.parametrize("dtypes", [[FP32], [BF16], MIXTURE], ids=["fp32", "bf16", "mixed"])
@@ -78,6 +82,14 @@ def test_infinite_entries_and_nan_end_as_they_do_in_pytorch():
     found, expected = (merged(inputs, Ties(density=1.0), eager) for eager in (False, True))
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     assert 0 < expected.isfinite().sum() < 7
+
+
+def test_nothing_is_trimmed_if_the_threshold_is_nan():
+    spoilt = torch.where(torch.arange(100) % 2 == 0, torch.nan, randn(100, 0))
+    inputs = Inputs("w", [torch.zeros(100), randn(100, 1), spoilt])
+    found, expected = (merged(inputs, Ties(density=0.2), eager) for eager in (False, True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().sum() == 50
 
 
 @pytest.mark.parametrize("end", [0, 1, 63, 64, 65, 150, 200])
@@ -123,27 +135,38 @@ def test_magnitudes_are_split_as_by_numpy(size, make, dtypes):
     places = bits.sort().values.tolist() or [0]
     some = [places[len(places) * i // 7] for i in range(7)]
     for low, high in [(0, 2**31 - 1), *pairwise(some), (some[3], some[3]), (some[3], some[5])]:
-        *found, between = compiled.split(theta, initial, low, high)
-        *expected, inside = threshold._split(bits, low, high)
+        *found, between = tally(theta, initial, low, high)
+        *expected, inside = census.split(bits, low, high)
         assert found == expected
         assert between.dtype == np.int32
         assert np.array_equal(between, inside)
 
 
-def test_as_many_as_there_is_room_for_are_written(monkeypatch):
+def test_nothing_is_written_beyond_the_room():
     room = np.full(200, 7, dtype=np.int32)
-    monkeypatch.setattr(
-        compiled.np, "empty", lambda size, dtype: room[:size] if size > 3 else np.zeros(size, dtype)
+    ((*_, between),) = compiled.tally(
+        torch.zeros(65), [torch.ones(65)], [(0, 2**31 - 1)], room.reshape(1, -1)
     )
-    *_, between = compiled.split(torch.ones(65), torch.zeros(65), 0, 2**31 - 1)
     assert len(between) == 65
-    assert (room[65:] == 7).all()
+    assert (room[65 + 64 :] == 7).all()
+
+
+@pytest.mark.parametrize("dtypes", [[FP32], [BF16], MIXTURE], ids=["fp32", "bf16", "mixed"])
+def test_of_several_task_vectors_each_is_counted_by_its_own_bracket(dtypes):
+    size = 2 * 2048 + 77  # two portions, a whole group, and a rest
+    initial, *others = several(5, size, dtypes, randn)
+    brackets = [(low << 20, high << 20) for low, high in [(1000, 1008), (0, 1020), (1010, 1010), (990, 2000)]]
+    found = compiled.tally(initial, others, brackets, compiled.tally_room(4, size))
+    for theta, bracket, (*counts, between) in zip(others, brackets, found, strict=True):
+        *alone, expected = tally(theta, initial, *bracket)
+        assert counts == alone
+        assert np.array_equal(between, expected)
 
 
 def test_nan_is_above_all_magnitudes():
     theta = torch.tensor([torch.nan, -torch.nan, torch.inf, 1.0])
     infinity = int(torch.tensor(torch.inf).view(torch.int32))
-    assert compiled.split(theta, torch.zeros(4), 0, infinity)[:3] == (2, 1, 0)
+    assert tally(theta, torch.zeros(4), 0, infinity)[:3] == (2, 1, 0)
 
 
 def test_tensors_of_several_sizes_are_refused_before_memory_is_read():

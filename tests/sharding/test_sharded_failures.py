@@ -150,10 +150,10 @@ def merging(folder):
 
 def electing(folder):
     """Fails between two exchanges of a method, so that the other rank is waiting in the second."""
-    from merge_callback.merging import threshold
+    from merge_callback.merging import census
 
     memory = MemoryError("on purpose")
-    return failing(folder, 1, (threshold, "_count_pass"), memory, nth=3, strategy="fsdp2", method="ties")
+    return failing(folder, 1, (census, "count_pass"), memory, nth=3, strategy="fsdp2", method="ties")
 
 
 def gathering(folder, rank, strategy):

@@ -18,7 +18,7 @@ from torch import nn
 from training_runs import assert_same_bits
 
 from merge_callback.merging import METHODS, Dare, LinearMethod, MergeMethod, Slerp, Ties, resolve_method
-from merge_callback.snapshots.arena_merge import merge_arenas
+from merge_callback.snapshots.arena_merge import Sum, merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import Decoded
 from merge_callback.snapshots.merge import WindowMerger
@@ -254,7 +254,7 @@ def test_a_weighted_sum_of_what_is_stored_is_that_of_the_snapshots(pair, weights
     window, twin = pair
     arenas = [s.arena for s in window.snapshots]
     out = type(arenas[0]).empty(window.store.layout.native)
-    merge_arenas(weights, arenas, out)
+    merge_arenas(arenas, [Sum(weights, out)])
 
     for name, found in out.tensors().items():
         stack = torch.stack([s.arena.tensors()[name].double() for s in twin.snapshots])
@@ -269,7 +269,7 @@ def test_a_distance_of_what_is_stored_is_that_of_the_snapshots(pair, a, b):
     window, twin = pair
     contrast = [float(i == b) - float(i == a) for i in range(5)]
 
-    found = merge_arenas(None, [s.arena for s in window.snapshots], contrast=contrast)
+    found = merge_arenas([s.arena for s in window.snapshots], contrast=contrast)
 
     for name, squares in found.items():
         older, newer = (twin.snapshots[i].arena.tensors()[name].double() for i in (a, b))

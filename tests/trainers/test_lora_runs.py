@@ -14,7 +14,6 @@ from training_runs import Classifier, assert_same_bits, emissions, loader, mean_
 
 from merge_callback import CheckpointMergeCallback, load_merge, merge_state_dicts
 from merge_callback.checks import one_of
-from merge_callback.options import Options
 
 A, B = "net.2.lora_A.default.weight", "net.2.lora_B.default.weight"
 
@@ -101,17 +100,6 @@ def test_factors_are_merged_apart_where_that_is_asked_for(tmp_path):
     assert "lora" not in record
     with pytest.raises(ValueError, match="lora='other' must be one of 'delta', 'factors'"):
         CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path, lora="other")
-
-
-def test_without_a_method_adapters_are_averaged_in_the_decay_too(tmp_path):
-    assert run(tmp_path / "auto")[2]["method"]["name"] == "sma"
-    options = Options.resolve(every_n_steps=2, method={"stable": "ema"}).for_adapters()
-    assert {phase: method.name for phase, method in options.methods.items()} == {
-        "stable": "ema",
-        "decay": "sma",
-    }
-    given = Options.resolve(every_n_steps=2, method="ties")
-    assert given.for_adapters().methods == given.methods
 
 
 def test_the_window_of_a_lora_run_takes_what_trains_and_the_base_once(tmp_path):

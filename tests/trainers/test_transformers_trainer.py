@@ -31,6 +31,7 @@ from transformers import (  # noqa: E402
 from merge_callback import load_merge  # noqa: E402
 from merge_callback.diversity.features import Call, features_of  # noqa: E402
 from merge_callback.diversity.functional import functional_distances  # noqa: E402
+from merge_callback.merging import Wsm  # noqa: E402
 from merge_callback.report.history import read_history  # noqa: E402
 from merge_callback.snapshots.live_merge import HalfRestoredError  # noqa: E402
 from merge_callback.transformers import CheckpointMergeTrainerCallback  # noqa: E402
@@ -297,6 +298,28 @@ def test_several_evaluation_sets_have_each_their_merged_metrics(tmp_path):
     last = [entry for entry in history(run) if entry["step"] == 12]
     assert sum("merged_eval_near_loss" in entry for entry in last) == 1
     assert sum("merged_eval_far_loss" in entry for entry in last) == 1
+
+
+def test_the_best_of_several_candidates_is_published_and_is_what_the_trainer_sees(tmp_path):
+    chosen = {"candidates": {"last": Wsm(last=2, order="reversed"), "ema": "ema"}, "method": "sma"}
+    callback = CheckpointMergeTrainerCallback(**OPTIONS, **chosen, evaluate_batches=2)
+    run = train(tmp_path, callback, **EVALUATED, metric_for_best_model="merged_eval_loss")
+    names = {n: f"merged_{n}_eval_loss" for n in ("sma", "last", "ema")}
+    rows = {entry["step"]: entry for entry in history(run) if names["last"] in entry}
+    assert [*rows] == [4, 8, 12]
+    for path in emissions(tmp_path / "merges"):
+        step, said = int(path.name[5:13]), json.loads((path / "merge.json").read_text())
+        assert ("candidates" in said) == (step in rows)
+        if step not in rows:
+            continue
+        scores = {one["name"]: one["metrics"]["eval_loss"] for one in said["candidates"]["scores"]}
+        assert scores == {name: rows[step][logged] for name, logged in names.items()}
+        assert said["candidates"]["batches"] == 2
+        alone = trainer_of(tmp_path / "alone", model=GPT2LMHeadModel.from_pretrained(path))
+        assert rows[step]["merged_eval_loss"] == alone.evaluate()["eval_loss"]  # in full
+        part = trainer_of(tmp_path / "alone", model=GPT2LMHeadModel.from_pretrained(path))
+        found = part.evaluate(texts(8, 5))["eval_loss"]
+        assert scores[said["candidates"]["selected"]] == pytest.approx(found, rel=1e-6)
 
 
 class Masking:

@@ -16,6 +16,7 @@ from merge_callback.engine.probe import first_sequences
 from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession, beside_others
 from merge_callback.merging import MergeMethod
+from merge_callback.merging.running import RunningAverage
 from merge_callback.messages import info, warn
 from merge_callback.options import Options
 from merge_callback.snapshots.live_merge import HalfRestoredError
@@ -79,8 +80,12 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         count_tokens: Function from a batch to its number of tokens. By default the size of its ``input_ids``,
             or of its first integer tensor.
         method: A method's name, a method object, or a mapping from phase (``"stable"``, ``"decay"``) to
-            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ties`` in the decay; of
-            a model with LoRA adapters ``sma`` in both.
+            either. ``"auto"`` is the simple mean (``sma``) in the stable phase and ``ema`` in the decay.
+        candidates: What else the window is merged by: a list of methods, or a mapping from names to methods,
+            e.g. ``{"wsm-15": Wsm(last=15), "ema": "ema"}``. Each validation validates all of them and the
+            merge by ``method``; the best one is published, and is what ``merged/…`` shows.
+        select: The validation metric that chooses among them, and that says which emission is the best. By
+            default the first whose direction is known, a loss before others.
         storage: Where snapshots live: ``"disk"`` (memory-mapped files), ``"cpu"`` or ``"device"`` memory.
             ``"auto"`` is ``"disk"``, or ``"cpu"`` if the window is not durable.
         durable: Writes every snapshot to a file, so that the window survives the process.
@@ -106,8 +111,13 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         evaluate: Validates the merged weights after each validation.
         evaluate_with: Classes, or their names, of callbacks that prepare batches or compute metrics in
             validation hooks. These run for the merged weights, too; all other callbacks do not.
+        evaluate_batches: With ``candidates``, compares them on the first so many batches of each validation
+            dataloader; then the best of them and the merge by ``method`` are validated in full.
         diversity_lag: The diversity is the distance between snapshots this many apart; in a smaller window,
             between the oldest and the newest.
+        running: Averages that are updated after every step: ``[PowerEma(0.05), PowerEma(0.1)]``,
+            ``RunningEma(half_life=0.05)``, ``SmaSince(step=1000)``, ``RunningWsm(horizon=10_000)``; or a
+            mapping that gives them names.
         probe: Measures on one fixed batch how far what the model computes has moved, too: logits,
             probabilities and activations. ``"validation"``, or ``True``, takes the first 8 sequences of the
             first validation batch; else a batch, a function that returns one, or a ``ProbeOptions``, which
@@ -141,6 +151,8 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         every_n_steps: int | None = None,
         count_tokens: Callable[[Any], int] | None = None,
         method: str | MergeMethod | dict[str, str | MergeMethod] = "auto",
+        candidates: list[str | MergeMethod] | dict[str, str | MergeMethod] | None = None,
+        select: str | None = None,
         storage: str = "auto",
         durable: bool = True,
         snapshot_dtype: str | torch.dtype | None = None,
@@ -154,7 +166,9 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
         max_shard_size: int | str = "5GB",
         evaluate: bool = True,
         evaluate_with: Sequence[str | type[Callback]] = (),
+        evaluate_batches: int | None = None,
         diversity_lag: int = 2,
+        running: Sequence[str | RunningAverage] | dict[str, RunningAverage] = (),
         probe: Any = None,
         exclude: Sequence[str] = (),
         lora: str = "delta",

@@ -24,6 +24,7 @@ from merge_callback.trainers.lightning.private import (
     LOGGER_CONNECTOR,
     RESULTS,
     callback_metrics,
+    is_validation_next,
     logged_now,
     logged_step,
     names_of,
@@ -120,6 +121,11 @@ class LightningHost(Host):
     def will_validate(self) -> bool:
         """Whether the fit validates."""
         return self.trainer.enable_validation
+
+    @property
+    def validates_now(self) -> bool:
+        """Whether the fit validates after this batch."""
+        return self.will_validate and is_validation_next(self.trainer)
 
     @property
     def epoch(self) -> int:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from merge_callback.engine.candidates import Scores
 from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.kept_state import tracker_lengths
 from merge_callback.engine.random_state import RandomState
@@ -32,6 +34,7 @@ from merge_callback.signals.host import Spare
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_merge import HalfRestoredError
+from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.lightning.metric_direction import MetricDirections
 from merge_callback.trainers.lightning.private import (
     callback_metrics,
@@ -79,6 +82,7 @@ class MergedValidation:
         self._trackers: dict[nn.Module, int] | None = None
         self._seen = SeenWeights(self.trainer, self.module)
         self._has_failed = self._reported_missing = False
+        self._names: list[str] = []  # of all merges, if there are several
 
     def note_beginning(self) -> None:
         """Saves the generators before a live validation, so that the merged one draws the same numbers.
@@ -105,14 +109,19 @@ class MergedValidation:
         """
         self.sharding = session.sharding
         live, scored = self._live(), None
+        several = session.pipeline.candidates.names
+        self._names = [*(method.label for method in session.options.methods.values()), *several] * bool(
+            several
+        )
         if session.experts:
             scored = self._validate_experts(session.experts, session.live(), live)
         elif (merge := session.current_merge()) is not None and merge.step != self.step:
             seconds = -time.monotonic()
-            merged = self._validate(merge.arena)
-            if merged is not None:
-                scored = self._scored(live, merged, merge.step)
+            scored = self._compare(session, merge, live) if several else self._validate_one(merge, live)
+            if scored is not None:
                 scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
+            else:
+                self.step, self.metrics, self._has_failed = -1, {}, True
         if scored is not None:
             self.step, self._has_failed, self.metrics = scored.step, False, dict(scored.shown)
             self._report_missing(sorted(live.keys() - scored.metrics.keys()))
@@ -123,16 +132,34 @@ class MergedValidation:
         """Notes what the live weights score, if no merge is to be validated."""
         session.note_validation(self._live())
 
+    def _validate_one(self, merge: Merge, live: Mapping[str, Tensor]) -> Scored | None:
+        """What a merge scores."""
+        merged = self._validate(merge.arena)
+        return None if merged is None else self._scored(live, merged, merge.step)
+
+    def _compare(self, session: MergeSession, merge: Merge, live: Mapping[str, Tensor]) -> Scored | None:
+        """What the best of a merge and the candidates scores, and what the others do."""
+
+        def evaluate(merge: Merge | None, batches: int | None) -> dict[str, Tensor] | None:
+            return self._validate(merge.arena if merge else None, batches)
+
+        found = session.compare(merge, evaluate, live, partial(self._lower_is_better, live))
+        if found is None:
+            return None
+        shown, numbers = found.logged(lambda name, metric: f"{MERGED}{name}/{metric}")
+        scored = self._scored(live, found.metrics, found.step)
+        return replace(scored, shown={**shown, **scored.shown}, numbers=numbers, compared=found)
+
     def _live(self) -> dict[str, Tensor]:
         return epoch_metrics(validation_results(self.trainer), self.trainer.callback_metrics)
 
     def _show(self, live: Mapping[str, Tensor]) -> None:
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
-            known = {f"{MERGED}{name}": value for name, value in live.items()}
+            known = {key: live[name] for key, name in self._keys(live).items()}
         shown = self.trainer.callback_metrics
         shown.update(known)
-        missing = {f"{MERGED}{name}" for name in live} - known.keys()
+        missing = self._keys(live).keys() - known.keys()
         for name in missing:
             shown.pop(name, None)
             shown.pop(name.replace(MERGED, GAIN, 1), None)
@@ -140,12 +167,25 @@ class MergedValidation:
         shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
         self._hold_stopping(missing)
 
+    def _keys(self, live: Iterable[str]) -> dict[str, str]:
+        """The names of all merged metrics, each with that of the live one."""
+        return {
+            f"{MERGED}{candidate}{name}": name
+            for name in live
+            for candidate in ("", *(f"{candidate}/" for candidate in self._names))
+        }
+
     def close(self) -> None:
         """Leaves the trainer's callbacks as they were."""
         self._hold_stopping(())
 
-    def _validate(self, merged: Arena) -> dict[str, Tensor] | None:
-        """The metrics of a merge; ``None`` if its validation failed, which is logged."""
+    def _validate(self, merged: Arena | None, batches: int | None = None) -> dict[str, Tensor] | None:
+        """The metrics of a merge; ``None`` if its validation failed, which is logged.
+
+        Args:
+            merged: its weights; ``None`` for the live ones.
+            batches: of each dataloader that are validated; ``None`` for all.
+        """
         problem = None
         try:
             with self._directions.listening(self.module):
@@ -158,6 +198,7 @@ class MergedValidation:
                     self._taking_part,
                     self._trackers,
                     self._seen,
+                    math.inf if batches is None else batches,
                     self._host.spare,
                 )
         except Exception as error:
@@ -170,7 +211,6 @@ class MergedValidation:
             if any(self.sharding.ranks.exchange(isinstance(problem, HalfRestoredError))):
                 raise HalfRestoredError("a merged validation could not restore the live weights") from problem
             log.exception("merge: validation with the merged weights failed; the live weights were restored")
-            self.step, self.metrics, self._has_failed = -1, {}, True
             return None
         return metrics
 
@@ -195,7 +235,7 @@ class MergedValidation:
         scored = self._scored(live, found[0], self._host.step)
         return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
 
-    def _scored(self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor], step: int) -> Scored:
+    def _scored(self, live: Mapping[str, Tensor], merged: Scores, step: int) -> Scored:
         shown = {f"{MERGED}{name}": float(value) for name, value in merged.items()}
         return Scored(merged, shown, self._lower_is_better(live, merged), step)
 
@@ -223,9 +263,7 @@ class MergedValidation:
                 f"evaluate_with={named}"
             )
 
-    def _lower_is_better(
-        self, live: Mapping[str, Tensor], merged: Mapping[str, Tensor]
-    ) -> dict[str, bool | None]:
+    def _lower_is_better(self, live: Mapping[str, Tensor], merged: Scores) -> dict[str, bool | None]:
         """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         results = validation_results(self.trainer)
         is_lower = self._directions.lower_is_better
@@ -251,12 +289,13 @@ class MergedValidation:
 def validate_with(
     trainer: Trainer,
     module: LightningModule,
-    merged: Arena,
+    merged: Arena | None,
     random: RandomState | None = None,
     sharding: Sharding | None = None,
     taking_part: Sequence[Callback] = (),
     trackers: Mapping[nn.Module, int] | None = None,
     seen: SeenWeights | None = None,
+    at_most: float = math.inf,
     spare: Spare | None = None,
 ) -> dict[str, Tensor]:
     """Runs the fit's validation with ``merged`` in place of the live weights.
@@ -267,12 +306,14 @@ def validate_with(
     Args:
         trainer: a trainer in fit, at the end of a validation.
         module: its module.
-        merged: weights in the model's layout and dtypes; with several ranks, this rank's part of them.
+        merged: weights in the model's layout and dtypes; with several ranks, this rank's part of them. With
+            ``None`` it is the live weights that are validated.
         random: the state of the generators to begin with; default: the present one.
         sharding: what each rank keeps, if there are several.
         taking_part: the callbacks whose hooks are called.
         trackers: the lengths of the ``MetricTracker`` before the last validation.
         seen: the weights that the live validation was run with.
+        at_most: batches of each dataloader that are validated.
         spare: gives room for a copy of the live weights.
 
     Returns:
@@ -281,21 +322,22 @@ def validate_with(
     Raises:
         Exception: any exception of the module's validation.
     """
-    loop, sharding = validation_loop(trainer), sharding or Sharding({}, {})
+    loop, sharding = validation_loop(trainer, at_most), sharding or Sharding({}, {})
     swap = undisturbed(trainer, module, spare, taking_part, trackers)
     with DeferredSignals() as signals, ExitStack() as stack:
 
         def put_in() -> dict[str, Tensor]:
             tensors = stack.enter_context(swap)
             stack.enter_context(replaced(trainer.fit_loop.epoch_loop, "val_loop", loop))
-            merged.copy_to(sharding.own(tensors))
+            if merged is not None:
+                merged.copy_to(sharding.own(tensors))
             stack.enter_context(in_mode_of_evaluation(trainer.optimizers))
             return tensors
 
         sharding.spread(sharding.ranks.agreed(put_in))
         if random is not None:
             random.restore()
-        with seen.checked() if seen else nullcontext(), signals.let_through():
+        with seen.checked() if seen and merged is not None else nullcontext(), signals.let_through():
             loop.run()
         return epoch_metrics(results_of(loop), callback_metrics(trainer))
 

@@ -46,14 +46,14 @@ class Evaluated:
     """The last evaluation, so that it can be run again.
 
     Args:
-        run: runs it.
+        run: runs it, on so many batches or on all.
         dataloader: what it ran over.
         prefix: of its metrics' names.
         random: the random generators when it began.
         metrics: that it found.
     """
 
-    run: Callable[[], Any]
+    run: Callable[[int | None], Any]
     dataloader: Any
     prefix: str
     random: RandomState
@@ -114,6 +114,13 @@ class TransformersHost(Host):
     def will_validate(self) -> bool:
         """Whether the training evaluates."""
         return bool(self.trainer.args.eval_strategy != "no")
+
+    @property
+    def validates_now(self) -> bool:
+        """Whether it evaluates after this step, if evaluations are counted in steps."""
+        every, step = int(self.trainer.state.eval_steps or 0), self.step
+        in_steps = self.trainer.args.eval_strategy == "steps" and every > 0
+        return in_steps and step % every == 0 and step >= self.trainer.args.eval_delay
 
     @property
     def epoch(self) -> int:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from itertools import islice
 from typing import Any
 
 from transformers import Trainer
 
+from merge_callback.engine.candidates import Scores
 from merge_callback.engine.expert_merge import ExpertMerge
+from merge_callback.engine.kept_state import kept_weights
 from merge_callback.engine.merged_weights import merged_weights
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.random_state import RandomState
@@ -25,6 +29,7 @@ from merge_callback.options import Options
 from merge_callback.recovery.deferred_signals import DeferredSignals
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.live_merge import HalfRestoredError
+from merge_callback.snapshots.merge import Merge
 from merge_callback.trainers.transformers.host import Evaluated, TransformersHost
 
 log = logging.getLogger(__name__)
@@ -53,7 +58,12 @@ class MergedEvaluation:
         dataloader, prefix = named["dataloader"], named.get("metric_key_prefix", "eval")
         random = RandomState([dataloader])
         output = present(*args, **kwargs)
-        run = partial(present, *args, **kwargs)
+
+        def run(batches: int | None = None) -> Any:
+            if batches is None:
+                return present(*args, **kwargs)
+            return present(**{**named, "dataloader": _First(dataloader, batches)})
+
         self._host.evaluated = Evaluated(run, dataloader, prefix, random, _measured(output.metrics))
         return output
 
@@ -75,10 +85,15 @@ class MergedEvaluation:
             scored = self._evaluate_experts(session, session.experts, evaluated)
         elif merge is not None and merge.step != self._found.get(prefix, (-1, {}))[0]:
             seconds = -time.monotonic()
-            found = self._evaluate(merge.arena, session, evaluated)
-            if found is not None:
+            if session.pipeline.candidates.names:
+                scored = self._compare(session, merge, evaluated)
+            elif (found := self._evaluate(merge.arena, session, evaluated)) is not None:
                 scored = self._scored(found, prefix, merge.step)
+            if scored is not None:
                 scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
+            else:
+                self._found.pop(prefix, None)
+                self._failed.add(prefix)
         if scored is not None:
             self._failed.discard(prefix)
             self._found[prefix] = scored.step, dict(scored.shown)
@@ -117,17 +132,46 @@ class MergedEvaluation:
             self._failed.add(prefix)
             return None
         if found is None:
+            self._found.pop(prefix, None)
+            self._failed.add(prefix)
             return None
         scored = self._scored(found[0], prefix, session.step)
         return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
 
+    def _compare(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> Scored | None:
+        """What the best of a merge and the candidates scores, and what the others do."""
+
+        def evaluate(merge: Merge | None, batches: int | None) -> dict[str, float] | None:
+            return self._evaluate(merge.arena if merge else None, session, evaluated, batches)
+
+        def lower(found: Scores) -> dict[str, bool | None]:
+            return self._directions(found, evaluated.prefix)
+
+        compared = session.compare(merge, evaluate, evaluated.metrics, lower)
+        if compared is None:
+            return None
+        shown, numbers = compared.logged(lambda name, metric: f"{MERGED_EVAL}{name}_{metric}")
+        scored = self._scored(compared.metrics, evaluated.prefix, compared.step)
+        return replace(scored, shown={**shown, **scored.shown}, numbers=numbers, compared=compared)
+
     def _evaluate(
-        self, merged: Arena, session: MergeSession, evaluated: Evaluated
+        self,
+        merged: Arena | None,
+        session: MergeSession,
+        evaluated: Evaluated,
+        batches: int | None = None,
     ) -> dict[str, float] | None:
-        """The metrics of a merge, by the names of the live ones; ``None`` if it failed, which is logged."""
-        ranks, problem, prefix = session.ranks, None, evaluated.prefix
+        """The metrics of a merge, by the names of the live ones; ``None`` if it failed, which is logged.
+
+        Args:
+            merged: its weights; ``None`` for the live ones.
+            session: the run's.
+            evaluated: the evaluation.
+            batches: that it is evaluated on; ``None`` for all.
+        """
+        ranks, problem = session.ranks, None
         try:
-            found = self._with(merged, session, evaluated)
+            found = self._with(merged, session, evaluated, batches)
         except Exception as error:
             if DeferredSignals.has_raised(error):
                 raise
@@ -138,8 +182,6 @@ class MergedEvaluation:
             if any(ranks.exchange(isinstance(problem, HalfRestoredError))):
                 raise HalfRestoredError("after a merged evaluation the live weights are lost") from problem
             log.exception("merge: evaluation with the merged weights failed; the live weights are back")
-            self._found.pop(prefix, None)
-            self._failed.add(prefix)
             return None
         return found
 
@@ -147,19 +189,26 @@ class MergedEvaluation:
         shown = {_merged(name): value for name, value in found.items()}
         return Scored(found, shown, self._directions(found, prefix), step)
 
-    def _with(self, merged: Arena, session: MergeSession, evaluated: Evaluated) -> dict[str, float]:
+    def _with(
+        self, merged: Arena | None, session: MergeSession, evaluated: Evaluated, batches: int | None
+    ) -> dict[str, float]:
         host = self._host
+        weights: AbstractContextManager[Any] = (
+            kept_weights(host.module, host.root, host.spare)
+            if merged is None
+            else merged_weights(host, merged, session.sharding)
+        )
         with (
             DeferredSignals() as signals,
             host.undisturbed([evaluated.dataloader]),
             signals.let_through(),
-            merged_weights(host, merged, session.sharding),
+            weights,
         ):
             evaluated.random.restore()
-            output = evaluated.run()
+            output = evaluated.run(batches)
         return _measured(output.metrics)
 
-    def _directions(self, merged: Mapping[str, float], prefix: str) -> dict[str, bool | None]:
+    def _directions(self, merged: Scores, prefix: str) -> dict[str, bool | None]:
         """Whether lower is better, by metric; reports once of which that is not known, and the remedy."""
         lower = {name: self._lower_is_better(name, prefix) for name in merged}
         unknown = sorted(
@@ -184,6 +233,21 @@ class MergedEvaluation:
         """The metric that the trainer looks for, by the name it gives it."""
         name = self._host.trainer.args.metric_for_best_model or ""
         return name if not name or name.startswith("eval_") else f"eval_{name}"
+
+
+class _First:
+    """The first batches of a data loader."""
+
+    def __init__(self, dataloader: Any, batches: int) -> None:
+        self._dataloader, self._batches = dataloader, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._dataloader, self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dataset", "__len__"):  # the number of examples is another one
+            raise AttributeError(name)
+        return getattr(self._dataloader, name)
 
 
 def _measured(metrics: Mapping[str, Any]) -> dict[str, float]:
