@@ -356,9 +356,8 @@ class MergeSession:
             report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
-        newest, lower = (scored.newest, scored.lower) if scored else (None, {})
-        merge_step = newest.step if newest else None
-        self.pipeline.keep_validation(scored, at, live, logged, merge_step, lower)
+        lower = scored.lower if scored else {}
+        merge_step = self.pipeline.keep_validation(scored, at, live, logged, lower)
         others = scored.compared.entries if scored and scored.compared else ()
         self.host.record(
             "validation",

@@ -129,6 +129,7 @@ class SnapshotPipeline:
         self.candidates = Candidates(sources, options.evaluate_batches, window.ranks, self.history)
         self._held: _Held | None = None  # the merge that waits for its validation
         self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
+        self._released: tuple[int, str] | None = None  # step and name of the last merge to be published
         self._validated = False  # whether there was a validation since the last snapshot
         self._often = 0  # of how many intervals up to there that is so, without a break
         self._taken = 0
@@ -262,14 +263,33 @@ class SnapshotPipeline:
         """
         return self.candidates.compare(model, default, evaluate, live, lower, default.snapshots[-1].phase)
 
-    def keep_validation(self, scored: Scored | None, *found: Any) -> None:
+    def keep_validation(
+        self,
+        scored: Scored | None,
+        at: Mapping[str, Any],
+        live: Scores,
+        logged: Mapping[str, float],
+        lower: Mapping[str, bool | None],
+    ) -> int | None:
         """Keeps what a validation has found, and publishes the merge that waited for it.
+
+        Another emission may be the best by it.
 
         Args:
             scored: what a merge scores, if one was validated.
-            *found: see ``History.add_validation``; another emission may be the best by it.
+            at: see ``History.add_validation``; so for the others.
+            live: what the live weights score.
+            logged: what is logged of the merge.
+            lower: whether lower is better, by metric.
+
+        Returns:
+            The step of the merge that has these scores; ``None`` if there is none.
         """
-        self.history.add_validation(*found)
+        step = scored.newest.step if scored and scored.newest else None
+        if scored and scored.compared and self._released and self._released[0] == step:
+            # It is published already, perhaps by the default method: then this is not what it scores.
+            step = step if self._released[1] == scored.compared.selected else None
+        self.history.add_validation(at, live, logged, step, lower)
         self._validated = True
         if scored and scored.compared and (scored.compared.metric or self.options.select is None):
             self._choice = {"step": scored.step, "record": scored.compared.record()}
@@ -277,6 +297,7 @@ class SnapshotPipeline:
         if scored and is_decided and self._held and self._held.merge.step == scored.step:
             self._release()
         self.background.submit(self._protect)
+        return step
 
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
@@ -485,6 +506,7 @@ class SnapshotPipeline:
         record = self._choice["record"] if self._choice.get("step") == merge.step else {}
         if record and record["selected"] != merge.name:
             merge = self.candidates.merge(held.model, record["selected"]) or merge
+        self._released = merge.step, merge.name
         done = self.background.submit(partial(self._publish, merge, held, record))
         merge.published = done.wait
 

@@ -269,6 +269,25 @@ def test_a_merge_that_is_held_back_is_published_when_the_run_ends_by_an_exceptio
     assert "candidates" not in record(newest)
 
 
+def test_a_merge_published_before_its_comparison_does_not_pass_for_the_best_one(tmp_path):
+    class Decaying(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (24.5 - step) / 9))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    # The snapshot of step 18 is the first of the decay, so the validation there is of the merge of step 16.
+    callback = merging(tmp_path, candidates=CANDIDATES, **OPTIONS)
+    every = {"val_check_interval": 6, "check_val_every_n_epoch": None}
+    fit(Case(Decaying, trainer=every), callback, max_epochs=3)
+    events = [json.loads(line) for line in (tmp_path / "merges/events.jsonl").open()]
+    (event,) = [e for e in events if e["event"] == "validation" and e["step"] == 18]
+    (row,) = [row for row in callback.history if row["event"] == "validation" and row["step"] == 18]
+    assert event["candidates"]["selected"] != "sma"
+    assert row["merge_step"] is event["merge"] is None
+    assert row["merged/val_loss"] < row["merged/sma/val_loss"]
+
+
 def test_a_checkpoint_between_snapshot_and_validation_lets_the_merge_be_published(tmp_path, together, chosen):
     class Ending(Classifier):
         def on_validation_start(self) -> None:
