@@ -210,7 +210,7 @@ def _ranks(figures: Figures) -> Verdict:
         for name in ("live", "merge")
     }
     spread = {name: [interval(figures["rates"][f"{rate}"][name]) for rate in rates.RATES] for name in best}
-    holds = right["merge"] == _seeds(figures)
+    holds = [right["merge"] == _seeds(figures), right["merge"] > right["live"]]
     return Verdict(
         "The merge tells which of several runs is the best, without annealing them.",
         "Blog; [NS] §2.5",
@@ -218,8 +218,8 @@ def _ranks(figures: Figures) -> Verdict:
         f"of three learning rates the merge names the best one after annealing for {right['merge']} of "
         f"{_seeds(figures)} seeds, the live loss for {right['live']}; losses by rate: "
         + "; ".join(f"{n} {', '.join(e.shown(sign=False) for e in each)}" for n, each in spread.items()),
-        says([holds]),
-        "" if holds else WHY_RANKS,
+        says(holds),
+        "" if all(holds) else WHY_RANKS,
     )
 
 

@@ -77,11 +77,11 @@ def _at(study: Study, lines: Sequence[Spec], step: int) -> dict[str, Any]:
     at, spacing = study.steps(step), study.steps(SPACING)
     windows = [line.window(at, N, spacing) for line in lines]
     pairs = [(window.parts[-1 - LAG], window.parts[-1]) for window in windows]
-    distances = [distances(study, *pair) for pair in pairs]
+    moved = [distances(study, *pair) for pair in pairs]
     return {
         "step": step,
         "gain": [study.gain(window).loss for window in windows],
-        **{name: [each[name] for each in distances] for name in MEASURES},
+        **{name: [each[name] for each in moved] for name in MEASURES},
     }
 
 

@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
-from operator import mul
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from merge_callback.sharding import Ranks
 from merge_callback.signals.async_scalars import send, send_sum
+from merge_callback.signals.step_numbers import OwnNumbers, StepSums, own_copy, reduced, weighted_sum
 from merge_callback.signals.token_clock import TokenClock
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class StepStatistics:
         """
         loss = loss_in(outputs)
         if isinstance(loss, Tensor):
-            loss = _own(loss)
+            loss = own_copy(loss)
             self._on_device |= isinstance(loss, Tensor)
         elif not isinstance(loss, float):
             return
@@ -112,7 +112,7 @@ class StepStatistics:
     def add_tokens(self, tokens: float | Tensor) -> None:
         """Notes the tokens of a micro-batch; NaN if they can't be counted, which stops the clock."""
         if isinstance(tokens, Tensor):
-            tokens = _own(tokens.reshape(()))
+            tokens = own_copy(tokens.reshape(()))
             self._on_device |= isinstance(tokens, Tensor)
         self._tokens = self._tokens + tokens
 
@@ -126,13 +126,13 @@ class StepStatistics:
         """
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
-            norm = _own(torch.nn.utils.get_total_norm(gradients))
-            self._norms.append(norm if scale is None else norm / _own(scale))
+            norm = own_copy(torch.nn.utils.get_total_norm(gradients))
+            self._norms.append(norm if scale is None else norm / own_copy(scale))
             self._on_device |= isinstance(norm, Tensor)
 
     def set_gradient_norm(self, norm: Tensor | float) -> None:
         """Notes the global norm of the step's gradients, if the loop has computed it on all ranks already."""
-        norm = _own(norm)
+        norm = own_copy(norm)
         self._norms = [norm if self._ranks.is_first else 0.0]
         self._on_device |= isinstance(norm, Tensor)
 
@@ -143,7 +143,10 @@ class StepStatistics:
     def own_losses(self, steps: Iterable[int]) -> list[float | None]:
         """This rank's own mean losses of some of the last steps; waits for them. ``None`` if unknown."""
         known = {step: (losses, factors) for step, losses, factors in self._own_losses}
-        return [float(_sum(*known[step]) / len(known[step][0])) if step in known else None for step in steps]
+        return [
+            float(weighted_sum(*known[step]) / len(known[step][0])) if step in known else None
+            for step in steps
+        ]
 
     @torch.no_grad()
     def gradient_norm(self, parameters: Iterable[Tensor]) -> float:
@@ -218,7 +221,7 @@ class StepStatistics:
             self.names = list(state.get("names") or [])
         if state["last"] is not None and "names" in state:  # an older version saved other numbers
             step, names, *sums = state["last"]
-            self._last = _Pending(step, names, _Sums(*sums))
+            self._last = _Pending(step, names, StepSums(*sums))
             self._last.counted = True
 
     def _last_step(self) -> list[Any] | None:
@@ -231,12 +234,12 @@ class StepStatistics:
             return None
         return [self._last.step, self._last.names, *self._last.read()]
 
-    def _take(self, scale: Tensor | None) -> _Own:
+    def _take(self, scale: Tensor | None) -> OwnNumbers:
         """What this rank has of the step that ends; nothing is left for the next one."""
         scalars = [] if self.names is None else self._take_scalars(self.names)
-        known = 0.0 if scale is None else _own(scale)
+        known = 0.0 if scale is None else own_copy(scale)
         self._on_device |= isinstance(known, Tensor)
-        own = _Own(self._losses, self._factors, self._norms, self._tokens, known, scalars)
+        own = OwnNumbers(self._losses, self._factors, self._norms, self._tokens, known, scalars)
         self._losses, self._factors, self._norms, self._tokens = [], [], [], 0.0
         return own
 
@@ -246,26 +249,22 @@ class StepStatistics:
         numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
         for name in names:
             value = found.get(name)
-            own = 0.0 if value is None else _own(value)
+            own = 0.0 if value is None else own_copy(value)
             numbers += [own, float(value is not None)]
             self._on_device |= isinstance(own, Tensor)
         return numbers
 
-    def _send(self, step: int, own: _Own) -> _Pending:
+    def _send(self, step: int, own: OwnNumbers) -> _Pending:
         """Begins to sum a step's numbers: on the host if this rank is alone, since each launch costs."""
         ranks = self._ranks
         on_device, self._on_device = self._on_device, False
         if ranks.group is not None:
-            read = send_sum(own.sums(self._counts, several=True), ranks, self._device)
-            return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
+            read = send_sum(own.sums(self._counts), ranks, self._device)
+            return _Pending(step, self.names, wait=lambda within: reduced(read(within), ranks.size))
         if not on_device:
-            return _Pending(step, self.names, _reduced(own.sums(self._counts), 1))  # type: ignore[arg-type]
-        read, counts = send(own.parts(), are_own=True), self._counts
-        return _Pending(
-            step,
-            self.names,
-            wait=lambda within: _reduced(own.of(read(within)).sums(counts), 1),  # type: ignore[arg-type]
-        )
+            return _Pending(step, self.names, own.alone())
+        read = send(own.parts(), are_own=True)
+        return _Pending(step, self.names, wait=lambda within: own.of(read(within)).alone())
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
         """Advances the clock by a step's tokens, unless that is done already."""
@@ -293,45 +292,6 @@ class StepStatistics:
         return scale < self._scale
 
 
-class _Own(NamedTuple):
-    """What one rank has of a step: numbers of its own, each on the host or on the device."""
-
-    losses: list[float | Tensor]
-    factors: list[float]
-    norms: list[float | Tensor]
-    tokens: float | Tensor
-    scale: float | Tensor
-    scalars: list[float | Tensor]
-
-    def parts(self) -> list[float | Tensor]:
-        """All that may be on the device."""
-        return [*self.losses, *self.norms, self.tokens, self.scale, *self.scalars]
-
-    def of(self, parts: list[float]) -> _Own:
-        """The same with other ``parts``."""
-        begin, end = len(self.losses), len(self.losses) + len(self.norms)
-        tokens, scale, *scalars = parts[end:]
-        return _Own([*parts[:begin]], self.factors, [*parts[begin:end]], tokens, scale, [*scalars])
-
-    def sums(self, counts: bool, several: bool = False) -> list[float | Tensor]:
-        """What is summed over the ranks."""
-        loss, count = _sum(self.losses, self.factors), float(len(self.losses))
-        counted = [loss, count, self.tokens] if counts else [0.0, 0.0, 0.0]
-        square = sum(norm**2 for norm in self.norms) if self.norms else 0.0
-        bad = _is_bad(loss) if several else 0.0
-        return [*counted, bad, square, float(len(self.norms)), self.scale, *self.scalars]
-
-
-class _Sums(NamedTuple):
-    """The results of a step's sums over all ranks."""
-
-    loss: float | None
-    norm: float | None
-    scale: float | None
-    tokens: float
-    scalars: list[float] = []  # noqa: RUF012  # in the order of ``_take_scalars``; empty if none are watched
-
-
 class _Pending:
     """A step that has ended, whose numbers may not have arrived yet."""
 
@@ -339,14 +299,14 @@ class _Pending:
         self,
         step: int,
         names: list[str] | None = None,
-        sums: _Sums | None = None,
-        wait: Callable[[timedelta | None], _Sums] | None = None,
+        sums: StepSums | None = None,
+        wait: Callable[[timedelta | None], StepSums] | None = None,
     ) -> None:
         self.step, self.names = step, names
         self.counted = False  # whether the clock has its tokens
         self.sums, self._wait = sums, wait  # one of the two is given
 
-    def read(self, within: timedelta | None = None) -> _Sums:
+    def read(self, within: timedelta | None = None) -> StepSums:
         if self.sums is None:
             assert self._wait is not None
             self.sums = self._wait(within)
@@ -358,27 +318,6 @@ def loss_in(outputs: Any) -> Any:
     return outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
 
 
-def _reduced(numbers: list[float], ranks: int) -> _Sums:
-    loss, count, tokens, bad, square, squares, scale, *scalars = numbers
-    mean = loss / count if count else None
-    if bad and (mean is None or math.isfinite(mean)):  # on a rank whose loss is not summed up
-        mean = math.nan
-    return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens, scalars)
-
-
-def _sum(losses: Sequence[float | Tensor], factors: Sequence[float]) -> float | Tensor:
-    if len(losses) == 1:
-        return losses[0] * factors[0]
-    total: float | Tensor = sum(map(mul, losses, factors))
-    return total
-
-
-def _is_bad(loss: float | Tensor) -> float | Tensor:
-    return (
-        loss.isfinite().logical_not().double() if isinstance(loss, Tensor) else float(not math.isfinite(loss))
-    )
-
-
 def _gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
 
@@ -386,16 +325,3 @@ def _gradient(parameter: Tensor) -> Tensor | None:
 def dense(gradient: Tensor) -> Tensor:
     """The values of a gradient; of a sparse one only the stored values."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _own(value: Tensor | float) -> Tensor | float:
-    """A copy that no later step overwrites; a plain number if that needs no waiting."""
-    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor; importing its class takes a second
-        value = full_tensor()
-    if not isinstance(value, Tensor):
-        return value
-    if not value.is_cuda:
-        return (value if value.numel() == 1 else value.detach().double().mean()).item()
-    if value.numel() != 1:
-        return value.detach().double().mean()
-    return value.detach().reshape(()).to(torch.float64, copy=True)  # one launch

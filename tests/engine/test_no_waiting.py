@@ -136,7 +136,9 @@ def test_an_average_in_pinned_host_memory_is_the_one_on_the_device(tmp_path, mon
     ],
 )
 def test_a_hook_that_waits_would_be_found_out(tmp_path, monkeypatch, wait):
-    monkeypatch.setattr(step_statistics, "_own", lambda loss: wait(loss) if isinstance(loss, OnGpu) else 0.0)
+    monkeypatch.setattr(
+        step_statistics, "own_copy", lambda loss: wait(loss) if isinstance(loss, OnGpu) else 0.0
+    )
     with pretend_gpu(monkeypatch) as gpu, pytest.raises(RefusedError, match="waits for the device"):
         fit(watched(gpu, tmp_path))
 
