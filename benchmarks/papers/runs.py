@@ -97,7 +97,7 @@ class Run:
     def _train(self, tell: Callable[[int], object]) -> None:
         spec = self.spec
         model = built(spec)
-        optimizer = _optimizer(model, spec)
+        optimizer = optimizer_of(model, spec)
         begin, averages = self._begin(model, optimizer)
         parameters = list(model.parameters())
         curves: list[tuple[float, float, float]] = []
@@ -105,7 +105,7 @@ class Run:
             rate = spec.learning_rate * _factor(spec, step)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = _loss(model, spec, step)
+            loss = training_loss(model, spec, step)
             torch.autograd.backward(loss)
             norm = torch.nn.utils.clip_grad_norm_(parameters, spec.clip)
             model.balance_experts()
@@ -216,7 +216,7 @@ def _snapshot_weights(snapshot: Snapshot, cache: Path) -> State:
     return Run(snapshot.spec, cache).weights(snapshot.step, snapshot.kind)
 
 
-def _optimizer(model: GPT, spec: Spec) -> AdamW:
+def optimizer_of(model: GPT, spec: Spec) -> AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
@@ -231,7 +231,7 @@ def _factor(spec: Spec, step: int) -> float:
     return factor if own < spec.warmup else spec.floor + (1 - spec.floor) * factor
 
 
-def _loss(model: GPT, spec: Spec, step: int) -> Tensor:
+def training_loss(model: GPT, spec: Spec, step: int) -> Tensor:
     drawn = batch(spec.mix, spec.batch, spec.context, (spec.seed, spec.order), step)
     return F.cross_entropy(model(drawn["input_ids"]).flatten(0, 1), drawn["labels"].flatten())
 

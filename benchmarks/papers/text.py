@@ -25,11 +25,12 @@ MIXES: dict[str, tuple[str, ...]] = {
     "prose": ("prose",),
     "both": ("code", "prose"),
     "torch": ("torch",),
+    "headers": ("headers",),
 }
 """The texts of each mix, in equal shares of every batch.
 
 ``code`` is the standard library without comments and docstrings; ``prose`` is these, and the help texts;
-``torch`` is PyTorch's sources, another text for later stages.
+``torch`` is PyTorch's sources, another text for later stages; ``headers`` is a little C++ of its library.
 """
 
 _LIBRARY = Path(os.__file__).parent
@@ -78,6 +79,11 @@ def _pieces(name: str) -> Iterator[str]:
                 return
             yield (found := path.read_text("utf-8", "ignore"))
             size += len(found)
+        return
+    if name == "headers":
+        yield from (
+            path.read_text() for path in sorted(package_folder("torch").glob("include/c10/core/**/*.h"))
+        )
         return
     yield from (getattr(file, name) for file in _library())
     if name == "prose":
