@@ -21,9 +21,9 @@ TITLE = "Diversity, and what it says about the gain"
 
 CONCLUSION = """\
 In one run diversity is a good gauge: when it falls below a fifth of what it was in the stable phase, there
-is nothing left for a merge to gain. RMS of the weights, which costs no forward pass, says it as well as
-what the model computes. Don't compare the number between runs, learning rates or early and late training:
-within the stable phase it tells nothing about the gain."""
+is hardly anything left for a merge to gain. RMS of the weights, which costs no forward pass, says it as
+well as what the model computes. Don't compare the number between runs, learning rates or early and late
+training: within the stable phase it tells nothing about the gain."""
 
 N, SPACING, LAG = 10, 10, 2
 """Snapshots of a merge, steps between them, and intervals between the two that diversity compares."""
@@ -249,7 +249,7 @@ def _draw_measures(axis: Axes, figures: dict[str, Any], model: str) -> None:
         own = [p for p in figures["points"][model] if p["decay"] in (0, LENGTHS[-1])]
         usual = _usual(figures, model, name)
         shares = [[100 * a / b for a, b in zip(p[name], usual, strict=True)] for p in own]
-        band(axis, [p["step"] for p in own], shares, label=label)
+        axis.plot([p["step"] for p in own], [statistics.mean(share) for share in shares], label=label)
     axis.axvline(LENGTHS[-1], color="grey", linestyle=":")
     axis.set(title=f"{model}: the decay begins at the dotted line", xlabel="step")
     axis.set(ylabel="% of the stable phase's", yscale="log")

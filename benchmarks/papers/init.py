@@ -22,8 +22,8 @@ TITLE = "The next stage, from the last checkpoint or from a merge"
 
 CONCLUSION = """\
 Begin a next stage with the merge if the run before it has not decayed: the start is calmer, and what
-remains at the end is a gain, larger the lower the new learning rate. The merge of ten is better than that
-of three. After a decay it makes no difference. For the decay itself, going on from the last checkpoint is
+remains at the end is parity or a small gain, larger the lower the new learning rate. After a decay the
+last checkpoint is as good, or better by a hair. For the decay itself, going on from the last checkpoint is
 as good at the same rate."""
 
 Figures = dict[str, Any]
@@ -200,9 +200,8 @@ def _later(figures: Figures) -> Verdict:
 
 WHY_DECAY = (
     "At the learning rate of the phase before, which is the paper's case, the merge brings nothing: the "
-    "first steps make as much noise as it had removed. At a half and a quarter of that rate it does help, "
-    "the more the lower the rate: the last weights then need many small steps to lose noise that the "
-    "merge never had."
+    "first steps make as much noise as it had removed. At a quarter of that rate it does help: the last "
+    "weights then need many small steps to lose noise that the merge never had."
 )
 WHY_CALMER = (
     "After a decay the snapshots are so close together that their merge is almost the last checkpoint: "
