@@ -502,7 +502,7 @@ class MergeSession:
         tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
         info(
             f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, "
-            f"{self.pipeline.published} merges were published, the learning rate is in its "
+            f"{self.pipeline.emissions.count} merges were published, the learning rate is in its "
             f"{self.phases.phase.value} phase since step {self.phases.since:,}"
         )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
 from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores, Source
 from merge_callback.engine.comparison import Comparison
+from merge_callback.engine.emissions import Emissions
 from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
 from merge_callback.engine.validations import Scored, closing_line, gains
@@ -25,10 +25,8 @@ from merge_callback.messages import info, warn
 from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
-from merge_callback.publish.emission import step_of
-from merge_callback.publish.export import Exporter, Naming
+from merge_callback.publish.export import Naming
 from merge_callback.recovery.schedule_free import evaluated_weights
-from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
 from merge_callback.signals.host import log as log_metrics
 from merge_callback.signals.lr_phase import Phase
@@ -44,8 +42,6 @@ log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _PATIENCE = 600.0  # seconds that a checkpoint waits for the work under way
-
-_OFTEN = 2  # intervals in a row with a validation, after which the next one is expected to have one
 
 _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
@@ -66,25 +62,12 @@ class _Report:
     functional: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class _Held:
-    """A merge that is published once it is validated, and what is known of it."""
-
-    merge: Merge
-    model: ModelTensors
-    diversity: dict[str, Any] | None
-
-
 class SnapshotPipeline:
     """Keeps a window while a model trains: only the copy of the weights is made in the training thread.
 
     For each copy, a background job adds it to the window, measures and merges; a second job publishes the
     merge. Until the first job is done, nothing else may use the window, nor communicate with the other ranks
     through its group: ``window``, ``merger`` and all their users wait for it.
-
-    A merge that is about to be validated is held back until then, so that its record tells what it scores,
-    and the best candidate is published in its place. Without a validation it is published at the next
-    snapshot.
 
     Args:
         options: the callback's options.
@@ -106,7 +89,6 @@ class SnapshotPipeline:
     ) -> None:
         self.options, self.host, self.publisher, self.naming = options, host, publisher, naming
         self.background = Background(window.store.live_device)
-        self.publish_group = Ranks.of_run()  # for publishing, while others use the window's group
         lag = max(1, min(options.diversity_lag, options.window - 1))
         self._window = window
         self._validates = options.evaluate and host.will_validate and options.experts is None
@@ -119,25 +101,15 @@ class SnapshotPipeline:
             candidates=options.candidates if self._validates else {},
             processes=host.processes,
         )
-        self._exporter = Exporter(
-            publisher, window.store.sharding, naming, self.publish_group, options.format == "dcp"
-        )
         self.running = running
         self.probe = Probe(options.probe, host, window, lag) if options.probe else None
         self.history = History(options.select)
         sources: list[Source] = [self._merger, *([running] if running else [])]
         self.candidates = Candidates(sources, options.evaluate_batches, window.ranks, self.history)
-        self._held: _Held | None = None  # the merge that waits for its validation
-        self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
-        self._released: tuple[int, str] | None = None  # step and name of the last merge to be published
-        self._validated = False  # whether there was a validation since the last snapshot
-        self._often = 0  # of how many intervals up to there that is so, without a break
+        self.emissions = Emissions(
+            options, host, window, publisher, naming, self.candidates, self.history, self.background
+        )
         self._taken = 0
-        self._emitted = -1  # step of the last merge that is published
-        self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
-        self._handed_in = -1  # step of the last merge that was submitted; the same on all ranks
-        self._is_stable = False  # whether that is of the stable phase
-        self.published = 0  # number of merges
         trained = window.store.whole.only(window.store.whole.names - window.store.expected)
         numel = sum(group.numel for group in trained.groups)
         self.advice = Advice(options.window, numel, host.total_steps)
@@ -185,11 +157,7 @@ class SnapshotPipeline:
         """
         stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
-        self._release()
-        self._often, self._validated = (self._often + 1 if self._validated else 0), False
-        # Where validations are rarer than snapshots, most merges would wait for one in vain.
-        is_likely = self._often >= _OFTEN or self.host.validates_now
-        hold = self._validates and (bool(self.candidates.names) or is_likely)
+        hold = self.emissions.begin_interval(self._validates)
         report = _Report(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
@@ -226,7 +194,7 @@ class SnapshotPipeline:
     def finish_what_is_begun(self) -> None:
         """Waits until the last snapshot is in the window and every submitted merge is published."""
         self.wait_until_merged()
-        self._release()
+        self.emissions.release()
         self.background.drain()
 
     def current_merge(self, model: ModelTensors, merger: WindowMerger | None = None) -> Merge | None:
@@ -285,36 +253,27 @@ class SnapshotPipeline:
         Returns:
             The step of the merge that has these scores; ``None`` if there is none.
         """
-        step = scored.newest.step if scored and scored.newest else None
-        if scored and scored.compared and self._released and self._released[0] == step:
-            # It is published already, perhaps by the default method: then this is not what it scores.
-            step = step if self._released[1] == scored.compared.selected else None
+        step = self.emissions.scored_step(scored)
         self.history.add_validation(at, live, logged, step, lower)
-        self._validated = True
-        if scored and scored.compared and (scored.compared.metric or self.options.select is None):
-            self._choice = {"step": scored.step, "record": scored.compared.record()}
-        is_decided = scored and (scored.compared is None or self._choice.get("step") == scored.step)
-        if scored and is_decided and self._held and self._held.merge.step == scored.step:
-            self._release()
-        self.background.submit(self._protect)
+        self.emissions.note_validation(scored)
         return step
 
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
         self.wait_until_merged()
-        self._release()
+        self.emissions.release()
         self.wait()
         return self._window.ranks.from_first(self.publisher.newest_up_to(step))
 
     def finish(self, model: ModelTensors, step: int) -> None:
         """Publishes the last merge of the run, unless it is published already."""
         self.finish_what_is_begun()
-        self._handed_in = self._window.ranks.from_first(self._emitted)  # only that one knows what it wrote
+        self.emissions.agree_on_last()
         self.background.submit(partial(self._emit, model))  # a failure there is logged
         self.background.drain()
         if self.publisher.published:
-            best = next(iter(self._ranked()), None)
-            info(closing_line(self.advice.validations, self.published, self.publisher, best, self._spread()))
+            count, best = self.emissions.count, self.emissions.best
+            info(closing_line(self.advice.validations, count, self.publisher, best, self._spread()))
         elif self.options.experts is None:
             warn(f"merge: nothing was published: {self._why_nothing(step)}")
 
@@ -342,12 +301,12 @@ class SnapshotPipeline:
         """Publishes what is held back when a run ends by an exception, unless other ranks may be gone."""
         if self._window.ranks.size == 1:
             self.wait()
-            self._release()
+            self.emissions.release()
             self.wait()
 
     def close(self) -> None:
         """Closes the process group of publishing. All ranks have to call this."""
-        self.publish_group.close()
+        self.emissions.close()
 
     def state_dict(self, to_keep: bool = True) -> dict[str, Any]:
         """What a resumed run needs, as primitives; see ``Window.state_dict`` for ``to_keep``.
@@ -365,43 +324,30 @@ class SnapshotPipeline:
             **running,
             "run_id": self._window.folder.run_id,
             "taken": self._taken,
-            "handed_in": self._handed_in,
-            "is_stable": self._is_stable,
-            "choice": self._choice,
-            "validated": [self._validated, self._often],
-            "published": list(self.publisher.published),
-            "emissions": self.published,
-            "last_stable": self._last_stable,
+            **self.emissions.state_dict(),
             "advice": self.advice.state_dict(),
             "window": self._window.state_dict(to_keep, further),
             "first_diversity": self._merger.first_rms,
             "diversity": self._merger.diversity,
             "history": self.history.state_dict(),
-            "remote_names": self.publisher.remote_names,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores everything from a ``state_dict``, except the window."""
         self._taken = state["taken"]
-        self.published = state.get("emissions", len(state["published"]))
         if "advice" in state:  # older versions have none
             self.advice.load_state_dict(state["advice"])
         self.history.load_state_dict(state.get("history", {}))
-        self._last_stable = state.get("last_stable", -1)
-        self._choice = state.get("choice", {})
-        self._validated, self._often = state.get("validated", (False, 0))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
-        self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
-        self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
-        if state.get("is_stable") and self._emitted == state["handed_in"]:  # published after the checkpoint
-            self._last_stable = self._emitted
+        self.emissions.load_state_dict(state)
 
     def publish_again(self, model: ModelTensors, state: Mapping[str, Any]) -> None:
         """Publishes what the resumed run was to publish but did not, or holds it back again."""
         last = state.get("handed_in", -1)
-        if last > self._emitted and self._window.segment() and self._window.segment()[-1].step == last:
-            is_validated = last == self._choice.get("step") or bool(self.history.scores(last))
-            self.background.submit(partial(self._emit, model, self._validates and not is_validated)).wait()
+        segment = self._window.segment()
+        if self.emissions.is_missing(last) and segment and segment[-1].step == last:
+            hold = self._validates and not self.emissions.is_validated(last)
+            self.background.submit(partial(self._emit, model, hold)).wait()
 
     def _capture(self, live: ModelTensors | Exception, step: int) -> tuple[ModelTensors, Captured]:
         """A copy of the live weights, or the error, which the other ranks have to learn of."""
@@ -489,86 +435,8 @@ class SnapshotPipeline:
 
     def _emit(self, model: ModelTensors, hold: bool = False) -> None:
         """Publishes the merge of the present window, if it is new, or holds it back for its validation."""
-        merge = self.current_merge(model)
-        if merge is not None and merge.step != self._handed_in:
-            self._handed_in, self._is_stable = merge.step, merge.snapshots[-1].phase == "stable"
-            self._held = _Held(merge, model, self._merger.diversity)
-            merge.published = self._release_and_wait  # whoever needs its memory
-            if not hold:
-                self._release()
-
-    def _release(self) -> None:
-        """Has the merge that is held back published; the best candidate in its place, once it is known."""
-        if self._held is None:
-            return
-        held, self._held = self._held, None
-        merge, held.merge.published = held.merge, None
-        record = self._choice["record"] if self._choice.get("step") == merge.step else {}
-        if record and record["selected"] != merge.name:
-            merge = self.candidates.merge(held.model, record["selected"]) or merge
-        self._released = merge.step, merge.name
-        done = self.background.submit(partial(self._publish, merge, held, record))
-        merge.published = done.wait
-
-    def _release_and_wait(self) -> None:
-        if (held := self._held) is not None:
-            self._release()
-            held.merge.wait()
-
-    def _prepared(self, merge: Merge, held: _Held, record: Mapping[str, Any]) -> Callable[[], Path | None]:
-        """A function that publishes a merge."""
-        is_scored = not record or record["selected"] == merge.name
-        scores = self.history.scores(merge.step) if is_scored else {}
-        return self._exporter.prepare(
-            merge,
-            held.model.tied,
-            diversity=held.diversity,
-            layout=self._window.store.whole.hash,
-            run_id=self._window.folder.run_id,
-            **({"metrics": scores} if scores else {}),
-            **({"candidates": record} if record else {}),
-        )
-
-    def _publish(self, merge: Merge, held: _Held, record: Mapping[str, Any]) -> None:
-        seconds = -time.monotonic()
-        try:
-            prepared = self.publish_group.agreed(partial(self._prepared, merge, held, record))
-            if merge.snapshots[-1].phase == "stable":
-                self._last_stable = merge.step
-            self._protect()
-            if folder := prepared():
-                self._record_emission(merge, folder, seconds + time.monotonic())
-            self._emitted, self.published = merge.step, self.published + 1
-            self._protect()  # it may be the best
-        except Exception as error:
-            warn(f"merge: the merge of step {merge.step} was not published ({error!r}); training goes on")
-
-    def _protect(self) -> None:
-        """Keeps the best emissions, and the last one of the stable phase, whatever comes after them."""
-        if (count := self.options.keep_best) and self._window.ranks.is_first:
-            best = self._ranked()
-            self.publisher.protect({*best[:count], self._last_stable}, best[0] if best else None)
-
-    def _ranked(self) -> list[int]:
-        """The steps of the published merges that were validated, the one that scored best first."""
-        return self.history.ranked({*map(step_of, self.publisher.kept)})
-
-    def _record_emission(self, merge: Merge, folder: Path, seconds: float) -> None:
-        newest, size = merge.snapshots[-1], None
-        with suppress(OSError):  # it may be uploaded, and gone from here
-            size = sum(path.stat().st_size for path in folder.iterdir())
-        self.host.record(
-            "emission",
-            merge.step,
-            path=folder.name,
-            method=merge.method.name,
-            phase=newest.phase,
-            tokens=newest.tokens,
-            snapshots=[snapshot.step for snapshot in merge.snapshots],
-            weights=merge.weights,
-            bytes=size,
-            seconds=seconds,
-        )
+        if (merge := self.current_merge(model)) is not None:
+            self.emissions.hand_in(merge, model, self._merger.diversity, hold)
 
     def _spread(self) -> float | None:
         """The standard deviation of the noise of the live metric that is spoken of, in the present phase."""
