@@ -298,6 +298,33 @@ def study_size() -> str:
     return f"Seeds of the experts: {max(counts.values())}.{missing} Measured on {date} ({cpu}, one thread)."
 
 
+def running_cost() -> str:
+    """What an update of a running average takes, in milliseconds and in relation to torchtitan's."""
+    ways = ("torchtitan", "ours", "Lightning", "AdamW")
+    rows = [
+        [row["model"], *(f"{row['ms'][way]:.2f}" for way in ways), f"{row['ratio']:.2f}"]
+        for row in _measured("running")["rows"]
+    ]
+    head = ("model", "`_foreach_lerp_`", "ours", "`EMAWeightAveraging`", "AdamW's step", "ours / the first")
+    return table(head, rows)
+
+
+def posthoc_errors() -> str:
+    """How far averages that are made afterwards are from tracked ones, with all copies and with fewer."""
+    rows = _measured("posthoc")["rows"]
+    widths = sorted({row["sigma"] for row in rows} - set(_measured("posthoc")["stored"]))
+    counts = list(dict.fromkeys(row["copies"] for row in rows))[:5]
+    found = {(row["copies"], row["sigma"]): row for row in rows}
+
+    def cell(count: int, sigma: float) -> str:
+        row = found[count, sigma]
+        return f"{100 * row['error']:.2f} % ({row['residual']:.4f})"
+
+    head = ("copies used", *(f"σ = {sigma:g}" for sigma in widths))  # noqa: RUF001
+    lines = [[str(count), *(cell(count, sigma) for sigma in widths)] for count in counts]
+    return table(head, lines) + "\n\nIn brackets stand the residuals."
+
+
 def evidence() -> str:
     """All claims of the papers that were tried, with their verdicts, in the order of the page's sections."""
     rows = [
@@ -360,6 +387,8 @@ def _blocks() -> dict[str, Callable[[], str]]:
         "study, merged": study_merged,
         "study, size": study_size,
         "second stage": second_stage,
+        "running": running_cost,
+        "posthoc": posthoc_errors,
         "evidence": evidence,
     }
     for path in (ROOT / "benchmarks/results/papers").glob("*.json"):

@@ -100,7 +100,7 @@ KINDS: tuple[Kind, ...] = (
             "gains": "of the merge, by metric; positive is better",
             "merge": "step of the merge that was validated; null if there is no new one",
             "seconds": "that the merged validation took; null if there was none",
-            "candidates": "with `candidates=`: what `merge.json` says of them",
+            "candidates": "what `merge.json` says of them; null without",
         },
     ),
     Kind(

@@ -320,12 +320,14 @@ def test_all_that_is_logged_is_in_the_table(tmp_path):
     files = {"base": tmp_path / "base.safetensors", "experts": [tmp_path / "sibling.safetensors"]}
     options = {"dirpath": tmp_path / "merges", "count_tokens": lambda batch: 64, "method": Ties()}
     merging = CheckpointMergeCallback(every_n_steps=2, probe=True, **options, **files)
-    trainer = train(small_model(), merging, data=Data(), max_steps=12, log_every_n_steps=1)
+    comparing = CheckpointMergeCallback(every_n_steps=2, candidates=["wma"], dirpath=tmp_path / "compared")
+    trainer = train(small_model(), merging, comparing, data=Data(), max_steps=12, log_every_n_steps=1)
     logged = [name for name in trainer.callback_metrics if name.startswith("merge")]
     assert all(described(name) for name in logged)
     unseen = [m.name for m in METRICS if not any(m.matches(name) for name in logged)]
     assert unseen == [
         "merged_eval_<name>",
+        "merged_<candidate>_eval_<name>",
         "merge/forecast/<name>",
         "merge/forecast_error/<name>",
         "merge_spike/baseline",

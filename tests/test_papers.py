@@ -110,7 +110,9 @@ def test_a_verdict_that_is_not_a_yes_has_a_reason():
         Verdict("A claim.", "a paper", "1", "2", "does not hold here")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "benchmarks/results/papers").glob("*.json"))
+)
 def test_the_page_tells_what_was_measured(name):
     record = json.loads((ROOT / f"benchmarks/results/papers/{name}.json").read_text())
     assert record["size"] == "full"

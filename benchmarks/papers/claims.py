@@ -12,7 +12,19 @@ from benchmarks.papers.spec import Spec
 from benchmarks.papers.study import Study
 from benchmarks.papers.verdict import Verdict
 
-NAMES = ("phases", "methods", "window", "diversity", "anneal", "init", "recovery", "cross", "candidates")
+NAMES = (
+    "phases",
+    "methods",
+    "window",
+    "diversity",
+    "anneal",
+    "init",
+    "recovery",
+    "cross",
+    "geometry",
+    "scale",
+    "candidates",
+)
 """The claims' modules, ``benchmarks.papers.<name>``, in the order of the page."""
 
 

@@ -222,9 +222,9 @@ WHY_DECAY = (
 WHY_STABLE = "At least one of them is better than a plain mean here."
 WHY_SLERP = "The loss is lowest at a t of a half or more."
 WHY_TIES = (
-    "Every entry that is trimmed costs here: the more are kept, the lower the loss, at every point "
-    "and in both models. The papers' models are some 10,000 times as large, and more of their entries "
-    "may be noise."
+    "Entries that are trimmed cost here: from a density of 0.4 on, the more are kept, the lower the "
+    "loss, at every point and in both models. The papers' models are some 10,000 times as large, and "
+    "more of their entries may be noise."
 )
 
 

@@ -79,11 +79,11 @@ def read_dcp(folder: Path, spool: Path | None = None) -> Read:
     """
     metadata = read_metadata(contained(folder, METADATA))
     entries = _weights(folder, metadata)
-    files = _check_entries(folder, metadata, entries)
+    files = check_entries(folder, metadata, entries)
     check_no_repeats(folder, {name: entry.size for name, entry in entries.items()})
     shapes = {name: (entry.properties.dtype, entry.size) for name, entry in entries.items()}
     tensors = map_tensors(spool or default_spool(), shapes)
-    _fill(folder, metadata, entries, tensors)
+    fill(folder, metadata, entries, tensors)
     every = metadata.state_dict_metadata.items()
     state = sorted(n for n, e in every if isinstance(e, TensorStorageMetadata) and n not in entries)
     place = _place(tensors, metadata.planner_data)
@@ -126,10 +126,14 @@ def _place(names: Iterable[str], paths: Any) -> str:
     return place if one else ""
 
 
-def _check_entries(
+def check_entries(
     folder: Path, metadata: Metadata, entries: Mapping[str, TensorStorageMetadata]
 ) -> list[Path]:
-    """Makes sure that all parts of the tensors are there and make them up; returns the files they are in."""
+    """Makes sure that all parts of the tensors are there and make them up; returns the files they are in.
+
+    Raises:
+        CorruptFileError: if they are not.
+    """
     try:
         parts = [
             (name, entry, chunk, metadata.storage_data.get(MetadataIndex(name, chunk.offsets, index)))
@@ -224,12 +228,17 @@ class _IntoTensors(DefaultLoadPlanner):
         """Nothing: the bytes are where they belong."""
 
 
-def _fill(
+def fill(
     folder: Path,
     metadata: Metadata,
     entries: Mapping[str, TensorStorageMetadata],
     tensors: Mapping[str, Tensor],
 ) -> None:
+    """Reads tensors, whose entries were checked, into the given ones.
+
+    Raises:
+        CorruptFileError: if a part is not what was saved.
+    """
     reader, planner = FileSystemReader(folder), _IntoTensors(tensors)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     for name, entry in entries.items():

@@ -23,7 +23,9 @@ HELP = "only say what would be read, merged and written, with sizes"
 
 
 def tell_dry(lines: Iterable[str]) -> int:
-    """Prints what would be done; returns the exit status."""
+    """Prints what would be done, on one of several processes; returns the exit status."""
+    if os.environ.get("RANK", "0") != "0":
+        return 0
     for line in lines:
         print(printable(line))
     print("nothing was written")

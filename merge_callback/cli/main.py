@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 
 import merge_callback
@@ -40,6 +41,23 @@ examples:
   merge-callback demo --steps-scale 0.1        half a minute; too short to see much
   merge-callback demo --spike
 """
+
+_COMMANDS = {
+    "demo": ("train a small GPT for a few minutes and see what merging gives", ""),
+    "merge": ("merge checkpoint files, of any size, in little memory", "merge"),
+    "sweep": ("merge in many ways, score every merge, keep the best", "sweep"),
+    "moerge": ("make one model of LoRA experts that routes each token", "moerge"),
+    "methods": ("list the merging methods, their options and sources", "merge"),
+    "inspect": ("say what a checkpoint holds, and verify its checksums", "inspect"),
+    "diversity": ("measure how far apart checkpoints lie", "measures"),
+    "interference": ("measure how far task vectors agree", "measures"),
+    "prune": ("remove older merges that a run has published", "prune"),
+    "fit": ("train from a LightningCLI configuration: fit --config config.yaml", ""),
+    "validate": ("check such a configuration without training", "validate"),
+    "report": ("draw a page of a run, or show it while the run goes on", ""),
+    "difficulty": ("tell which examples are hard, and what a merge forgets", "difficulty"),
+}
+"""What each command does, and the module in which its arguments are."""
 
 _ON_FILES = {
     "merge",
@@ -98,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_methods(arguments[1:])
         except (ValueError, OSError) as error:
             return _refuse(error)
-    parser = _make_parser()
+    parser = _make_parser(arguments[0] if arguments else "")
     parsed, more = parser.parse_known_args(arguments)
     if more and not hasattr(parsed, "takes_more"):
         parser.prog += f" {arguments[0]}"
@@ -124,20 +142,15 @@ def _refuse(reason: object) -> int:
 
     if isinstance(reason, OSError) and reason.filename is not None and reason.strerror:
         reason = f"{reason.filename}: {reason.strerror}"  # the system's, without its number
-    print(f"merge-callback: {printable(str(reason))}", file=sys.stderr)
+    several = os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ
+    who = f"merge-callback (rank {os.environ['RANK']})" if several else "merge-callback"
+    print(f"{who}: {printable(str(reason))}", file=sys.stderr)
     return 1
 
 
-def _make_parser() -> argparse.ArgumentParser:
-    from merge_callback.cli.difficulty import add_difficulty
-    from merge_callback.cli.inspect import add_inspect
-    from merge_callback.cli.measures import add_diversity, add_interference
-    from merge_callback.cli.merge import add_merge, add_methods
-    from merge_callback.cli.moerge import add_moerge
+def _make_parser(command: str) -> argparse.ArgumentParser:
+    """The parser of the command line; of the commands only this one is imported, with what it needs."""
     from merge_callback.cli.parser import Parser
-    from merge_callback.cli.prune import add_prune
-    from merge_callback.cli.sweep import add_sweep
-    from merge_callback.cli.validate import add_validate
 
     parser = Parser(
         "merge-callback",
@@ -147,23 +160,12 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {merge_callback.__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    _add_demo(
-        commands.add_parser("demo", help="train a small GPT for a few minutes and see what merging gives")
-    )
-    add_merge(commands.add_parser("merge", help="merge checkpoint files, of any size, in little memory"))
-    add_sweep(commands.add_parser("sweep", help="merge in many ways, score every merge, keep the best"))
-    add_moerge(commands.add_parser("moerge", help="make one model of LoRA experts that routes each token"))
-    add_methods(commands.add_parser("methods", help="list the merging methods, their options and sources"))
-    add_inspect(commands.add_parser("inspect", help="say what a checkpoint holds, and verify its checksums"))
-    add_diversity(commands.add_parser("diversity", help="measure how far apart checkpoints lie"))
-    add_interference(commands.add_parser("interference", help="measure how far task vectors agree"))
-    add_prune(commands.add_parser("prune", help="remove older merges that a run has published"))
-    commands.add_parser("fit", help="train from a LightningCLI configuration: fit --config config.yaml")
-    add_validate(commands.add_parser("validate", help="check such a configuration without training"))
-    commands.add_parser("report", help="draw a page of a run, or show it while the run goes on")
-    add_difficulty(
-        commands.add_parser("difficulty", help="tell which examples are hard, and what a merge forgets")
-    )
+    for name, (about, module) in _COMMANDS.items():
+        own = commands.add_parser(name, help=about)
+        if name == command == "demo":
+            _add_demo(own)
+        elif name == command and module:
+            getattr(import_module(f"merge_callback.cli.{module}"), f"add_{name}")(own)
     return parser
 
 

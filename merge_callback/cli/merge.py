@@ -26,13 +26,13 @@ from merge_callback.cli.merge_arguments import (
     add_range,
     chosen,
     job_of,
+    notes_of,
     own_line,
     tell,
 )
 from merge_callback.merging import METHODS, MergeMethod, resolve_method
 from merge_callback.merging.method import own_options
 from merge_callback.offline.job import Job
-from merge_callback.offline.left_out import grouped
 from merge_callback.offline.merge_adapters import merge_adapters, opened_adapters
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.offline.peers import Peers, peers_of_launcher
@@ -184,17 +184,10 @@ def _merge(parsed: argparse.Namespace) -> int:
         torch.set_num_threads(threads)
     if not record:  # of a process that has helped another
         return 0
-    left_out = grouped(record["left_out"]).items()
-    more = [f"not taken along: {', '.join(names)}: {reason}" for reason, names in left_out]
-    if state := record.get("training_state", []):
-        shown = ", ".join(state[:3]) + " …" * (len(state) > 3)
-        more.append(f"left out as training state: {len(state)} tensors ({shown})")
-    if held := record.get("not_finite", []):
-        more.append(f"copied, as it holds the same NaN or Inf in all checkpoints: {', '.join(held)}")
     tell(
         [
             *(told if is_quiet else []),
-            *more,
+            *notes_of(record),
             *_told_error(record.get("lora", {}).get("relative_error", {})),
             f"{given['output']}: {method.name} of {len(record['inputs'])} checkpoints",
         ]
@@ -220,6 +213,10 @@ def _reconstruction(given: Mapping[str, Any]) -> Reconstruction:
 def _merged(job: Job, output: Path, peers: Peers) -> dict[str, Any]:
     """Merges models, or LoRA adapters, which are small, on rank 0, if that is what the checkpoints are."""
     if adapters := opened_adapters(job.checkpoints):
+        if job.optimizer_state:
+            raise ValueError(
+                f"--optimizer-state is for whole models, and {job.checkpoints[-1]} is a LoRA adapter"
+            )
         return merge_adapters(job, adapters, output) if peers.rank == 0 else {}
     if job.kind in ("lora", "model") or job.rank is not None:
         option = f"--as {job.kind}" if job.rank is None else "--rank"

@@ -13,6 +13,7 @@ from merge_callback.cli.dry_run import HELP
 from merge_callback.merging import MergeMethod, Weighted
 from merge_callback.offline import workers
 from merge_callback.offline.job import Job, OutputNames
+from merge_callback.offline.left_out import grouped
 from merge_callback.offline.selection import Selection, select
 from merge_callback.snapshots.files import printable
 
@@ -79,6 +80,18 @@ def tell(lines: Iterable[str]) -> None:
     """Prints lines beside the output proper."""
     for line in lines:
         print(printable(line), file=sys.stderr)
+
+
+def notes_of(record: Mapping[str, Any]) -> list[str]:
+    """What has to be told of a merge that was written: what it lacks, and what it only copied."""
+    left_out = grouped(record["left_out"]).items()
+    notes = [f"not taken along: {', '.join(names)}: {reason}" for reason, names in left_out]
+    if (state := record.get("training_state", [])) and "optimizer_state" not in record:
+        shown = ", ".join(state[:3]) + " …" * (len(state) > 3)
+        notes.append(f"left out as training state: {len(state)} tensors ({shown})")
+    if held := record.get("not_finite", []):
+        notes.append(f"copied, as it holds the same NaN or Inf in all checkpoints: {', '.join(held)}")
+    return notes
 
 
 def own_line(error: Exception, method: MergeMethod) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import inspect
-import io
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,12 +18,14 @@ from torch import Tensor
 from merge_callback.checkpoints.plain_yaml import read_value
 from merge_callback.cli.dry_run import reads, size_of, tell_dry
 from merge_callback.cli.imports import import_all, import_named
-from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, chosen, job_of, tell
+from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, chosen, job_of, notes_of, tell
+from merge_callback.cli.sweep_tables import TABLE, as_csv, as_table, noise_of, pictured
 from merge_callback.engine.metric_names import said_lower, sounds_lower
 from merge_callback.engine.plan import in_bytes
 from merge_callback.merging import METHODS, Extrapolate, Sma
 from merge_callback.offline import candidates as made
 from merge_callback.offline.job import Job
+from merge_callback.offline.merge_adapters import opened_adapters
 from merge_callback.offline.merge_files import merge_files
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.offline.peers import Peers, peers_of_launcher
@@ -33,9 +34,7 @@ from merge_callback.offline.sweep_results import SweepResults
 from merge_callback.snapshots.files import printable
 from merge_callback.snapshots.safetensors_file import file_checksum
 
-_TABLE, _PICTURE = "results.csv", "pareto.png"
 _ORDERS = ("forward", "reversed", "random")
-_SHOWN = 40  # merges in the table on the terminal
 
 _SWEEP_DEFAULTS: dict[str, Any] = {
     **DEFAULTS,
@@ -131,18 +130,24 @@ def _sweep(parsed: argparse.Namespace) -> int:
     import_all(given["imports"], here=True)
     selection = chosen(given, Sma())
     job = job_of(given, selection.chosen, Sma(), lambda: None)
+    if opened_adapters(job.checkpoints):
+        raise ValueError(
+            f"{job.checkpoints[-1]} is a LoRA adapter, and a sweep merges whole models: write each adapter "
+            "into its base first"
+        )
     plain, searching, left_out = _wanted(given, len(job.checkpoints))
     results_folder = Path(given["results"] or f"{given['output']}-sweep")
     if given["output"] is not None:
         OutputFolder(given["output"], job.force, job.checkpoints)  # refused now, not after hours
     objective = Objective(_direction(given), given["select"])
+    if given["dry_run"]:
+        tell([*selection.lines(), *left_out])
+        names = [*(one.name for one in plain), *(f"{name} (a search)" for name, _ in searching)]
+        return tell_dry(_planned(given, job, names, SweepResults(results_folder)))
     with peers_of_launcher() as peers:
         results = SweepResults(results_folder, peers.rank)
         if peers.rank == 0:
             tell([*selection.lines(), *left_out])
-        if given["dry_run"]:
-            names = [*(one.name for one in plain), *(f"{name} (a search)" for name, _ in searching)]
-            return tell_dry(_planned(given, job, names, results))
         evaluate, about = _evaluation(given)
         peers.exchange({})  # the folder was empty, or a sweep's, before any of them writes into it
         results.begin()
@@ -158,6 +163,10 @@ def _check_usage(given: Mapping[str, Any]) -> None:
         given["refuse"](
             "name the folder of the best merge with --output, or that of the scores with --results"
         )
+    if given["output"] is not None and given["results"] is not None:
+        output, results = (Path(os.path.abspath(given[name])) for name in ("output", "results"))
+        if output in (results, *results.parents):
+            raise ValueError(f"--results {given['results']}: lies in --output; name a folder outside of it")
     if given["pareto"] and find_spec("matplotlib") is None:
         raise ValueError("--pareto: matplotlib is missing: pip install 'merge-callback[demo]'")
     if given["line_search"] and not any(name.partition(":")[0] == "extrapolate" for name in given["methods"]):
@@ -270,18 +279,18 @@ def _finish(
         raise ValueError(f"no merge has a finite {objective.of(found[0].metrics)}, so none is the best")
     best, metric = merges[0], objective.of(found[0].metrics)
     if peers.rank == 0:
-        notes = [results.replace(_TABLE, _csv(ranked))]
-        notes += _pictured(given, objective, ranked, found[0], results)
-        for line in _table(ranked, best, metric):
+        notes = [results.replace(TABLE, as_csv(ranked))]
+        notes += pictured(given["pareto"], objective, ranked, found[0], results)
+        for line in as_table(ranked, best, metric):
             print(printable(line))
-        alone = found[0].metrics[metric]
+        gain = "" if best.score > found[0].score else ": no merge scores better"
         print(
             printable(
                 f"best by {metric}: {best.candidate.name}, {best.metrics[metric]:.6g}; the newest checkpoint "
-                f"alone {alone:.6g}"
+                f"alone {found[0].metrics[metric]:.6g}{gain}"
             )
         )
-        tell(filter(None, notes))
+        tell(filter(None, [*notes, noise_of(found, metric)]))
     if given["output"] is not None:
         _write_best(Path(given["output"]), job, best, ranked, metric, peers)
     return 0
@@ -306,64 +315,9 @@ def _write_best(
         ],
     }
     whole = replace(job, checkpoints=paths, method=best.candidate.method, provenance={"sweep": told})
-    merge_files(replace(whole, workers=1), output, peers)
-    if peers.rank == 0:
-        tell([f"{output}: {best.candidate.name}"])
-
-
-def _csv(ranked: Sequence[Scored]) -> bytes:
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for one in ranked for name in one.metrics))
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["candidate", "method", "checkpoints", *names])
-    for one in ranked:
-        values = [one.metrics.get(name, "") for name in names]
-        writer.writerow([one.candidate.name, one.candidate.method.name, len(one.candidate.inputs), *values])
-    return text.getvalue().encode()
-
-
-def _table(ranked: Sequence[Scored], best: Scored, metric: str) -> Iterator[str]:
-    names = [metric, *(name for name in best.metrics if name != metric)][:5]
-    width = max(len(one.candidate.name) for one in ranked[:_SHOWN])
-    yield f"  {'merge':{width}}" + "".join(f"  {name[-14:]:>14}" for name in names)
-    for one in ranked[:_SHOWN]:
-        mark = "*" if one is best else " "
-        cells = "".join(f"  {one.metrics.get(name, math.nan):14.6g}" for name in names)
-        yield f"{mark} {one.candidate.name:{width}}{cells}"
-    if len(ranked) > _SHOWN:
-        yield f"  … {len(ranked) - _SHOWN} more in {_TABLE}"
-
-
-def _pictured(
-    given: Mapping[str, Any],
-    objective: Objective,
-    ranked: Sequence[Scored],
-    alone: Scored,
-    results: SweepResults,
-) -> list[str]:
-    """Draws two metrics, if there are two; returns why not."""
-    chosen_one = objective.of(alone.metrics)
-    pair = given["pareto"] or [chosen_one, *(name for name in alone.metrics if name != chosen_one)][:2]
-    if len(pair) < 2:
-        return []
-    if missing := [name for name in pair if name not in alone.metrics]:
-        raise ValueError(f"--pareto {missing[0]}: the evaluation gives {', '.join(alone.metrics)}")
-    if find_spec("matplotlib") is None:
-        return ["no picture is drawn: matplotlib is missing: pip install 'merge-callback[demo]'"]
-    from merge_callback.analysis.pareto import draw_pareto, pareto_front
-
-    try:
-        signs = [-1 if objective.lower(name) else 1 for name in pair]
-    except ValueError as error:
-        return [f"no picture is drawn: {error}"]
-    points = {one.candidate.name: tuple(one.metrics.get(name, math.nan) for name in pair) for one in ranked}
-    finite: dict[str, Any] = {n: p for n, p in points.items() if all(map(math.isfinite, p))}
-    front = pareto_front({n: (p[0] * signs[0], p[1] * signs[1]) for n, p in finite.items()})
-    told = tuple(
-        f"{n} ({'lower' if s < 0 else 'higher'} is better)" for n, s in zip(pair, signs, strict=True)
-    )
-    reference = alone.candidate.name if alone.candidate.name in finite else None
-    return [results.replace(_PICTURE, draw_pareto(finite, front, (told[0], told[1]), reference))]
+    record = merge_files(replace(whole, workers=1), output, peers)  # who evaluates may have threads
+    if record:
+        tell([*notes_of(record), f"{output}: {best.candidate.name}"])
 
 
 def _planned(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -49,6 +50,37 @@ class Done:
             if self._is_set:
                 self._wake.put(None)  # for whoever else waits
         return self._is_set
+
+
+class _Turns:
+    """Has threads take short turns with the lock of the interpreter while a job runs, in any `Background`.
+
+    By default a thread that wants the lock waits 5 ms before another that runs Python gives it up: training
+    would wait that long after every operation of PyTorch. The setting is the process's; afterwards it is as
+    it was.
+    """
+
+    _SECONDS = 1e-3
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._jobs, self._before = 0, 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._jobs == 0:
+                self._before = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._before, self._SECONDS))
+            self._jobs += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._jobs -= 1
+            if self._jobs == 0:
+                sys.setswitchinterval(self._before)
+
+
+_turns = _Turns()
 
 
 class _Job(NamedTuple):
@@ -152,6 +184,7 @@ class Background:
     def _work(self, job: _Job) -> None:
         with ExitStack() as stack:
             stack.enter_context(yielding())
+            stack.enter_context(_turns)
             stack.enter_context(torch.no_grad())  # like the device and the stream, each thread has its own
             if self._stream is not None and job.ready is not None:
                 stack.enter_context(torch.cuda.device(self._stream.device))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from merge_callback.options import Options
 from merge_callback.signals.host import Host
+from merge_callback.snapshots.running import RunningAverages
 from merge_callback.snapshots.storage import STORAGES, SnapshotStore
 
 
@@ -30,7 +31,9 @@ class Plan:
         frozen_bytes: frozen bytes of a snapshot, on all ranks together, if these are stored only once.
         batches: batches of the whole run, if the steps per batch are still to be measured; else ``None``. A
             manual optimization takes any number of steps per batch, and those of all its optimizers count.
+        running: the running averages, and what they take; empty if there are none.
         experts: how many finished experts this one is merged with, and by which method; empty if none.
+        candidates: what else the window is merged by; empty if nothing.
     """
 
     window: int
@@ -47,9 +50,13 @@ class Plan:
     frozen_bytes: int = 0
     batches: int | None = None
     experts: str = ""
+    running: str = ""
+    candidates: str = ""
 
     @classmethod
-    def of(cls, options: Options, store: SnapshotStore, host: Host) -> Plan:
+    def of(
+        cls, options: Options, store: SnapshotStore, host: Host, running: RunningAverages | None = None
+    ) -> Plan:
         """The plan for a run.
 
         Raises:
@@ -66,10 +73,12 @@ class Plan:
             window_bytes=store.nbytes(options.window, of_all_ranks=True),
             storage=options.storage,
             folder=store.folder,
-            free=check_room(options, store, host.processes),
+            free=check_room(options, store, host.processes, running.stored_nbytes if running else 0),
             methods={phase: method.name for phase, method in options.methods.items()},
             frozen_bytes=store.whole.only(store.expected).nbytes,
             batches=None if host.total_steps else host.total_batches,
+            running=_told(running) if running else "",
+            candidates=", ".join(options.candidates),
             experts=f"{len(experts.paths)} finished experts by {experts.method.name}" if experts else "",
         )
 
@@ -88,6 +97,8 @@ class Plan:
             f"merge: {one} per snapshot{share}{once}, {in_bytes(self.window_bytes)} in total, "
             f"on {place}; {in_bytes(self.free)} free",
             "merge: " + ", ".join(f"{method} in the {phase} phase" for phase, method in self.methods.items()),
+            *([f"merge: each validation compares it with {self.candidates}"] if self.candidates else []),
+            *([f"merge: {self.running}"] if self.running else []),
             *([f"merge: after each validation, merged with {self.experts}"] if self.experts else []),
         ]
 
@@ -164,7 +175,21 @@ def in_bytes(size: float) -> str:
     raise AssertionError
 
 
-def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> int:
+def _told(running: RunningAverages) -> str:
+    """What running averages take, for people."""
+    every = {name: one.average.every_n_steps for name, one in running.by_name.items()}
+    names = ", ".join(name + (f" (every {n} steps)" if n > 1 else "") for name, n in every.items())
+    line = (
+        f"running averages {names}: {in_bytes(running.nbytes)} each in memory, and again for a copy of each"
+    )
+    if running.stored_nbytes:
+        line += (
+            f"; copies at snapshots and checkpoints take {in_bytes(running.stored_nbytes)} of disk at most"
+        )
+    return line
+
+
+def check_room(options: Options, store: SnapshotStore, processes: int = 1, further: int = 0) -> int:
     """Checks that a full window fits its storage, and returns the free room there in bytes.
 
     The window's files that are there already (of a resumed run) count as free.
@@ -173,6 +198,7 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
         options: the callback's options.
         store: the store of this rank's snapshots.
         processes: number of processes on this machine, each with its own window.
+        further: bytes that are to lie beside the window's files.
 
     Raises:
         ValueError: if it does not fit; says how much is needed and free, and what to choose instead.
@@ -186,7 +212,8 @@ def check_room(options: Options, store: SnapshotStore, processes: int = 1) -> in
             files = [*store.folder.glob("*step=*.safetensors"), *store.folder.glob("*step=*/*.safetensors")]
             disk = STORAGES["disk"].free_bytes(store.folder, store.device)
             disk += sum(p.lstat().st_size for p in files)
-            _check_fits("disk", store.peak_nbytes(options.window, of_all_ranks=True), disk, store.codec)
+            needed = store.peak_nbytes(options.window, of_all_ranks=True) + further
+            _check_fits("disk", needed, disk, store.codec)
             free = disk if place.needs_files else free
         if not place.needs_files:
             sharing = processes if place.is_of_machine else 1

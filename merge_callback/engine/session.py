@@ -96,6 +96,7 @@ class MergeSession:
         self.options = options
         self._at_snapshots = LiveModel(host.module, host.root)
         self._model: ModelTensors | Exception = model  # as of the newest snapshot
+        self._averaged: Mapping[str, Tensor] | None = None  # since the newest snapshot
         check_exclude(options.exclude, model)
         for line in (check_unfit(model.unfit, options.exclude), entries_beside(host.module, model)):
             if line:
@@ -132,7 +133,7 @@ class MergeSession:
             self.spikes.policy.after_restore = self._roll_averages_back
         try:
             self._put_folder_in_order()
-            self.plan = Plan.of(options, window.store, host)
+            self.plan = Plan.of(options, window.store, host, self.running)
             _report_plan([*self.plan.lines(), *folder.notices], self.plan.warnings())
             if self.ranks.is_first:
                 host.record = event_file(options, self.plan, folder, self.ranks, window).write
@@ -275,7 +276,9 @@ class MergeSession:
     def _update_averages(self) -> None:
         assert self.running is not None
         try:
-            self.running.update(self.step, self._at_snapshots.tensors().tensors)
+            if self._averaged is None:  # whether the model has other tensors is found out at each snapshot
+                self._averaged = self._at_snapshots.tensors().tensors
+            self.running.update(self.step, self._averaged)
         except Exception:
             log.exception("merge: the running averages end at step %s; training goes on", self.step)
             self.running.end()
@@ -294,6 +297,7 @@ class MergeSession:
         A merge needs the same tensors in all snapshots, so changed tensors get a new session with a new
         window. ``None`` if that can't be made; nothing more is merged then.
         """
+        self._averaged = None
         try:
             self._model = self._at_snapshots.tensors()
             change = tensor_changes(self._shapes, self._model)
@@ -352,9 +356,8 @@ class MergeSession:
             report(self.host, logged)
         tokens = self.clock.tokens if self.countable else None
         at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
-        newest, lower = (scored.newest, scored.lower) if scored else (None, {})
-        merge_step = newest.step if newest else None
-        self.pipeline.keep_validation(scored, at, live, logged, merge_step, lower)
+        lower = scored.lower if scored else {}
+        merge_step = self.pipeline.keep_validation(scored, at, live, logged, lower)
         others = scored.compared.entries if scored and scored.compared else ()
         self.host.record(
             "validation",
@@ -367,7 +370,7 @@ class MergeSession:
             gains={name.removeprefix(GAIN): v for name, v in found.items() if name.startswith(GAIN)},
             merge=merge_step,
             seconds=scored.seconds if scored else None,
-            **({"candidates": scored.compared.record()} if scored and scored.compared else {}),
+            candidates=scored.compared.record() if scored and scored.compared else None,
         )
 
     def compare(self, default: Merge, evaluate: Evaluate, live: Scores, lower: Lower) -> Comparison | None:

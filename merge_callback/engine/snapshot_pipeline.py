@@ -45,6 +45,8 @@ _T = TypeVar("_T")
 
 _PATIENCE = 600.0  # seconds that a checkpoint waits for the work under way
 
+_OFTEN = 2  # intervals in a row with a validation, after which the next one is expected to have one
+
 _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
 
 
@@ -127,7 +129,9 @@ class SnapshotPipeline:
         self.candidates = Candidates(sources, options.evaluate_batches, window.ranks, self.history)
         self._held: _Held | None = None  # the merge that waits for its validation
         self._choice: dict[str, Any] = {}  # of the last comparison: its step and its record
+        self._released: tuple[int, str] | None = None  # step and name of the last merge to be published
         self._validated = False  # whether there was a validation since the last snapshot
+        self._often = 0  # of how many intervals up to there that is so, without a break
         self._taken = 0
         self._emitted = -1  # step of the last merge that is published
         self._last_stable = -1  # step of the last one whose snapshots are of the stable phase
@@ -182,9 +186,10 @@ class SnapshotPipeline:
         stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
         self._release()
+        self._often, self._validated = (self._often + 1 if self._validated else 0), False
         # Where validations are rarer than snapshots, most merges would wait for one in vain.
-        hold = self._validates and (bool(self.candidates.names) or self._validated or self.host.validates_now)
-        self._validated = False
+        is_likely = self._often >= _OFTEN or self.host.validates_now
+        hold = self._validates and (bool(self.candidates.names) or is_likely)
         report = _Report(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
@@ -258,14 +263,33 @@ class SnapshotPipeline:
         """
         return self.candidates.compare(model, default, evaluate, live, lower, default.snapshots[-1].phase)
 
-    def keep_validation(self, scored: Scored | None, *found: Any) -> None:
+    def keep_validation(
+        self,
+        scored: Scored | None,
+        at: Mapping[str, Any],
+        live: Scores,
+        logged: Mapping[str, float],
+        lower: Mapping[str, bool | None],
+    ) -> int | None:
         """Keeps what a validation has found, and publishes the merge that waited for it.
+
+        Another emission may be the best by it.
 
         Args:
             scored: what a merge scores, if one was validated.
-            *found: see ``History.add_validation``; another emission may be the best by it.
+            at: see ``History.add_validation``; so for the others.
+            live: what the live weights score.
+            logged: what is logged of the merge.
+            lower: whether lower is better, by metric.
+
+        Returns:
+            The step of the merge that has these scores; ``None`` if there is none.
         """
-        self.history.add_validation(*found)
+        step = scored.newest.step if scored and scored.newest else None
+        if scored and scored.compared and self._released and self._released[0] == step:
+            # It is published already, perhaps by the default method: then this is not what it scores.
+            step = step if self._released[1] == scored.compared.selected else None
+        self.history.add_validation(at, live, logged, step, lower)
         self._validated = True
         if scored and scored.compared and (scored.compared.metric or self.options.select is None):
             self._choice = {"step": scored.step, "record": scored.compared.record()}
@@ -273,6 +297,7 @@ class SnapshotPipeline:
         if scored and is_decided and self._held and self._held.merge.step == scored.step:
             self._release()
         self.background.submit(self._protect)
+        return step
 
     def newest_emission_up_to(self, step: int) -> Path | str | None:
         """The newest published merge without a snapshot taken after ``step``."""
@@ -315,8 +340,8 @@ class SnapshotPipeline:
 
     def publish_held(self) -> None:
         """Publishes what is held back when a run ends by an exception, unless other ranks may be gone."""
-        self.wait()
         if self._window.ranks.size == 1:
+            self.wait()
             self._release()
             self.wait()
 
@@ -343,7 +368,7 @@ class SnapshotPipeline:
             "handed_in": self._handed_in,
             "is_stable": self._is_stable,
             "choice": self._choice,
-            "validated": self._validated,
+            "validated": [self._validated, self._often],
             "published": list(self.publisher.published),
             "emissions": self.published,
             "last_stable": self._last_stable,
@@ -363,7 +388,8 @@ class SnapshotPipeline:
             self.advice.load_state_dict(state["advice"])
         self.history.load_state_dict(state.get("history", {}))
         self._last_stable = state.get("last_stable", -1)
-        self._choice, self._validated = state.get("choice", {}), state.get("validated", False)
+        self._choice = state.get("choice", {})
+        self._validated, self._often = state.get("validated", (False, 0))
         self._merger.first_rms, self._merger.diversity = state["first_diversity"], state["diversity"]
         self.publisher.resume(state["published"], state["run_id"], state.get("handed_in", -1))
         self._emitted = self._handed_in = self._window.ranks.from_first(self.publisher.newest_step)
@@ -480,6 +506,7 @@ class SnapshotPipeline:
         record = self._choice["record"] if self._choice.get("step") == merge.step else {}
         if record and record["selected"] != merge.name:
             merge = self.candidates.merge(held.model, record["selected"]) or merge
+        self._released = merge.step, merge.name
         done = self.background.submit(partial(self._publish, merge, held, record))
         merge.published = done.wait
 

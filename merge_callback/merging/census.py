@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_callback.reduce import compiled
 from merge_callback.reduce.compiled import Split
-from merge_callback.reduce.dispatch import compiled_serves, triton_serves
+from merge_callback.reduce.dispatch import compiled_serves
 from merge_callback.reduce.ranges import in_ranges
 from merge_callback.sharding import Piece
 
@@ -119,6 +119,11 @@ def count_pass(brackets: Sequence[Bracket]) -> list[Counts]:
     return found
 
 
+def count_equal(part: Part, start: int, stop: int, bits: int) -> int:
+    """How many of the elements from ``start`` to ``stop`` have this magnitude."""
+    return sum(at_high for _, _, (_, at_high, *_) in _splits([part], [(bits, bits)], start, stop))
+
+
 def _splits(
     parts: Sequence[Part], bounds: Sequence[tuple[int, int]], start: int, stop: int
 ) -> Iterator[tuple[int, int, Split]]:
@@ -144,11 +149,6 @@ def split(bits: Tensor, low: int, high: int) -> Split:
     In a vector with few different magnitudes the brackets are frequent ones. Counting those is far cheaper
     than picking them.
     """
-    if triton_serves(bits, dtypes={torch.int32}):
-        from merge_callback.reduce import triton_census
-
-        above, at_high, at_low, found = triton_census.split(bits, low, high)
-        return above, at_high, at_low, found.cpu().numpy()
     if bits.device.type != "cpu":
         between = bits[(bits > low) & (bits < high)].cpu().numpy()
         at_low = int((bits == low).sum()) if low < high else 0

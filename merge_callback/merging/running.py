@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar
 
 from merge_callback.checks import positive
@@ -81,15 +82,16 @@ class RunningAverage(ABC):
 
     def options(self) -> dict[str, Any]:
         """The options as primitives."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
         return {
-            n: v if isinstance(v, (int, float, str)) else repr(v)
-            for n, v in vars(self).items()
-            if v is not None
+            n: v if isinstance(v, (int, float, str)) else getattr(v, "__qualname__", repr(v))
+            for n, v in given.items()
         }
 
     def record(self) -> dict[str, Any]:
-        """What it is, as primitives."""
-        return {"kind": self.name, **self.options()}
+        """Which average it is, as primitives: one that is updated more rarely, or elsewhere, is the same."""
+        options = {n: v for n, v in self.options().items() if n not in ("every_n_steps", "offload")}
+        return {"kind": self.name, **options}
 
 
 @dataclass(frozen=True)
@@ -268,6 +270,7 @@ class RunningWsm(RunningAverage):
         return 1 - curve(min(1.0, (step - self.start) / (self.horizon - self.start)))
 
 
+@lru_cache
 def gamma_of(sigma: float) -> float:
     """The exponent γ of the profile with a relative width (EDM2, eq. 3 and 4).
 

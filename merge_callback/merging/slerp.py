@@ -12,13 +12,10 @@ from torch import Tensor
 
 from merge_callback.merging.method import Inputs, MergeMethod, Need, Trajectory, register_method
 from merge_callback.reduce import accumulator_dtype, one_pass
-from merge_callback.reduce.dispatch import triton_serves
 
 _PARALLEL = 0.9995  # a cosine beyond which the arc counts as straight
 
 _BLOCK = 1 << 16  # elements of each snapshot whose inner products are formed at once
-
-_MOST_IN_REGISTERS = 64  # tensors whose inner products a GPU forms in one launch
 
 
 @register_method("slerp", reference="Practical Guidelines (ACL 2026), section 3.3")
@@ -85,10 +82,6 @@ class Slerp(MergeMethod):
 
 def inner_products(tensors: Sequence[Tensor]) -> Tensor:
     """The inner products of all pairs of flat tensors, ``(N, N)``, fp64 on the CPU."""
-    if len(tensors) <= _MOST_IN_REGISTERS and triton_serves(*tensors):
-        from merge_callback.reduce import triton_products
-
-        return triton_products.inner_products(tensors)
     count, size = len(tensors), tensors[0].numel()
     wide = accumulator_dtype(tensors[0])
     products = torch.zeros(count, count, dtype=torch.float64, device=tensors[0].device)

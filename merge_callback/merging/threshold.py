@@ -25,7 +25,16 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 import torch
 
-from merge_callback.merging.census import Bits, Bracket, Count, Part, bits_of, counted, integer_type
+from merge_callback.merging.census import (
+    Bits,
+    Bracket,
+    Count,
+    Part,
+    bits_of,
+    count_equal,
+    counted,
+    integer_type,
+)
 from merge_callback.reduce.ranges import most_threads, side_by_side
 from merge_callback.sharding import Piece
 
@@ -44,6 +53,8 @@ _EXCHANGED = 1 << 17  # elements that processes exchange at most, per search
 
 _ORDERED = 1 << 18  # elements to be ordered from which on threads are started: two milliseconds' work
 
+_FEW = 1 << 12  # elements that are searched for an equal one; of more, halves are counted first
+
 _PLACES = 1 << 12  # ranges of a vector in which processes count equal elements at once
 
 _RUN = 512  # consecutive elements per sample: a run costs as much as one element
@@ -58,12 +69,14 @@ class Threshold:
         kept: number of equal elements among the k largest; those with the lowest indices.
         equal: number of elements of this magnitude.
         ties: for each part, the blocks of this process with their numbers of equal elements.
+        bits: those of the magnitude.
     """
 
     magnitude: float
     kept: int
     equal: int
     ties: Sequence[Ties] = field(default=(), compare=False, repr=False)
+    bits: int = field(default=0, compare=False, repr=False)
 
 
 def alone(search: Search[T]) -> T:
@@ -163,25 +176,25 @@ def search_tie_ends(parts: Sequence[Part], threshold: Threshold) -> Search[list[
         elif sum(equal) <= left:
             ends.append(part.size)
         else:
-            ends.append((yield from _search_tie_end(part, threshold.magnitude, left, ties)))
+            ends.append((yield from _search_tie_end(part, threshold, left, ties)))
         left = max(0, left - sum(equal))
     return ends
 
 
-def _search_tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> Search[int]:
+def _search_tie_end(part: Part, threshold: Threshold, keep: int, ties: Ties) -> Search[int]:
     """The index of this process's elements up to which the first ``keep`` equal ones of the part lie."""
     if part.piece is None:
-        return _tie_end(part, magnitude, keep, ties)
+        return _tie_end(part, threshold.bits, keep, ties)
     (first, last), own = part.piece.bounds, sum(equal for _, equal in ties)
     everyones = yield first, last, own
     runs = sorted((start, stop) for start, stop, _ in everyones if stop > start)
     if all(stop <= start for (_, stop), (start, _) in pairwise(runs)):  # one after the other
         before = sum(equal for start, _, equal in everyones if start < first)
-        return _tie_end(part, magnitude, min(max(0, keep - before), own), ties)
+        return _tie_end(part, threshold.bits, min(max(0, keep - before), own), ties)
     low, high = 0, max(stop for _, stop in runs)
     while True:
         width = -(-(high - low) // _PLACES)
-        up_to = np.cumsum(sum((yield _places(part, part.piece, magnitude, low, high, width))))
+        up_to = np.cumsum(sum((yield _places(part, part.piece, threshold.magnitude, low, high, width))))
         place = int(np.searchsorted(up_to, keep))
         keep -= int(up_to[place - 1]) if place else 0
         low, high = low + place * width, min(low + (place + 1) * width, high)
@@ -271,19 +284,22 @@ def _threshold(
     ties = [[(block.length, equal(block)) for block in part] for part in counts]
     magnitude = torch.tensor(bits, dtype=integer_type(dtype), device="cpu").view(dtype).item()
     everyones = yield sum(number for part in ties for _, number in part)
-    return Threshold(magnitude, kept, sum(everyones), ties)
+    return Threshold(magnitude, kept, sum(everyones), ties, bits)
 
 
-def _tie_end(part: Part, magnitude: float, keep: int, ties: Ties) -> int:
-    """The index up to which at most ``keep`` elements equal to the magnitude lie."""
-    begin, used = 0, 0
+def _tie_end(part: Part, bits: int, keep: int, ties: Ties) -> int:
+    """The index up to which at most ``keep`` elements equal to the threshold lie."""
+    begin = 0
     for length, equal in ties:
-        if used + equal <= keep:
-            begin, used = begin + length, used + equal
+        if equal <= keep:
+            begin, keep = begin + length, keep - equal
             continue
-        for block in part.blocks(begin, begin + length):
-            places = (block.abs_() == magnitude).nonzero()
-            if used + len(places) > keep:
-                return begin + int(places[keep - used])
-            begin, used = begin + block.numel(), used + len(places)
+        while length > _FEW:  # the half in which the first one lies that is not kept
+            half = length // 2
+            if (equal := count_equal(part, begin, begin + half, bits)) <= keep:
+                begin, keep, length = begin + half, keep - equal, length - half
+            else:
+                length = half
+        places = torch.cat([bits_of(block) == bits for block in part.blocks(begin, begin + length)])
+        return begin + int(places.nonzero()[keep])
     return part.size

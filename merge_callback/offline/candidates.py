@@ -98,7 +98,7 @@ def metric_weighted(inputs: Sequence[int], temperature: float | None = None) -> 
         temperature: T, in the metric's unit; default: the standard deviation of their scores.
     """
     scores = yield [single(i) for i in inputs]
-    scored = [(i, score) for i, score in zip(inputs, scores, strict=True) if score > -math.inf]
+    scored = [(i, score) for i, score in zip(inputs, scores, strict=True) if math.isfinite(score)]
     if len(scored) < 2:
         return
     values = [score for _, score in scored]

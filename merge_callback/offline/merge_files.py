@@ -55,7 +55,7 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         newest, lightning = checkpoints[-1], job.kind == "lightning"
         job = with_prefix(job, newest)
         merging = FileMerge(job, checkpoints, base)
-        training = resumable(merging, draft) if job.optimizer_state and peers.rank == 0 else None
+        training = _training(merging, draft) if job.optimizer_state and peers.rank == 0 else None
         if peers.rank == 0:
             job.begun()
         shards, index, tied = output_files(merging)
@@ -67,7 +67,12 @@ def merge_files(job: Job, output: Path, peers: Peers | None = None) -> dict[str,
         checksums = files.finish()
         if lightning:
             tensors = files.tensors | _aliases(files.tensors, tied)
-            checksums = write_lightning(draft, tensors, newest, training)
+            if isinstance(training, tuple):
+                from merge_callback.offline.distributed_states import write_resumable
+
+                checksums = write_resumable(draft, tensors, *training, newest.path)
+            else:
+                checksums = write_lightning(draft, tensors, newest, training)
         else:
             extras = {path.relative_to(newest.path).as_posix(): path for path in newest.extras}
             checksums |= copy_extras(extras, draft)
@@ -102,6 +107,15 @@ def output_files(merging: FileMerge) -> tuple[dict[str, dict[str, Tensor]], str,
         return dict(zip(shard_names(len(parts)), parts, strict=True)), "", tied
     shards, index = lay_out(tensors, merging.newest, merging.published, merging.job.max_shard_bytes)
     return shards, index, tied
+
+
+def _training(merging: FileMerge, spool: Path) -> dict[str, Any] | tuple[str, dict[str, Any]]:
+    """The state of the training, of the kind that the newest checkpoint is of."""
+    if merging.newest.format == "dcp":
+        from merge_callback.offline.distributed_states import resumable_distributed  # .7 s to import
+
+        return resumable_distributed(merging, spool)
+    return resumable(merging, spool)
 
 
 def _aliases(tensors: Mapping[str, Tensor], tied: Mapping[str, str]) -> dict[str, Tensor]:

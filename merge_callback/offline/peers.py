@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -108,7 +109,10 @@ def peers_of_launcher() -> Iterator[Peers]:
     names = [name for name in os.environ if name in _NAMES or name.startswith(("TORCHELASTIC_", "GROUP_"))]
     hidden = {name: os.environ.pop(name) for name in names}
     try:
-        yield Peers(rank, count, store)
+        with warnings.catch_warnings():
+            if rank > 0:
+                warnings.simplefilter("ignore")  # rank 0 gives the same ones
+            yield Peers(rank, count, store)
     finally:
         os.environ.update(hidden)
 

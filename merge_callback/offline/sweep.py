@@ -170,8 +170,9 @@ class Sweep:
 
     def _key(self, candidate: Candidate) -> str:
         method = candidate.method
-        steps = [(self._prints[i], self._checkpoints[i].step) for i in candidate.inputs]
-        return key_of(method.name, method.options(), steps, self._about)
+        chosen = [(self._prints[i], self._checkpoints[i]) for i in candidate.inputs]
+        inputs = [(of_files, checkpoint.step, checkpoint.tokens) for of_files, checkpoint in chosen]
+        return key_of(method.name, method.options(), inputs, self._about)
 
     def _merged(self, candidates: Sequence[Candidate]) -> Iterator[tuple[Candidate, dict[str, Tensor]]]:
         """The state dict of each; linear ones together, as many as the memory has room for."""

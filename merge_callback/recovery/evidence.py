@@ -247,6 +247,8 @@ class Trial:
 
 def copied(batch: Any) -> Any:
     """Copies a batch's containers but not its tensors: a training step may remove items from containers."""
+    if isinstance(batch, Tensor):  # first: checking for a Mapping is slow
+        return batch
     kind = type(batch)
     if kind is dict:
         return {key: copied(value) for key, value in batch.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Collection, Sequence, Sized
+from collections.abc import Sequence, Sized
 from functools import lru_cache
 from importlib.util import find_spec
 
@@ -81,17 +81,12 @@ def compiled_serves(*tensors: Tensor) -> bool:
     return not EAGER and compiled.takes(tensors)
 
 
-def triton_serves(*tensors: Tensor, dtypes: Collection[torch.dtype] = NARROW) -> bool:
-    """Whether Triton's kernels take these tensors: contiguous, of certain dtypes, on one CUDA device.
-
-    Args:
-        *tensors: at least one tensor.
-        dtypes: the dtypes that the kernel takes. fp64 is not one of them; PyTorch sums it in fp64.
-    """
+def triton_serves(*tensors: Tensor) -> bool:
+    """Whether Triton's kernels take these tensors: contiguous, in ``NARROW``, on one CUDA device."""
     device = tensors[0].device
     if device.type != "cuda" or EAGER or not all(isinstance(t, Tensor) for t in tensors):
         return False
-    return all(t.device == device and t.dtype in dtypes and t.is_contiguous() for t in tensors) and _runs_on(
+    return all(t.device == device and t.dtype in NARROW and t.is_contiguous() for t in tensors) and _runs_on(
         device
     )
 

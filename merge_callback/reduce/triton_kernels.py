@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from merge_callback.reduce.passes import Outs, Row, Weights, rows_of
-from merge_callback.reduce.triton_sources import KINDS, elements, load, on, pointers, table, written
+from merge_callback.reduce.triton_sources import KINDS, elements, load, on, pointers, sent, table, written
 
 BLOCK = 1024
 """Elements per program: 8 per thread, of each of the sums."""
@@ -85,6 +85,7 @@ def _launch(
     # Tile t and segment s use place t + s: along the tensor both only grow, so no two pairs share a place.
     partials = torch.empty(tiles + segments, dtype=torch.float32, device=squares.device)
     taken, measure = [sources[i] for i in used], [factors[i] for i in used]
+    begins = _first_segments(bounds, tiles, block, squares.device) if segments else squares
     if len(rows) > 1:
         height = triton.next_power_of_2(len(rows))
         padded = [*given, *[[0.0] * count] * (height - len(rows))]
@@ -92,7 +93,7 @@ def _launch(
         addresses = [row.out.data_ptr() for row in (*rows, *rows[:1] * (height - len(rows)))]
         rows_sent = table(taken, [*bounds, *addresses], measure, weights)
         _sum_rows[(tiles,)](
-            rows_sent.integers, rows_sent.factors, rows_sent.sources, partials, segments, len(rows),
+            rows_sent.integers, rows_sent.factors, rows_sent.sources, begins, partials, segments, len(rows),
             sources[0].numel(), rows_sent.kind, rows_sent.aligned, KINDS[rows[0].out.dtype],
             all(address % 16 == 0 for address in addresses), segments > 0, height, block,
             enable_fp_fusion=True,
@@ -101,7 +102,7 @@ def _launch(
         out = rows[0].out if rows else partials
         rows_sent = table(taken, bounds, [given[0][i] for i in used], measure)
         _sum_tile[(tiles,)](
-            rows_sent.integers, rows_sent.factors, rows_sent.sources, out, partials, segments,
+            rows_sent.integers, rows_sent.factors, rows_sent.sources, out, begins, partials,
             sources[0].numel(), rows_sent.kind, rows_sent.aligned, bool(rows), segments > 0, block,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -113,9 +114,15 @@ def _launch(
         )
 
 
+def _first_segments(bounds: Sequence[int], tiles: int, block: int, device: torch.device) -> Tensor:
+    """For each tile the segment of its first element; a search in every program would hold up short ones."""
+    ends = sent(bounds, torch.int64, device)
+    return torch.searchsorted(ends, torch.arange(tiles, device=device) * block, right=True, out_int32=True)
+
+
 @triton.jit(do_not_specialize=["count", "segments", "rows", "size"])
 def _sum_rows(
-    table, factors, count, partials, segments, rows, size,
+    table, factors, count, begins, partials, segments, rows, size,
     kind: tl.constexpr, aligned: tl.constexpr, written: tl.constexpr, lined_up: tl.constexpr,
     measures: tl.constexpr, height: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +140,7 @@ def _sum_rows(
             measures, height, block,
         )  # fmt: skip
     if measures:
-        _store_partials(table + 2 * count, partials, segments, size, offsets, other * other, block)
+        _store_partials(table + 2 * count, begins, partials, size, offsets, other * other, block)
 
 
 @triton.jit
@@ -166,9 +173,9 @@ def _several(
     return other
 
 
-@triton.jit(do_not_specialize=["count", "segments", "size"])
+@triton.jit(do_not_specialize=["count", "size"])
 def _sum_tile(
-    rows, factors, count, out, partials, segments, size,
+    rows, factors, count, out, begins, partials, size,
     kind: tl.constexpr, aligned: tl.constexpr, merges: tl.constexpr, measures: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
@@ -181,7 +188,7 @@ def _sum_tile(
         inside = offsets < size
         other = _sums(rows, factors, count, out, offsets, inside, kind, aligned, merges, measures, block)
     if measures:
-        _store_partials(rows + 2 * count, partials, segments, size, offsets, other * other, block)
+        _store_partials(rows + 2 * count, begins, partials, size, offsets, other * other, block)
 
 
 @triton.jit
@@ -208,31 +215,18 @@ def _sums(
 
 
 @triton.jit
-def _store_partials(bounds, partials, segments, size, offsets, squares, block: tl.constexpr):
+def _store_partials(bounds, begins, partials, size, offsets, squares, block: tl.constexpr):
     """Sums a tile's squares by the segments it touches."""
     tile = tl.program_id(0).to(tl.int64)
     begin = tile * block
     stop = tl.minimum(begin + block, size)
-    segment = _segment_at(bounds, segments, begin)
+    segment = tl.load(begins + tile).to(tl.int64)
     while begin < stop:
         end = tl.load(bounds + segment)
         here = (offsets >= begin) & (offsets < end)  # beyond the tensor the squares are 0
         tl.store(partials + tile + segment, tl.sum(tl.where(here, squares, 0.0)))
         begin = tl.maximum(begin, end)
         segment += 1
-
-
-@triton.jit
-def _segment_at(bounds, segments, place):
-    """The segment that holds an element: the number of bounds that are not beyond it."""
-    high = segments.to(tl.int64)
-    low = high * 0  # 64 bits as well
-    while low < high:
-        middle = (low + high) // 2
-        beyond = tl.load(bounds + middle) > place
-        low = tl.where(beyond, low, middle + 1)
-        high = tl.where(beyond, middle, high)
-    return low
 
 
 @triton.jit(do_not_specialize=["first_bound"])

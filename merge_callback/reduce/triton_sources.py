@@ -55,15 +55,16 @@ def table(sources: Sequence[Tensor], integers: Sequence[int], *factors: Sequence
     addresses, kinds = [s.data_ptr() for s in sources], [KINDS[s.dtype] for s in sources]
     device = sources[0].device
     return Table(
-        _sent([*addresses, *kinds, *integers], torch.int64, device),
-        _sent([factor for each in factors for factor in each], torch.float32, device),
+        sent([*addresses, *kinds, *integers], torch.int64, device),
+        sent([factor for each in factors for factor in each], torch.float32, device),
         len(sources),
         kinds[0] if len(set(kinds)) == 1 else MIXED,
         all(address % 16 == 0 for address in addresses),
     )
 
 
-def _sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def sent(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers as a tensor on a device, without waiting for it."""
     # Without non_blocking the host would wait for all queued work of the stream. CUDA copies pageable
     # memory to a buffer of its own before the call returns.
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)

@@ -153,6 +153,20 @@ def _is_mapping(is_sound: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: isinstance(value, dict) and all(map(is_sound, value.values()))
 
 
+def _is_comparison(value: object) -> bool:
+    texts, scores = ("name", "method", "order"), _is_mapping(_any)
+
+    def is_entry(one: object) -> bool:
+        return (
+            isinstance(one, dict)
+            and all(_is_text(one.get(name)) for name in texts)
+            and _is_count(one.get("snapshots"))
+            and all(scores(one.get(kind)) for kind in ("metrics", "gains"))
+        )
+
+    return isinstance(value, dict) and _is_list(is_entry)(value.get("scores"))
+
+
 _EXPECTED: Mapping[str, Callable[[object], bool]] = {
     "window": _is_window,
     "snapshots": _is_list(_is_count),
@@ -163,6 +177,7 @@ _EXPECTED: Mapping[str, Callable[[object], bool]] = {
     "total_steps": _is_count,
     "record": _is_spike,
     "scores": _is_mapping(_is_mapping(_any)),
+    "candidates": _is_comparison,
     **dict.fromkeys(("gains", "layers", "values", "methods", "versions"), _is_mapping(_any)),
 }
 """What an entry has to be. One that is anything else counts as missing: the file may be anybody's."""

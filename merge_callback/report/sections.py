@@ -202,7 +202,7 @@ def candidates(run: RunView) -> Html:
 def _comparison(event: Event, told: str) -> Html:
     """The candidates of one validation, the best one first."""
     found = event["candidates"]
-    metric, scores = found.get("select"), found.get("scores") or ()
+    metric, scores = str(found.get("select") or ""), found["scores"]
     sign = 1 if found.get("lower_is_better") else -1
     noise = number(found.get("spread"))
 
@@ -228,8 +228,8 @@ def _comparison(event: Event, told: str) -> Html:
         )
     if noise:
         told += f" The live {metric} scatters by {shown(noise, 2)} from one validation to the next."
-    if found.get("batches"):
-        told += f" Compared on {found['batches']:,} batches of each data loader."
+    if batches := number(found.get("batches")):
+        told += f" Compared on {batches:,.0f} batches of each data loader."
     head = ("candidate", "method", "snapshots", "order", metric or "score", "gain", "")
     return table(head, rows, told)
 

@@ -39,14 +39,21 @@ class AppliedLR:
             int, Read
         ] = {}  # those of the last step, of optimizers that have some on a device
         self._sizes: dict[int, list[int]] = {}
+        self._total: float | None = None  # of these rates and sizes
 
     def note(self, optimizer: Optimizer) -> None:
         """Reads the groups of an optimizer that is about to step."""
         index, groups = self._index.get(id(optimizer), -1), optimizer.param_groups
         sizes = self._sizes.get(index)
         if sizes is None or len(sizes) != len(groups):
-            self._sizes[index] = [self._size(group) for group in groups]
-        self._rates[index] = self._read(index, [_rate(group) for group in groups])
+            self._sizes[index], self._total = [self._size(group) for group in groups], None
+        rates: list[Any] = [group.get("lr") for group in groups]
+        for rate in rates:
+            if type(rate) is not float:  # which nearly all are
+                rates = self._read(index, [_rate(group) for group in groups])
+                break
+        if rates != self._rates.get(index):
+            self._rates[index], self._total = rates, None
 
     @property
     def rates(self) -> list[float]:
@@ -56,9 +63,11 @@ class AppliedLR:
     @property
     def total(self) -> float:
         """The last noted rates, summed over all parameters."""
-        rates = chain.from_iterable(self._rates.values())
-        sizes = chain.from_iterable(self._sizes.values())
-        return float(sum(map(mul, rates, sizes)))
+        if self._total is None:
+            rates = chain.from_iterable(self._rates.values())
+            sizes = chain.from_iterable(self._sizes.values())
+            self._total = float(sum(map(mul, rates, sizes)))
+        return self._total
 
     def state_dict(self) -> dict[str, list[list[float]]]:
         """The last noted rates, as primitives; waits for those that are under way."""
@@ -74,6 +83,7 @@ class AppliedLR:
         self._rates = {int(i): [rate for rate, *_ in groups] for i, groups in state.items()}
         self._sizes = {int(i): [int(n) for _, n, *_ in groups] for i, groups in state.items()}
         after = {int(i): [rate for _, _, rate in groups] for i, groups in state.items() if len(groups[0]) > 2}
+        self._total = None
         self._under_way = {i: partial(_known, rates) for i, rates in after.items()}
 
     def _read(self, index: int, rates: list[float | Tensor]) -> list[float]:

@@ -20,17 +20,20 @@ Raises:
 """
 
 
-def send(numbers: Sequence[float | Tensor]) -> Read:
+def send(numbers: Sequence[float | Tensor], are_own: bool = False) -> Read:
     """Sends this rank's numbers: one small copy to pinned memory, if any of them is on CUDA.
 
     Args:
         numbers: scalars; they may be overwritten afterwards.
+        are_own: they are fp64, of no dimension, and never overwritten.
     """
     on_cuda = [n for n in numbers if isinstance(n, Tensor) and n.is_cuda]
     known = [n if isinstance(n, Tensor) and n.is_cuda else float(n) for n in numbers]
     if not on_cuda:
         return lambda within: known  # type: ignore[return-value]
-    read_copy = _copy(torch.stack([n.to(on_cuda[0].device).reshape(()).double() for n in on_cuda]))
+    if not are_own:
+        on_cuda = [n.to(on_cuda[0].device).reshape(()).double() for n in on_cuda]
+    read_copy = _copy(on_cuda[0].view(1) if are_own and len(on_cuda) == 1 else torch.stack(on_cuda))
 
     def read(within: timedelta | None) -> list[float]:
         values = iter(read_copy(within))
@@ -75,11 +78,14 @@ def _vector(numbers: Sequence[float | Tensor], device: torch.device) -> Tensor:
 
 
 def _copy(vector: Tensor) -> Read:
-    """Queues the copy of a CUDA vector on the current stream; holds the vector until it is copied."""
+    """Queues the copy of a CUDA vector beside the current stream; holds the vector until it is copied."""
     host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True, device="cpu")
-    host.copy_(vector, non_blocking=True)
+    side = _side_stream(vector.device)
+    side.wait_stream(torch.cuda.current_stream(vector.device))
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # who waits takes no core
-    copied.record(torch.cuda.current_stream(vector.device))
+    with torch.cuda.stream(side):  # so that the next kernels do not wait for the bus
+        host.copy_(vector, non_blocking=True)
+        copied.record(side)
 
     def read(within: timedelta | None, _kept: Tensor = vector) -> list[float]:
         end = None if within is None else time.monotonic() + within.total_seconds()

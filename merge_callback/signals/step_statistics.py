@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_callback.sharding import Ranks
 from merge_callback.signals.async_scalars import send, send_sum
+from merge_callback.signals.step_numbers import OwnNumbers, StepSums, own_copy, reduced, weighted_sum
 from merge_callback.signals.token_clock import TokenClock
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,13 @@ class StepStatistics:
         self._ranks, self._counts, self._device = ranks or Ranks(), counts, torch.device(device)
         self._clock, self._own_part = clock or TokenClock(), own_part or _gradient
         self._losses: list[float | Tensor] = []
-        self._square_norms: list[float | Tensor] = []
+        self._factors: list[float] = []  # that the losses are still to be multiplied by
+        self._norms: list[float | Tensor] = []
         self._tokens: float | Tensor = 0.0
         self._on_device = False  # whether one of these is a tensor
         self.names: list[str] | None = None
         self._scalars: Mapping[str, Tensor | float] = {}
-        self._own_losses: deque[tuple[int, float | Tensor]] = deque(maxlen=_REMEMBERED)
+        self._own_losses: deque[tuple[int, list[float | Tensor], list[float]]] = deque(maxlen=_REMEMBERED)
         self._scale: float | None = None  # the loss scale after the last step that was read; None if unknown
         self._last: _Pending | None = None
 
@@ -99,15 +101,18 @@ class StepStatistics:
             divided_by: what Lightning divided the loss by (``accumulate_grad_batches``; 1 if manual).
         """
         loss = loss_in(outputs)
-        if isinstance(loss, (Tensor, float)):
-            loss = _own(loss, divided_by)
-            self._losses.append(loss)
+        if isinstance(loss, Tensor):
+            loss = own_copy(loss)
             self._on_device |= isinstance(loss, Tensor)
+        elif not isinstance(loss, float):
+            return
+        self._losses.append(loss)
+        self._factors.append(divided_by)
 
     def add_tokens(self, tokens: float | Tensor) -> None:
         """Notes the tokens of a micro-batch; NaN if they can't be counted, which stops the clock."""
         if isinstance(tokens, Tensor):
-            tokens = _own(tokens.reshape(()), 1)
+            tokens = own_copy(tokens.reshape(()))
             self._on_device |= isinstance(tokens, Tensor)
         self._tokens = self._tokens + tokens
 
@@ -121,16 +126,15 @@ class StepStatistics:
         """
         gradients = [dense(part) for p in parameters if (part := self._own_part(p)) is not None]
         if gradients:
-            norm = _own(torch.nn.utils.get_total_norm(gradients), 1)
-            square = (norm if scale is None else norm / _own(scale, 1)) ** 2
-            self._square_norms.append(square)
-            self._on_device |= isinstance(square, Tensor)
+            norm = own_copy(torch.nn.utils.get_total_norm(gradients))
+            self._norms.append(norm if scale is None else norm / own_copy(scale))
+            self._on_device |= isinstance(norm, Tensor)
 
     def set_gradient_norm(self, norm: Tensor | float) -> None:
         """Notes the global norm of the step's gradients, if the loop has computed it on all ranks already."""
-        square = _own(norm, 1) ** 2
-        self._square_norms = [square if self._ranks.is_first else 0.0]
-        self._on_device |= isinstance(square, Tensor)
+        norm = own_copy(norm)
+        self._norms = [norm if self._ranks.is_first else 0.0]
+        self._on_device |= isinstance(norm, Tensor)
 
     def add_scalars(self, values: Mapping[str, Tensor | float]) -> None:
         """Notes further scalars of the step that ends now, by name."""
@@ -138,8 +142,11 @@ class StepStatistics:
 
     def own_losses(self, steps: Iterable[int]) -> list[float | None]:
         """This rank's own mean losses of some of the last steps; waits for them. ``None`` if unknown."""
-        known = dict(self._own_losses)
-        return [None if (loss := known.get(step)) is None else float(loss) for step in steps]
+        known = {step: (losses, factors) for step, losses, factors in self._own_losses}
+        return [
+            float(weighted_sum(*known[step]) / len(known[step][0])) if step in known else None
+            for step in steps
+        ]
 
     @torch.no_grad()
     def gradient_norm(self, parameters: Iterable[Tensor]) -> float:
@@ -158,13 +165,13 @@ class StepStatistics:
         Returns:
             The statistics of the previous step; ``None`` at the first one.
         """
-        if losses := self._losses:
-            self._own_losses.append((step, losses[0] if len(losses) == 1 else sum(losses) / len(losses)))
-        tokens, numbers = self._tokens, self._take(scale)
-        last, self._last = self._last, self._send(step, numbers)
-        if self._ranks.group is None and not isinstance(tokens, Tensor):
+        if self._losses:
+            self._own_losses.append((step, self._losses, self._factors))
+        own = self._take(scale)
+        last, self._last = self._last, self._send(step, own)
+        if self._ranks.group is None and not isinstance(own.tokens, Tensor):
             self._last.counted = True
-            self._clock.add(tokens)
+            self._clock.add(own.tokens)
         return None if last is None else self._read(last)
 
     def flush_to_clock(self) -> None:
@@ -178,7 +185,7 @@ class StepStatistics:
         The tokens of the step that has just ended are counted first.
         """
         self.flush_to_clock()
-        self._losses, self._square_norms, self._scalars = [], [], {}
+        self._losses, self._factors, self._norms, self._scalars = [], [], [], {}
         self._scale, self._last = None, None
 
     def close(self) -> None:
@@ -193,8 +200,8 @@ class StepStatistics:
         It waits for the sum of that step, and leaves it out if the other ranks are gone.
         """
         return {
-            "losses": [float(loss) for loss in self._losses],
-            "square_norms": [float(square) for square in self._square_norms],
+            "losses": [float(loss) * by for loss, by in zip(self._losses, self._factors, strict=True)],
+            "square_norms": [float(norm) ** 2 for norm in self._norms],
             "tokens": float(self._tokens),
             "scale": self._scale,
             "names": self.names,
@@ -205,7 +212,8 @@ class StepStatistics:
         """Restores the first rank's ``state_dict``; only the first rank gets its micro-batches back."""
         first = self._ranks.is_first
         self._losses = list(state["losses"]) if first else []
-        self._square_norms = list(state["square_norms"]) if first else []
+        self._factors = [1.0] * len(self._losses)
+        self._norms = [square**0.5 for square in state["square_norms"]] if first else []
         self._tokens = state["tokens"] if first else 0.0
         self._scale = state["scale"]
         self._last = None
@@ -213,7 +221,7 @@ class StepStatistics:
             self.names = list(state.get("names") or [])
         if state["last"] is not None and "names" in state:  # an older version saved other numbers
             step, names, *sums = state["last"]
-            self._last = _Pending(step, names, _Sums(*sums))
+            self._last = _Pending(step, names, StepSums(*sums))
             self._last.counted = True
 
     def _last_step(self) -> list[Any] | None:
@@ -226,15 +234,14 @@ class StepStatistics:
             return None
         return [self._last.step, self._last.names, *self._last.read()]
 
-    def _take(self, scale: Tensor | None) -> list[float | Tensor]:
-        """The sums of the step that ends; resets them for the next one."""
-        losses, squares, tokens = self._losses, self._square_norms, self._tokens
-        self._losses, self._square_norms, self._tokens = [], [], 0.0
-        loss = sum(losses)
-        counted = [loss, float(len(losses)), tokens] if self._counts else [0.0, 0.0, 0.0]
-        bad = 0.0 if self._ranks.group is None else _is_bad(loss)
-        numbers = [*counted, bad, sum(squares), float(len(squares)), 0.0 if scale is None else scale]
-        return numbers if self.names is None else [*numbers, *self._take_scalars(self.names)]
+    def _take(self, scale: Tensor | None) -> OwnNumbers:
+        """What this rank has of the step that ends; nothing is left for the next one."""
+        scalars = [] if self.names is None else self._take_scalars(self.names)
+        known = 0.0 if scale is None else own_copy(scale)
+        self._on_device |= isinstance(known, Tensor)
+        own = OwnNumbers(self._losses, self._factors, self._norms, self._tokens, known, scalars)
+        self._losses, self._factors, self._norms, self._tokens = [], [], [], 0.0
+        return own
 
     def _take_scalars(self, names: Sequence[str]) -> list[float | Tensor]:
         """Whether there are unknown scalars; then for each known name its value, and whether there is one."""
@@ -242,18 +249,22 @@ class StepStatistics:
         numbers: list[float | Tensor] = [float(any(name not in names for name in found))]
         for name in names:
             value = found.get(name)
-            own = 0.0 if value is None else _own(value, 1)
+            own = 0.0 if value is None else own_copy(value)
             numbers += [own, float(value is not None)]
             self._on_device |= isinstance(own, Tensor)
         return numbers
 
-    def _send(self, step: int, numbers: list[float | Tensor]) -> _Pending:
+    def _send(self, step: int, own: OwnNumbers) -> _Pending:
+        """Begins to sum a step's numbers: on the host if this rank is alone, since each launch costs."""
         ranks = self._ranks
-        on_device, self._on_device = self._on_device or isinstance(numbers[6], Tensor), False
-        if ranks.group is None and not on_device:
-            return _Pending(step, self.names, _reduced(numbers, 1))  # type: ignore[arg-type]
-        read = send(numbers) if ranks.group is None else send_sum(numbers, ranks, self._device)
-        return _Pending(step, self.names, wait=lambda within: _reduced(read(within), ranks.size))
+        on_device, self._on_device = self._on_device, False
+        if ranks.group is not None:
+            read = send_sum(own.sums(self._counts), ranks, self._device)
+            return _Pending(step, self.names, wait=lambda within: reduced(read(within), ranks.size))
+        if not on_device:
+            return _Pending(step, self.names, own.alone())
+        read = send(own.parts(), are_own=True)
+        return _Pending(step, self.names, wait=lambda within: own.of(read(within)).alone())
 
     def _count(self, pending: _Pending, within: timedelta | None = None) -> None:
         """Advances the clock by a step's tokens, unless that is done already."""
@@ -281,16 +292,6 @@ class StepStatistics:
         return scale < self._scale
 
 
-class _Sums(NamedTuple):
-    """The results of a step's sums over all ranks."""
-
-    loss: float | None
-    norm: float | None
-    scale: float | None
-    tokens: float
-    scalars: list[float] = []  # noqa: RUF012  # in the order of ``_take_scalars``; empty if none are watched
-
-
 class _Pending:
     """A step that has ended, whose numbers may not have arrived yet."""
 
@@ -298,14 +299,14 @@ class _Pending:
         self,
         step: int,
         names: list[str] | None = None,
-        sums: _Sums | None = None,
-        wait: Callable[[timedelta | None], _Sums] | None = None,
+        sums: StepSums | None = None,
+        wait: Callable[[timedelta | None], StepSums] | None = None,
     ) -> None:
         self.step, self.names = step, names
         self.counted = False  # whether the clock has its tokens
         self.sums, self._wait = sums, wait  # one of the two is given
 
-    def read(self, within: timedelta | None = None) -> _Sums:
+    def read(self, within: timedelta | None = None) -> StepSums:
         if self.sums is None:
             assert self._wait is not None
             self.sums = self._wait(within)
@@ -317,20 +318,6 @@ def loss_in(outputs: Any) -> Any:
     return outputs.get("loss") if isinstance(outputs, (dict, Mapping)) else outputs
 
 
-def _reduced(numbers: list[float], ranks: int) -> _Sums:
-    loss, count, tokens, bad, square, squares, scale, *scalars = numbers
-    mean = loss / count if count else None
-    if bad and (mean is None or math.isfinite(mean)):  # on a rank whose loss is not summed up
-        mean = math.nan
-    return _Sums(mean, square**0.5 if squares else None, scale / ranks or None, tokens, scalars)
-
-
-def _is_bad(loss: float | Tensor) -> float | Tensor:
-    return (
-        loss.isfinite().logical_not().double() if isinstance(loss, Tensor) else float(not math.isfinite(loss))
-    )
-
-
 def _gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
 
@@ -338,14 +325,3 @@ def _gradient(parameter: Tensor) -> Tensor | None:
 def dense(gradient: Tensor) -> Tensor:
     """The values of a gradient; of a sparse one only the stored values."""
     return gradient.coalesce().values() if gradient.is_sparse else gradient
-
-
-def _own(value: Tensor | float, factor: int) -> Tensor | float:
-    """A copy times ``factor`` that no later step overwrites; a plain number if that needs no waiting."""
-    if full_tensor := getattr(value, "full_tensor", None):  # a DTensor; importing its class takes a second
-        value = full_tensor()
-    if isinstance(value, Tensor) and value.is_cuda:
-        return value.detach().double().mean() * factor
-    if isinstance(value, Tensor):
-        return (value if value.numel() == 1 else value.detach().double().mean()).item() * factor
-    return value * factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -88,13 +88,16 @@ def _token_ids(batch: Any, depth: int = 4, named: bool = False) -> tuple[Tensor 
     if depth == 0 or isinstance(batch, str):
         return None, False
     if isinstance(batch, (dict, Mapping)):  # dict first: checking for a Mapping is slower
-        usual = ((batch[key], key in _SURE_KEYS) for key in _TOKEN_KEYS if key in batch)
-        return _first_token_ids((*usual, *((value, False) for value in batch.values())), depth - 1)
-    if isinstance(batch, (list, tuple)):
-        return _first_token_ids(((value, False) for value in batch), depth - 1)
-    return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else (None, False)
-
-
-def _first_token_ids(values: Iterable[tuple[Any, bool]], depth: int) -> tuple[Tensor | None, bool]:
-    found = (_token_ids(value, depth, named) for value, named in values)
-    return next((pair for pair in found if pair[0] is not None), (None, False))
+        for key in _TOKEN_KEYS:
+            if (
+                key in batch
+                and (found := _token_ids(batch[key], depth - 1, key in _SURE_KEYS))[0] is not None
+            ):
+                return found
+        batch = batch.values()
+    elif not isinstance(batch, (list, tuple)):
+        return _token_ids(vars(batch), depth - 1) if hasattr(batch, "__dict__") else (None, False)
+    for value in batch:  # a loop, since this is done for every batch
+        if (found := _token_ids(value, depth - 1))[0] is not None:
+            return found
+    return None, False

@@ -13,21 +13,17 @@ import torch
 from torch import Tensor
 
 from merge_callback.merging.running import PowerEma, RunningAverage
-from merge_callback.sharding.sharding import Sharding
 from merge_callback.snapshots.arena import Arena
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import flat_tensors
 from merge_callback.snapshots.files import CorruptFileError
-from merge_callback.snapshots.layout import Layout
+from merge_callback.snapshots.live_sources import LiveSources, averaged_layout, lerp
 from merge_callback.snapshots.merge import Merge
 from merge_callback.snapshots.running_files import RunningFiles
 from merge_callback.snapshots.staging import ToHost
 from merge_callback.snapshots.window import Window
 
 log = logging.getLogger(__name__)
-
-_BLOCK = 1 << 22
-"""Elements of a narrower dtype that are widened at once."""
 
 _RATIO = 1.07
 _REACH = 8
@@ -84,9 +80,10 @@ class RunningAverages:
         self.by_name = {name: Running(average) for name, average in averages.items()}
         self.window, self.sharding, self.ranks = window, window.store.sharding, window.ranks
         self.layout = averaged_layout(self.sharding, tensors, left_out)
+        self._hash = window.store.whole.only(self.layout.names).hash
         self.files = RunningFiles(window.folder, averages, self.sharding, window.store.session, ToHost())
         self._device, self._size = device, window.size
-        self._rows = _Rows(self.sharding)
+        self._sources = LiveSources(self.sharding, self.layout)
         self._places: dict[str, Arena] = {}  # of the copies, by name
         self._copies: dict[str, Stored] = {}
         self._copied_at: int | None = None
@@ -95,13 +92,25 @@ class RunningAverages:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._done: torch.cuda.Event | None = None
+            self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._is_under_way = False
         self._has_ended = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of one average on this rank."""
         return self.layout.nbytes
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of all copies that are kept in files at most, on all ranks together."""
+        if self.files.folder is None:
+            return 0
+        whole = self.window.store.whole.only(self.layout.names).groups
+        size = sum(group.numel * (8 if group.dtype == torch.float64 else 4) for group in whole)
+        averages = (running.average for running in self.by_name.values())
+        counts = (MOST_OLDER if isinstance(average, PowerEma) else 0 for average in averages)
+        return size * sum(self._size + count + 2 for count in counts)  # 2: those of the last checkpoints
 
     def is_due(self, step: int) -> bool:
         """Whether an update is due after a step."""
@@ -115,9 +124,10 @@ class RunningAverages:
 
         Args:
             step: optimizer steps taken so far.
-            tensors: the live ones (or this rank's shards), which are only read.
+            tensors: the live ones (or this rank's shards), which are only read. If they are the same as
+                before, the same mapping.
         """
-        sources = [*self._own(tensors).values()]
+        sources = self._sources.of(tensors)
         with self._on_own_stream():
             for running in self.by_name.values():
                 if not running.average.is_due(running.at, step):
@@ -136,9 +146,9 @@ class RunningAverages:
 
     def wait(self) -> None:
         """Has the device finish the updates before what it is told next."""
-        if self._done is not None:
+        if self._is_under_way:
             torch.cuda.current_stream(self._device).wait_event(self._done)
-            self._done = None
+            self._is_under_way = False
 
     def copies(self, step: int) -> list[Stored]:
         """Copies of all averages as they are now, to be stored; they stay until the next ones are made.
@@ -221,6 +231,7 @@ class RunningAverages:
                 name: self._state_of(name, running, to_keep) for name, running in self.by_name.items()
             },
             "stored": self.files.state_dict(),
+            "layout": self._hash,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], folder: str, step: int) -> list[str]:
@@ -234,25 +245,29 @@ class RunningAverages:
         Returns:
             One line for each average that does not go on as if there had been no break.
         """
-        averages = state.get("averages", {})
+        averages = state.get("averages", {}) if state.get("layout") == self._hash else {}
         same = {
-            n: r
-            for n, r in self.by_name.items()
-            if n in averages and averages[n]["average"] == r.average.record()
+            name: running
+            for name, running in self.by_name.items()
+            if name in averages and averages[name]["average"] == running.average.record()
         }
-        self.files.load_state_dict({n: s for n, s in state["stored"].items() if n in same}, folder, step)
+        stored = {name: steps for name, steps in state.get("stored", {}).items() if name in same}
+        self.files.load_state_dict(stored, folder, step)
         lines = [
-            f"running average {name} is new, or has other options now: it begins after step {step}"
+            f"running average {name} is new, or has other options or tensors now: it begins after step {step}"
             for name in self.by_name
             if name not in same
         ]
         for name, running in same.items():
             at, file = averages[name]["at"], averages[name]["file"]
-            if at is None or not (problem := self._load(name, running, [(at, file)])):
-                continue
-            is_lost = self._load(name, running, self.files.up_to(name, step))
-            then = f"begins after step {step}" if is_lost else f"goes on from step {running.at}"
-            lines.append(f"running average {name} {then}: {problem}")
+            problem = "an update of it was interrupted" if at is None else ""
+            if problem or (problem := self._load(name, running, [(at, file)])):
+                earlier = self.files.up_to(name, step)
+                if at is None and not earlier:
+                    continue  # it had not begun
+                is_lost = self._load(name, running, earlier)
+                then = f"begins after step {step}" if is_lost else f"goes on from step {running.at}"
+                lines.append(f"running average {name} {then}: {problem}")
         return lines
 
     def roll_back(self, step: int, now: int, tensors: Mapping[str, Tensor]) -> None:
@@ -271,7 +286,7 @@ class RunningAverages:
             self.files.drop_newer(name, step)
             has_begun = running.arena is not None
             if self._load(name, running, self.files.up_to(name, step)) and has_begun:
-                self._arena(running).copy_from(self._own(tensors))
+                self._begin(running, self._sources.of(tensors))
                 running.at = now
                 log.warning("merge: running average %s begins again with the restored weights", name)
 
@@ -283,16 +298,19 @@ class RunningAverages:
 
     def _blend(self, running: Running, sources: list[Tensor], beta: float) -> None:
         if running.arena is None or beta == 0:
-            self._arena(running).copy_from(dict(zip(self.layout.shapes, sources, strict=True)))
+            self._begin(running, sources)
             return
         targets, weight = [*running.arena.own_tensors().values()], 1 - beta
-        if running.arena.buffer.device == self._device:
-            lerp(targets, sources, weight)
+        if running.arena.buffer.device.type == self._device.type:
+            lerp(targets, sources, weight, self._sources.are_wide)
             return
         for target, source in zip(targets, sources, strict=True):  # through the device's memory and back
             there = target.to(self._device, non_blocking=True)
-            lerp([there], [source], weight)
+            lerp([there], [source], weight, self._sources.are_wide)
             target.copy_(there, non_blocking=True)
+
+    def _begin(self, running: Running, sources: list[Tensor]) -> None:
+        self._arena(running).copy_from(dict(zip(self.layout.shapes, sources, strict=True)))
 
     def _arena(self, running: Running) -> Arena:
         if running.arena is None:
@@ -324,9 +342,6 @@ class RunningAverages:
             self._out = Arena.empty(layout.native, newest.buffer.device)
         return self._out.reused().sharing(newest.frozen, shared)
 
-    def _own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self._rows.of(tensors, self.layout)
-
     def _on_own_stream(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else _OwnStream(self, self._stream)
 
@@ -334,7 +349,7 @@ class RunningAverages:
         """Waits until the averages may be read from, or written to, outside of their stream."""
         self.wait()
         if self._stream is not None and any(running.average.offload for running in self.by_name.values()):
-            self._stream.synchronize()
+            self._done.synchronize()
 
     def _state_of(self, name: str, running: Running, to_keep: bool) -> dict[str, Any]:
         at = None if running.is_torn else running.at
@@ -375,51 +390,6 @@ class _OwnStream:
         self._context.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        self._averages._done = self._stream.record_event()
+        self._averages._done.record(self._stream)
+        self._averages._is_under_way = True
         self._context.__exit__(*error)
-
-
-class _Rows:
-    """This rank's part of the live tensors; views of them are made again only if they have moved."""
-
-    def __init__(self, sharding: Sharding) -> None:
-        self._sharding = sharding
-        self._seen: list[int] = []
-        self._own: dict[str, Tensor] = {}
-
-    def of(self, tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-        """The part that is averaged, in the order of the layout."""
-        live = {name: tensors[name] for name in layout.shapes}
-        if self._sharding.ranks.size == 1:
-            return live
-        places = [tensor.data_ptr() for tensor in live.values()]
-        if places != self._seen:
-            self._own = {name: self._sharding.own_part(name, tensor.data) for name, tensor in live.items()}
-            self._seen = places
-        return self._own
-
-
-def averaged_layout(sharding: Sharding, tensors: Mapping[str, Tensor], left_out: Collection[str]) -> Layout:
-    """How averages lie in their arenas: all that is floating point and not left out, in fp32."""
-    averaged = {n: t for n, t in tensors.items() if t.is_floating_point() and n not in left_out}
-    wide = {name for name, tensor in averaged.items() if tensor.dtype == torch.float64}
-    return Layout.of(sharding.own(averaged), torch.float32, wide)
-
-
-def lerp(targets: list[Tensor], sources: list[Tensor], weight: float) -> None:
-    """``target += weight (source − target)`` of each pair, in the targets' dtypes; sources may be narrower.
-
-    Averages move by a millionth at a step. This form, unlike β · target + (1 − β) · source, does not drift
-    when it is rounded.
-    """
-    same = [t.dtype == s.dtype and type(s.data) is Tensor for t, s in zip(targets, sources, strict=True)]
-    if all(same):
-        torch._foreach_lerp_(targets, sources, weight)
-        return
-    for target, source in zip(targets, sources, strict=True):
-        if target.dtype == source.dtype or not (target.is_contiguous() and source.is_contiguous()):
-            target.lerp_(source.to(target.dtype), weight)
-            continue
-        parts = zip(torch.split(target.view(-1), _BLOCK), torch.split(source.view(-1), _BLOCK), strict=True)
-        for part, narrow in parts:
-            part.lerp_(narrow.to(part.dtype), weight)

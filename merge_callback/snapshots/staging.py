@@ -123,13 +123,14 @@ class _Slot:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory, self.used, self.device = memory, 0, torch.device("cpu")
+        self.is_open = False  # whether something is on its way that no event is recorded after
         self.event: torch.cuda.Event | None = None
         self.landings: list[tuple[Tensor, Tensor]] = []
 
     def leave(self) -> None:
         """Notes what has to be over before it is used again."""
-        if self.used:
-            self.event = recorded(torch.cuda.current_stream(self.device))
+        if self.is_open:
+            self.event, self.is_open = recorded(torch.cuda.current_stream(self.device)), False
 
     def clear(self) -> None:
         """Waits until nothing is under way, and hands out what has arrived."""
@@ -156,7 +157,7 @@ class _Chunks(threading.local):
             self._slots.reverse()
             slot = self._slots[0]
             slot.clear()
-        slot.device = device
+        slot.device, slot.is_open = device, True
         start, stop = slot.used, slot.used + like.nbytes
         slot.used = -(-stop // _ALIGNED) * _ALIGNED
         return slot.memory[start:stop].view(like.dtype)

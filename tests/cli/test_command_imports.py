@@ -231,3 +231,15 @@ def test_a_module_that_fails_is_refused_in_a_line(downloaded, code, reason):
     assert reason in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not (downloaded / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["demo", "--help"], ["report", "--help"]])
+def test_what_needs_no_torch_does_not_wait_for_it(arguments):
+    program = (
+        "import sys\n"
+        "from contextlib import suppress\n"
+        "from merge_callback.cli.main import main\n"
+        f"with suppress(SystemExit): main({arguments})\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0

@@ -107,6 +107,18 @@ def test_without_threads_the_caller_runs_the_job(monkeypatch):
     assert done == [threading.main_thread()]
 
 
+def test_threads_take_short_turns_while_a_job_runs_in_any_background():
+    before, gate, seen = sys.getswitchinterval(), threading.Event(), []
+    first, second = Background(), Background()
+    first.submit(gate.wait)
+    second.submit(lambda: seen.append(sys.getswitchinterval()))
+    assert second.drain(20)
+    gate.set()
+    assert first.drain(20)
+    assert seen == [pytest.approx(1e-3)]
+    assert sys.getswitchinterval() == before
+
+
 def test_passes_in_the_background_leave_training_half_of_the_cores_and_precedence(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     usual, seen = os.getpriority(os.PRIO_PROCESS, 0), []
@@ -117,7 +129,7 @@ def test_passes_in_the_background_leave_training_half_of_the_cores_and_precedenc
 
     def passes():
         seen.clear()
-        compiled._in_threads(note, compiled._Split(), most=8)
+        compiled._in_threads(note, compiled._Pass(), most=8)
         nested = in_ranges(1 << 22, torch.device("cpu"), lambda *_: threads.most())
         note()
         return seen[:], nested

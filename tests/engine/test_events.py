@@ -41,6 +41,14 @@ def test_every_line_is_of_a_documented_kind_with_its_entries(run):
     assert {line["event"] for line in lines} >= {"phase", "snapshot", "emission", "validation", "metrics"}
 
 
+def test_a_line_of_thousands_of_layers_holds_no_thread_up(tmp_path, monkeypatch):
+    """C's encoder would hold the GIL until the whole line is done."""
+    monkeypatch.setattr(json.encoder, "c_make_encoder", lambda *_: pytest.fail("one call for the whole line"))
+    layers = {f"experts.{i}": float(i) for i in range(3)}
+    EventFile(tmp_path, RUN).write("snapshot", 1, layers=layers)
+    assert lines_of(tmp_path)[-1]["layers"] == layers
+
+
 def test_it_tells_of_every_snapshot_emission_and_score(run):
     history = read_history(run)
 

@@ -7,13 +7,14 @@ import json
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from pretend_gpu import GPU, OneGpu, OnGpu, RefusedError, plain, pretend_gpu, put_on
 from training_runs import Classifier, assert_same_bits, loader, seed, train
 
-from merge_callback import CheckpointMergeCallback, SpikeOptions
+from merge_callback import CheckpointMergeCallback, PowerEma, RunningEma, SmaSince, SpikeOptions
 from merge_callback.signals import step_statistics
 from merge_callback.signals.applied_lr import AppliedLR
-from merge_callback.signals.step_statistics import StepStatistics
+from merge_callback.signals.step_statistics import Statistics, StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 
 STEPS = 12
@@ -79,6 +80,7 @@ RUNS = {
         "every_n_steps": None,
     },
     "a learning rate on the device": {"module": Capturable},
+    "running averages": {"running": [PowerEma(0.1), RunningEma(decay=0.9, offload=True), SmaSince(step=5)]},
 }
 
 
@@ -106,19 +108,36 @@ def test_no_hook_of_a_step_waits_for_the_device(tmp_path, monkeypatch, run):
     assert [snapshot.step for snapshot in callback.window] == [4, 8, 12]
 
 
+def test_an_average_in_pinned_host_memory_is_the_one_on_the_device(tmp_path, monkeypatch):
+    seen = {}
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if trainer.global_step == STEPS - 1:
+                for copy in callback.session.running.copies(STEPS - 1):
+                    seen[copy.name] = copy.step, {n: plain(t) for n, t in copy.arena.own_tensors().items()}
+
+    running = {"device": PowerEma(0.1), "host": PowerEma(0.1, offload=True)}
+    with pretend_gpu(monkeypatch) as gpu:
+        callback = watched(gpu, tmp_path, running=running)
+        fit(callback, Copies())
+    assert seen["host"][0] == STEPS - 1
+    assert_same_bits(list(seen["host"][1].values()), list(seen["device"][1].values()))
+
+
 @pytest.mark.parametrize(
     "wait",
     [
-        lambda loss, _: loss.item(),
-        lambda loss, _: float(bool(loss)),
-        lambda loss, _: loss.cpu().double(),
-        lambda loss, _: torch.empty(()).copy_(loss),
-        lambda loss, _: loss * torch.tensor(1.0, device=GPU),
+        lambda loss: loss.item(),
+        lambda loss: float(bool(loss)),
+        lambda loss: loss.cpu().double(),
+        lambda loss: torch.empty(()).copy_(loss),
+        lambda loss: loss * torch.tensor(1.0, device=GPU),
     ],
 )
 def test_a_hook_that_waits_would_be_found_out(tmp_path, monkeypatch, wait):
     monkeypatch.setattr(
-        step_statistics, "_own", lambda loss, _: wait(loss, _) if isinstance(loss, OnGpu) else 0.0
+        step_statistics, "own_copy", lambda loss: wait(loss) if isinstance(loss, OnGpu) else 0.0
     )
     with pretend_gpu(monkeypatch) as gpu, pytest.raises(RefusedError, match="waits for the device"):
         fit(watched(gpu, tmp_path))
@@ -159,3 +178,26 @@ def test_tokens_on_the_device_are_summed_there_and_counted_one_step_late(monkeyp
         statistics.flush_to_clock()
         statistics.forget()
     assert clock.tokens == 21
+
+
+VIEWS = {"detach", "reshape", "view", "is_sparse", "numel"}
+"""What the device hears nothing of."""
+
+
+@pytest.mark.parametrize(("micro_batches", "norms", "launches"), [(1, 0, 2), (4, 0, 6), (4, 1, 7)])
+def test_a_step_takes_a_launch_for_each_number_and_one_to_gather_and_send_them(
+    monkeypatch, micro_batches, norms, launches
+):
+    with pretend_gpu(monkeypatch) as gpu:
+        statistics, loss = StepStatistics(device=GPU), torch.full((), 2.0, device=GPU)
+        for step in range(1, 4):
+            gpu.launches.clear()
+            for _ in range(micro_batches):
+                statistics.add_loss({"loss": loss}, micro_batches)
+            if norms:
+                statistics.set_gradient_norm(loss)
+            seen = statistics.end_step(step, None)
+            loss.mul_(2)  # as a replayed CUDA graph overwrites its results
+            made = [name for _, name in gpu.launches[:-1] if name not in VIEWS and "__" not in name]
+            assert len(made) == launches, made
+    assert seen == Statistics(2, 4.0 * micro_batches, 4.0 if norms else None, False)

@@ -14,9 +14,10 @@ from lightning.pytorch import Callback
 from spiking_runs import FIRES, USED, spiking
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from training_runs import assert_same_bits, one_thread, seed
+from training_runs import Classifier, assert_same_bits, emissions, loader, one_thread, seed, train
 
 from merge_callback import (
+    CheckpointMergeCallback,
     CheckpointMerger,
     PowerEma,
     RunningEma,
@@ -60,7 +61,7 @@ class Loop:
         merger = CheckpointMerger(self.model, self.optimizer, **options)
         if state:
             getattr(self.model, "module", self.model).load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would share the tensors
             merger.load_state_dict(state["merger"])
             begin = state["merger"]["step"]
         with one_thread(), merger:
@@ -161,12 +162,18 @@ def test_a_resumed_run_goes_on_bit_for_bit(unbroken_loop):
         assert_same_bits(found, unbroken_loop.averages[name][1])
 
 
+def moved(loop, folder):
+    """The state of a checkpoint whose run's folder was copied."""
+    shutil.copytree(loop.saved["merger"]["dirpath"], folder)
+    state = copy.deepcopy(loop.saved)
+    state["merger"]["dirpath"] = str(folder)
+    state["merger"]["window"]["folder"] = str(folder / "window")
+    return state
+
+
 def test_a_stored_copy_that_was_altered_is_not_gone_on_from(unbroken_loop, tmp_path):
     """The checkpoint's own copy is damaged: the average goes on from the one of the last snapshot."""
-    shutil.copytree(unbroken_loop.saved["merger"]["dirpath"], tmp_path / "run")
-    state = copy.deepcopy(unbroken_loop.saved)
-    state["merger"]["dirpath"] = str(tmp_path / "run")
-    state["merger"]["window"]["folder"] = str(tmp_path / "run/window")
+    state = moved(unbroken_loop, tmp_path / "run")
     name = "power_ema-0.05"
     (file,) = (tmp_path / "run/window" / state["merger"]["running"]["averages"][name]["file"]).glob("rank-*")
     content = bytearray(file.read_bytes())
@@ -190,17 +197,49 @@ def at_step(loop, name, step):
 
 
 def test_new_and_changed_averages_begin_where_the_run_is_resumed(unbroken_loop, tmp_path):
-    shutil.copytree(unbroken_loop.saved["merger"]["dirpath"], tmp_path / "run")
-    state = copy.deepcopy(unbroken_loop.saved)
-    state["merger"]["dirpath"] = str(tmp_path / "run")
-    state["merger"]["window"]["folder"] = str(tmp_path / "run/window")
+    state = moved(unbroken_loop, tmp_path / "run")
     running = {"power_ema-0.05": PowerEma(0.06)}
     with pytest.warns(
-        UserWarning, match=r"power_ema-0.05 is new, or has other options now: it begins after step 10"
+        UserWarning,
+        match="power_ema-0.05 is new, or has other options or tensors now",
     ):
         resumed = Loop(tmp_path / "run", state=state, running=running, steps=SAVED + 1)
     for name, tensor in resumed.averages["power_ema-0.05"][1].items():
         assert torch.equal(tensor, resumed.weights[-1][name])
+
+
+def test_an_average_may_be_updated_more_rarely_from_a_resume_on(unbroken_loop, tmp_path):
+    state = moved(unbroken_loop, tmp_path / "run")
+    average = PowerEma(0.05, every_n_steps=4, offload=True)
+    resumed = Loop(tmp_path / "run", state=state, running=[average], steps=12)
+    beta = average.beta(SAVED, 12)
+    before = tracked(RUNNING[0], unbroken_loop.weights[:SAVED])[1]
+    for name, tensor in resumed.averages["power_ema-0.05"][1].items():
+        expected = beta * before[name] + (1 - beta) * unbroken_loop.weights[11][name].double()
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=3e-6)
+
+
+def test_an_update_that_was_interrupted_is_not_saved(unbroken_loop, tmp_path, monkeypatch):
+    """As by Ctrl-C: the resumed run goes on from the copy of the last snapshot."""
+    mergers, blend, end = [], RunningAverages._blend, CheckpointMerger._end
+
+    def interrupted(self, running, sources, beta):
+        if running.at == SAVED:
+            raise KeyboardInterrupt
+        blend(self, running, sources, beta)
+
+    def ending(self, *args):
+        mergers.append(self)
+        end(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunningAverages, "_blend", interrupted)
+        patched.setattr(CheckpointMerger, "_end", ending)
+        with pytest.raises(KeyboardInterrupt):
+            Loop(tmp_path, running=[PowerEma(0.05)])
+    state = {**unbroken_loop.saved, "merger": mergers[0].state_dict()}
+    with pytest.warns(UserWarning, match=r"goes on from step 8: an update of it was interrupted"):
+        Loop(tmp_path, state=state, running=[PowerEma(0.05)], steps=SAVED + 2)
 
 
 # --- several ranks ------------------------------------------------------------------------------------------
@@ -257,6 +296,39 @@ def test_several_ranks_keep_an_average_in_parts_and_store_it_whole(kind, ranks, 
 
 def _age(path):
     return path.stat().st_mtime_ns
+
+
+# --- validated and published --------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:merge:", "ignore:.*num_workers")
+def test_averages_are_validated_and_published_like_candidates(tmp_path):
+    seen, names = {}, ("power_ema-0.1", "sma_since-9")
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen[trainer.global_step] = values(merging.session.running)
+
+    running = [PowerEma(0.1), SmaSince(step=9)]
+    merging = CheckpointMergeCallback(
+        dirpath=tmp_path, window=3, every_n_steps=4, running=running, select="val_loss"
+    )
+    trainer = train(
+        Classifier(), merging, Watch(), data=loader(), val=loader(16), max_steps=12, val_check_interval=4
+    )
+    for name in names:
+        assert f"merged/{name}/val_loss" in trainer.callback_metrics
+        assert f"merge_gain/{name}/val_loss" in trainer.callback_metrics
+    records = [json.loads((path / "merge.json").read_text()) for path in emissions(tmp_path)]
+    compared = [{entry["name"] for entry in record["candidates"]["scores"]} for record in records]
+    assert compared == [{"sma", "power_ema-0.1"}, {"sma", *names}]  # the other had not begun
+    assert records[-1]["candidates"]["selected"] in names
+    for path, record in zip(emissions(tmp_path), records, strict=True):
+        if (selected := record["candidates"]["selected"]) in names:
+            at, tensors = seen[record["step"]][selected]
+            assert at == record["step"]
+            assert_same_bits(load_merge(path), tensors)
+            assert record["method"]["name"] == running[names.index(selected)].name
 
 
 # --- restores -----------------------------------------------------------------------------------------------

@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_files import Evil, save_distributed
+from distributed_runs import UnevenModule, fit, full_weights, run_jobs
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.utils.data import DataLoader
 from training_runs import QUIET
 
+from merge_callback.checkpoints.dcp_entries import DistributedEntries
+from merge_callback.checkpoints.open import open_checkpoint
 from merge_callback.cli.main import main
 from merge_callback.merging import Ema
 
@@ -158,3 +164,111 @@ def test_a_dry_run_says_so_and_writes_nothing(run, tmp_path, capsys):
     assert "would merge the moments" in printed
     assert f"would write {tmp_path / 'out/merged.ckpt'}" in printed
     assert not [*Path(tmp_path).iterdir()]
+
+
+def trained(steps):
+    """A small model and its optimizer after some steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def distributed_state(model, optimizer):
+    """As Lightning nests it in its sharded checkpoints."""
+    return {
+        "state_dict": get_model_state_dict(model),
+        "optimizer_0": get_optimizer_state_dict(model, optimizer),
+        "epoch": 3,
+    }
+
+
+def test_a_distributed_checkpoint_is_resumed_from_too(tmp_path):
+    states = [distributed_state(*trained(steps)) for steps in (1, 2, 3)]
+    paths = [save_distributed(tmp_path / f"step={i}", state) for i, state in enumerate(states, 1)]
+    (paths[-1] / "meta.pt").write_bytes(b"Lightning's part")
+    assert merge(*paths, "--method", "wma", "--output", tmp_path / "out") == 0
+
+    model, optimizer = trained(1)
+    loaded = distributed_state(model, optimizer)
+    dcp.load(loaded, checkpoint_id=tmp_path / "out", no_dist=True)
+    weights = (1 / 6, 2 / 6, 3 / 6)
+    for name, value in loaded["state_dict"].items():
+        expected = sum(w * s["state_dict"][name] for w, s in zip(weights, states, strict=True))
+        torch.testing.assert_close(value, expected)
+    for name, entries in loaded["optimizer_0"]["state"].items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            each = [state["optimizer_0"]["state"][name][moment] for state in states]
+            torch.testing.assert_close(
+                entries[moment], sum(w * e for w, e in zip(weights, each, strict=True))
+            )
+        assert entries["step"] == 3
+    assert loaded["epoch"] == 3
+    assert loaded["optimizer_0"]["param_groups"][0]["lr"] == 0.01
+    assert (tmp_path / "out/meta.pt").read_bytes() == b"Lightning's part"
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    opened = [open_checkpoint(path).tensors.keys() for path in (tmp_path / "out", paths[-1])]
+    assert opened[0] == opened[1]
+
+
+def test_a_distributed_checkpoint_that_would_run_code_is_refused(tmp_path, capsys):
+    paths = []
+    for step in (1, 2):
+        state = {**distributed_state(*trained(step)), "evil": Evil(tmp_path / "ran")}
+        paths.append(save_distributed(tmp_path / f"step={step}", state))
+    assert merge(*paths, "--output", tmp_path / "out") == 1
+    assert "'evil' is nothing that is loaded without running code" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_distributed_checkpoint_without_moments_is_refused(tmp_path, capsys):
+    model, _ = trained(1)
+    paths = [
+        save_distributed(tmp_path / f"step={step}", {"state_dict": model.state_dict()}) for step in (1, 2)
+    ]
+    assert merge(*paths, "--output", tmp_path / "out") == 1
+    assert "holds no moments" in capsys.readouterr().err
+
+
+class Saved(UnevenModule):
+    """Notes a moment when training begins."""
+
+    def on_train_start(self):
+        optimizer = self.optimizers().optimizer
+        moments = [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
+        self.first = full(moments[0]).clone() if moments else None
+        self.begins = full_weights(self)
+
+
+def full(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def sharded(folder, max_steps, ckpt_path=None):
+    """Trains on two ranks; the weights and a moment it began with, and the step it came to."""
+    module = Saved()
+    saving = ModelCheckpoint(folder, every_n_train_steps=4, save_top_k=-1)
+    run = fit("fsdp2", module, saving, max_steps=max_steps, ckpt_path=ckpt_path, enable_checkpointing=True)
+    return module.begins, module.first, max(run.weights)
+
+
+@pytest.mark.slow
+def test_lightning_goes_on_from_its_sharded_checkpoint(tmp_path):
+    run_jobs(2, {"train": (sharded, {"folder": tmp_path / "run", "max_steps": 12})})
+    paths = sorted((tmp_path / "run").iterdir(), key=lambda path: int(path.stem.rpartition("=")[2]))
+    assert len(paths) == 3
+    assert merge(*paths, "--output", tmp_path / "out") == 0
+    job = (sharded, {"folder": tmp_path / "next", "max_steps": 16, "ckpt_path": tmp_path / "out"})
+    [(begins, first, last), _] = run_jobs(2, {"resume": job})["resume"]
+    assert last == 16
+    expected = open_checkpoint(tmp_path / "out").tensors
+    for name, tensor in expected.items():
+        assert torch.equal(begins[name], tensor), name
+    entries = [DistributedEntries(path) for path in paths]
+    [name] = [n for n in entries[0].tensors if n.endswith("embedding.weight.exp_avg")]
+    torch.testing.assert_close(first, sum(one.tensor(name) for one in entries) / 3)

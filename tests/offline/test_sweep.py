@@ -181,7 +181,7 @@ def test_other_files_and_another_evaluation_are_scored_again(run):
     assert len(calls) == 8
 
 
-def test_greedy_soup_and_weights_by_metric(run):
+def test_greedy_soup_and_weights_by_metric(run, capsys):
     methods = ["--methods", "greedy", "metric-weighted", "--temperature", 0.05]
     assert sweep(*methods, "--select", "val_loss", "--output", "best") == 0
     states = [model(seed)["a.weight"] for seed in range(5)]
@@ -192,6 +192,7 @@ def test_greedy_soup_and_weights_by_metric(run):
         mean = torch.stack([states[j] for j in sorted([*kept, i])]).mean(0)
         if (loss := float(((mean - 1) ** 2).mean())) <= best:
             kept, best = sorted([*kept, i]), loss
+    assert "single checkpoints scatter by" in capsys.readouterr().err
     rows = table("best-sweep")
     soup = f"greedy [{','.join(str(i + 1) for i in kept)}]"
     assert float(rows[soup]["val_loss"]) == pytest.approx(best, rel=1e-5)
@@ -287,6 +288,7 @@ def test_nothing_that_is_there_is_replaced(run, capsys):
     assert sweep("--select", "val_loss", "--output", "mine") == 1
     assert sweep("--select", "val_loss", "--output", "run", "--force") == 1
     assert sweep("--select", "val_loss", "--results", "run") == 1
+    assert sweep("--select", "val_loss", "--output", "new", "--results", "new/scores") == 1
     assert sorted(os.listdir("mine")) == ["notes.txt"]
     assert len(os.listdir("run")) == 5
 
@@ -314,6 +316,23 @@ def test_a_dry_run_writes_nothing(run, capsys):
     assert sorted(run.rglob("*")) == before
 
 
+def test_adapters_are_refused_whose_factors_have_no_mean(run, capsys):
+    folders = [run / f"adapters/step={step}" for step in (1, 2)]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        factors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
+        name = "base_model.model.q_proj.lora_"
+        save_file({f"{name}{f}.weight": t for f, t in factors.items()}, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    scored = ["--evaluate", "scoring:loss", "--results", "scores"]
+    assert main(["sweep", *map(str, folders), *scored]) == 1
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    assert main(["merge", *map(str, folders), "--optimizer-state", "--output", "out"]) == 1
+    assert "is a LoRA adapter" in capsys.readouterr().err
+    assert not Path("scores").exists()
+
+
 def test_usage_is_told(run, capsys):
     for arguments in (
         ["sweep", "run", "--results", "x"],
@@ -331,3 +350,82 @@ def test_a_whole_state_reaches_the_evaluation(run):
     state = sys.modules["scoring"].calls[-1]
     assert state.keys() == load_file("run/step=500.safetensors").keys()
     assert int(state["seen"]) == 4  # which is not averaged
+
+
+MODULE = """
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+
+class Tiny(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 1)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", (self.net(batch) + torch.rand(())).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+class Ones(LightningDataModule):
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(torch.ones(4, 3), 2)
+
+    train_dataloader = val_dataloader
+"""
+
+CONFIG = """
+trainer: {max_steps: 1, accelerator: cpu, limit_val_batches: 2}
+model: {class_path: tiny_module.Tiny}
+data: {class_path: tiny_module.Ones}
+"""
+
+
+@pytest.fixture
+def configured(tmp_path, monkeypatch):
+    """Three checkpoints of a module, whose names a wrapper has changed, and its configuration."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny_module.py").write_text(MODULE)
+    Path("config.yaml").write_text(CONFIG)
+    Path("run").mkdir()
+    for step in (1, 2, 3):
+        bias = torch.tensor([float(step)])
+        save_file(
+            {"_orig_mod.net.weight": torch.ones(1, 3), "_orig_mod.net.bias": bias},
+            f"run/step={step}.safetensors",
+        )
+    yield tmp_path
+    sys.modules.pop("tiny_module", None)
+
+
+def test_the_validation_of_a_configuration_scores_merges(configured, capsys):
+    arguments = ["sweep", "run", "--methods", "sma", "greedy", "--config", "config.yaml", "--quiet"]
+    assert main([*arguments, "--results", "scores"]) == 0
+    losses = {name: float(row["val_loss"]) for name, row in table("scores").items()}
+    noise = losses["checkpoint 2"]
+    # The mean of all is the second one, and has drawn the same random numbers.
+    assert losses["sma-3"] == noise
+    assert losses["checkpoint 1"] < noise < losses["checkpoint 3"]
+    assert "checkpoint alone" in capsys.readouterr().out
+    assert sorted(path.name for path in configured.iterdir() if path.name != "__pycache__") == [
+        "config.yaml",
+        "run",
+        "scores",
+        "tiny_module.py",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("Tiny}", "Nothing}"), "Nothing"),
+        (("max_steps", "most_steps"), "most_steps"),
+        (("Linear(3, 1)", "Linear(4, 1)"), "does not fit the model of --config"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused(configured, capsys, change, named):
+    for file in ("config.yaml", "tiny_module.py"):
+        Path(file).write_text(Path(file).read_text().replace(*change))
+    arguments = ["sweep", "run", "--config", "config.yaml", "--quiet"]
+    assert main([*arguments, "--results", "scores"]) == 1
+    assert named in capsys.readouterr().err.splitlines()[-1]

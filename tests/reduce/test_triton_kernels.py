@@ -34,9 +34,7 @@ def outcome(arguments, **environment):
 ONE_OF_EVERY_KERNEL = [
     "test_the_merge_and_the_squares_are_those_of_fp64[torch.bfloat16-10 mixed]",
     "test_several_sums_have_each_the_bits_that_it_has_alone[sums and squares-3]",
-    "test_inner_products_are_those_of_fp64[32-17-dtypes2]",
     "test_the_election_is_bitwise_that_of_the_blocks[mixed-0.2-many ties]",
-    "test_the_census_is_that_of_the_blocks[10-11-64]",
     "test_the_kernels_are_what_the_methods_call",
 ]
 
@@ -78,8 +76,8 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     assert run.returncode == 0, run.stderr
     compiled = json.loads(run.stdout)
     wide = {kernel["name"] for kernel in compiled if kernel["wide"]}
-    assert wide >= {"_sum_tile", "_sum_rows", "_multiply", "_elect_tile"}
-    assert {kernel["name"] for kernel in compiled} == wide | {"_sum_segment", "_count", "_pick"}
+    assert wide >= {"_sum_tile", "_sum_rows", "_elect_tile"}
+    assert {kernel["name"] for kernel in compiled} == wide | {"_sum_segment"}
     # A fused product and sum would round the election otherwise than PyTorch's operations do.
     assert not any(kernel["fused"] for kernel in compiled if kernel["name"] == "_elect_tile")
 

@@ -269,6 +269,43 @@ def test_a_served_page_shows_records_and_no_other_file(site):
             get(f"{address}{path}")
 
 
+def test_the_candidates_are_in_a_table_the_best_one_first(tmp_path):
+    def one(name, loss, gain):
+        scores = {"metrics": {"val_loss": loss}, "gains": {"val_loss": gain}}
+        return {
+            "name": name,
+            "method": name,
+            "options": {},
+            "last": 5,
+            "order": "forward",
+            "snapshots": 5,
+            **scores,
+        }
+
+    folder = write_run(tmp_path)
+    found = {"selected": "wsm", "select": "val_loss", "lower_is_better": True, "spread": 0.01, "batches": 3}
+    found |= {"scores": [one("sma", 2.2, 0.1), one("wsm", 2.1, 0.2), one("ties", None, None)]}
+    scores = {"live": {"val_loss": 2.3}, "merged": {"val_loss": 2.1}, "ties": {"val_loss": 2.25}}
+    EventFile(folder, run()).write(
+        "validation", STEPS + 1, scores=scores, gains={"val_loss": 0.2}, merge=STEPS, candidates=found
+    )
+    page = drawn(folder)
+    text = text_of(page)
+    table = text[text.index("Candidates") :]
+    assert table.index("wsm") < table.index("sma") < table.index("ties")
+    assert "The live val_loss scatters by 0.010 from one validation to the next" in table
+    assert "Compared on 3 batches" in table
+    assert "<b>wsm</b>" in page
+
+    broken = [{**found, entry: wrong} for entry in found for wrong in (None, True, "x", [None], {"a": 1})]
+    broken += [{**found, "scores": [{**found["scores"][0], entry: None}]} for entry in found["scores"][0]]
+    for wrong in broken:  # the file may be anybody's
+        EventFile(folder, run()).write(
+            "validation", STEPS + 2, scores=scores, gains={}, merge=STEPS, candidates=wrong
+        )
+        assert "finished" in drawn(folder)
+
+
 WRONG = [
     None,
     True,

@@ -33,7 +33,6 @@ def on_gpu(values):
 @pytest.fixture(params=[512, 1 << 26], ids=["many chunks", "one"])
 def gpu(request, monkeypatch):
     monkeypatch.setattr(staging, "_CHUNK", request.param)
-    monkeypatch.setattr(staging, "_chunks", staging._Chunks())
     with pretend_gpu(monkeypatch) as gpu:
         yield gpu
 

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from merge_callback.reduce import triton_census, triton_kernels, triton_products, triton_ties
+from merge_callback.reduce import triton_kernels, triton_ties
 from merge_callback.reduce.passes import Cut
 
 
@@ -56,12 +56,7 @@ def calls():
     fp32, bf16, fp16 = torch.float32, torch.bfloat16, torch.float16
     for given in (sources(0, fp32, fp32), sources(0, bf16, bf16), sources(1, fp32, bf16, fp16)):
         yield lambda given=given: sum_up(given)
-        yield lambda given=given: triton_products.inner_products(given)
         yield lambda given=given: elect(given)
-    yield lambda: triton_products.inner_products(sources(0, *[fp32] * 64))
-    bits = torch.arange(100, dtype=torch.int32)
-    yield lambda: triton_census._count[(1,)](bits, bits, 100, 3, 50, 2048, enable_fp_fusion=False)
-    yield lambda: triton_census._pick[(1,)](bits, bits.long(), bits, 100, 3, 50, 2048, enable_fp_fusion=False)
 
 
 def sum_up(given):

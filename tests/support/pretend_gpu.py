@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_any, tree_map_only
 from merge_callback.engine.background import Background
 from merge_callback.reduce import dispatch
 from merge_callback.signals import async_scalars
+from merge_callback.snapshots import staging
 
 GPU = torch.device("cuda", 0)
 
@@ -263,6 +264,7 @@ def pretend_gpu(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     monkeypatch.setattr(dispatch, "triton_serves", lambda *_, **__: False)
+    monkeypatch.setattr(staging, "_chunks", staging._Chunks())
     real = Background._work
 
     def work(self, job):

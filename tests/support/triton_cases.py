@@ -14,17 +14,10 @@ import triton
 import triton.language as tl
 
 from merge_callback import merge_state_dicts, reduce
-from merge_callback.merging import Ties, Trajectory, slerp, sparse, threshold
+from merge_callback.merging import Ties, Trajectory, census, sparse
 from merge_callback.merging.method import Inputs
 from merge_callback.merging.task_vectors import TaskVectors
-from merge_callback.reduce import (
-    blocks,
-    dispatch,
-    triton_census,
-    triton_kernels,
-    triton_products,
-    triton_ties,
-)
+from merge_callback.reduce import blocks, dispatch, triton_kernels, triton_ties
 from merge_callback.reduce.passes import Cut
 from merge_callback.reduce.triton_sources import elements
 
@@ -218,40 +211,9 @@ def test_more_than_2_to_the_31_elements_are_reached():
     assert squares.tolist() == [0, 4 * (size - begin)]
     assert (out[begin:] == 2).all()
     assert not out[:begin].any()
-    assert triton_products.inner_products(sources).tolist() == [
-        [size - begin, 3 * (size - begin)],
-        [3 * (size - begin), 9 * (size - begin)],
-    ]
     triton_ties.elect(sources[0], sources[1:], out, 1.0, [Cut(1.0, 3.0, size - 1)])
     assert (out[begin : size - 1] == 3).all()
     assert out[-1] == 1
-
-
-# The inner products of SLERP.
-
-
-@pytest.mark.parametrize(
-    ("count", "dtypes"), [(1, MIXTURE[:1]), (2, MIXTURE[1:2]), (17, MIXTURE), (64, MIXTURE)]
-)
-@pytest.mark.parametrize("size", [1, 32, 333])
-def test_inner_products_are_those_of_fp64(count, dtypes, size):
-    tensors = several(count, size, dtypes)
-    matrix = torch.stack([t.double() for t in tensors]).cpu()
-    # 32 products below 16 in steps of 1/64: 15 bits. Three programs at most.
-    assert torch.equal(triton_products.inner_products(tensors, programs=3), matrix @ matrix.T)
-    assert torch.equal(
-        triton_products.inner_products([t[1:] for t in tensors]), matrix[:, 1:] @ matrix[:, 1:].T
-    )
-
-
-def test_inner_products_of_random_numbers_are_close_to_those_of_the_blocks():
-    tensors = several(4, 5000, MIXTURE, randn)
-    found, expected = (
-        triton_products.inner_products(tensors),
-        slerp.inner_products([t.cpu() for t in tensors]),
-    )
-    # fp32 sums of 32 products: 32 roundings at most, of 2^-24 relative to the magnitudes.
-    torch.testing.assert_close(found, expected, rtol=0, atol=32 * 2**-24 * 5000)
 
 
 # TIES.
@@ -327,20 +289,6 @@ def test_without_a_task_vector_the_merge_is_the_initial_model():
     assert torch.equal(out.float(), initial)
 
 
-# The census of a threshold search.
-
-
-@pytest.mark.parametrize("size", [0, 1, 64, 1000])
-@pytest.mark.parametrize(("low", "high"), [(0, 50), (10, 11), (20, 20), (0, 2**31 - 1), (98, 99)])
-def test_the_census_is_that_of_the_blocks(size, low, high):
-    generator = torch.Generator().manual_seed(size)
-    bits = torch.randint(0, 100, (size,), generator=generator, dtype=torch.int32)
-    *expected, between = threshold._split(bits, low, high)
-    *found, picked = triton_census.split(bits.to(DEVICE), low, high, block=64)
-    assert found == expected
-    assert picked.tolist() == between.tolist()  # in their order, too
-
-
 # All of it behind the methods.
 
 
@@ -348,11 +296,8 @@ def test_the_census_is_that_of_the_blocks(size, low, high):
 def _kernels_serve_the_cpu(monkeypatch):
     """Under the interpreter; on a GPU they serve it anyway."""
     if INTERPRETED:
-        for place in (dispatch, slerp, threshold):
-            monkeypatch.setattr(
-                place, "triton_serves", lambda *t, dtypes=dispatch.NARROW: all(x.dtype in dtypes for x in t)
-            )
-        monkeypatch.setattr(threshold, "compiled_serves", lambda *t: False)
+        monkeypatch.setattr(dispatch, "triton_serves", lambda *t: all(x.dtype in dispatch.NARROW for x in t))
+        monkeypatch.setattr(census, "compiled_serves", lambda *t: False)
 
 
 def model(seed, dtype):
@@ -379,8 +324,7 @@ def model(seed, dtype):
 def test_methods_give_what_they_give_without_the_kernels(method, options, dtype, monkeypatch):
     models = [model(seed, dtype) for seed in range(4)]
     merged = merge_state_dicts(models, method, **options)
-    for place in (dispatch, slerp, threshold):
-        monkeypatch.setattr(place, "triton_serves", lambda *t, **options: False)
+    monkeypatch.setattr(dispatch, "triton_serves", lambda *t: False)
     expected = merge_state_dicts([{k: t.cpu() for k, t in m.items()} for m in models], method, **options)
     # An ulp of the merge: fused products may round a sum of four otherwise, which a cast can bring to light.
     tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float64: 1e-12}[dtype]
@@ -393,15 +337,12 @@ def test_methods_give_what_they_give_without_the_kernels(method, options, dtype,
 @pytest.mark.usefixtures("_kernels_serve_the_cpu")
 def test_the_kernels_are_what_the_methods_call(monkeypatch):
     called = []
-    for module, name in (
-        (triton_kernels, "one_pass"), (triton_products, "inner_products"), (triton_ties, "elect"),
-        (triton_census, "split"),
-    ):  # fmt: skip
+    for module, name in ((triton_kernels, "one_pass"), (triton_ties, "elect")):
         real = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
-    for method in ("sma", "slerp", "ties"):
+    for method in ("sma", "ties"):
         merge_state_dicts([{"w": eighths(500, seed)} for seed in range(3)], method)
-    assert set(called) == {"one_pass", "inner_products", "elect", "split"}
+    assert set(called) == {"one_pass", "elect"}
 
 
 @compiled_only

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training_runs import Classifier, assert_same_bits, emissions, loader, seed, weights_of
 
 from merge_callback import CheckpointMerger, load_merge
+from merge_callback.engine.charts import Charts
 from merge_callback.merging import Ema, Wsm
 from merge_callback.snapshots.storage import DeviceMemory
 
@@ -139,6 +141,7 @@ def test_another_metric_and_its_direction_choose(tmp_path):
 
 def test_without_a_metric_of_that_name_the_default_is_published(tmp_path, caplog):
     fit(Case(), merging(tmp_path, candidates=["wsm"], select="acc", **OPTIONS))
+    assert "each validation compares it with wsm" in caplog.text
     assert "select='acc' names no metric" in caplog.text
     assert all("-sma" in path.name for path in emissions(tmp_path / "merges"))
 
@@ -179,8 +182,14 @@ def test_a_candidate_whose_validation_fails_is_left_out(tmp_path, caplog):
             if calls.count(16) == 3:  # of the live weights, of sma, of this one
                 raise RuntimeError("on purpose")
 
-    run = fit(Case(Failing), merging(tmp_path, candidates=CANDIDATES, **OPTIONS), max_epochs=3)
+    stopping = [Watching(monitor=f"merged/{name}/val_loss") for name in ("wsm-back", "sma")]
+    options = {"callbacks": lambda: stopping}
+    run = fit(
+        Case(Failing, trainer=options), merging(tmp_path, candidates=CANDIDATES, **OPTIONS), max_epochs=3
+    )
     assert "on purpose" in caplog.text
+    assert stopping[0].judged == [*run.curves.of("merged/wsm-back/val_loss").values()]
+    assert stopping[1].judged == [*run.curves.of("merged/sma/val_loss").values()]
     assert run.curves.of("merged/wsm-back/val_loss").keys() == {7, 23}
     assert run.curves.of("merged/ties/val_loss").keys() == {7, 15, 23}
     plain = fit(Case(), max_epochs=3)
@@ -199,6 +208,16 @@ def test_early_stopping_and_checkpoints_follow_the_best_one_or_any(tmp_path, tog
     assert sorted(map(float, saving.best_k_models.values())) == sorted(ties.values())
 
 
+def test_before_the_first_merge_the_live_metrics_stand_in_for_all(tmp_path):
+    # Snapshots at 6, 12, …: the first merge comes after the first validation.
+    run = fit(Case(), merging(tmp_path, candidates=CANDIDATES, **OPTIONS, every_n_steps=6))
+    first, second = run.metrics.seen.values()
+    assert all(
+        first[f"merged/{name}/val_loss"] == first["val_loss"] == first["merged/val_loss"] for name in NAMES
+    )
+    assert all(second[f"merged/{name}/val_loss"] != second["val_loss"] for name in NAMES)
+
+
 def test_the_noise_of_the_live_metric_is_told(tmp_path, capsys):
     live = fit(Case(trainer={"val_check_interval": 2}), merging(tmp_path, candidates=["ema"], **OPTIONS))
     values = [*live.curves.of("val_loss").values()]
@@ -212,6 +231,17 @@ def _noise(values):
     off = sorted(abs(b - (a + c) / 2) for a, b, c in zip(values, values[1:], values[2:], strict=False))
     middle = (off[(len(off) - 1) // 2] + off[len(off) // 2]) / 2
     return middle / 0.6745 / math.sqrt(1.5)
+
+
+@pytest.mark.parametrize("merged", ["merged/", "merged_"])
+def test_tensorboard_draws_all_of_them_on_the_chart_of_the_live_metric(merged):
+    names = ["eval_loss", "eval_acc", f"wsm-5{merged[-1]}eval_loss", f"wsm-5{merged[-1]}eval_acc"]
+    layout = Charts(merged=merged).layout(names)
+    assert layout["Live and merged"].keys() == layout["Gain of the merge"].keys() == {"eval_loss", "eval_acc"}
+    (_, curves), (_, gains) = (chart["eval_loss"] for chart in [*layout.values()][:2])
+    drawn = ["eval_loss", f"{merged}eval_loss", f"{merged}wsm-5{merged[-1]}eval_loss"]
+    assert all(any(re.match(pattern, name) for pattern in curves) for name in drawn)
+    assert any(re.match(pattern, "merge_gain/wsm-5/eval_loss") for pattern in gains)
 
 
 # When a merge is published
@@ -237,6 +267,25 @@ def test_a_merge_that_is_held_back_is_published_when_the_run_ends_by_an_exceptio
     newest = emissions(tmp_path / "merges")[-1]
     assert record(newest)["step"] == 16
     assert "candidates" not in record(newest)
+
+
+def test_a_merge_published_before_its_comparison_does_not_pass_for_the_best_one(tmp_path):
+    class Decaying(Classifier):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=self.lr)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (24.5 - step) / 9))
+            return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    # The snapshot of step 18 is the first of the decay, so the validation there is of the merge of step 16.
+    callback = merging(tmp_path, candidates=CANDIDATES, **OPTIONS)
+    every = {"val_check_interval": 6, "check_val_every_n_epoch": None}
+    fit(Case(Decaying, trainer=every), callback, max_epochs=3)
+    events = [json.loads(line) for line in (tmp_path / "merges/events.jsonl").open()]
+    (event,) = [e for e in events if e["event"] == "validation" and e["step"] == 18]
+    (row,) = [row for row in callback.history if row["event"] == "validation" and row["step"] == 18]
+    assert event["candidates"]["selected"] != "sma"
+    assert row["merge_step"] is event["merge"] is None
+    assert row["merged/val_loss"] < row["merged/sma/val_loss"]
 
 
 def test_a_checkpoint_between_snapshot_and_validation_lets_the_merge_be_published(tmp_path, together, chosen):

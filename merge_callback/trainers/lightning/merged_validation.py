@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -82,7 +82,7 @@ class MergedValidation:
         self._trackers: dict[nn.Module, int] | None = None
         self._seen = SeenWeights(self.trainer, self.module)
         self._has_failed = self._reported_missing = False
-        self._names: list[str] = []  # of the candidates
+        self._names: list[str] = []  # of all merges, if there are several
 
     def note_beginning(self) -> None:
         """Saves the generators before a live validation, so that the merged one draws the same numbers.
@@ -109,12 +109,15 @@ class MergedValidation:
         """
         self.sharding = session.sharding
         live, scored = self._live(), None
-        self._names = session.pipeline.candidates.names
+        several = session.pipeline.candidates.names
+        self._names = [*(method.label for method in session.options.methods.values()), *several] * bool(
+            several
+        )
         if session.experts:
             scored = self._validate_experts(session.experts, session.live(), live)
         elif (merge := session.current_merge()) is not None and merge.step != self.step:
             seconds = -time.monotonic()
-            scored = self._compare(session, merge, live) if self._names else self._validate_one(merge, live)
+            scored = self._compare(session, merge, live) if several else self._validate_one(merge, live)
             if scored is not None:
                 scored = replace(scored, newest=merge.snapshots[-1], seconds=seconds + time.monotonic())
             else:
@@ -153,17 +156,24 @@ class MergedValidation:
     def _show(self, live: Mapping[str, Tensor]) -> None:
         known = {name: torch.tensor(value, device="cpu") for name, value in self.metrics.items()}
         if self.step == -1 and not self._has_failed:
-            known = {f"{MERGED}{name}": value for name, value in live.items()}
-            known |= {f"{MERGED}{c}/{name}": value for c in self._names for name, value in live.items()}
+            known = {key: live[name] for key, name in self._keys(live).items()}
         shown = self.trainer.callback_metrics
         shown.update(known)
-        missing = {f"{MERGED}{name}" for name in live} - known.keys()
+        missing = self._keys(live).keys() - known.keys()
         for name in missing:
             shown.pop(name, None)
             shown.pop(name.replace(MERGED, GAIN, 1), None)
         # A monitor that does not find its key ends the run.
         shown.update(dict.fromkeys(missing & self._monitored(), torch.tensor(math.nan, device="cpu")))
         self._hold_stopping(missing)
+
+    def _keys(self, live: Iterable[str]) -> dict[str, str]:
+        """The names of all merged metrics, each with that of the live one."""
+        return {
+            f"{MERGED}{candidate}{name}": name
+            for name in live
+            for candidate in ("", *(f"{candidate}/" for candidate in self._names))
+        }
 
     def close(self) -> None:
         """Leaves the trainer's callbacks as they were."""
