@@ -245,5 +245,5 @@ def _ends(axis: Axes, figures: Figures) -> None:
     axis.axvline(0, color="black", linewidth=0.6)
     axis.set(title="merge of ten - last checkpoint", xlabel="held-out loss, nats per byte")
     axis.locator_params(axis="x", nbins=5)
-    axis.legend(fontsize=8, loc="lower center")
+    axis.legend(fontsize=8, loc=(0.03, 0.29))
     axis.grid(alpha=0.3)
