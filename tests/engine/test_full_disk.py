@@ -93,7 +93,7 @@ def test_a_merge_that_found_no_room_is_published_at_the_end_if_there_is_room_the
     with pytest.warns(UserWarning, match="the merge of step 26 was not published"):
         fit(tmp_path, before=[full], module=wide, snapshot_dtype="bf16", emit_every=1, trainer=quiet())
 
-    assert os.readlink(tmp_path / "merges/latest") == "step=00000026-tokens=624-ties"
+    assert os.readlink(tmp_path / "merges/latest") == "step=00000026-tokens=624-ema"
 
 
 needs_root = pytest.mark.skipif(
