@@ -1,12 +1,12 @@
-"""What five candidates cost a run: the training steps, the validations, and the background.
+"""What five candidates and two running averages cost a run: steps, validations, and the background.
 
-    python benchmarks/candidate_cost.py            # 3 minutes on two cores
-    python benchmarks/candidate_cost.py --quick    # half a minute
+    python benchmarks/candidate_cost.py            # 5 minutes on two cores
+    python benchmarks/candidate_cost.py --quick    # a minute
 
 The demo's training, shortened, with its window, its interval and its validations: with the default method,
-and with five candidates besides. Quoted is the time inside the callback's training hooks over the time of all
-training steps, what the validations take, and what the background does meanwhile. TensorBoard's file is read
-back: each candidate has to have its curve.
+with five candidates besides, and with running averages, too. Quoted is the time inside our training
+hooks over the time of all training steps, what the validations take, and what the background does meanwhile.
+TensorBoard's file is read back: each candidate has to have its curve.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from merge_callback.demo.crops import DemoData
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
 from merge_callback.merging import Ema, Sma, Wsm
+from merge_callback.merging.running import PowerEma
 
 EVERY, VALIDATE = 40, 200
 
@@ -41,6 +42,9 @@ FIVE = {
     "ema": Ema(),
     "ties": "ties",
 }
+
+
+TWO = [PowerEma(0.05), PowerEma(0.10)]
 
 
 class Clock(Callback):
@@ -100,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a fifth of the steps")
+    parser.add_argument("--quick", action="store_true", help="a third of the steps")
     options = parser.parse_args()
     for name in ("lightning", "lightning.pytorch", "merge_callback"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -111,6 +115,7 @@ def main() -> None:
         "default method": {},
         "five candidates": {"candidates": FIVE},
         "five candidates, compared on 2 batches": {"candidates": FIVE, "evaluate_batches": 2},
+        "five candidates, two running averages": {"candidates": FIVE, "running": TWO},
     }
     for name, chosen in variants.items():
         with tempfile.TemporaryDirectory() as folder:
