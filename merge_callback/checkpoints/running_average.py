@@ -30,7 +30,7 @@ from merge_callback.snapshots.shard_files import Source, gather
 class RunningAverageReader(Reader):
     """Reads the folder of a running average that a run has stored in its window."""
 
-    name = "running average"
+    name = "running-average"
 
     def matches(self, path: Path) -> bool:
         """Whether it is called so."""

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from training_runs import Classifier, assert_same_bits, loader, train
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from merge_callback import CheckpointMergeCallback, SmaSince
 from merge_callback.checkpoints.open import is_checkpoint_folder, open_checkpoint, recorded_step
 from merge_callback.checkpoints.registry import READERS, reader_of
 from merge_callback.cli.main import main
@@ -75,9 +76,18 @@ def lightning(folder: Path):
     return folder / "a.ckpt", module.state_dict()
 
 
+def averaged(folder: Path):
+    module = Classifier()
+    callback = CheckpointMergeCallback(every_n_steps=5, dirpath=folder / "m", running=[SmaSince(step=4)])
+    train(module, callback, data=loader(), max_steps=5)
+    (path,) = (folder / "m/window").glob("running-*")
+    return path, module.state_dict()
+
+
 EXAMPLES = {
     "dcp": distributed,
     "sharded-snapshot": kept_by_ranks,
+    "running-average": averaged,
     "lightning-merge": lightning_merge,
     "bin-folder": accelerate,
     "safetensors-folder": transformers,

@@ -90,7 +90,7 @@ def test_the_state_of_an_older_version_is_found_among_several(moved, checkpoint)
     folder = checkpoint.parent
     here = str(folder / "merges")
     renamed(checkpoint, OLD.format(str(folder / "other"), 5), OLD.format("elsewhere" if moved else here, 2))
-    callback = merging(folder)
+    callback = merging(folder, method={"decay": "ties"})  # the default then
     resumed(checkpoint, callback)
     assert callback._resume["taken"] == 102  # one more snapshot
     assert steps_found(callback) == [6, 8, 10]
@@ -99,7 +99,7 @@ def test_the_state_of_an_older_version_is_found_among_several(moved, checkpoint)
 def test_of_older_states_that_only_a_dirpath_tells_apart_it_is_that_ones(checkpoint):
     folder = checkpoint.parent
     renamed(checkpoint, OLD.format(str(folder / "other"), 2), OLD.format(str(folder / "merges"), 2))
-    callback = merging(folder)
+    callback = merging(folder, method={"decay": "ties"})  # the default then
     resumed(checkpoint, callback)
     assert callback._resume["taken"] == 102
 
