@@ -50,6 +50,7 @@ def batch(mix: str, size: int, context: int, key: tuple[int, ...], step: int) ->
 
 
 @cache
+@torch.inference_mode(False)  # they outlast the score that asks for them first, and derivatives use them
 def held_out(mix: str, part: Part, context: int, crops: int) -> list[Batch]:
     """Evenly spaced crops of a held-out text, the same for all runs, 16 in a batch."""
     found = []
