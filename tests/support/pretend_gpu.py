@@ -251,6 +251,7 @@ def pretend_gpu(monkeypatch):
     global _gpu
     _gpu = gpu = PretendGpu()
     for name, stand_in in {
+        "is_initialized": lambda: True,
         "Stream": Stream,
         "Event": Event,
         "current_stream": lambda *_: Stream(),
