@@ -346,10 +346,11 @@ def test_memory_that_runs_out_costs_a_snapshot_only(tmp_path):
     class Heavy(Tiny):
         def __init__(self):
             super().__init__()
-            # 100 MB that only a snapshot asks for: no freed gradient is large enough to hold it.
-            self.register_buffer("ballast", torch.zeros(25_000_000))
+            # 160 MB that only a snapshot asks for: no freed gradient is large enough to hold it.
+            self.register_buffer("ballast", torch.zeros(40_000_000))
 
     def tighten(module):
+        gc.collect()  # what earlier tests have left would make room later
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + (60 << 20), before[1]))  # room for a thread's stack
 
