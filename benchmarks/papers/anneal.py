@@ -263,7 +263,7 @@ def draw(figures: Figures) -> Figure:
         along, within = figures["along"][model], figures["within"][model]
         steps = [round(point * (1 + DECAY)) for point in POINTS]
         _lines(row[0], steps, [along[str(point)] for point in POINTS])
-        row[0].set(title=f"{model}: a fifth of the steps annealed, or none", xlabel="steps in all")
+        row[0].set(title=f"{model}: a fifth of the steps annealed, or none", xlabel="total steps")
         _lines(row[1], [LEAVE + n for n in WITHIN], [within[str(n)] for n in WITHIN])
         row[1].set(title=f"{model}: in the course of one decay", xlabel="step")
     return figure

@@ -20,7 +20,7 @@ CONCLUSION = (
     "of 5 % width; among the windows and methods of snapshots alone the choice is worth 2 %. In the "
     "decay no choice is ahead of `ema` of ten. If one candidate is to be added to the defaults, it is "
     "that running average in the stable phase. Choosing on other text is nearly as good as choosing in "
-    "hindsight, but for differences this small that is no reason to choose."
+    "hindsight, but with differences this small that is no reason to choose."
 )
 
 COUNTS, SPACING = (3, 6, 10, 15), 20

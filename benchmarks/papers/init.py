@@ -205,7 +205,7 @@ WHY_DECAY = (
 )
 WHY_CALMER = (
     "After a decay the snapshots are so close together that their merge is almost the last checkpoint: "
-    "nothing changes, neither for better nor for worse. In all other cases the loss is lower from the "
+    "nothing changes, neither for better nor for worse. In every other case the loss is lower from the "
     "first step on."
 )
 WHY_NORMS = (
