@@ -153,6 +153,8 @@ class RunningAverages:
     def copies(self, step: int) -> list[Stored]:
         """Copies of all averages as they are now, to be stored; they stay until the next ones are made.
 
+        One that there is no memory for is left out, which is logged.
+
         Args:
             step: of the snapshot that is being taken.
         """
@@ -161,7 +163,10 @@ class RunningAverages:
         for name, running in self.by_name.items():
             self._copies.pop(name, None)
             if running.arena is not None and running.at is not None and not running.is_torn:
-                self._copies[name] = Stored(name, running.at, self._copy(name, running.arena))
+                try:
+                    self._copies[name] = Stored(name, running.at, self._copy(name, running.arena))
+                except (RuntimeError, MemoryError) as error:
+                    log.warning("merge: no copy of running average %s at step %s: %s", name, step, error)
         return [*self._copies.values()]
 
     def store(self, copies: Sequence[Stored]) -> None:

@@ -133,6 +133,15 @@ def test_nothing_is_called_if_there_are_none(tmp_path, monkeypatch):
     assert called == []
 
 
+def test_memory_that_runs_out_costs_a_copy_only(unbroken_loop, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(RunningAverages, "_copy", refuse)
+    assert_same_bits(Loop(tmp_path).weights, unbroken_loop.weights)
+    assert "no copy of running average" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("dtype", "kept", "atol"), [(torch.bfloat16, torch.float32, 3e-6), (torch.float64, torch.float64, 1e-14)]
 )
