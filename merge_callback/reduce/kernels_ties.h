@@ -24,6 +24,32 @@ INLINE NAME(Floats) NAME(all)(float x) { return x - (NAME(Floats)){0}; }
 /* What is trimmed up to a magnitude; nothing if that is NaN. */
 INLINE NAME(Floats) NAME(cut)(float magnitude) { return NAME(all)(magnitude >= 0 ? magnitude : 0); }
 
+/* Adds the entries above a cut to a sum, or those below its negative, and counts them. No cut is negative, so this
+ * also tells the sign. NaN has neither: it goes into both sums, as with clamp(). What is trimmed adds 0. */
+#if LANES == 16
+INLINE void NAME(add_above)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    __mmask16 set = _mm512_cmp_ps_mask(entry, cut, _CMP_NLE_UQ);
+    *sum = _mm512_mask_add_ps(*sum, set, *sum, entry);
+    *number = (NAME(Ints))NAME(count)((NAME(Bits)) * number, set);
+}
+INLINE void NAME(add_below)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    __mmask16 set = _mm512_cmp_ps_mask(entry, -cut, _CMP_NGE_UQ);
+    *sum = _mm512_mask_add_ps(*sum, set, *sum, entry);
+    *number = (NAME(Ints))NAME(count)((NAME(Bits)) * number, set);
+}
+#else
+INLINE void NAME(add_above)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    NAME(Ints) set = ~(entry <= cut);
+    *sum += NAME(where)(set, entry);
+    *number -= set; /* a set mask is -1 */
+}
+INLINE void NAME(add_below)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    NAME(Ints) set = ~(entry >= -cut);
+    *sum += NAME(where)(set, entry);
+    *number -= set;
+}
+#endif
+
 /* Trims, elects and averages one group. */
 INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t count, int stream) {
     NAME(Floats) initial[PARTS], x[PARTS], positive[PARTS], negative[PARTS];
@@ -36,22 +62,19 @@ INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t coun
     NAME(widen)(initial, election->initial, at, election->initial_dtype, count);
     for (const Entries *entries = election->entries; entries < election->entries + election->count; entries++) {
         NAME(widen)(x, entries->data, at, entries->dtype, count);
-        NAME(Floats) below = NAME(cut)(entries->below), at_most = NAME(cut)(entries->at_most);
         int64_t left = entries->end - at;
-        int32_t before_end = left < 0 ? 0 : smaller(left, GROUP);
-        UNROLL for (int v = 0; v < PARTS; v++) {
-            NAME(Floats) cut = at_most, entry = x[v] - initial[v];
-            if (before_end) {
-                NAME(Ints) early = index + WIDE * v < before_end;
-                cut = NAME(where)(early, below) + NAME(where)(~early, at_most);
+        NAME(Floats) cut = NAME(cut)(left > 0 ? entries->below : entries->at_most);
+        UNROLL for (int v = 0; v < PARTS; v++) x[v] -= initial[v];
+        if (left > 0 && left < GROUP) {
+            NAME(Floats) at_most = NAME(cut)(entries->at_most);
+            UNROLL for (int v = 0; v < PARTS; v++) {
+                NAME(Ints) late = index + WIDE * v >= (int32_t)left;
+                x[v] = NAME(where)(~(late & (NAME(absolute)(x[v]) <= at_most)), x[v]);
             }
-            /* No cut is negative, so this also tells the sign. NaN has neither: it goes into both sums, as with
-             * clamp(). What is trimmed adds 0. */
-            NAME(Ints) aye = ~(entry <= cut), noe = ~(entry >= -cut);
-            positive[v] += NAME(where)(aye, entry);
-            negative[v] += NAME(where)(noe, entry);
-            ayes[v] -= aye; /* a set mask is -1 */
-            noes[v] -= noe;
+        }
+        UNROLL for (int v = 0; v < PARTS; v++) {
+            NAME(add_above)(&positive[v], &ayes[v], x[v], cut);
+            NAME(add_below)(&negative[v], &noes[v], x[v], cut);
         }
     }
     NAME(Floats) one = NAME(all)(1);
