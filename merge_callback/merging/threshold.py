@@ -53,6 +53,8 @@ _EXCHANGED = 1 << 17  # elements that processes exchange at most, per search
 
 _ORDERED = 1 << 18  # elements to be ordered from which on threads are started: two milliseconds' work
 
+_MANY = 1 << 15  # elements to be ordered of which a sample is ordered first
+
 _FEW = 1 << 12  # elements that are searched for an equal one; of more, halves are counted first
 
 _PLACES = 1 << 12  # ranges of a vector in which processes count equal elements at once
@@ -150,9 +152,7 @@ def search_kth_largest(parts: Sequence[Part], k: int) -> Search[Threshold]:
             stride = max(1 << (-(-between // few) - 1).bit_length(), *(stride for *_, stride in totals))
             sample = _together((yield _picked(counts, stride, dtype)))
             if len(sample) == between:
-                sample.partition(-rank)
-                value = int(sample[-rank])
-                rank -= int(np.count_nonzero(sample > value))
+                value, rank = _ranked(sample, rank)
                 return (yield from _threshold(value, rank, counts, dtype, partial(_picked_equal, value)))
             least, most, smaller, among = low + 1, high - 1, between - rank, between
         else:  # the brackets missed
@@ -241,6 +241,24 @@ def _guess(sample: Bits, smaller: int, among: int, least: int, most: int) -> tup
     sample.partition(ends)
     low, high = sample[list(ends)].tolist()
     return low if place >= margin else least, high if place + margin < count else most
+
+
+def _ranked(values: Bits, rank: int) -> tuple[int, int]:
+    """The ``rank``-th largest value, and its rank among those equal to it.
+
+    Changes the order of the values.
+    """
+    count = len(values)
+    if count >= _MANY:  # ordering takes 6 ns per value, and leaving out what is far away 2
+        sample, most = values[:: count >> 12].copy(), int(np.iinfo(values.dtype).max)
+        low, high = _guess(sample, count - rank, count, 0, most)
+        near = values[((values >= low) & (values <= high)).nonzero()[0]]
+        above = int(np.count_nonzero(values > high))
+        if above < rank <= above + len(near):
+            values, rank = near, rank - above
+    values.partition(-rank)
+    value = int(values[-rank])
+    return value, rank - int(np.count_nonzero(values > value))
 
 
 def _totals(counts: Sequence[Sequence[Count]]) -> tuple[int, int, int, int]:
