@@ -323,9 +323,9 @@ def _threshold(
         ]
         for part in counts
     ]
-    magnitude = torch.tensor(bits, dtype=integer_type(dtype), device="cpu").view(dtype).item()
+    exact = np.int64(bits).view(np.float64) if dtype == torch.float64 else np.int32(bits).view(np.float32)
     everyones = yield sum(number for part in ties for _, number, _ in part)
-    return Threshold(magnitude, kept, sum(everyones), ties, bits)
+    return Threshold(float(exact), kept, sum(everyones), ties, bits)
 
 
 def _tie_end(part: Part, bits: int, keep: int, ties: Ties) -> int:
