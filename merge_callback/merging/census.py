@@ -68,8 +68,7 @@ class Count(NamedTuple):
     """Counts of one block's elements: larger than ``high``, equal to it, between, and equal to ``low``.
 
     If both ends are the same, none count as between or as equal to ``low``. ``picked`` is every ``stride``-th
-    element between. Of ``marks`` each row has the numbers at ``high``, at ``low`` and between of one part of the
-    block: `MARKED` elements, or all.
+    element between. The rows of ``marks`` are those of a `Split`.
     """
 
     length: int

@@ -49,7 +49,7 @@ the counts of its elements in this process."""
 Numbers: TypeAlias = npt.NDArray[np.integer[Any]]
 
 Ties: TypeAlias = Sequence[tuple[int, int, Callable[[], Numbers]]]
-"""For each block its length, how many of its elements are equal to the threshold, and what tells it of its parts."""
+"""For each block its length, how many of its elements equal the threshold, and what counts them by part."""
 
 _SAMPLE = 1 << 16  # elements of a sample; a small vector gives a 128th, a tiny one 4096, a huge one a 512th
 
@@ -295,14 +295,14 @@ def _together(everyones: Sequence[Bits]) -> Bits:
 
 
 def _equal(block: Count, bits: int, column: int) -> int:
-    """How many of a block's elements are equal to the threshold, which is an end of the bracket, or between."""
+    """How many of a block's elements are equal to the threshold, which is in this column of the marks."""
     if column == _BETWEEN:
         return int(np.count_nonzero(block.picked == bits))
     return block.at_high if column == _HIGH else block.at_low
 
 
 def _equal_by_part(block: Count, bits: int, column: int) -> Numbers:
-    """The same for each part of the block that has a mark."""
+    """The same for each part of the block, which has a mark of its own."""
     if column != _BETWEEN:
         return block.marks[:, column]
     up_to = np.concatenate([[0], np.cumsum(block.picked == bits)])

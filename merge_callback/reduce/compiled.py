@@ -40,9 +40,10 @@ Room = npt.NDArray[np.int32]
 
 
 class Split(NamedTuple):
-    """The numbers of magnitudes above ``high``, at it, and at ``low`` (0 if both are the same); those between.
+    """How many magnitudes are above ``high``, at it, and at ``low`` (0 if both are the same); those between.
 
-    Each row of ``marks`` has the numbers at ``high``, at ``low`` and between of so many elements: `MARKED`, or all.
+    Each row of ``marks`` has the numbers at ``high``, at ``low`` and between of one part: `MARKED` elements,
+    or all.
     """
 
     above: int

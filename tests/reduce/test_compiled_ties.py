@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from merge_callback.merging import Ties, Trajectory, census, sparse
+from merge_callback.merging import Ties, Trajectory, census, sparse, threshold
 from merge_callback.merging.method import Inputs
 from merge_callback.merging.task_vectors import TaskVectors
 from merge_callback.reduce import compiled, dispatch
@@ -148,6 +148,14 @@ def test_nothing_is_written_beyond_the_room():
     (found,) = compiled.tally(torch.zeros(65), [torch.ones(65)], [(0, 2**31 - 1)], room.reshape(1, -1))
     assert len(found.between) == 65
     assert (room[65 + 64 :] == 7).all()
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.8, 0.95])
+def test_the_last_one_kept_of_equal_magnitudes_is_found_without_counting_again(density, monkeypatch):
+    inputs, method = Inputs("w", several(3, 2 * CHUNK + 77, [FP32], eighths)), Ties(density=density)
+    expected = merged(inputs, method, eager=True)
+    monkeypatch.setattr(threshold, "count_equal", lambda *_: pytest.fail("counted again"))
+    assert torch.equal(merged(inputs, method, eager=False), expected)
 
 
 @pytest.mark.parametrize("dtypes", [[FP32], [BF16], MIXTURE], ids=["fp32", "bf16", "mixed"])
