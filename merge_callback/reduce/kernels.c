@@ -270,34 +270,7 @@ int reduce_instructions(void) {
     return wide ? AVX512 : AVX2;
 }
 
-/* Works on chunks until none is left, with some instruction set up to the processor's. */
-void reduce_take_chunks(Pass *pass, int instructions) {
-    if (instructions == AVX512)
-        take_chunks_avx512(pass);
-    else
-        take_chunks_avx2(pass);
-}
-
-void reduce_take_sums(Sums *sums, int instructions) {
-    if (instructions == AVX512)
-        take_sums_avx512(sums);
-    else
-        take_sums_avx2(sums);
-}
-
-void reduce_elect_chunks(Election *election, int instructions) {
-    if (instructions == AVX512)
-        elect_chunks_avx512(election);
-    else
-        elect_chunks_avx2(election);
-}
-
-void reduce_tally(const Census *census, int instructions) {
-    if (instructions == AVX512)
-        tally_avx512(census);
-    else
-        tally_avx2(census);
-}
+#define FOR_PROCESSOR(pass, work) (instructions == AVX512 ? pass##_avx512(work) : pass##_avx2(work))
 
 #elif defined(__FP_FAST_FMAF) && defined(__FLT16_MAX__)
 /* If all processors of the architecture have fused multiply-adds (64-bit ARM), the compiler does the rest. */
@@ -365,29 +338,21 @@ typedef uint16_t NAME(Halves);
 
 int reduce_instructions(void) { return 1; }
 
-void reduce_take_chunks(Pass *pass, int instructions) {
-    (void)instructions;
-    take_chunks_plain(pass);
-}
-
-void reduce_take_sums(Sums *sums, int instructions) {
-    (void)instructions;
-    take_sums_plain(sums);
-}
-
-void reduce_elect_chunks(Election *election, int instructions) {
-    (void)instructions;
-    elect_chunks_plain(election);
-}
-
-void reduce_tally(const Census *census, int instructions) {
-    (void)instructions;
-    tally_plain(census);
-}
+#define FOR_PROCESSOR(pass, work) ((void)instructions, pass##_plain(work))
 
 #else
 #error "no kernel for this architecture; without this library merge_callback uses PyTorch's own operations"
 #endif
+
+/* Each works on chunks until none is left, with some instruction set up to the processor's. */
+void reduce_take_chunks(Pass *pass, int instructions) { FOR_PROCESSOR(take_chunks, pass); }
+
+void reduce_take_sums(Sums *sums, int instructions) { FOR_PROCESSOR(take_sums, sums); }
+
+void reduce_elect_chunks(Election *election, int instructions) { FOR_PROCESSOR(elect_chunks, election); }
+
+/* Counts all of it, in the calling thread. */
+void reduce_tally(const Census *census, int instructions) { FOR_PROCESSOR(tally, census); }
 
 /* Adds up each segment's partial sums in the order of the chunks, independently of the threads. */
 void reduce_combine(const Pass *pass, double *squares) {

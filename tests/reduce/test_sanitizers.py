@@ -30,13 +30,18 @@ import torch
 real = importlib.util.find_spec
 library = types.SimpleNamespace(origin=sys.argv[1])
 importlib.util.find_spec = lambda name, *more: library if name.endswith("._kernels") else real(name, *more)
-from merge_callback.reduce import compiled, one_pass
+from merge_callback.merging import Inputs, Ties, Trajectory
+from merge_callback.reduce import compiled, dispatch, one_pass
 size = (1 << 19) + 5
 sources, outs = [torch.randn(size) for _ in range(3)], [torch.empty(size) for _ in range(2)]
 for best in range(1, compiled.instructions() + 1):
     compiled.instructions = lambda: best
     together = one_pass(sources, [[1, 2, 3], [1, 0, 1]], outs, [1, -1, 0], [7, size])
     assert torch.equal(together, one_pass(sources, None, None, [1, -1, 0], [7, size]))
+    for dispatch.EAGER, out in zip((False, True), outs):
+        Ties().merge(Inputs("w", sources), out, Trajectory.even(3))
+    dispatch.EAGER = False
+    assert torch.equal(*outs)
 """
 
 
