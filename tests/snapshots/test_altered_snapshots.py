@@ -16,7 +16,8 @@ from merge_callback import load_merge
 from merge_callback.merging import resolve_method
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import NonFiniteMergeError, WindowMerger
+from merge_callback.snapshots.merge import NonFiniteMergeError
+from merge_callback.snapshots.window_merger import WindowMerger
 
 LEFT_OUT = "left out of the window: snapshot of step .* is not what was written to it"
 

@@ -21,8 +21,8 @@ from merge_callback.merging import METHODS, Dare, LinearMethod, MergeMethod, Sle
 from merge_callback.snapshots.arena_merge import Sum, merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import Decoded
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError
+from merge_callback.snapshots.window_merger import WindowMerger
 
 both_codecs = pytest.mark.parametrize("codec", RELATIVE)
 
