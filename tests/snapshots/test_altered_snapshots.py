@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from codec_windows import new_window, take
-from killed_run import At, fit
 from spiking_runs import USED, Damage, spiking, used
+from tiny_run import At, fit
 from window_runs import CODEC, LAST, steps
 
 from merge_callback import load_merge

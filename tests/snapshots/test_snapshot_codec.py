@@ -7,13 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from codec_windows import CODEC, RELATIVE, ROUNDING, TINY, assert_rounded_once, decoded, new_window, take
-from killed_run import (
-    WINDOW,
-    Tiny,
-    fit,
-)
-from killed_run import window as manifest_of
+from run_outcomes import window as manifest_of
 from test_arena import mixed_tensors
+from tiny_run import WINDOW, Tiny, fit
 from torch import nn
 from training_runs import assert_same_bits
 
