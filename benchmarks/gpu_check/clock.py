@@ -29,12 +29,12 @@ def once(machine: Machine, run: Callable[[], object]) -> float:
         start = time.perf_counter()
         run()
         return max(1e-9, time.perf_counter() - start)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     run()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def on_the_wall(machine: Machine, run: Callable[[], object]) -> float:

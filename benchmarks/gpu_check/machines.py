@@ -28,7 +28,7 @@ class Machine(Protocol):
     is_dry: bool
     device: torch.device
 
-    def trains(self) -> AbstractContextManager[object]:
+    def trains(self) -> AbstractContextManager[Any]:
         """Within, modules can be trained on the device."""
         ...
 
@@ -67,7 +67,7 @@ class Gpu:
             raise SystemExit("there is no NVIDIA GPU here that PyTorch can use; --dry runs without one")
         self.device = torch.device("cuda", 0)
 
-    def trains(self) -> AbstractContextManager[object]:
+    def trains(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def trainer(self) -> dict[str, Any]:
@@ -119,7 +119,7 @@ class Cpu:
     is_dry = True
     device = torch.device("cpu")
 
-    def trains(self) -> AbstractContextManager[object]:
+    def trains(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def trainer(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Pretended(Cpu):
         self.gpu: Any = None
 
     @contextmanager
-    def trains(self) -> Iterator[object]:
+    def trains(self) -> Iterator[Any]:
         with _Patches() as patches, self._support.pretend_gpu(patches) as self.gpu:
             yield self.gpu
 

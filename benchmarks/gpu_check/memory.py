@@ -35,10 +35,10 @@ class Wide(LightningModule):
         self.line = nn.Linear(width, width, bias=False)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        x = self.line(batch[0])
+        x: Tensor = self.line(batch[0])
         for _ in range(4):
             x = x.tanh()
-        return x.square().mean()
+        return torch.mean(x.square())
 
     def configure_optimizers(self) -> Optimizer:
         return SGD(self.parameters(), lr=1e-4)
@@ -138,11 +138,11 @@ def pretended(machine: Machine) -> Outcome:
     if not machine.is_dry:
         return Outcome("a real one is there")
     with machine.trains() as gpu:
-        gpu.peak = gpu.capacity  # type: ignore[attr-defined]
+        gpu.peak = gpu.capacity
         kept, _ = train(machine, 4, storage="disk")
         pageable = [
             wait for wait in gpu.waits_of_training() if "pageable" in wait[0] and "outside" not in wait[1]
-        ]  # type: ignore[attr-defined]
+        ]
     return Outcome(f"kept {kept}; {pageable or 'none'}", kept == [3 * EVERY, 4 * EVERY] and not pageable)
 
 
