@@ -184,8 +184,8 @@ def _told(running: RunningAverages) -> str:
     )
     if running.stored_nbytes:
         line += (
-            f"; copies at snapshots and checkpoints take up to {in_bytes(running.stored_nbytes)} of disk, and "
-            "up to three times as much while the trainer's last two checkpoints need older ones"
+            f"; copies at snapshots and checkpoints take up to {in_bytes(running.stored_nbytes)} of disk, "
+            "and up to three times as much while the trainer's last two checkpoints need older ones"
         )
     return line
 

@@ -103,7 +103,7 @@ class RunningAverages:
 
     @property
     def stored_nbytes(self) -> int:
-        """Bytes of the copies that are kept in files, on all ranks; those of the last two checkpoints aside."""
+        """Bytes of the copies in files on all ranks at most, without those that older checkpoints need."""
         if self.files.folder is None:
             return 0
         whole = self.window.store.whole.only(self.layout.names).groups
