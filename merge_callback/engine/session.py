@@ -49,10 +49,11 @@ from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.merge import Merge
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_merger import WindowMerger
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.step_statistics import Statistics, StepStatistics, dense
 from merge_callback.signals.watched_numbers import WatchedNumbers
 from merge_callback.snapshots.arena import all_finite
-from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.window_merger import WindowMerger
 from merge_callback.spike_options import SpikeOptions
 
 

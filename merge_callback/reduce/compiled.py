@@ -31,7 +31,7 @@ _SHARE = 1 << 23  # least bytes per thread: half a millisecond; starting one on 
 
 _GROUP = 64  # elements that are written at once; the last may be beyond those that are meant
 
-_VERSION = 4  # version of the structures below and the functions in kernels.c, which has the same number
+_VERSION = 5  # version of the structures below and the functions in kernels.c, which has the same number
 
 Room = npt.NDArray[np.int32]
 
@@ -109,6 +109,7 @@ class _Tally(ctypes.Structure):
         ("at_high", ctypes.c_int64),
         ("at_low", ctypes.c_int64),
         ("found", ctypes.c_int64),
+        ("picked", ctypes.c_int64),
         ("dtype", ctypes.c_int32),
         ("low", ctypes.c_int32),
         ("high", ctypes.c_int32),
@@ -226,7 +227,7 @@ def tally(
     places = range(room.ctypes.data, room.ctypes.data + room.nbytes, room.strides[0])
     tallies = (_Tally * len(others))(
         *(
-            _Tally(theta.data_ptr(), place, 0, 0, 0, 0, _DTYPES[theta.dtype], *bracket)
+            _Tally(theta.data_ptr(), place, 0, 0, 0, 0, 0, _DTYPES[theta.dtype], *bracket)
             for theta, place, bracket in zip(others, places, brackets, strict=True)
         )
     )

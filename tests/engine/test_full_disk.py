@@ -6,18 +6,10 @@ import subprocess
 from contextlib import contextmanager, suppress
 
 import pytest
-from killed_run import (
-    STEPS,
-    At,
-    SaveAt,
-    StopError,
-    Tiny,
-    checksum,
-    emissions,
-    fit,
-)
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from resumed_runs import StopAtStart
+from run_outcomes import checksum, emissions
+from tiny_run import STEPS, At, SaveAt, StopError, Tiny, fit
 from window_runs import (
     LAST,
     WAYS,
@@ -230,13 +222,6 @@ def test_a_window_that_can_not_fit_is_refused_with_its_size_and_a_way_out(tmp_pa
         fit(tmp_path, window=100_000_000_000, storage=storage)
 
 
-class StopsAtOnce(Callback):
-    """Ends a run before its first batch."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        raise StopError
-
-
 @needs_root
 def test_a_resumed_run_counts_the_room_of_its_own_window_as_free(tmp_path, small_disk):
     disk = small_disk(60)
@@ -246,7 +231,7 @@ def test_a_resumed_run_counts_the_room_of_its_own_window_as_free(tmp_path, small
     fill(disk, leave=1)()  # a full window and one more snapshot need 6 kB
 
     with pytest.raises(StopError):
-        fit(tmp_path, tmp_path / "c.ckpt", [StopsAtOnce()], **options)
+        fit(tmp_path, tmp_path / "c.ckpt", [StopAtStart()], **options)
     with pytest.raises(ValueError, match=r"needs 6.* kB"):
         fit(tmp_path / "fresh", dirpath=disk / "fresh", trainer=quiet())
 

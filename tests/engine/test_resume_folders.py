@@ -8,19 +8,11 @@ import signal
 
 import pytest
 import torch
-from killed_run import (
-    At,
-    Elsewhere,
-    Keeper,
-    SaveAt,
-    StopError,
-    fit,
-    outcome,
-    window,
-)
 from lightning.pytorch import Callback
 from resumed_runs import CODEC, STOPPED, StopAtStart, assert_same, decoded_files, live_files, steps, stopped
+from run_outcomes import outcome, window
 from safetensors.torch import load_file
+from tiny_run import At, Elsewhere, Keeper, SaveAt, StopError, fit
 
 from merge_callback import CheckpointMergeCallback, load_merge, merge_state_dicts
 

@@ -18,11 +18,7 @@ from merge_callback.cli.main import main
 from merge_callback.offline import output_folder
 from merge_callback.offline.output_folder import OutputFolder, exchange
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """A test process has threads, which a fork would lose."""
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture

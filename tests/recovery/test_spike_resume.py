@@ -7,7 +7,7 @@ import killed_run
 import pytest
 import resumed_runs
 import spiking_runs
-from killed_run import outcome
+from run_outcomes import outcome
 from spiking_runs import EVERY, REWARM, STEPS, TROUBLE, USED, Batches, events, fit, story, used
 
 from merge_callback import SpikeOptions

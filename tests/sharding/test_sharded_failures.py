@@ -143,9 +143,9 @@ def writing_without_memory(folder):
 
 
 def merging(folder):
-    from merge_callback.snapshots import merge
+    from merge_callback.snapshots import merge_pass
 
-    return failing(folder, 1, (merge, "merge_arenas"), RuntimeError("on purpose"), nth=3)
+    return failing(folder, 1, (merge_pass, "merge_arenas"), RuntimeError("on purpose"), nth=3)
 
 
 def electing(folder):

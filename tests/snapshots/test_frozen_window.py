@@ -7,8 +7,9 @@ from itertools import product
 import pytest
 import torch
 from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits, whole
-from killed_run import EVERY, WINDOW, At, Tiny, fit, outcome
 from resumed_runs import KEPT, assert_same, stopped
+from run_outcomes import outcome
+from tiny_run import EVERY, WINDOW, At, Tiny, fit
 from torch import nn
 from window_runs import CODEC, largest_file, quiet, steps
 

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from codec_windows import CODEC, RELATIVE, ROUNDING, TINY, assert_rounded_once, decoded, new_window, take
-from killed_run import (
-    WINDOW,
-    Tiny,
-    fit,
-)
-from killed_run import window as manifest_of
+from run_outcomes import window as manifest_of
 from test_arena import mixed_tensors
+from tiny_run import WINDOW, Tiny, fit
 from torch import nn
 from training_runs import assert_same_bits
 
@@ -21,8 +17,8 @@ from merge_callback.merging import METHODS, Dare, LinearMethod, MergeMethod, Sle
 from merge_callback.snapshots.arena_merge import Sum, merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.deltas import Decoded
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot import NonFiniteSnapshotError
+from merge_callback.snapshots.window_merger import WindowMerger
 
 both_codecs = pytest.mark.parametrize("codec", RELATIVE)
 

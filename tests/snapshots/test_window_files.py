@@ -10,24 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_run import (
-    STEPS,
-    At,
-    Keeper,
-    SaveAt,
-    StopError,
-    Tiny,
-    Tokens,
-    checksum,
-    damage,
-    emissions,
-    fit,
-    window,
-)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from run_outcomes import checksum, damage, emissions, window
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_run import STEPS, At, Keeper, SaveAt, StopError, StopsAt, Tiny, Tokens, fit
 from torch import nn
 from window_runs import (
     CODEC,
@@ -179,17 +167,6 @@ def test_after_a_resume_the_files_of_the_last_two_checkpoints_stay(tmp_path):
     kept = {path.name for path in files(tmp_path).values()}
     assert needed_by(tmp_path / "c/step=15.ckpt") <= kept
     assert needed_by(tmp_path / "c/step=10.ckpt") <= kept
-
-
-class StopsAt(Callback):
-    """Ends a run after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            raise StopError
 
 
 @WAYS

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from killed_run import Keeper, Tiny, fit, wait_for_snapshots
+from tiny_run import Keeper, Tiny, fit, wait_for_snapshots
 from torch import nn
 from torch.nn.functional import cross_entropy
 
