@@ -3,14 +3,16 @@
 import json
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 
 import pytest
+import torch
 from checkpoint_files import ROOT
 
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check.checks import Outcome, Section, Skipped
-from benchmarks.gpu_check.machines import Cpu, Pretended
+from benchmarks.gpu_check.machines import Cpu, Gpu, Pretended
 from benchmarks.gpu_check.sections import NAMES, section
 from benchmarks.gpu_check.steps import watched
 from merge_callback.engine.session import MergeSession
@@ -71,6 +73,25 @@ def test_a_hook_that_waits_for_the_device_fails(monkeypatch, waits):
 
     monkeypatch.setattr(MergeSession, "end_batch", end_and_wait)
     assert watched(Pretended()).holds is not waits
+
+
+def test_what_waits_on_a_gpu_is_noted(monkeypatch):
+    """PyTorch warns of its own waits; those for a whole stream or device it does not see."""
+    modes = []
+    for name, stand_in in {
+        "is_available": lambda: True,
+        "get_sync_debug_mode": lambda: 0,
+        "set_sync_debug_mode": modes.append,
+        "synchronize": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with Gpu().waits() as found:
+        warnings.warn("Synchronization debug mode does not detect all synchronizing operations", stacklevel=1)
+        assert not found
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        torch.cuda.synchronize()
+    assert [wait.partition(":")[0] for wait in found] == ["the whole stream or device", "test_gpu_check.py"]
+    assert modes == ["warn", 0]
 
 
 def test_every_section_has_checks():

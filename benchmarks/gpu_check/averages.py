@@ -20,6 +20,9 @@ SECTION = Section("averages", 45)
 
 STEPS, EVERY, DECAY = 24, 8, 0.75
 
+READ = range(7, STEPS, EVERY)
+"""Steps after which the averages are compared; none at which the callback itself copies them."""
+
 
 class Averaged(Callback):
     """The same averages of the smaller tensors, made in fp64 on training's own stream, without a wait."""
@@ -37,7 +40,7 @@ class Averaged(Callback):
                 value = tensor.double()
                 self.ema[name] = value.lerp(self.ema.get(name, value), DECAY)
                 self.sma[name] = self.sma.get(name, value).lerp(value, 1 / step)
-        if step % EVERY == 0:
+        if step in READ:
             self.at[step] = {"ema": dict(self.ema), "sma": dict(self.sma)}
 
 
@@ -65,7 +68,7 @@ def running(machine: Machine) -> Outcome:
 
     class Copies(Callback):
         def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
-            if (step := trainer.global_step) % EVERY == 0 and merging.session is not None:
+            if (step := trainer.global_step) in READ and merging.session is not None:
                 assert merging.session.running is not None
                 for copy in merging.session.running.copies(step):
                     copies[copy.name, step] = {n: plain(t) for n, t in copy.arena.own_tensors().items()}

@@ -151,7 +151,7 @@ def to_the_host(machine: Machine) -> Outcome:
     size = 1 << (16 if machine.is_dry else 30)
     there = torch.randint(0, 255, (size,), dtype=torch.uint8, device=machine.device)
     here, way = torch.zeros(size, dtype=torch.uint8), ToHost()
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "to pageable memory": lambda: here.copy_(there),
         "from pageable memory": lambda: there.copy_(here),
         "ToHost.copy": lambda: way.copy(there, here),

@@ -255,8 +255,8 @@ def differences(machine: Machine) -> Outcome:
 def far(machine: Machine) -> str:
     edge, step = 1 << 31, 1 << 27
     size = edge + 1001
-    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
-        raise Skipped("less than 30 GiB are free")
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        raise Skipped("less than 40 GiB are free")
     sources = [_counting(size, 31, 0, machine), _counting(size, 29, 3, machine)]
     out, other = torch.empty_like(sources[0]), torch.empty_like(sources[0])
     bounds = [5, edge - 2001, edge + 3, size]

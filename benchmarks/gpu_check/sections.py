@@ -23,7 +23,7 @@ NAMES = (
     "cases",
 )
 
-INTERPRETED = ("kernels", "ties")
+INTERPRETED = ("kernels", "ties", "cases")
 """Those whose kernels run in Triton's interpreter in a dry run."""
 
 PRETENDED = ("steps", "training", "recovery", "averages", "memory")

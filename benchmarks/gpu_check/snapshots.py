@@ -20,12 +20,13 @@ from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
 from merge_callback.snapshots.storage import SnapshotStore
 
-SECTION = Section("snapshots", 75)
+SECTION = Section("snapshots", 70)
 
 MOST = 1.2
 """What a snapshot may take of the device, against a copy of one flat tensor of as many bytes."""
 
-EVERY, SNAPSHOTS = 24, 5
+SNAPSHOTS = 4
+"""That are measured, after two that allocate memory."""
 
 
 def gpt(machine: Machine) -> nn.Module:
@@ -71,25 +72,26 @@ class Steps(Callback):
         now = clock.now(self.machine)
         self.seconds[trainer.global_step], self._start = now - self._start, now
 
-    def of(self, offsets: range) -> list[float]:
-        """Those of steps so far behind snapshots, without the first two, which allocate."""
-        snapshots = range(3 * EVERY, (SNAPSHOTS + 1) * EVERY, EVERY)
-        return [self.seconds[step + offset] for step in snapshots for offset in offsets]
+    def of(self, every: int, offsets: range) -> list[float]:
+        """Those of steps so far behind the snapshots that are measured."""
+        return [self.seconds[(2 + k) * every + offset] for k in range(1, SNAPSHOTS + 1) for offset in offsets]
 
 
 def stalled(machine: Machine, storage: str, **options: Any) -> Outcome:
     """Steps of a fit with a snapshot, after one, and without."""
-    width, layers, batch = (64, 2, 16) if machine.is_dry else (4096, 12, 256)
-    steps, given = Steps(machine), {"every_n_steps": EVERY, "window": 3, "evaluate": False}
-    module = partial(Classifier, width=width, layers=layers)
+    width, layers, batch, every = (64, 2, 16, 12) if machine.is_dry else (2048, 12, 1024, 100)
+    steps, module = Steps(machine), partial(Classifier, width=width, layers=layers)
     with folder() as path:
-        merging = CheckpointMergeCallback(**{**given, **options}, storage=storage, dirpath=path)
-        fit(machine, merging, steps, module=module, steps=(SNAPSHOTS + 2) * EVERY, width=width, batch=batch)
-    quiet = statistics.median(steps.of(range(EVERY // 2, EVERY)))
+        merging = CheckpointMergeCallback(
+            every_n_steps=every, window=3, evaluate=False, storage=storage, dirpath=path, **options
+        )
+        total = (SNAPSHOTS + 3) * every
+        fit(machine, merging, steps, module=module, steps=total, width=width, batch=batch)
+    quiet = statistics.median(steps.of(every, range(every // 2, every)))
     figures = {
         "a quiet step": quiet,
-        "a snapshot, more": statistics.median(steps.of(range(1))) - quiet,
-        "the next 8 steps, more": 8 * (statistics.mean(steps.of(range(1, 9))) - quiet),
+        "a snapshot, more": statistics.median(steps.of(every, range(1))) - quiet,
+        "the next 5 steps, more": 5 * (statistics.mean(steps.of(every, range(1, 6))) - quiet),
     }
     return Outcome(
         ", ".join(f"{name} {1e3 * value:.2f} ms" for name, value in figures.items()), None, figures

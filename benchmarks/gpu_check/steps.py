@@ -84,7 +84,7 @@ def watched(machine: Machine, fit_options: dict[str, Any] | None = None, **optio
 def detects(machine: Machine) -> Outcome:
     with machine.trains(), machine.waits() as found:
         torch.ones(1, device=machine.device).item()
-    return Outcome(f"{found}", len(found) == 1)
+    return Outcome(f"{found}", bool(found))
 
 
 @SECTION.check("waits, with the defaults", "none, not even at a snapshot")

@@ -63,13 +63,13 @@ def whole_models(machine: Machine) -> str:
     return f"{sum(sizes):,} elements, 4 merges"
 
 
-@SECTION.check("infinite entries and NaN", "end as they do on the CPU")
-def not_finite(machine: Machine) -> str:
+@SECTION.check("infinite entries, NaN, and sums of 0, which count as +", "end as they do on the CPU")
+def special(machine: Machine) -> str:
     inf, nan = torch.inf, torch.nan
-    thetas = [[0.0] * 6, [inf, inf, nan, 1, -inf, 0], [-inf, 1, 2, nan, -inf, nan], [1.0] * 6]
+    thetas = [[0.0] * 7, [inf, inf, nan, 1, -inf, 0, 3], [-inf, 1, 2, nan, -inf, nan, -2], [1.0] * 6 + [-1]]
     method, even = Ties(density=1.0), Trajectory.even(len(thetas))
     tensors = [torch.tensor(theta) for theta in thetas]
-    found, expected = torch.empty(6, device=machine.device), torch.empty(6)
+    found, expected = torch.empty(7, device=machine.device), torch.empty(7)
     method.merge(Inputs("w", [tensor.to(machine.device) for tensor in tensors]), found, even)
     with eager():
         method.merge(Inputs("w", tensors), expected, even)

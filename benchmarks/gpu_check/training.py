@@ -144,18 +144,6 @@ def fp16(machine: Machine) -> Outcome:
     return the_same(plain_machine, module, lambda: {"plugins": [scaled(plain_machine)]}, storage="device")
 
 
-@SECTION.check("torch.compile", SAME, 15)
-def compiled(machine: Machine) -> Outcome:
-    module = partial(Classifier, layers=1, compiled="dry" if machine.is_dry else "default")
-    return the_same(machine.plain(), module, storage="device")
-
-
-@SECTION.check("torch.compile with CUDA graphs", SAME, 15)
-def graphs(machine: Machine) -> Outcome:
-    module = partial(Classifier, layers=1, compiled="dry" if machine.is_dry else "reduce-overhead")
-    return the_same(machine.plain(), module, storage="disk")
-
-
 @SECTION.check("a resume", "finds its window on the device, bit for bit as it was; trains on as unbroken", 6)
 def resume(machine: Machine) -> Outcome:
     def merging(path: Path) -> CheckpointMergeCallback:
@@ -189,3 +177,15 @@ def resume(machine: Machine) -> Outcome:
         if name := first_difference(weights, kept.weights[step]):
             raise AssertionError(f"the snapshot of step {step} differs: {name}")
     return Outcome(f"window {[*begun.window]}")
+
+
+@SECTION.check("torch.compile", SAME, 15)
+def compiled(machine: Machine) -> Outcome:
+    module = partial(Classifier, layers=1, compiled="dry" if machine.is_dry else "default")
+    return the_same(machine.plain(), module, storage="device")
+
+
+@SECTION.check("torch.compile with CUDA graphs", SAME, 15)
+def graphs(machine: Machine) -> Outcome:
+    module = partial(Classifier, layers=1, compiled="dry" if machine.is_dry else "reduce-overhead")
+    return the_same(machine.plain(), module, storage="disk")
