@@ -129,7 +129,7 @@ class SpikeDetector:
         self._after: _AfterRestore | None = None
         self._before_shift: _BeforeShift | None = None
         self._warmup = Warmup.NONE  # at the last value
-        self._before: tuple[float, float] | None = None  # baseline and threshold before the rate rose again
+        self._before: tuple[float, float] | None = None  # baseline and threshold before the rate rose
         self._start: list[float] = []  # the first values of the run, and
         self._level = 0.0  # how large they are
 
@@ -184,7 +184,7 @@ class SpikeDetector:
             self._start.append(value)
             self._level = middle(sorted(map(abs, self._start)))
         if outlier or self._shift.entries:
-            self._shift.note(step, value, self.threshold)
+            self._shift.note(step, value, self._limit)
         rise = self._note_rise(step, value) if finite and warmup is Warmup.NONE else None
         if not outlier:
             self._end_streak()
@@ -195,7 +195,7 @@ class SpikeDetector:
                 self._note_return(value)
             return rise
         streak = self._note_outlier(step, value)
-        if outliers := self._shift.outliers(self.threshold):
+        if outliers := self._shift.outliers(self._limit):
             return self._accept_shift(step, [value for _, value in outliers])
         if not streak.reported and ((broken and not skipped) or self._is_spike(streak, finite)):
             streak.reported = True
@@ -259,11 +259,10 @@ class SpikeDetector:
         self._level = middle(sorted(map(abs, self._start))) if self._start else 0.0
 
     def _note_warmup(self, warmup: Warmup) -> None:
-        """Starts a new baseline when the rate rises again, and keeps the old one until the end of that."""
-        self._before = None
+        """Keeps the baseline from before a rise until its end; starts a new one when the rate rises again."""
+        known = warmup is not Warmup.NONE and len(self._clean) >= ACTIVE_FROM
+        self._before = (self.baseline, self.threshold) if known else None
         if warmup is Warmup.AGAIN:
-            known = len(self._clean) >= ACTIVE_FROM
-            self._before = (self.baseline, self.threshold) if known else None
             self._clean, self._shift = Baseline(self.k, self.floor), ShiftTest()
             self._before_shift = None
         self._rise = RiseTest(self.k, self.floor)
@@ -274,13 +273,14 @@ class SpikeDetector:
             return value > self._far_off
         # The threshold needs a sort, which most values can do without.
         known = len(self._clean) >= ACTIVE_FROM
-        return known and value > self._clean.least_limit(self._level) and value > self._limit
+        least = -math.inf if self._before else self._clean.least_limit(self._level)
+        return known and value > least and value > self._limit
 
     @property
     def _limit(self) -> float:
         """What a value must exceed to be an outlier, unless the rate rises again."""
         if self._warmup is Warmup.FIRST:
-            return first_warmup.limit(self._clean, self._start, self._level)
+            return first_warmup.limit(*(self._before or (self.baseline, self.threshold)), self._start)
         return self.threshold
 
     @property
