@@ -22,10 +22,10 @@ from merge_callback.merging import resolve_method
 from merge_callback.snapshots import live_copy
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.layout import Layout
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_merger import WindowMerger
 
 WINDOW, SNAPSHOTS = 10, 20
 

@@ -47,10 +47,10 @@ from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.merging import resolve_method
 from merge_callback.publish.export import Exporter
 from merge_callback.sharding import Ranks
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot_files import ShardedFiles, SnapshotFiles
 from merge_callback.snapshots.storage import SnapshotStore
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_merger import WindowMerger
 from merge_callback.trainers.lightning import merged_validation
 from merge_callback.trainers.lightning.merged_validation import MergedValidation
 

@@ -21,21 +21,17 @@ Then all rules replay ``results/public_losses.npz``: the training loss of every 
 124M to 1.5B parameters, read from the logs in the public repository KellerJordan/modded-nanogpt.
 All of them went well, so every alarm is a false one.
 
-The rules are written down from their definitions: Lightning's ``SpikeDetection`` (2.6: off the running mean
-over 10 values by twice that, and rising), OLMo-core's skip rule (more than 6 standard deviations off the mean
-of the last 128), llm-foundry's ``KillLossSpike`` (more than 4 in a row above twice the mean of the last 100).
+The other rules are in ``spike_rules.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import statistics
 import tempfile
-import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -44,8 +40,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 from record import QUIET, RESULTS, write
+from recorders import Losses, on_one_quiet_thread
+from spike_rules import RULES, WARMUP, Rule
 from torch import Tensor
 
 from merge_callback import CheckpointMergeCallback
@@ -53,12 +51,10 @@ from merge_callback.demo.crops import Batch, DemoData, RandomCrops, cut
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import ExcessiveSchedule, WSDSchedule, wsd_factor
-from merge_callback.signals.spike_detector import SpikeDetector
+from merge_callback.demo.spike import read_events
 
 CURVES = RESULTS / "loss_curves.npz"
 PUBLIC = RESULTS / "public_losses.npz"
-WARMUP = 100
-"""Steps of every run's warm-up, in which no rule is asked."""
 NOTICED_WITHIN = 100
 """Steps from the onset of a divergence within which an alarm counts."""
 
@@ -182,21 +178,9 @@ def documentation() -> Tensor:
     return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
 
 
-class Losses(Callback):
-    """Notes the loss of every step."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        self.values.append(float(outputs["loss"]))
-
-
 def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
     """Trains one run; returns its losses and the callback's events: only healthy runs have the callback."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    on_one_quiet_thread()
     seed_everything(recipe.seed, verbose=False)
     losses = Losses()
     with tempfile.TemporaryDirectory() as folder:
@@ -215,75 +199,7 @@ def record(recipe: Recipe) -> tuple[Recipe, list[float], int]:
         )
         gpt = GPTConfig(qk_norm=recipe.qk_norm, experts=4 if recipe.moe else 0)
         trainer.fit(DemoModule(gpt, recipe.schedule, recipe.learning_rate), datamodule=RecipeData(recipe))
-        record = Path(folder) / "spikes.jsonl"
-        events = len(record.read_text().splitlines()) if record.exists() else 0
-    return recipe, losses.values, events
-
-
-# --- the rules: each gives the steps at which it raises an alarm --------------------------------------------
-
-Rule = Callable[[list[float]], list[int]]
-
-
-def ours(losses: list[float]) -> list[int]:
-    """Steps at which the detector reports a spike."""
-    detector = SpikeDetector()
-    events = [detector.observe(step, loss, active=step >= WARMUP) for step, loss in enumerate(losses)]
-    return [event.step for event in events if event is not None and event.kind == "spike"]
-
-
-def lightning(losses: list[float], window: int = 10, rtol: float = 2.0) -> list[int]:
-    """``SpikeDetection`` by default: NaN, or above the last value and off the mean by ``rtol`` of it."""
-    seen: deque[float] = deque(maxlen=window)
-    last, alarms = 0.0, []
-    for step, loss in enumerate(losses):
-        mean = statistics.fmean(seen) if seen else math.nan
-        off = loss > last and abs(loss - mean) >= abs(rtol * mean)
-        if step >= WARMUP and (not math.isfinite(loss) or off):
-            alarms.append(step)
-            continue
-        seen.append(loss)
-        last = loss
-    return alarms
-
-
-def olmo(losses: list[float], window: int = 128, sigma: float = 6.0) -> list[int]:
-    """``SkipStepOptimizer``: skips what lies more than 6 standard deviations off; all enters the window.
-
-    A step is taken where the comparison is true, and with NaN it never is: one NaN in the window skips all.
-    """
-    seen: deque[float] = deque(maxlen=window)
-    alarms = []
-    for step, loss in enumerate(losses):
-        if len(seen) >= window // 2 and step >= WARMUP:
-            values = torch.tensor(list(seen))
-            if not abs(loss - float(values.mean())) / float(values.std()) <= sigma:
-                alarms.append(step)
-        seen.append(loss)
-    return alarms
-
-
-def llm_foundry(
-    losses: list[float], window: int = 100, multiple: float = 2.0, patience: int = 4
-) -> list[int]:
-    """``KillLossSpike``: more than ``patience`` in a row at or above twice the mean of the last 100."""
-    seen: deque[float] = deque(maxlen=window)
-    count, alarms = 0, []
-    for step, loss in enumerate(losses):
-        if len(seen) == window:
-            count = count + 1 if loss >= multiple * statistics.fmean(seen) else 0
-            if count > patience:
-                alarms.append(step)
-        seen.append(loss)
-    return alarms
-
-
-RULES: dict[str, Rule] = {
-    "ours": ours,
-    "Lightning": lightning,
-    "OLMo-core": olmo,
-    "llm-foundry": llm_foundry,
-}
+        return recipe, losses.values, len(read_events(Path(folder)))
 
 
 # --- the judgement ------------------------------------------------------------------------------------------

@@ -21,11 +21,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
@@ -36,6 +34,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from record import QUIET, RESULTS, write
+from recorders import SaveAt, on_one_quiet_thread
 from torch import nn
 
 from merge_callback import CheckpointMergeCallback, SpikeOptions
@@ -61,28 +60,15 @@ ARMS: dict[str, SpikeOptions | None] = {
 }
 
 
-class SaveAt(Callback):
-    """Saves the checkpoint from which all ways go on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == TRUNK:
-            trainer.save_checkpoint(self.path)
-
-
 def run_seed(seed: int, moe: bool, arms: list[str]) -> dict[str, SpikeRun]:
     """Trains the trunk and all ways of one seed."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    on_one_quiet_thread()
     quiet = {"enable_progress_bar": False}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoint = folder / "trunk.ckpt"
         callback = merging(folder / "trunk", PLAN, moe)
-        save = [SaveAt(checkpoint)]
+        save = [SaveAt(TRUNK, checkpoint)]
         train("trunk", folder, PLAN, callback, moe=moe, seed=seed, max_steps=TRUNK, callbacks=save, **quiet)
         runs = {}
         for number, arm in enumerate(arms):

@@ -7,8 +7,10 @@ from functools import lru_cache
 import pytest
 import torch
 from hypothesis import settings
-from killed_run import fit, killable_runs, outcome
+from killed_run import killable_runs
 from lightning.fabric.utilities import registry
+from run_outcomes import outcome
+from tiny_run import fit
 
 from merge_callback import METHODS
 
@@ -59,6 +61,13 @@ def live():
 def survivor(tmp_path_factory, live):
     """The outcome of a run like the killed ones that nobody killed."""
     return live(tmp_path_factory.mktemp("survivor"))["outcome"]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, tmp_path):
+    """Commands neither fork, which would lose the threads that a test process has, nor write elsewhere."""
+    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
 
 
 @pytest.fixture(autouse=True)

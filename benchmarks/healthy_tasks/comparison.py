@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import tempfile
 import time
 import traceback
-import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,10 +15,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from record import QUIET
+from recorders import Losses, on_one_quiet_thread
 
 from healthy_tasks.catalogue import TASKS
 from healthy_tasks.task import Healthy
 from merge_callback import CheckpointMergeCallback, TrainingDivergedError
+from merge_callback.demo.spike import read_events
 
 LEARNED = 0.9
 """A healthy run's last score is at most this share of its first; a negative one is always better."""
@@ -41,23 +41,10 @@ class Run:
     events: list[dict[str, Any]] = field(default_factory=list)
 
 
-class Losses(Callback):
-    """Notes the loss of every batch; NaN where there is none."""
-
-    def __init__(self) -> None:
-        self.values: list[float] = []
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        self.values.append(float("nan") if loss is None else float(loss))
-
-
 def compare(name: str, seed: int) -> dict[str, Any]:
     """Trains a task twice, from the same seed."""
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    on_one_quiet_thread()
     logging.getLogger("merge_callback").setLevel(logging.CRITICAL)
-    warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder:
         merged = train(name, seed, Path(folder))
     plain = train(name, seed, None)
@@ -119,7 +106,7 @@ def train(name: str, seed: int, folder: Path | None) -> Run:
         losses.values,
         ended,
         error,
-        read_events(folder),
+        read_events(folder) if folder else [],
     )
 
 
@@ -140,9 +127,3 @@ def fingerprint(module: Healthy) -> str:
             name.encode() + tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         )
     return digest.hexdigest()
-
-
-def read_events(folder: Path | None) -> list[dict[str, Any]]:
-    """What the callback wrote down of spikes."""
-    file = folder and folder / "spikes.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file and file.exists() else []

@@ -15,7 +15,7 @@ from merge_callback.offline.file_merge import FileMerge
 from merge_callback.offline.job import Job
 from merge_callback.offline.merge_adapters import opened_adapters
 from merge_callback.offline.merge_files import output_files, with_prefix
-from merge_callback.offline.optimizer_states import weights_of_moments
+from merge_callback.offline.optimizer_states import comparable
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.snapshots.files import printable
 
@@ -45,23 +45,19 @@ def of_merge(job: Job, output: Path) -> Iterator[str]:
         yield f"would merge LoRA adapters by {job.method!r}"
         yield f"would write {output}, {_room(output)}"
         return
-    if any((path / METADATA).is_file() for path in paths):
+    merging = compared(job)
+    if merging is None:
         yield f"would put distributed checkpoints together, compare and merge them by {job.method!r}"
         yield f"would write {output}, {_room(output)}"
         return
-    checkpoints = [
-        open_checkpoint(path, state_key=job.state_key) for path in job.method.select(job.checkpoints)
-    ]
-    base = None if job.base is None else open_checkpoint(job.base, state_key=job.state_key)
-    merging = FileMerge(with_prefix(job, checkpoints[-1]), checkpoints, base)
     yield f"would merge {len(merging.newest.tensors)} tensors by {job.method!r}"
-    if isinstance(job.method, LinearMethod) and base is None:
+    if isinstance(job.method, LinearMethod) and job.base is None:
         weights = ", ".join(f"{weight:.4g}" for weight in job.method.weights_along(merging.trajectory))
         yield f"  weights, oldest first: {weights}"
     shards, _, _ = output_files(merging)
     sizes = {name: sum(t.nbytes for t in shard.values()) for name, shard in shards.items()}
     if job.optimizer_state:
-        weights_of_moments(merging)
+        comparable(merging)
         yield "would merge the moments of the optimizers with the same weights"
         sizes = {MERGED_CKPT: size_of(merging.newest.path)}
     elif job.kind == "lightning":
@@ -71,6 +67,20 @@ def of_merge(job: Job, output: Path) -> Iterator[str]:
     if job.kind != "lightning" and merging.newest.extras:
         yield f"would copy {', '.join(path.name for path in merging.newest.extras)}"
     yield _room(output)
+
+
+def compared(job: Job) -> FileMerge | None:
+    """The merge, whose checkpoints are opened and compared; ``None`` if that takes room on the disk.
+
+    Raises:
+        ValueError, OSError: as the merge itself.
+    """
+    paths = [*job.method.select(job.checkpoints), *([] if job.base is None else [job.base])]
+    if any((path / METADATA).is_file() for path in paths):  # distributed ones are put together first
+        return None
+    opened = [open_checkpoint(path, state_key=job.state_key) for path in paths]
+    checkpoints, base = (opened, None) if job.base is None else (opened[:-1], opened[-1])
+    return FileMerge(with_prefix(job, checkpoints[-1]), checkpoints, base)
 
 
 def reads(paths: Sequence[Path]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from merge_callback.checks import positive
 from merge_callback.engine.plan import in_bytes
 from merge_callback.options import DEFAULTS
-from merge_callback.publish.emission import remove_emission
+from merge_callback.publish.emission import finish_removals, remove_emission
 from merge_callback.publish.published import Emission, emissions, latest_in, linked
 from merge_callback.snapshots.files import printable
 
@@ -46,6 +46,8 @@ def _prune(parsed: argparse.Namespace) -> int:
     by_run = defaultdict[str | None, list[Emission]](list)
     for emission in emissions(folder):
         by_run[emission.record.run_id].append(emission)
+    if not parsed.dry_run:
+        finish_removals(folder)
     stable = [
         [e.path for e in found if e.record.content.get("phase") == "stable"] for found in by_run.values()
     ]

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from merge_callback.checkpoints.plain_yaml import read_value
-from merge_callback.cli.dry_run import reads, size_of, tell_dry
+from merge_callback.cli.dry_run import compared, reads, tell_dry
 from merge_callback.cli.imports import import_all, import_named
 from merge_callback.cli.merge_arguments import DEFAULTS, add_form, add_range, chosen, job_of, notes_of, tell
 from merge_callback.cli.sweep_tables import TABLE, as_csv, as_table, noise_of, pictured
@@ -326,10 +326,16 @@ def _planned(
     names: Sequence[str],
     results: SweepResults,
 ) -> Iterator[str]:
-    """What the sweep would do."""
+    """What the sweep would do; the checkpoints are compared, as for a merge of all of them.
+
+    Raises:
+        ValueError, OSError: as the sweep itself.
+    """
     yield from reads(job.checkpoints)
+    merging = compared(job)
     yield f"would merge and score {len(names)}: {', '.join(names)}"
     known = f", which has {len(results.known)} scores already" if results.known else ""
     yield f"would keep the scores in {results.folder}{known}"
     if given["output"] is not None:
-        yield f"would write the best to {given['output']}, about {in_bytes(size_of(job.checkpoints[-1]))}"
+        size = sum(t.nbytes for t in merging.outputs()[0].values()) if merging else None
+        yield f"would write the best to {given['output']}" + ("" if size is None else f", {in_bytes(size)}")

@@ -76,9 +76,9 @@ class EventFile:
                 )
 
     def _check_own(self) -> None:
-        """Raises an ``OSError`` if the file is somebody else's; a line of ours may have been cut off."""
+        """Raises an ``OSError`` if the file is somebody else's; a line of ours may be cut off, or zeros."""
         with suppress(FileNotFoundError), open_regular(self._path) as file:
-            if not _BEGINNING.startswith(file.read(len(_BEGINNING))):
+            if not _BEGINNING.startswith(file.read(len(_BEGINNING)).strip(b"\0")):
                 raise OSError(f"{self._path}: is no event file; move it away")
 
     def _append(self, kind: str, step: int, entries: Mapping[str, Any]) -> None:

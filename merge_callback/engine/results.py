@@ -23,9 +23,10 @@ from merge_callback.options import MERGED_PHASES, Options
 from merge_callback.publish.emission import step_of
 from merge_callback.publish.published import emissions, latest_in
 from merge_callback.snapshots.lora_merge import factor_pairs
-from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.merge import Merge
 from merge_callback.snapshots.segments import Segments
 from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.window_merger import WindowMerger
 
 
 @dataclass(frozen=True)

@@ -49,10 +49,11 @@ from merge_callback.signals.snapshot_interval import Interval
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
-from merge_callback.snapshots.merge import Merge, WindowMerger
+from merge_callback.snapshots.merge import Merge
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_merger import WindowMerger
 
 log = logging.getLogger(__name__)
 
@@ -267,8 +268,8 @@ class MergeSession:
             self._is_measured = True
             self._report_tokens_per_step()
         due = self.interval.is_over(self.step)
-        warming_up = self.phases.is_warming_up
-        restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
+        warmup = self.phases.warmup
+        restored = self.spikes is not None and self.spikes.end_step(self.step, warmup, seen)
         if self.running and not restored and self.running.is_due(step):
             self._update_averages()
         return due and not restored

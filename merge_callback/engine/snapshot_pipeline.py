@@ -32,10 +32,11 @@ from merge_callback.signals.host import log as log_metrics
 from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
-from merge_callback.snapshots.merge import Merge, NonFiniteMergeError, WindowMerger
+from merge_callback.snapshots.merge import Merge, NonFiniteMergeError
 from merge_callback.snapshots.running import RunningAverages, Stored
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_merger import WindowMerger
 
 log = logging.getLogger(__name__)
 

@@ -121,6 +121,13 @@ def flat_numbers(tensor: Tensor) -> Tensor:
     return as_real(tensor).reshape(-1)
 
 
+_ALIKE = {
+    "shape": "merge checkpoints of one model only",
+    "dtype": "convert all to one dtype first",
+}
+"""What the tensors of one name have in common, and what to do if they have not."""
+
+
 def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
     """Checks that models have the same tensors.
 
@@ -147,9 +154,9 @@ def check_alike(models: Sequence[tuple[str, Mapping[str, Tensor]]]) -> None:
                 f"only in the latter {sorted(last.keys() - other.keys())[:5]}"
             )
         for name, tensor in other.items():
-            for what in ("shape", "dtype"):
+            for what, mend in _ALIKE.items():
                 if getattr(tensor, what) != getattr(last[name], what):
                     raise ValueError(
                         f"tensor {name!r}: {what} {getattr(tensor, what)} in {label}, but "
-                        f"{getattr(last[name], what)} in {newest}; merge checkpoints of one model only"
+                        f"{getattr(last[name], what)} in {newest}; {mend}"
                     )

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ from merge_callback.checkpoints.checkpoint import Checkpoint
 from merge_callback.snapshots.files import (
     CorruptFileError,
     append_line,
+    clear,
+    hidden_names,
     make_folder,
     open_regular,
     parse_object,
@@ -26,6 +29,8 @@ from merge_callback.snapshots.files import (
 from merge_callback.snapshots.safetensors_file import file_checksum
 
 RESULTS = "results.jsonl"
+_OWN = re.compile(r"results(-\d+)?\.jsonl")
+_DRAFT = hidden_names(rf"{_OWN.pattern}|results\.csv|pareto\.png")  # what a kill may have left
 _HEAD = {"format": 1, "kind": "results of merge-callback sweep"}
 _SAMPLES, _SAMPLE = 64, 4096  # blocks of a file that are compared, and their bytes
 
@@ -50,20 +55,25 @@ class SweepResults:
         if os.path.lexists(folder):
             if not folder.is_dir():
                 raise ValueError(f"{folder}: is no folder, and can't keep the results of a sweep")
-            names = sorted(path.name for path in folder.iterdir())
-            if names and RESULTS not in names:
+            names = sorted(p.name for p in folder.iterdir() if not _DRAFT.fullmatch(p.name))
+            own = [name for name in names if _OWN.fullmatch(name)]
+            if names and not own:
                 raise ValueError(
                     f"{folder}: has no {RESULTS}, and holds {names[0]!r}; name another folder with --results"
                 )
-            for name in names:
-                if name == RESULTS or (name.startswith("results-") and name.endswith(".jsonl")):
-                    self._read(folder / name)
+            for name in own:
+                self._read(folder / name)
 
     def begin(self) -> None:
-        """Makes the folder, and this process's file in it."""
+        """Makes the folder, and this process's file in it; removes what a killed process has half written."""
         make_folder(self.folder)
+        for path in self.folder.glob(f".{self._own.stem}.*"):
+            if _DRAFT.fullmatch(path.name):
+                clear(path)
         if not os.path.lexists(self._own):
-            append_line(self._own, json.dumps(_HEAD))
+            with replacing(self._own) as draft:  # else a kill leaves a file that is not taken for a sweep's
+                draft.write_text(f"{json.dumps(_HEAD)}\n")
+                sync(draft)
 
     def add(self, key: str, entry: Mapping[str, Any]) -> None:
         """Keeps what was found of a candidate, durably."""

@@ -33,6 +33,7 @@ from merge_callback.snapshots.safetensors_file import file_checksum, tensors_ent
 log = logging.getLogger(__name__)
 
 _DRAFT = hidden_names(f"step=.*|{LATEST}|{BEST}", "tmp|old")
+_DOOMED = hidden_names("step=.*", "old")
 
 
 class ModelFiles:
@@ -265,6 +266,13 @@ def remove_emission(folder: Path, name: str) -> None:
     os.rename(folder / name, doomed)
     sync(folder)
     clear(doomed)
+
+
+def finish_removals(folder: Path) -> None:
+    """Removes what is left of emissions whose removal was broken off: nothing leads to them any more."""
+    for path in [p for p in folder.glob(".*") if _DOOMED.fullmatch(p.name)]:
+        with contextlib.suppress(OSError):  # another process may be at it
+            clear(path)
 
 
 def _first_bytes(stream: Iterator[Tensor], size: int) -> Iterator[Tensor]:

@@ -24,8 +24,8 @@ from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.watched_numbers import LOSS, WatchedNumbers
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.window_merger import WindowMerger
 from merge_callback.spike_options import SpikeOptions
 
 _AS_IT_WAS = 0.5

@@ -13,8 +13,8 @@ from merge_callback.recovery.schedule_free import restart_sequences
 from merge_callback.sharding import Ranks
 from merge_callback.signals.host import Host
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
+from merge_callback.snapshots.window_merger import WindowMerger
 from merge_callback.spike_options import SpikeOptions
 
 

@@ -25,9 +25,9 @@ from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.watched_numbers import GRAD_NORM, LOSS, WatchedNumbers
 from merge_callback.snapshots.live_merge import HalfRestoredError
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
+from merge_callback.snapshots.window_merger import WindowMerger
 from merge_callback.spike_options import SpikeOptions
 
 log = logging.getLogger(__name__)

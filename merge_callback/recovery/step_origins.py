@@ -9,7 +9,7 @@ from typing import Any
 
 from merge_callback.signals.host import Host
 from merge_callback.signals.step_statistics import StepStatistics
-from merge_callback.snapshots.merge import WindowMerger
+from merge_callback.snapshots.window_merger import WindowMerger
 
 _REMEMBERED = 128  # steps
 

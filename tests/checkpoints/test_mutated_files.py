@@ -9,6 +9,7 @@ from pathlib import Path
 import mutated_files
 import pytest
 from checkpoint_files import ROOT
+from command_line import run
 
 PROGRAM = Path(mutated_files.__file__)
 
@@ -38,13 +39,13 @@ def read_mutated(folder, count, seed=0):
     return wrong, read
 
 
-def test_the_sound_files_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)  # a test process has threads
+@pytest.mark.usefixtures("in_this_process")
+def test_the_sound_files_are_read(tmp_path):
     for name, make in mutated_files.FORMATS.items():
         (tmp_path / name).mkdir()
         file = make(tmp_path / name)
         if name != "options":
-            assert mutated_files.run(["inspect", str(tmp_path / name / file)])[0] == 0, name
+            assert run(["inspect", str(tmp_path / name / file)])[0] == 0, name
         for number in (0, 1):  # the latter prunes the window
             assert not mutated_files.verdict(tmp_path / name, file, number), name
 

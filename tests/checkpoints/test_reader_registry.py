@@ -41,11 +41,10 @@ class NpzReader(Reader):
 
 
 @pytest.fixture(autouse=True)
-def npz(monkeypatch):
+def npz(monkeypatch, in_this_process):
     """The registry with one more reader, for one test."""
     monkeypatch.setattr(registry, "READERS", [*registry.READERS])
     register_reader(NpzReader())
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
 
 
 def save(path, factor):

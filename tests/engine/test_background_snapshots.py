@@ -8,21 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from killed_run import (
-    SaveAt,
-    StopError,
-    Tiny,
-    Tokens,
-    damage,
-    fit,
-    leftovers,
-    metrics,
-    outcome,
-    window,
-)
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from run_outcomes import damage, leftovers, metrics, outcome, window
 from safetensors.torch import load_file
+from tiny_run import SaveAt, StopError, Tiny, Tokens, fit
 from torch.utils.data import DataLoader, Dataset
 from training_runs import assert_same_bits
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from killed_run import SaveAt, StopError, fit
 from resumed_runs import stopped
 from test_full_disk import needs_root, small_disk  # noqa: F401 - a fixture
+from tiny_run import SaveAt, StopError, fit
 from training_runs import emissions
 
 from merge_callback.engine.events import EventFile

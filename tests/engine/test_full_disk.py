@@ -4,21 +4,16 @@ import os
 import re
 import subprocess
 from contextlib import contextmanager, suppress
+from itertools import product
 
 import pytest
-from killed_run import (
-    STEPS,
-    At,
-    SaveAt,
-    StopError,
-    Tiny,
-    checksum,
-    emissions,
-    fit,
-)
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from resumed_runs import StopAtStart
+from run_outcomes import checksum, emissions
+from slow_cases import mostly_slow
+from tiny_run import STEPS, At, SaveAt, StopError, Tiny, fit
 from window_runs import (
+    CODEC,
     LAST,
     WAYS,
     Full,
@@ -139,8 +134,9 @@ def free(folder):
 
 
 @needs_root
-@pytest.mark.parametrize("leave", range(8))
-@WAYS
+@pytest.mark.parametrize(
+    ("codec", "leave"), mostly_slow(product([{}, CODEC], range(8)), daily=[0, 2, 4, 6, 9, 11, 13, 15])
+)
 def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, small_disk, leave, codec):
     disk = small_disk(100)
     holes = At(step9=fill(disk, leave), step17=free(disk))
@@ -153,8 +149,9 @@ def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, sma
 
 
 @needs_root
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
-@WAYS
+@pytest.mark.parametrize(
+    ("storage", "codec"), mostly_slow(product(["disk", "cpu"], [{}, CODEC]), daily=[0, 3])
+)
 def test_a_disk_with_room_for_the_window_and_one_more_snapshot_never_jams(
     tmp_path, small_disk, storage, codec
 ):
@@ -230,13 +227,6 @@ def test_a_window_that_can_not_fit_is_refused_with_its_size_and_a_way_out(tmp_pa
         fit(tmp_path, window=100_000_000_000, storage=storage)
 
 
-class StopsAtOnce(Callback):
-    """Ends a run before its first batch."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        raise StopError
-
-
 @needs_root
 def test_a_resumed_run_counts_the_room_of_its_own_window_as_free(tmp_path, small_disk):
     disk = small_disk(60)
@@ -246,7 +236,7 @@ def test_a_resumed_run_counts_the_room_of_its_own_window_as_free(tmp_path, small
     fill(disk, leave=1)()  # a full window and one more snapshot need 6 kB
 
     with pytest.raises(StopError):
-        fit(tmp_path, tmp_path / "c.ckpt", [StopsAtOnce()], **options)
+        fit(tmp_path, tmp_path / "c.ckpt", [StopAtStart()], **options)
     with pytest.raises(ValueError, match=r"needs 6.* kB"):
         fit(tmp_path / "fresh", dirpath=disk / "fresh", trainer=quiet())
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from evaluation_runs import Case, Curves, fit, merging
-from killed_run import SaveAt, StopError
-from killed_run import fit as resumable_fit
+from tiny_run import SaveAt, StopError
+from tiny_run import fit as resumable_fit
 from torch import nn
 from torchmetrics import MeanMetric
 from training_runs import Classifier, assert_same_bits, loader, one_thread, rows, seed, train, weights_of
@@ -169,7 +169,7 @@ PROBE = {"input_ids": torch.arange(24).view(4, 6) % 16}
 
 
 def readable(tiny):
-    """`killed_run.Tiny`, with a forward pass."""
+    """`tiny_run.Tiny`, with a forward pass."""
 
     class Readable(tiny):
         def forward(self, input_ids):
@@ -180,7 +180,8 @@ def readable(tiny):
 
 
 def test_a_resumed_run_measures_the_same(tmp_path):
-    from killed_run import Tiny, metrics
+    from run_outcomes import metrics
+    from tiny_run import Tiny
 
     module, options = readable(Tiny), {"probe": PROBE, "durable": True}
     resumable_fit(tmp_path / "whole", module=module, **options)

@@ -6,11 +6,9 @@ import shutil
 import signal
 
 import pytest
-from killed_run import (
-    emissions,
-    fit,
-)
 from resumed_runs import CODEC, assert_survived, kept_id
+from run_outcomes import emissions
+from tiny_run import fit
 
 
 @pytest.fixture(scope="module")

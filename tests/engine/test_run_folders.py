@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_run import At
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
+from tiny_run import At
 from training_runs import QUIET, Classifier, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, load_merge

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from killed_run import EVERY, WINDOW, Keeper, fit
+from tiny_run import EVERY, WINDOW, Keeper, fit
 
 from merge_callback import load_merge
 from merge_callback.checkpoints.open import open_checkpoint

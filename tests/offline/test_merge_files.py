@@ -1,13 +1,12 @@
-"""Merging checkpoint files: what comes out, for whom, in how much memory, and what is refused."""
+"""Merging checkpoint files: what comes out, and for whom."""
 
 import hashlib
 import json
 import os
-import re
+import runpy
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,48 +15,18 @@ import torch
 import yaml
 from forked import Forked
 from lightning.pytorch import LightningModule, Trainer
+from merge_commands import change, files, merge, model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from merge_callback import load_merge, merge_state_dicts
 from merge_callback.cli.main import main
-from merge_callback.offline import file_merge, output, workers
+from merge_callback.offline import file_merge, workers
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    """A test process has threads, which a fork would lose; what forks here has a process of its own."""
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 METHODS = ["sma", "wma", "ema", "slerp", "task_arithmetic", "ties", "dare", "dropout", "noise", "meta", "wsm"]
-
-
-def model(seed, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "model.embed.weight": torch.randn(50, 8, generator=generator).to(dtype),
-        "model.norm.weight": torch.randn(8, generator=generator),
-        "model.scale": torch.randn((), generator=generator).to(dtype),
-        "model.positions": torch.arange(8),
-        "model.seen": torch.tensor(seed),
-    }
-
-
-@pytest.fixture
-def checkpoints(tmp_path):
-    """Three files, and their state dicts."""
-    paths, dicts = [], [model(seed) for seed in range(3)]
-    for i, state in enumerate(dicts):
-        paths.append(tmp_path / f"run/step={100 * (i + 1)}.safetensors")
-        paths[-1].parent.mkdir(exist_ok=True)
-        save_file(state, paths[-1])
-    return paths, dicts
-
-
-def merge(*arguments):
-    """Runs the command; returns its exit status."""
-    return main(["merge", "--quiet", *map(str, arguments)])
 
 
 def merge_in_processes(count, arguments, killed=False):
@@ -75,10 +44,6 @@ def _merge_in_processes(count, arguments, killed):
     if killed:
         file_merge.FileMerge.merge = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     return main(arguments)
-
-
-def files(folder):
-    return sorted(path.name for path in Path(folder).rglob("*"))
 
 
 # --- what comes out -----------------------------------------------------------------------------------------
@@ -337,163 +302,6 @@ def test_tied_weights_stay_tied(tmp_path):
     assert state["head"].data_ptr() == state["embed"].data_ptr()
 
 
-# --- what is refused, and leaves nothing behind -------------------------------------------------------------
-
-
-def refused(tmp_path, capsys, *arguments):
-    """Runs a merge that must fail; returns what it said. Nothing may be left of it."""
-    before = files(tmp_path)
-    assert merge(*arguments, "--output", tmp_path / "out") == 1
-    assert files(tmp_path) == before
-    return capsys.readouterr().err
-
-
-def change(path, **tensors):
-    """Rewrites a file with other tensors in it; ``None`` takes one out."""
-    state = {**load_file(path), **{name.replace("_", "."): t for name, t in tensors.items()}}
-    save_file({name: tensor for name, tensor in state.items() if tensor is not None}, path)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "named"),
-    [
-        ({"model_extra": torch.ones(2)}, "different names.*model.extra"),
-        ({"model_scale": None}, "different names.*model.scale"),
-        ({"model_scale": torch.ones(2)}, "'model.scale': shape"),
-        ({"model_scale": torch.ones((), dtype=torch.float64)}, "'model.scale': dtype"),
-        ({"model_positions": torch.arange(8) + 1}, "'model.positions'.*differs.*--exclude"),
-        ({"model_scale": torch.tensor(torch.nan)}, "'model.scale' of .*step=200.* holds NaN or Inf"),
-        ({"model_scale": torch.tensor(-torch.inf)}, "'model.scale' of .*step=200.* holds NaN or Inf"),
-    ],
-)
-@pytest.mark.parametrize("method", ["sma", "ties"])
-def test_checkpoints_that_do_not_belong_together_are_refused(
-    tmp_path, checkpoints, capsys, tensors, named, method
-):
-    paths, _ = checkpoints
-    change(paths[1], **tensors)
-    error = refused(tmp_path, capsys, *paths, "--method", method)
-    assert re.search(named, error), error
-
-
-def test_an_order_that_contradicts_the_steps_is_told(tmp_path, checkpoints):
-    paths, _ = checkpoints
-    swapped = [paths[0], paths[2], paths[1]]
-    with pytest.warns(UserWarning, match=r"steps are \[100, 300, 200\]: merged as given"):
-        merge(*swapped, "--keep-order", "--method", "ema", "--output", tmp_path / "out")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        merge(*swapped, "--keep-order", "--output", tmp_path / "mean")
-        merge(*swapped, "--method", "ema", "--output", tmp_path / "ema")
-    inputs = json.loads((tmp_path / "ema/merge.json").read_text())["inputs"]
-    assert [record["path"] for record in inputs] == [str(path) for path in paths]
-
-
-def test_weights_go_with_the_order_that_was_given_or_are_refused(tmp_path, checkpoints, capsys):
-    paths, dicts = checkpoints
-    given = [paths[1], paths[0], "--weights", 0.25, 0.75]
-    assert "say --keep-order, or give them in that order" in refused(tmp_path, capsys, *given)
-    assert merge(*given, "--keep-order", "--output", tmp_path / "out") == 0
-    expected = 0.25 * dicts[1]["model.scale"] + 0.75 * dicts[0]["model.scale"]
-    assert torch.allclose(load_merge(tmp_path / "out")["model.scale"], expected)
-
-
-def test_the_choice_is_told_and_one_checkpoint_is_no_merge(tmp_path, checkpoints, capsys):
-    paths, _ = checkpoints
-    assert merge(*paths[::-1], "--last", 2, "--output", tmp_path / "out") == 0
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        "2 checkpoints, oldest first: step=200.safetensors (step 200), step=300.safetensors (step 300)",
-        "they were put in the order of their steps; --keep-order keeps the order given",
-    ]
-    message = refused(tmp_path, capsys, tmp_path / "run", "--from", 300)
-    assert re.search(r"only one checkpoint is left to merge \(\S*step=300\.safetensors\)", message)
-
-
-def test_a_merge_across_phases_is_warned_of(tmp_path):
-    record = {"lr": 1.0, "lr_ratio": 1.0, "lr_step": 1, "layout": "x", "since": 0, "tokens": 5}
-    for step, phase in ((1, "stable"), (2, "stable"), (3, "decay")):
-        metadata = {k: str(v) for k, v in {**record, "step": step, "phase": phase}.items()}
-        save_file({"w": torch.ones(2)}, tmp_path / f"step={step}.safetensors", metadata=metadata)
-    with pytest.warns(UserWarning, match=r"several phases of the learning rate \(stable: 1, 2; decay: 3\)"):
-        merge(tmp_path, "--output", tmp_path / "all")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        merge(tmp_path, "--to", 2, "--output", tmp_path / "stable")
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--method", "mean"], "unknown merging method 'mean'"),
-        (["--method", "sma", "--alpha", "0.5"], "'sma'.*alpha"),
-        (["--method", "ema", "--alpha", "2"], "alpha=2"),
-        (["--weights", "1", "2"], "2 weights for 3 checkpoints"),
-        (["--base", "BASE"], "'sma' uses no base"),
-        (["--dtype", "int8"], "--dtype='int8'"),
-        (["--shard-size", "big"], "--shard-size='big'"),
-        (["--exclude", "nothing*"], "'nothing\\*' matches no tensor"),
-        (["--strip-prefix", "net."], "'net.' begins no tensor's name"),
-        (["--last", "0"], "last"),
-        (["--method", "ema", "--alpha", "much"], "'ema' does not take {'alpha': 'much'}"),
-        (["--import", "nowhere"], "--import nowhere: No module named 'nowhere'"),
-    ],
-)
-def test_wrong_options_name_themselves(tmp_path, checkpoints, capsys, options, named):
-    paths, _ = checkpoints
-    error = refused(tmp_path, capsys, *paths, *(str(paths[0]) if o == "BASE" else o for o in options))
-    assert re.search(named, error), error
-
-
-def test_a_merge_that_does_not_fit_its_dtype_is_refused(tmp_path, checkpoints, capsys):
-    paths, _ = checkpoints
-    for path in paths:
-        change(path, model_scale=torch.tensor(1e6))
-    assert "'model.scale': the merge does not fit torch.float16" in refused(
-        tmp_path, capsys, *paths, "--dtype", "fp16"
-    )
-
-
-def test_excluded_tensors_may_hold_anything(tmp_path, checkpoints):
-    paths, _ = checkpoints
-    change(paths[2], model_scale=torch.tensor(-torch.inf))
-    assert merge(*paths, "--exclude", "model.scale", "--output", tmp_path / "out") == 0
-    assert load_merge(tmp_path / "out")["model.scale"] == -torch.inf
-
-
-def test_what_is_there_is_replaced_only_by_force(tmp_path, checkpoints, capsys):
-    paths, dicts = checkpoints
-    assert merge(paths[0], paths[0], "--keep-all", "--output", tmp_path / "out") == 0
-    assert "exists; name another folder, or replace it with --force" in refused(tmp_path, capsys, *paths)
-    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[0]["model.scale"])
-    assert merge(paths[1], paths[1], "--keep-all", "--output", tmp_path / "out", "--force") == 0
-    assert torch.equal(load_merge(tmp_path / "out")["model.scale"], dicts[1]["model.scale"])
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, checkpoints, capsys, monkeypatch):
-    paths, _ = checkpoints
-
-    def full(descriptor, offset, size):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    assert "No space left" in refused(tmp_path, capsys, *paths)
-
-
-@pytest.mark.parametrize("function", ["done", "finish"])
-def test_an_interruption_leaves_nothing(tmp_path, checkpoints, monkeypatch, function):
-    paths, _ = checkpoints
-
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(output.ModelFiles, function, interrupted)
-    before = files(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        merge(*paths, "--output", tmp_path / "out")
-    assert files(tmp_path) == before
-
-
 # --- in how much memory -------------------------------------------------------------------------------------
 
 MEASURED = """
@@ -547,9 +355,15 @@ def test_the_trajectory_is_told_from_tokens_then_steps_then_nothing():
 
 
 def test_the_command_ends_with_its_status_and_all_it_printed(tmp_path):
-    command = [sys.executable, "-m", "merge_callback"]
-    listed = subprocess.run([*command, "methods"], capture_output=True, text=True, check=True)
-    assert "ties" in listed.stdout
-    missing = subprocess.run([*command, "inspect", str(tmp_path / "none")], capture_output=True, text=True)
-    assert missing.returncode == 1
-    assert "there is no such checkpoint" in missing.stderr
+    save_file(model(0), tmp_path / "step=1.safetensors")
+    known, missing = (0, "model.embed.weight"), (1, "there is no such checkpoint")
+    for name, (status, printed) in {"step=1": known, "none": missing}.items():
+        arguments = ["inspect", str(tmp_path / f"{name}.safetensors"), "--tensors"]
+        process = Forked(_run_as_module, arguments, log=tmp_path / f"{name}.txt")
+        assert process.wait(60) == status
+        assert printed in (tmp_path / f"{name}.txt").read_text()
+
+
+def _run_as_module(arguments):
+    sys.argv[1:] = arguments
+    runpy.run_module("merge_callback", run_name="__main__")

@@ -31,9 +31,7 @@ LEFT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def model_folders(root: Path, weights: str = "model.safetensors", files=("config.json",)) -> list[Path]:

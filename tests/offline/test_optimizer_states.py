@@ -59,9 +59,7 @@ def run(tmp_path_factory):
     return [path for _, path in sorted(found)]
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def merge(*arguments):

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import killed_run
 import pytest
 import spiking_runs
+import tiny_run
 import torch
 from distributed_runs import full_weights, run_ranks
 from frozen_runs import Adapted
@@ -283,7 +283,7 @@ def resume_all(run, place, log, cases):
 
 
 def _tiny(place, checkpoint, callbacks, **options):
-    return killed_run.fit(place, checkpoint, callbacks, method="sma", emit_every=1, evaluate=False, **options)
+    return tiny_run.fit(place, checkpoint, callbacks, method="sma", emit_every=1, evaluate=False, **options)
 
 
 def _adapted(place, checkpoint, callbacks, **options):

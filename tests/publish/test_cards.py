@@ -15,10 +15,7 @@ from merge_callback.checkpoints.card import base_model_of, public_name
 from merge_callback.cli.main import main
 from merge_callback.publish.emission import Publisher
 
-
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch):
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killed_run import fit
+from tiny_run import fit
 from window_runs import LAST, steps
 
 from merge_callback import SpikeOptions

@@ -15,7 +15,7 @@ import pytest
 import torch
 from forked import Forked
 from interrupted_run import PARTS, answer_all
-from killed_run import wait_for_snapshots
+from tiny_run import wait_for_snapshots
 from training_runs import Classifier, assert_same_bits, is_beside, loader, seed, train, weights_of
 
 from merge_callback import CheckpointMergeCallback

@@ -7,7 +7,7 @@ import killed_run
 import pytest
 import resumed_runs
 import spiking_runs
-from killed_run import outcome
+from run_outcomes import outcome
 from spiking_runs import EVERY, REWARM, STEPS, TROUBLE, USED, Batches, events, fit, story, used
 
 from merge_callback import SpikeOptions
@@ -64,17 +64,17 @@ def test_the_unbroken_run_meets_all_there_is_to_meet(unbroken):
     [
         pytest.param(40, id="before there is a threshold"),
         pytest.param(72, id="with a first outlier that is not read yet"),
-        pytest.param(74, id="in a streak that heals"),
-        pytest.param(82, id="in a streak"),
+        pytest.param(74, id="in a streak that heals", marks=pytest.mark.slow),
+        pytest.param(82, id="in a streak", marks=pytest.mark.slow),
         pytest.param(84, id="with the last outlier of a spike not read yet"),
         pytest.param(85, id="at a restore"),
-        pytest.param(86, id="right after a restore"),
-        pytest.param(85 + REWARM // 2, id="in a re-warm-up"),
+        pytest.param(86, id="right after a restore", marks=pytest.mark.slow),
+        pytest.param(85 + REWARM // 2, id="in a re-warm-up", marks=pytest.mark.slow),
         pytest.param(85 + REWARM, id="at the end of a re-warm-up"),
-        pytest.param(103, id="in the second streak of a cooldown"),
+        pytest.param(103, id="in the second streak of a cooldown", marks=pytest.mark.slow),
         pytest.param(105, id="at the second restore"),
         pytest.param(118, id="with a NaN that is not read yet"),
-        pytest.param(119, id="at the third restore"),
+        pytest.param(119, id="at the third restore", marks=pytest.mark.slow),
         pytest.param(STEPS - 1, id="at a lower learning rate"),
     ],
 )

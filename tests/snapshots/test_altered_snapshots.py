@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from codec_windows import new_window, take
-from killed_run import At, fit
 from spiking_runs import USED, Damage, spiking, used
+from tiny_run import At, fit
 from window_runs import CODEC, LAST, steps
 
 from merge_callback import load_merge
 from merge_callback.merging import resolve_method
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import NonFiniteMergeError, WindowMerger
+from merge_callback.snapshots.merge import NonFiniteMergeError
+from merge_callback.snapshots.window_merger import WindowMerger
 
 LEFT_OUT = "left out of the window: snapshot of step .* is not what was written to it"
 

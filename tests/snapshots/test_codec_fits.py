@@ -7,24 +7,11 @@ from itertools import pairwise
 import pytest
 import torch
 from codec_windows import CODEC, RELATIVE, assert_rounded_once, decoded
-from killed_run import (
-    EVERY,
-    WINDOW,
-    At,
-    Keeper,
-    SaveAt,
-    StopError,
-    Tiny,
-    checksum,
-    damage,
-    emissions,
-    fit,
-    metrics,
-    wait_for_snapshots,
-)
-from killed_run import window as manifest_of
 from lightning.pytorch import Callback
+from run_outcomes import checksum, damage, emissions, metrics
+from run_outcomes import window as manifest_of
 from safetensors import safe_open
+from tiny_run import EVERY, WINDOW, At, Keeper, SaveAt, StopError, Tiny, fit, wait_for_snapshots
 from training_runs import assert_same_bits
 from window_runs import (
     LAST,

@@ -9,11 +9,11 @@ from codec_windows import new_window, take
 from training_runs import assert_same_bits
 
 from merge_callback.merging import MergeMethod, resolve_method
-from merge_callback.snapshots import merge
+from merge_callback.snapshots import merge_pass
 from merge_callback.snapshots.arena_merge import merge_arenas
 from merge_callback.snapshots.capture import ModelTensors
-from merge_callback.snapshots.merge import WindowMerger
 from merge_callback.snapshots.storage import DeviceMemory
+from merge_callback.snapshots.window_merger import WindowMerger
 
 
 def merger_of(*values):
@@ -123,7 +123,7 @@ def test_all_linear_candidates_are_made_in_one_pass(monkeypatch):
         passes.append(len(sums))
         return merge_arenas(arenas, sums, *rest)
 
-    monkeypatch.setattr(merge, "merge_arenas", counting)
+    monkeypatch.setattr(merge_pass, "merge_arenas", counting)
     merger = WindowMerger(filled(), {"stable": resolve_method("sma")}, 2, candidates=CANDIDATES)
     merger.measure(ModelTensors(), merge=True)
     for name in merger.names:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from killed_run import Keeper, Tiny, fit, wait_for_snapshots
+from tiny_run import Keeper, Tiny, fit, wait_for_snapshots
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -29,19 +29,6 @@ class Adapted(Tiny):
         tokens = batch["input_ids"]
         hidden = self.norm(self.embed(tokens[:, :-1]).flatten(0, 1))
         return cross_entropy(self.head(hidden + self.up(self.down(hidden))), tokens[:, 1:].flatten())
-
-
-def mostly_slow(cases, daily):
-    """Parameters of a test, of which those at the indices `daily` belong to every run of the tests."""
-    slow = pytest.mark.slow
-    return [
-        pytest.param(
-            *case,
-            marks=() if index in daily else slow,
-            id=" ".join(getattr(part, "__name__", str(part)) for part in case),
-        )
-        for index, case in enumerate(cases)
-    ]
 
 
 def whole(monkeypatch):

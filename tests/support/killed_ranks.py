@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 import torch
 from distributed_worker import fork_ranks
 from forked import Forked
-from killed_run import damage
 from lightning.pytorch import Callback
+from run_outcomes import damage
 from sharded_runs import Steady, merged_fit, window_folder
 from spiking_runs import Dies
 

@@ -4,7 +4,6 @@ A process reads one mutated file after the other and says so before each. So the
 much memory or ends the process is known, and the next process goes on behind it.
 """
 
-import contextlib
 import io
 import json
 import os
@@ -24,10 +23,10 @@ import torch
 import yaml
 from checkpoint_files import save_distributed
 from codec_windows import new_window, take
+from command_line import run
 from safetensors.torch import save_file
 
 from merge_callback import load_merge
-from merge_callback.cli.main import main
 from merge_callback.snapshots.files import CorruptFileError
 from merge_callback.snapshots.manifest import MANIFEST
 from merge_callback.snapshots.safetensors_file import file_checksum, tensors_header, write_file
@@ -328,20 +327,6 @@ def other_kind(path, chance):
         with open(path, "wb") as file:
             file.truncate(1 << 40)  # a sparse file: no room is taken
     return what
-
-
-# --- the reading of them ------------------------------------------------------------------------------------
-
-
-def run(arguments):
-    """Runs the command; returns its exit status and what it printed, apart."""
-    out, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        try:
-            status = main(arguments)
-        except SystemExit as left:
-            status = left.code
-    return status, out.getvalue(), errors.getvalue()
 
 
 def verdict(place, file, number):

@@ -3,15 +3,10 @@
 import signal
 
 import pytest
-from killed_run import (
-    SaveAt,
-    StopError,
-    Tiny,
-    fit,
-    window,
-)
 from lightning.pytorch import Callback
+from run_outcomes import window
 from safetensors.torch import load_file
+from tiny_run import SaveAt, StopError, Tiny, fit
 
 STORAGES = ["disk", "cpu", "device"]
 CODEC = {"snapshot_codec": "delta-fp16"}

@@ -10,14 +10,17 @@ import sys
 import threading
 from pathlib import Path
 
-import killed_run
+import tiny_run
 import torch
-from killed_run import Tokens
+from killed_run import last_checkpoint
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
+from run_outcomes import outcome
+from tiny_run import Tokens
 from torch.utils._pytree import tree_map_only
 from training_runs import seed, train, weights_of
 
-from merge_callback import CheckpointMergeCallback, SpikeOptions
+from merge_callback import CheckpointMergeCallback, SpikeOptions, merge_state_dicts
 
 SPIKE, EVERY, PATIENCE, GUARD = 80, 5, 5, 10
 """First bad batch, steps between snapshots, and the options' defaults for the other two."""
@@ -234,6 +237,11 @@ def plain(data, steps=100, module=None, callbacks=(), fit=None):
     return Run(None, module, None, watch, trainer)
 
 
+def expected(run, steps, **options):
+    """The merge of the weights that the run's steps left behind."""
+    return merge_state_dicts([run.watch.weights[step] for step in steps], **options)
+
+
 # --- runs that are stopped or killed ------------------------------------------------------------------------
 
 
@@ -244,10 +252,10 @@ STEPS, REWARM = 128, 12
 
 
 def fit(folder, ckpt_path=None, callbacks=(), data=None, steps=STEPS, trainer=None, **options):
-    """`killed_run.fit` through `TROUBLE`."""
+    """`tiny_run.fit` through `TROUBLE`."""
     given = {"window": 10, "every_n_steps": EVERY, "emit_every": 4, "evaluate": False}
     spike = SpikeOptions(rewarm_steps=REWARM, cooldown=20, evidence="rules")
-    return killed_run.fit(
+    return tiny_run.fit(
         folder,
         ckpt_path,
         callbacks,
@@ -292,13 +300,13 @@ class CutsASnapshot(Callback):
 def attempt(case, kill):
     """One process of a run: trains from the last checkpoint on, to its death or to the end."""
     folder = Path(case["folder"])
-    checkpoints = killed_run.ModelCheckpoint(
+    checkpoints = ModelCheckpoint(
         folder / "checkpoints", every_n_train_steps=7, filename="{step}", save_top_k=-1
     )
     others = [CutsASnapshot()] if "cut" in kill else []
     if "dies" in kill:
         Dies(*kill["dies"])
-    _, module, _ = fit(folder, killed_run.last_checkpoint(folder), [*others, checkpoints])
+    _, module, _ = fit(folder, last_checkpoint(folder), [*others, checkpoints])
     sys.setprofile(None)
-    found = {**killed_run.outcome(folder, module), "story": story(folder / "merges")}
+    found = {**outcome(folder, module), "story": story(folder / "merges")}
     (folder / "outcome.json").write_text(json.dumps(found))

@@ -6,13 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from killed_run import (
-    checksum,
-    damage,
-    leftovers,
-    window,
-)
 from lightning.pytorch import Callback
+from run_outcomes import checksum, damage, leftovers, window
 from safetensors.torch import load_file
 
 from merge_callback import CheckpointMergeCallback
@@ -21,7 +16,7 @@ CODEC = {"snapshot_codec": "delta-fp16"}
 WAYS = pytest.mark.parametrize("codec", [{}, CODEC], ids=["whole", "differences"])
 
 LAST = [20, 22, 24, 26]
-"""The steps of the window at the end of a run of `killed_run.fit`."""
+"""The steps of the window at the end of a run of `tiny_run.fit`."""
 
 
 def steps(folder):

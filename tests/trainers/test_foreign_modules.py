@@ -27,6 +27,7 @@ from foreign_modules import (
 )
 from lightning.pytorch import Callback
 from safetensors.torch import load_model
+from slow_cases import some_slow
 from torch import nn
 from training_runs import (
     Classifier,
@@ -42,13 +43,10 @@ from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli.main import main
 from merge_callback.publish.export import Naming
 
-SLOW = ["llama, compiled inside"]  # "compiled inside" is another
+SLOW = ["llama, compiled inside", "llama, bf16-true", "accumulation", "epochs", "cpu, not durable"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
-)
+@pytest.fixture(scope="module", params=some_slow(CASES, SLOW))
 def run(request, tmp_path_factory) -> Run:
     """Two fits of one case, without and with the callback."""
     case, folder = CASES[request.param], tmp_path_factory.mktemp("merges")
@@ -251,9 +249,9 @@ def test_from_pretrained_keeps_the_dtype_of_the_weights(precision, declared, exp
     ("make", "given", "stored"),
     [(llama, "window", None), (mixtral, "window/step=*", None), (llama, "window", "bf16")],
 )
-def test_a_merge_of_the_snapshots_files_is_what_the_run_publishes(make, given, stored, tmp_path, monkeypatch):
+@pytest.mark.usefixtures("in_this_process")
+def test_a_merge_of_the_snapshots_files_is_what_the_run_publishes(make, given, stored, tmp_path):
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
     excluded = ["*norm.weight"]
     options = {"exclude": excluded, "snapshot_dtype": stored, "method": "sma"}
     module = make()
@@ -275,9 +273,9 @@ def test_a_merge_of_the_snapshots_files_is_what_the_run_publishes(make, given, s
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_lightning_merge_of_snapshots_has_the_names_of_the_module(tmp_path, monkeypatch):
+@pytest.mark.usefixtures("in_this_process")
+def test_a_lightning_merge_of_snapshots_has_the_names_of_the_module(tmp_path):
     pytest.importorskip("transformers")
-    monkeypatch.setattr("merge_callback.offline.workers.available", lambda: 1)
     module = llama()
     merged_run(module, tmp_path / "run", data=token_dicts())
     command = ["merge", str(tmp_path / "run/window"), "--quiet", "--as", "lightning", "--output"]

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from adapted import Adapted
-from killed_run import wait_for_snapshots
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
 from spiking_runs import FIRES, Line, spiking, used
+from tiny_run import wait_for_snapshots
 from torch import nn
 from training_runs import Classifier, assert_same_bits, emissions, loader, mean_of, seed, train
 

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from killed_run import At, SaveAt, StopError, Tiny, emissions, fit
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
+from run_outcomes import emissions
+from tiny_run import At, SaveAt, StopError, Tiny, fit
 from training_runs import Classifier, loader, train
 from window_runs import LAST, assert_nothing_is_half_there, quiet, steps
 
