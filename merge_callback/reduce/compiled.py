@@ -34,7 +34,7 @@ _GROUP = 64  # elements that are written at once; the last may be beyond those t
 MARKED = 1 << 12
 """Elements for which ``tally`` gives a mark: ``BLOCK`` in ``kernels.c``."""
 
-_VERSION = 5  # version of the structures below and the functions in kernels.c, which has the same number
+_VERSION = 6  # version of the structures below and the functions in kernels.c, which has the same number
 
 Room = npt.NDArray[np.int32]
 

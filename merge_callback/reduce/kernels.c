@@ -108,7 +108,7 @@ typedef struct {
     int32_t initial_dtype;
 } Census;
 
-const int64_t reduce_version = 5;   /* of all structures and functions: compiled.py has the same number */
+const int64_t reduce_version = 6;   /* of all structures and functions: compiled.py has the same number */
 const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
