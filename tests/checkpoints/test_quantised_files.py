@@ -62,7 +62,13 @@ KNOWN = {  # name of the codes and the scales, the scales, each value's factor, 
 }
 if hasattr(torch, "float8_e8m0fnu"):  # not in torch 2.6
     powers = (2.0 ** torch.arange(6.0)).view(2, 3).to(torch.float8_e8m0fnu)
-    KNOWN["powers of two"] = ("l.weight", "l.weight_scale_inv", powers, lambda s: expand(s, 4, (6, 9)), BLOCKS)
+    KNOWN["powers of two"] = (
+        "l.weight",
+        "l.weight_scale_inv",
+        powers,
+        lambda s: expand(s, 4, (6, 9)),
+        BLOCKS,
+    )
 
 
 @pytest.mark.parametrize("kind", KNOWN)

@@ -339,7 +339,7 @@ def fit_demo(strategy: str, experts: int):
     ("strategy", "experts"),
     [
         pytest.param("ddp", 4, id="ddp-moe", marks=pytest.mark.slow),
-        pytest.param("fsdp2", 0, id="fsdp2-dense", marks=needs_fsdp2),
+        pytest.param("fsdp2", 0, id="fsdp2-dense"),
         pytest.param("ddp", 0, id="ddp-dense", marks=pytest.mark.slow),
         pytest.param("fsdp2", 4, id="fsdp2-moe", marks=pytest.mark.slow),
     ],
