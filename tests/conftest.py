@@ -6,8 +6,8 @@ from functools import lru_cache
 
 import pytest
 import torch
-from hypothesis import settings
 from distributed_runs import FSDP2_ON_CPUS
+from hypothesis import settings
 from killed_run import fit, killable_runs, outcome
 from lightning.fabric.utilities import registry
 
