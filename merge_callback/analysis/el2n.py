@@ -52,7 +52,7 @@ class El2n(Metric):
 
     def compute(self) -> Scores:
         """The mean over seeds, of all ranks' examples."""
-        from torchmetrics.utilities import dim_zero_cat
+        from torchmetrics.utilities.data import dim_zero_cat
 
         pairs = torch.stack([dim_zero_cat(self.ids), dim_zero_cat(self.seeds)])
         (ids, _), once = _means(pairs, dim_zero_cat(self.scores))

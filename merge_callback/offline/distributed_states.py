@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from merge_callback.checkpoints.containment import contained
 from merge_callback.checkpoints.dcp_entries import DistributedEntries, state_names
+from merge_callback.checkpoints.dcp_save import save_distributed
 from merge_callback.checkpoints.file_names import LIGHTNING_META
 from merge_callback.checkpoints.spool import map_tensors
 from merge_callback.offline.file_merge import FileMerge
@@ -105,14 +104,8 @@ def write_resumable(
     """
     drafts = list(folder.iterdir())
     state = {place + name: tensor for name, tensor in weights.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        save(
-            {**state, **entries},
-            storage_writer=FileSystemWriter(folder, sync_files=True),
-            planner=_Planner(DistributedEntries(newest).paths),
-            no_dist=True,
-        )
+    writer = FileSystemWriter(folder, sync_files=True)
+    save_distributed({**state, **entries}, writer, _Planner(DistributedEntries(newest).paths))
     if (newest / LIGHTNING_META).is_file():
         copy_file(contained(newest, LIGHTNING_META), folder / LIGHTNING_META)
     for draft in drafts:

@@ -66,6 +66,8 @@ class Peers:
         """
         import torch.distributed as dist
 
+        from merge_callback.sharding import destroy_groups
+
         if dist.is_initialized():
             yield
             return
@@ -78,7 +80,7 @@ class Peers:
         try:
             yield
         finally:
-            dist.destroy_process_group()
+            destroy_groups([dist.distributed_c10d._get_default_group()])
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save
 
+from merge_callback.checkpoints.dcp_save import save_distributed
 from merge_callback.sharding import Piece, Ranks
 from merge_callback.sharding.pieces import Box
 from merge_callback.snapshots.safetensors_file import file_checksum
@@ -36,13 +36,8 @@ def write_distributed(
     Raises:
         CheckpointException: on all ranks, if one could not write its own.
     """
-    save(
-        dict(parts),
-        storage_writer=_Writer(folder, sync_files=True),
-        planner=_Planner(pieces, ranks.is_first),
-        process_group=ranks.group,
-        no_dist=ranks.group is None,
-    )
+    writer = _Writer(folder, sync_files=True)
+    save_distributed(parts, writer, _Planner(pieces, ranks.is_first), ranks.group)
     own = {path.name: file_checksum(path) for path in folder.glob(f"__{ranks.rank}_*.distcp")}
     return {name: checksum for theirs in ranks.exchange(own) for name, checksum in theirs.items()}
 

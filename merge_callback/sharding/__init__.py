@@ -2,7 +2,7 @@
 
 from merge_callback.sharding.live import device_of, local, overwrite
 from merge_callback.sharding.pieces import Piece
-from merge_callback.sharding.ranks import Ranks, RemoteError
+from merge_callback.sharding.ranks import Ranks, RemoteError, destroy_groups
 from merge_callback.sharding.sharding import Sharding
 
-__all__ = ["Piece", "Ranks", "RemoteError", "Sharding", "device_of", "local", "overwrite"]
+__all__ = ["Piece", "Ranks", "RemoteError", "Sharding", "destroy_groups", "device_of", "local", "overwrite"]

@@ -13,6 +13,21 @@ from torch import Tensor
 T = TypeVar("T")
 
 
+def destroy_groups(groups: list[dist.ProcessGroup]) -> None:
+    """Destroys process groups, and empties the list, which should have the only references to them.
+
+    torch 2.6 holds the interpreter's lock while it frees a group, which waits for threads of gloo's that may
+    want the lock: for ever. What a group keeps for the CPU is freed without the lock, so it goes after it.
+    """
+    while groups:
+        group = groups.pop()
+        on_cpu = torch.device("cpu") in group._device_types
+        backend = group._get_backend(torch.device("cpu")) if on_cpu else None
+        dist.destroy_process_group(group)
+        del group
+        del backend
+
+
 class Ranks:
     """The processes that train one model together; by default only this one.
 
@@ -85,8 +100,8 @@ class Ranks:
         """Destroys the group once no rank needs it any more. All ranks have to call this."""
         if self.group is not None:
             self.exchange(None)
-            dist.destroy_process_group(self.group)
-            self.group = None
+            groups, self.group = [self.group], None
+            destroy_groups(groups)
 
     def agree(self, error: BaseException | None) -> None:
         """Raises on all ranks if one of them has an error.

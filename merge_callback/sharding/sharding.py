@@ -12,7 +12,7 @@ from torch import Tensor
 from merge_callback.sharding.gathering import Gathering
 from merge_callback.sharding.live import overwrite
 from merge_callback.sharding.pieces import Piece, split_rows
-from merge_callback.sharding.ranks import Ranks
+from merge_callback.sharding.ranks import Ranks, destroy_groups
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,9 @@ class Sharding:
 
     def close(self) -> None:
         """Destroys the process groups. All ranks have to call this."""
-        for group in self._groups.values():
-            if group is not None:
-                dist.destroy_process_group(group)
+        groups = [group for group in self._groups.values() if group is not None]
         self._groups = {}
+        destroy_groups(groups)
 
     def _share_out(
         self,

@@ -193,7 +193,7 @@ def test_a_distributed_checkpoint_is_resumed_from_too(tmp_path):
 
     model, optimizer = trained(1)
     loaded = distributed_state(model, optimizer)
-    dcp.load(loaded, checkpoint_id=tmp_path / "out", no_dist=True)
+    dcp.load(loaded, checkpoint_id=tmp_path / "out")
     weights = (1 / 6, 2 / 6, 3 / 6)
     for name, value in loaded["state_dict"].items():
         expected = sum(w * s["state_dict"][name] for w, s in zip(weights, states, strict=True))

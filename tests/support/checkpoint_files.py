@@ -35,7 +35,7 @@ def in_subprocess(code: str, *arguments: object) -> str:
 def save_distributed(folder: Path, state: dict) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is no process group
-        dcp.save(state, checkpoint_id=folder, no_dist=True)
+        dcp.save(state, checkpoint_id=folder)
     return folder
 
 

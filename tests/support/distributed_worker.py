@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from merge_callback.sharding import destroy_groups
+
 
 def main(nprocs: int, folder: Path) -> int:
     # This imports the jobs' modules, which the ranks inherit.
@@ -80,4 +82,4 @@ def run(rank: int, nprocs: int, jobs: dict[str, Any], folder: Path) -> None:
             sys.stdout.flush()
             os._exit(1)  # no exit handler may wait for the other ranks
     torch.save(results, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    destroy_groups([dist.group.WORLD])
