@@ -15,7 +15,7 @@ from merge_callback.offline.file_merge import FileMerge
 from merge_callback.offline.job import Job
 from merge_callback.offline.merge_adapters import opened_adapters
 from merge_callback.offline.merge_files import output_files, with_prefix
-from merge_callback.offline.optimizer_states import weights_of_moments
+from merge_callback.offline.optimizer_states import comparable
 from merge_callback.offline.output_folder import OutputFolder
 from merge_callback.snapshots.files import printable
 
@@ -57,7 +57,7 @@ def of_merge(job: Job, output: Path) -> Iterator[str]:
     shards, _, _ = output_files(merging)
     sizes = {name: sum(t.nbytes for t in shard.values()) for name, shard in shards.items()}
     if job.optimizer_state:
-        weights_of_moments(merging)
+        comparable(merging)
         yield "would merge the moments of the optimizers with the same weights"
         sizes = {MERGED_CKPT: size_of(merging.newest.path)}
     elif job.kind == "lightning":

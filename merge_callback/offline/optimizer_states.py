@@ -54,20 +54,28 @@ def resumable(merge: FileMerge, spool: Path) -> dict[str, Any]:
         ValueError: if a checkpoint has no optimizer state, or another than the newest; the entry is named.
         OSError: if the spool has no room.
     """
-    weights = weights_of_moments(merge)
-    contents = [_content(checkpoint) for checkpoint in merge.checkpoints]
-    newest = contents[-1]
+    newest, found = comparable(merge)
     if lost := sorted(str(key) for key in newest if key != "state_dict" and holds_stand_in(newest[key])):
         warn(
             f"{merge.newest.path}: objects of other classes than Python's and torch's are left out of the "
             f"merge, under {', '.join(lost)}"
         )
+    kept = without_stand_ins({key: value for key, value in newest.items() if key != "state_dict"})
+    return {**kept, _STATES: _replaced(newest[_STATES], _merged(merge, found, spool))}
+
+
+def comparable(merge: FileMerge) -> tuple[Mapping[Any, Any], list[dict[Any, Tensor]]]:
+    """The content of the newest Lightning checkpoint, and what is merged of each one's optimizer states.
+
+    Raises:
+        ValueError: as `resumable`, apart from values that are not finite.
+    """
+    weights_of_moments(merge)
+    contents = [_content(checkpoint) for checkpoint in merge.checkpoints]
     found = [dict(_moments(content[_STATES])) for content in contents]
     for checkpoint, moments in zip(merge.checkpoints, found, strict=True):
         _check_same(checkpoint, moments, found[-1], merge.newest)
-    kept = without_stand_ins({key: value for key, value in newest.items() if key != "state_dict"})
-    merged = _merged(found, weights, spool)
-    return {**kept, _STATES: _replaced(newest[_STATES], merged)}
+    return contents[-1], found
 
 
 def _content(checkpoint: Checkpoint) -> Mapping[Any, Any]:
@@ -120,22 +128,23 @@ def _check_same(
                 f"--optimizer-state: {key[2]!r} of parameter {key[1]!r} is {tuple(tensor.shape)} in "
                 f"{checkpoint.path} and {tuple(newest[key].shape)} in {other.path}"
             )
-        if not all_finite(tensor):
-            raise ValueError(
-                f"--optimizer-state: {key[2]!r} of parameter {key[1]!r} holds NaN or Inf in {checkpoint.path}"
-            )
 
 
 @torch.no_grad()
-def _merged(
-    found: Sequence[Mapping[Any, Tensor]], weights: Sequence[float], spool: Path
-) -> dict[Any, Tensor]:
+def _merged(merge: FileMerge, found: Sequence[Mapping[Any, Tensor]], spool: Path) -> dict[Any, Tensor]:
     """The weighted sums, in a nameless file for each dtype: see ``split_dtypes``."""
     merged: dict[Any, Tensor] = {}
+    weights = weights_of_moments(merge)
     for dtype in {tensor.dtype for tensor in found[-1].values()}:
         keys = {str(i): key for i, key in enumerate(found[-1]) if found[-1][key].dtype == dtype}
         room = map_tensors(spool, {i: (dtype, found[-1][key].shape) for i, key in keys.items()})
         for i, key in keys.items():
+            for checkpoint, moments in zip(merge.checkpoints, found, strict=True):
+                if not all_finite(moments[key]):
+                    raise ValueError(
+                        f"--optimizer-state: {key[2]!r} of parameter {key[1]!r} holds NaN or Inf in "
+                        f"{checkpoint.path}"
+                    )
             one_pass([moments[key].reshape(-1) for moments in found], weights, room[i].reshape(-1))
             merged[key] = room[i]
     return merged
