@@ -4,6 +4,7 @@ import gc
 import json
 from functools import lru_cache
 
+import deferred_gc  # noqa: F401
 import pytest
 import torch
 from distributed_runs import FSDP2_ON_CPUS
@@ -26,9 +27,11 @@ settings.register_profile("suite", deadline=None, derandomize=True, database=Non
 settings.load_profile("suite")
 
 
-def pytest_collection_finish():
-    """Spares the garbage collector what stays to the end: all modules, and the tests themselves."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop():
+    """Has the garbage collector begin, and spares it what stays to the end: all modules, and the tests."""
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure():

@@ -3,11 +3,13 @@
 import os
 import re
 import warnings
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from codec_windows import new_window, take
+from slow_cases import mostly_slow
 from spiking_runs import USED, Damage, spiking, used
 from tiny_run import At, fit
 from window_runs import CODEC, LAST, steps
@@ -32,21 +34,21 @@ def overwrite(path, data, at=-64):
 NOT_A_NUMBER, INFINITE = b"\xff" * 64, b"\x00\x00\x80\x7f" * 16  # in fp32; the first in fp16, too
 
 
-@pytest.mark.parametrize("which", [0, 1, 3])
+WAYS = {
+    "NaN": (NOT_A_NUMBER, {}),
+    "Inf": (INFINITE, {}),
+    "differences": (NOT_A_NUMBER, CODEC),
+    "ties": (NOT_A_NUMBER, {"method": "ties"}),
+    "bf16": (NOT_A_NUMBER, {"snapshot_dtype": "bf16"}),
+}
+
+
 @pytest.mark.parametrize(
-    ("data", "options"),
-    [
-        (NOT_A_NUMBER, {}),
-        (INFINITE, {}),
-        (NOT_A_NUMBER, CODEC),
-        (NOT_A_NUMBER, {"method": "ties"}),
-        (NOT_A_NUMBER, {"snapshot_dtype": "bf16"}),
-    ],
-    ids=["NaN", "Inf", "differences", "ties", "bf16"],
+    ("way", "which"), mostly_slow(product(WAYS, [0, 1, 3]), daily=[0, 1, 2, 5, 6, 8, 10, 14])
 )
-def test_bytes_that_are_no_numbers_are_neither_published_nor_evaluated(
-    tmp_path, caplog, which, data, options
-):
+def test_bytes_that_are_no_numbers_are_neither_published_nor_evaluated(tmp_path, caplog, way, which):
+    data, options = WAYS[way]
+
     def spoil(module):
         overwrite(sorted((tmp_path / "merges/window").glob("step=*"))[which], data)
 

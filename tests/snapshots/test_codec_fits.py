@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 from run_outcomes import checksum, damage, emissions, metrics
 from run_outcomes import window as manifest_of
 from safetensors import safe_open
+from slow_cases import mostly_slow
 from tiny_run import EVERY, WINDOW, At, Keeper, SaveAt, StopError, Tiny, fit, wait_for_snapshots
 from training_runs import assert_same_bits
 from window_runs import (
@@ -102,7 +103,11 @@ def exact(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("codec", "place"), [*((CODEC, place) for place in PLACES), ("delta-bf16", "disk"), ("delta-bf16", "cpu")]
+    ("codec", "place"),
+    mostly_slow(
+        [*((CODEC, place) for place in PLACES), ("delta-bf16", "disk"), ("delta-bf16", "cpu")],
+        daily=[0, 2, len(PLACES) + 1],
+    ),
 )
 def test_merges_and_diversity_of_a_real_run_are_those_of_fp32_snapshots(tmp_path, exact, codec, place):
     found = fitted(tmp_path, snapshot_codec=codec, **PLACES[place])

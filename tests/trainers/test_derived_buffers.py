@@ -1,10 +1,12 @@
 """Buffers that have no mean: singular vectors, which are found again, and what holds NaN at first."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from slow_cases import mostly_slow
 from torch import nn
 from torch.nn.utils import parametrizations
 from training_runs import Classifier, Probe, assert_same_bits, emissions, loader, mean_of, seed, train
@@ -57,12 +59,10 @@ def spectral_run(kind: str, folder, **options) -> Probe:
     return probe
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"storage": "cpu", "method": "slerp"}, {"snapshot_codec": "delta-fp16"}],
-    ids=["files", "memory", "codec"],
-)
+WAYS = [{}, {"storage": "cpu", "method": "slerp"}, {"snapshot_codec": "delta-fp16"}]
+
+
+@pytest.mark.parametrize(("options", "kind"), mostly_slow(product(WAYS, KINDS), daily=[0, 1, 2, 5]))
 def test_spectral_norm_divides_a_merged_weight_by_its_own_norm(kind, options, tmp_path):
     probe = spectral_run(kind, tmp_path, **options)
     latest = tmp_path / "merges" / "latest"
@@ -84,8 +84,9 @@ def test_excluded_singular_vectors_are_the_newest_ones(kind, tmp_path):
         assert torch.equal(merged[name], probe.weights[40][name])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("arguments", [[], ["--method", "ties"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("arguments", "kind"), mostly_slow(product([[], ["--method", "ties"]], KINDS), daily=[0, 3])
+)
 def test_a_merge_of_files_finds_the_singular_vectors_of_its_weights(kind, arguments, tmp_path):
     probe = spectral_run(kind, tmp_path)
     for step in (24, 32, 40):

@@ -276,11 +276,11 @@ class Failing(Classifier):
             raise self.error
 
 
-HOOKS = ["validation_step", "on_validation_epoch_end", "on_validation_end"]
+FAILING = ["validation_step", "on_validation_epoch_end", "on_validation_end"]
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "monitored"), mostly_slow(product(HOOKS, [8, 16], [True, False]), daily=[0, 3, 5, 10])
+    ("hook", "step", "monitored"), mostly_slow(product(FAILING, [8, 16], [True, False]), daily=[0, 3, 5, 10])
 )
 def test_a_failed_merged_validation_leaves_no_trace_in_training(hook, step, monitored, tmp_path):
     def case():
@@ -305,11 +305,12 @@ def sigint_handler():
     signal.signal(signal.SIGINT, handler)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["keyboard", "exit"])
-@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("error", "hook"), mostly_slow(product([KeyboardInterrupt, SystemExit], FAILING), daily=[0, 1, 2, 5])
+)
 @pytest.mark.usefixtures("sigint_handler")
 def test_an_interrupt_in_a_merged_validation_leaves_the_live_weights(hook, error, tmp_path):
-    module, probe, states = Failing(error, 16, hook), Probe(8), []
+    module, probe, states = Failing(error(3), 16, hook), Probe(8), []
 
     class Before(Callback):
         def on_validation_start(self, trainer, pl_module) -> None:
@@ -320,7 +321,7 @@ def test_an_interrupt_in_a_merged_validation_leaves_the_live_weights(hook, error
 
     with pytest.raises(SystemExit) as raised:
         train(module, Before(), merging(tmp_path), probe, data=loader(), val=loader(32), max_epochs=3)
-    assert raised.value.code == (3 if isinstance(error, SystemExit) else 1)
+    assert raised.value.code == (3 if error is SystemExit else 1)
     assert module.rounds.counts == {8: 2, 16: 2, "failures": 1}
     assert_same_bits(weights_of(module), states[-1][0])
     assert torch.equal(module.seen, states[-1][1])
