@@ -17,11 +17,10 @@
 #include <string.h>
 
 #define GROUP 64      /* elements of every source that are summed at once: 256 bytes, four lines, in fp32 */
-#define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
+#define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared, or that have one mark */
 #define CACHED 24576  /* bytes of all sources that stay in the first-level cache for further sums */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
 #define AHEAD 1024    /* bytes that are asked for before they are needed; 512 and 2048 were much the same */
-#define PORTION 2048  /* elements of θ_init that stay in the first-level cache while all sources are counted */
 #define STREAMED (2 << 20) /* bytes of output from which on writes bypass the caches */
 
 #define VECTORS (GROUP / LANES)
@@ -84,12 +83,19 @@ typedef struct {
     float scale;
 } Election;
 
+/* How many of a block's magnitudes are at the ends of a bracket, and between them. */
+typedef struct {
+    int32_t at_high, at_low, between;
+} Mark;
+
 /* What is counted of one task vector's magnitudes, as bits: above `high`, at it, at `low` if that is lower, and
- * between. Those between are also written; they and GROUP more must have room. */
+ * between. The `found` ones between are also written, and behind them those that were picked and may be ends of
+ * the bracket; all and GROUP more must have room. */
 typedef struct {
     const char *theta;
     int32_t *between;
-    int64_t above, at_high, at_low, found;
+    Mark *marks; /* one for each block */
+    int64_t above, at_high, at_low, found, picked;
     int32_t dtype;
     int32_t low, high;
 } Tally;
@@ -102,7 +108,7 @@ typedef struct {
     int32_t initial_dtype;
 } Census;
 
-const int64_t reduce_version = 4;   /* of all structures and functions: compiled.py has the same number */
+const int64_t reduce_version = 5;   /* of all structures and functions: compiled.py has the same number */
 const int64_t reduce_chunk = CHUNK; /* for compiled.py, which makes room for the partial sums */
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -175,9 +181,10 @@ static inline TARGET __m512i magnitude_avx512(__m512 x) {
 static inline TARGET __m512i same_avx512(int32_t bits) { return _mm512_set1_epi32(bits); }
 static inline TARGET __mmask16 above_avx512(__m512i a, __m512i b) { return _mm512_cmpgt_epi32_mask(a, b); }
 static inline TARGET __mmask16 equal_avx512(__m512i a, __m512i b) { return _mm512_cmpeq_epi32_mask(a, b); }
-static inline TARGET __m512i count_avx512(__m512i counts, __mmask16 set) {
-    return _mm512_mask_add_epi32(counts, set, counts, _mm512_set1_epi32(1));
+static inline TARGET __mmask16 up_to_avx512(__mmask16 set, __m512i a, __m512i b) {
+    return _mm512_mask_cmple_epi32_mask(set, a, b);
 }
+static inline TARGET int64_t number_avx512(__mmask16 set) { return __builtin_popcount(set); }
 static inline TARGET int64_t pick_avx512(int32_t *to, __m512i bits, __mmask16 set) {
     _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(set, bits));
     return __builtin_popcount(set);
@@ -225,14 +232,24 @@ static inline TARGET __m256i magnitude_avx2(__m256 x) {
 static inline TARGET __m256i same_avx2(int32_t bits) { return _mm256_set1_epi32(bits); }
 static inline TARGET __m256i above_avx2(__m256i a, __m256i b) { return _mm256_cmpgt_epi32(a, b); }
 static inline TARGET __m256i equal_avx2(__m256i a, __m256i b) { return _mm256_cmpeq_epi32(a, b); }
-static inline TARGET __m256i count_avx2(__m256i counts, __m256i set) { return _mm256_sub_epi32(counts, set); }
+static inline TARGET __m256i up_to_avx2(__m256i set, __m256i a, __m256i b) {
+    return _mm256_andnot_si256(_mm256_cmpgt_epi32(a, b), set);
+}
+static inline TARGET int64_t number_avx2(__m256i set) {
+    return __builtin_popcount(_mm256_movemask_ps(_mm256_castsi256_ps(set)));
+}
+/* Writes the set ones of four places side by side; an order is that of their numbers, a byte each. */
+static inline TARGET void pick_half_avx2(int32_t *to, __m128i bits, int set) {
+    static const int32_t orders[16] = {0, 0,      1,      0x0100,   2,      0x0200,   0x0201,   0x020100,
+                                       3, 0x0300, 0x0301, 0x030100, 0x0302, 0x030200, 0x030201, 0x03020100};
+    __m128i order = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(orders[set]));
+    _mm_storeu_ps((float *)to, _mm_permutevar_ps(_mm_castsi128_ps(bits), order));
+}
 static inline TARGET int64_t pick_avx2(int32_t *to, __m256i bits, __m256i set) {
-    int64_t found = 0;
-    int32_t places[LANES];
-    memcpy(places, &bits, sizeof places);
-    for (uint32_t left = _mm256_movemask_ps(_mm256_castsi256_ps(set)); left; left &= left - 1)
-        to[found++] = places[__builtin_ctz(left)];
-    return found;
+    int all = _mm256_movemask_ps(_mm256_castsi256_ps(set)), first = all & 15;
+    pick_half_avx2(to, _mm256_castsi256_si128(bits), first);
+    pick_half_avx2(to + __builtin_popcount(first), _mm256_extracti128_si256(bits, 1), all >> 4);
+    return __builtin_popcount(all);
 }
 typedef __m128i NAME(Halves);
 #include "kernels_pass.h"
@@ -336,7 +353,8 @@ static inline int32_t magnitude_plain(float x) {
 static inline int32_t same_plain(int32_t bits) { return bits; }
 static inline int32_t above_plain(int32_t a, int32_t b) { return a > b; }
 static inline int32_t equal_plain(int32_t a, int32_t b) { return a == b; }
-static inline int32_t count_plain(int32_t counts, int32_t set) { return counts + set; }
+static inline int32_t up_to_plain(int32_t set, int32_t a, int32_t b) { return set & (a <= b); }
+static inline int64_t number_plain(int32_t set) { return set; }
 static inline int64_t pick_plain(int32_t *to, int32_t bits, int32_t set) {
     *to = bits;
     return set;

@@ -24,6 +24,32 @@ INLINE NAME(Floats) NAME(all)(float x) { return x - (NAME(Floats)){0}; }
 /* What is trimmed up to a magnitude; nothing if that is NaN. */
 INLINE NAME(Floats) NAME(cut)(float magnitude) { return NAME(all)(magnitude >= 0 ? magnitude : 0); }
 
+/* Adds the entries above a cut to a sum, or those below its negative, and counts them. No cut is negative, so this
+ * also tells the sign. NaN has neither: it goes into both sums, as with clamp(). What is trimmed adds 0. */
+#if LANES == 16
+INLINE void NAME(add_above)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    __mmask16 set = _mm512_cmp_ps_mask(entry, cut, _CMP_NLE_UQ);
+    *sum = _mm512_mask_add_ps(*sum, set, *sum, entry);
+    *number = (NAME(Ints))_mm512_mask_add_epi32((__m512i)*number, set, (__m512i)*number, _mm512_set1_epi32(1));
+}
+INLINE void NAME(add_below)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    __mmask16 set = _mm512_cmp_ps_mask(entry, -cut, _CMP_NGE_UQ);
+    *sum = _mm512_mask_add_ps(*sum, set, *sum, entry);
+    *number = (NAME(Ints))_mm512_mask_add_epi32((__m512i)*number, set, (__m512i)*number, _mm512_set1_epi32(1));
+}
+#else
+INLINE void NAME(add_above)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    NAME(Ints) set = ~(entry <= cut);
+    *sum += NAME(where)(set, entry);
+    *number -= set; /* a set mask is -1 */
+}
+INLINE void NAME(add_below)(NAME(Floats) *sum, NAME(Ints) *number, NAME(Floats) entry, NAME(Floats) cut) {
+    NAME(Ints) set = ~(entry >= -cut);
+    *sum += NAME(where)(set, entry);
+    *number -= set;
+}
+#endif
+
 /* Trims, elects and averages one group. */
 INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t count, int stream) {
     NAME(Floats) initial[PARTS], x[PARTS], positive[PARTS], negative[PARTS];
@@ -36,22 +62,19 @@ INLINE void NAME(elect_group)(const Election *election, int64_t at, int64_t coun
     NAME(widen)(initial, election->initial, at, election->initial_dtype, count);
     for (const Entries *entries = election->entries; entries < election->entries + election->count; entries++) {
         NAME(widen)(x, entries->data, at, entries->dtype, count);
-        NAME(Floats) below = NAME(cut)(entries->below), at_most = NAME(cut)(entries->at_most);
         int64_t left = entries->end - at;
-        int32_t before_end = left < 0 ? 0 : smaller(left, GROUP);
-        UNROLL for (int v = 0; v < PARTS; v++) {
-            NAME(Floats) cut = at_most, entry = x[v] - initial[v];
-            if (before_end) {
-                NAME(Ints) early = index + WIDE * v < before_end;
-                cut = NAME(where)(early, below) + NAME(where)(~early, at_most);
+        NAME(Floats) cut = NAME(cut)(left > 0 ? entries->below : entries->at_most);
+        UNROLL for (int v = 0; v < PARTS; v++) x[v] -= initial[v];
+        if (left > 0 && left < GROUP) {
+            NAME(Floats) at_most = NAME(cut)(entries->at_most);
+            UNROLL for (int v = 0; v < PARTS; v++) {
+                NAME(Ints) late = index + WIDE * v >= (int32_t)left;
+                x[v] = NAME(where)(~(late & (NAME(absolute)(x[v]) <= at_most)), x[v]);
             }
-            /* No cut is negative, so this also tells the sign. NaN has neither: it goes into both sums, as with
-             * clamp(). What is trimmed adds 0. */
-            NAME(Ints) aye = ~(entry <= cut), noe = ~(entry >= -cut);
-            positive[v] += NAME(where)(aye, entry);
-            negative[v] += NAME(where)(noe, entry);
-            ayes[v] -= aye; /* a set mask is -1 */
-            noes[v] -= noe;
+        }
+        UNROLL for (int v = 0; v < PARTS; v++) {
+            NAME(add_above)(&positive[v], &ayes[v], x[v], cut);
+            NAME(add_below)(&negative[v], &noes[v], x[v], cut);
         }
     }
     NAME(Floats) one = NAME(all)(1);
@@ -82,40 +105,24 @@ static TARGET void NAME(elect_chunks)(Election *election) {
     NAME(fence)();
 }
 
-/* The sum of all places. */
-INLINE int64_t NAME(sum_of)(NAME(Bits) counts) {
-    int32_t places[LANES];
-    int64_t sum = 0;
-    memcpy(places, &counts, sizeof places);
-    for (int k = 0; k < LANES; k++) sum += places[k];
-    return sum;
-}
-
-/* Counts whole groups of one task vector, from `at` on, beside their part of θ_init. */
-static TARGET void NAME(tally_groups)(Tally *tally, const float *initial, int64_t at, int64_t count) {
-    NAME(Bits) low = NAME(same)(tally->low), high = NAME(same)(tally->high);
-    NAME(Bits) above = NAME(same)(0), at_high = above, at_low = above;
-    int32_t *between = tally->between + tally->found;
-    int64_t bytes = width(tally->dtype);
-    for (int64_t i = 0; i < count; i += GROUP) {
-        NAME(Lanes) theta[VECTORS];
-        const char *data = tally->theta + (at + i) * bytes;
-        NAME(load_group)(theta, data, tally->dtype, GROUP, PORTION * bytes); /* others are counted until then */
-        UNROLL for (int v = 0; v < VECTORS; v++) {
-            NAME(Bits) bits = NAME(magnitude)(theta[v] - NAME(load_fp32)(initial + i + LANES * v));
-            above = NAME(count)(above, NAME(above)(bits, high));
-            at_high = NAME(count)(at_high, NAME(equal)(bits, high));
-            at_low = NAME(count)(at_low, NAME(equal)(bits, low));
-            between += NAME(pick)(between, bits, NAME(above)(bits, low) & NAME(above)(high, bits));
-        }
+/* Counts a whole group of one task vector, and picks what lies in its bracket, ends included. */
+INLINE void NAME(tally_group)(Tally *tally, const NAME(Lanes) *initial, int64_t at) {
+    NAME(Lanes) theta[VECTORS];
+    NAME(Bits) below = NAME(same)(tally->low - 1), high = NAME(same)(tally->high);
+    int32_t *start = tally->between + tally->found + tally->picked, *end = start;
+    int64_t reach = 0;
+    NAME(load_group)(theta, tally->theta + at * width(tally->dtype), tally->dtype, GROUP, AHEAD);
+    UNROLL for (int v = 0; v < VECTORS; v++) {
+        NAME(Bits) bits = NAME(magnitude)(theta[v] - initial[v]);
+        NAME(Mask) set = NAME(above)(bits, below);
+        reach += NAME(number)(set);
+        end += NAME(pick)(end, bits, NAME(up_to)(set, bits, high));
     }
-    tally->found = between - tally->between;
-    tally->above += NAME(sum_of)(above);
-    tally->at_high += NAME(sum_of)(at_high);
-    tally->at_low += tally->low < tally->high ? NAME(sum_of)(at_low) : 0;
+    tally->picked += end - start;
+    tally->above += reach - (end - start);
 }
 
-/* Counts the `count` elements that are left of one task vector at the end. */
+/* The same for the `count` elements that are left at the end. */
 static TARGET void NAME(tally_rest)(Tally *tally, const float *initial, int64_t at, int64_t count) {
     float theta[GROUP];
     NAME(widen)(theta, tally->theta, at, tally->dtype, count);
@@ -125,24 +132,51 @@ static TARGET void NAME(tally_rest)(Tally *tally, const float *initial, int64_t 
         memcpy(&bits, &entry, 4);
         bits &= 0x7fffffff;
         tally->above += bits > tally->high;
-        tally->at_high += bits == tally->high;
-        tally->at_low += bits == tally->low && bits < tally->high;
-        if (bits > tally->low && bits < tally->high)
-            tally->between[tally->found++] = bits;
+        if (bits >= tally->low && bits <= tally->high)
+            tally->between[tally->found + tally->picked++] = bits;
     }
 }
 
-/* All task vectors, portion by portion. */
+/* Counts the ends of the bracket among what was picked of a block, and leaves only what lies between. */
+static TARGET void NAME(tally_ends)(Tally *tally, Mark *mark) {
+    NAME(Bits) low = NAME(same)(tally->low), high = NAME(same)(tally->high);
+    int32_t *picked = tally->between + tally->found, *end = picked;
+    int64_t at_low = 0, at_high = 0;
+    memset(picked + tally->picked, 0xff, 4 * LANES); /* -1, which no magnitude is */
+    for (int64_t i = 0; i < tally->picked; i += LANES) {
+        NAME(Bits) bits;
+        memcpy(&bits, picked + i, sizeof bits);
+        at_low += NAME(number)(NAME(equal)(bits, low));
+        at_high += NAME(number)(NAME(equal)(bits, high));
+        end += NAME(pick)(end, bits, NAME(above)(bits, low) & NAME(above)(high, bits));
+    }
+    if (tally->low == tally->high)
+        at_low = 0;
+    *mark = (Mark){at_high, at_low, end - picked};
+    tally->at_low += at_low;
+    tally->at_high += at_high;
+    tally->found += end - picked;
+    tally->picked = 0;
+}
+
+/* All task vectors, group by group. */
 static TARGET void NAME(tally)(const Census *census) {
-    float initial[PORTION];
-    for (int64_t at = 0; at < census->size; at += PORTION) {
-        int64_t count = smaller(PORTION, census->size - at), whole = count / GROUP * GROUP;
-        for (int64_t i = 0; i < count; i += GROUP)
-            NAME(widen)(initial + i, census->initial, at + i, census->initial_dtype, smaller(GROUP, count - i));
-        for (Tally *tally = census->tallies; tally < census->tallies + census->count; tally++) {
-            NAME(tally_groups)(tally, initial, at, whole);
-            if (whole < count)
-                NAME(tally_rest)(tally, initial + whole, at + whole, count - whole);
+    Tally *last = census->tallies + census->count;
+    for (int64_t at = 0; at < census->size;) {
+        int64_t block = at / BLOCK, stop = smaller(at + BLOCK, census->size);
+        for (; at + GROUP <= stop; at += GROUP) {
+            NAME(Lanes) initial[VECTORS];
+            int32_t dtype = census->initial_dtype;
+            NAME(load_group)(initial, census->initial + at * width(dtype), dtype, GROUP, AHEAD);
+            for (Tally *tally = census->tallies; tally < last; tally++) NAME(tally_group)(tally, initial, at);
         }
+        if (at < stop) {
+            float initial[GROUP];
+            NAME(widen)(initial, census->initial, at, census->initial_dtype, stop - at);
+            for (Tally *tally = census->tallies; tally < last; tally++)
+                NAME(tally_rest)(tally, initial, at, stop - at);
+            at = stop;
+        }
+        for (Tally *tally = census->tallies; tally < last; tally++) NAME(tally_ends)(tally, tally->marks + block);
     }
 }

@@ -57,6 +57,7 @@ class RunningAverages:
     They are kept in fp32 (of fp64 tensors in fp64), of every floating-point tensor that is not left out, in a
     flat arena each, beside the live weights. On CUDA the updates run on a stream of their own: whoever
     is going to write to the live weights calls ``wait`` first, which makes the device wait, not the host.
+    A forward pass, which may write to buffers, does not: if there are any, training's stream waits at once.
 
     Copies go to the window's folder with every snapshot and every checkpoint: a resumed run goes on from
     them, and a restored one goes back to them.
@@ -82,6 +83,7 @@ class RunningAverages:
         self.layout = averaged_layout(self.sharding, tensors, left_out)
         self._hash = window.store.whole.only(self.layout.names).hash
         self.files = RunningFiles(window.folder, averages, self.sharding, window.store.session, ToHost())
+        self._have_buffers = not self.layout.names.isdisjoint(window.store.check_finite.buffers)
         self._device, self._size = device, window.size
         self._sources = LiveSources(self.sharding, self.layout)
         self._places: dict[str, Arena] = {}  # of the copies, by name
@@ -137,6 +139,8 @@ class RunningAverages:
                     self._blend(running, sources, beta)
                     running.is_torn = False
                 running.at = step
+        if self._have_buffers:
+            self.wait()
 
     def end(self) -> None:
         """Makes no more updates on this rank; the averages are not sound any more."""

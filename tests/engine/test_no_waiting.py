@@ -4,11 +4,13 @@ What a pretended GPU can't show is the order between streams, and what the sum o
 """
 
 import json
+import threading
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from pretend_gpu import GPU, OneGpu, OnGpu, RefusedError, plain, pretend_gpu, put_on
+from pretend_gpu import GPU, OneGpu, OnGpu, RefusedError, Stream, plain, pretend_gpu, put_on
+from spiking_runs import Batches, Line
 from training_runs import Classifier, assert_same_bits, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, PowerEma, RunningEma, SmaSince, SpikeOptions
@@ -84,11 +86,11 @@ RUNS = {
 }
 
 
-def fit(*callbacks, module=Classifier, fit=()):
+def fit(*callbacks, module=Classifier, fit=(), data=None):
     """A fit on the device; the weights it ends with."""
     seed()
     model = put_on(module())
-    train(model, *callbacks, data=loader(128), strategy=OneGpu(), max_steps=STEPS, **dict(fit))
+    train(model, *callbacks, data=data or loader(128), strategy=OneGpu(), **{"max_steps": STEPS, **dict(fit)})
     return {name: plain(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -123,6 +125,33 @@ def test_an_average_in_pinned_host_memory_is_the_one_on_the_device(tmp_path, mon
         fit(callback, Copies())
     assert seen["host"][0] == STEPS - 1
     assert_same_bits(list(seen["host"][1].values()), list(seen["device"][1].values()))
+
+
+@pytest.mark.parametrize(
+    ("module", "steps"),
+    [(Line, ["forward", "wait"] * 4), (Classifier, ["forward", *["forward", "wait"] * 3, "wait"])],
+    ids=["batch norm", "no buffers"],
+)
+def test_the_device_waits_for_the_averages_before_what_they_read_is_overwritten(
+    tmp_path, monkeypatch, module, steps
+):
+    """Batch norm writes to its buffers in the forward pass, the optimizer to all else."""
+    told = []
+
+    class Forward(Callback):
+        def on_train_batch_start(self, *args):
+            told.append("forward")
+
+    def wait_event(stream, event):
+        if threading.current_thread() is threading.main_thread():
+            told.append("wait")
+
+    monkeypatch.setattr(Stream, "wait_event", wait_event)
+    with pretend_gpu(monkeypatch) as gpu:
+        callback = watched(gpu, tmp_path, running=[RunningEma(decay=0.9)], every_n_steps=100)
+        data = Batches() if module is Line else None
+        fit(callback, Forward(), module=module, fit={"max_steps": 4}, data=data)
+    assert told == steps
 
 
 @pytest.mark.parametrize(

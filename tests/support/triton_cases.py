@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreted_triton import round_to_bf16
 
 from merge_callback import merge_state_dicts, reduce
 from merge_callback.merging import Ties, Trajectory, census, sparse
@@ -37,20 +38,8 @@ MIXTURE = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def _the_interpreter_rounds(monkeypatch):
-    """Triton's interpreter truncates fp32 to bf16; compiled kernels round (PTX: cvt.rn.bf16)."""
-    if not INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast = InterpreterBuilder.cast_impl
-
-    def rounded(self, source, dtype):
-        if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, source, dtype)
-        bits = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16)
-        return TensorHandle(bits.numpy(), tl.bfloat16)
-
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", rounded)
+    if INTERPRETED:
+        round_to_bf16(monkeypatch)
 
 
 def eighths(size, seed, dtype=torch.float32):
