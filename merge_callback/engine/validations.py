@@ -181,7 +181,8 @@ def closing_line(
         spread: the standard deviation of the live metric's noise; ``None`` if that is not known.
     """
     newest, metric = _place(publisher, publisher.newest_step), validations.metric
-    line = f"merge: {count} merge{'s' * (count != 1)} published, the newest is {newest}"
+    line = f"merge: {count} merge{'s' * (count != 1)} published, "
+    line += f"the newest is {newest}" if newest else "of which none is there any more"
     if metric and best is not None:
         place = _place(publisher, best)
         line += f", the best in {metric} {'too' if place == newest else f'is {place}'}"

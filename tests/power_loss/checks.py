@@ -15,6 +15,7 @@ from training_runs import assert_mean
 
 from merge_callback import load_merge
 from merge_callback.cli.main import main
+from merge_callback.report.history import read_history
 
 from .states import FOLDER, below, digest, lay_out
 
@@ -32,12 +33,14 @@ class Promises:
     """What a run has let others know up to some record, and so has to be found again.
 
     ``published`` are emissions whose publishing has returned and whose removal has not begun. ``latest``
-    leads to one of ``leads``: the last of them, or where it was pointed since. ``lines`` are the events in
+    leads to one of ``leads``: the last of them, or where it was pointed since. ``has_best`` says that there
+    was a ``best`` when the last of them was published. ``lines`` are the events in
     ``spikes.jsonl`` at the end of the last batch, ``checkpoints`` the last two of the trainer's.
     """
 
     published: tuple[str, ...] = ()
     leads: tuple[str, ...] = ()
+    has_best: bool = False
     lines: str = ""
     checkpoints: tuple[tuple[int, str], ...] = ()
 
@@ -45,7 +48,8 @@ class Promises:
         """The promises after one more record, of which the disk knows already."""
         what, value = record.get("mark"), record.get("value")
         if what == "published":
-            return replace(self, published=(*self.published, value), leads=(value,))
+            has_best = f"{MERGES}/best" in disk.as_it_is()  # pointed at another one before this one
+            return replace(self, published=(*self.published, value), leads=(value,), has_best=has_best)
         if what == "checkpoint":
             return replace(self, checkpoints=(*self.checkpoints[-1:], (value["step"], value["path"])))
         if what == "batch":
@@ -99,6 +103,11 @@ def judge_folder(tree, promises, truth, log):
     """
     verdict, merges = Verdict(), below(tree, MERGES) or {}
     names = [path for path, what in merges.items() if path.startswith("step=") and what == FOLDER]
+    best = merges.get("best", "").removeprefix("link ")
+    if best and best not in names:
+        verdict.damaged.append(f"best leads to {best}, which is not there")
+    if promises.has_best and not best:
+        verdict.silent.append("best is gone")
     for name in (name for name in names if "/" not in name):
         if digest(below(merges, name)) not in truth.get(name, ()):
             verdict.damaged.append(f"{name} is not what was published: {sorted(below(merges, name))}")
@@ -128,11 +137,12 @@ class Outcome:
     broken: list = field(default_factory=list)  # emissions in sight that are not what their record says
     differs: str = ""  # how the emission differs from the mean of what it says it is made of
     weights: str = ""  # of the live model at the end
+    averages: dict = field(default_factory=dict)  # by name the last update's step and the values' digest
     told: str = ""
     error: str = ""
 
 
-def outcome(merges, published, weights, is_exact):
+def outcome(merges, published, weights, is_exact, averages):
     """What a run left in its folder.
 
     Args:
@@ -140,8 +150,9 @@ def outcome(merges, published, weights, is_exact):
         published: names of what it has published itself.
         weights: of the live model by step, of the whole run.
         is_exact: whether snapshots are kept as they were.
+        averages: what running averages hold at the end.
     """
-    found = Outcome(weights=_digest_of(weights[max(weights)]))
+    found = Outcome(weights=digest_of(weights[max(weights)]), averages=averages)
     manifest = json.loads((merges / "window/manifest.json").read_text())
     for record in manifest["snapshots"]:
         path = merges / "window" / record["file"]
@@ -157,10 +168,14 @@ def outcome(merges, published, weights, is_exact):
     for place in sorted(merges.glob("step=*")):
         if why := _broken(place):
             found.broken.append(f"{place.name}: {why}")
+    try:
+        read_history(merges)
+    except (OSError, ValueError) as error:
+        found.broken.append(f"the record of events: {error}")
     if published:
         record = json.loads((merges / published[-1] / "merge.json").read_text())
         merge = load_merge(merges / published[-1])
-        found.merge = _digest_of(merge)
+        found.merge = digest_of(merge)
         steps = [snapshot["step"] for snapshot in record["snapshots"]]
         if is_exact:
             try:
@@ -196,6 +211,10 @@ def judge_outcome(found, expected):
         verdict.torn.append(f"the next merge is not that of its snapshots: {found.differs:.200}")
     if found.weights != expected.weights:
         verdict.torn.append("the live weights are others")
+    for name, average in expected.averages.items():
+        if found.averages.get(name) != average:
+            is_told = f"running average {name} " in found.told
+            (verdict.told if is_told else verdict.torn).append(f"running average {name} is another")
     return verdict
 
 
@@ -240,7 +259,8 @@ def _content(file):
     return hashlib.sha256(_WRITER.sub(rb"\1", content)).hexdigest()
 
 
-def _digest_of(weights):
+def digest_of(weights):
+    """Says whether two mappings of tensors hold the same bits."""
     total = hashlib.sha256()
     for name, tensor in weights.items():
         total.update(name.encode())

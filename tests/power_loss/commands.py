@@ -14,10 +14,12 @@ from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from merge_callback.cli.main import main
+from merge_callback.offline.sweep_results import SweepResults
 
 TESTS = Path(__file__).parents[1]
 sys.path[:0] = [path for path in (str(TESTS / "support"), str(TESTS)) if path not in sys.path]
@@ -149,8 +151,14 @@ def started(root, log, exchange, arguments):
 
 def called(root, log, exchange, arguments):
     """Runs a command in this process, recorded; returns its exit status."""
-    recorder = Recorder(root, log, exchange)
-    with recorder.recording():
+    recorder, add = Recorder(root, log, exchange), SweepResults.add
+
+    def add_and_tell(self, key, entry):
+        add(self, key, entry)
+        recorder.mark("scored", key)
+
+    with recorder.recording(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SweepResults, "add", add_and_tell)
         status = main(arguments)
         recorder.mark("done", status)
     return status

@@ -23,12 +23,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from sharded_runs import OFF, merged_fit
 from training_runs import assert_mean
 
+from merge_callback import CheckpointMergeCallback, PowerEma, RunningEma, SmaSince
+from merge_callback.merging import Ema
 from merge_callback.publish import Publisher
 
 from .checks import (
     MERGES,
     Outcome,
     Promises,
+    digest_of,
     inspected,
     judge_folder,
     judge_outcome,
@@ -43,12 +46,16 @@ ROOT, LOG, CHECKPOINTS = "disk", "log", "checkpoints"
 
 
 class Remembers(Callback):
-    """Remembers the live weights after every step."""
+    """Remembers the live weights after every step, and what running averages hold after the last one."""
 
     def __init__(self):
-        self.weights = {}
+        self.weights, self.averages = {}, {}
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        for callback in trainer.callbacks:
+            if isinstance(callback, CheckpointMergeCallback) and callback.session.running:
+                averages = callback.session.running.by_name.items()
+                self.averages = {n: (a.at, digest_of(a.arena.own_tensors())) for n, a in averages if a.arena}
         weights = full_weights(trainer.strategy.model) if trainer.world_size > 1 else module.state_dict()
         self.weights[trainer.global_step] = {name: tensor.clone() for name, tensor in weights.items()}
 
@@ -95,14 +102,16 @@ class Training:
         steps: of the run.
         saves: steps after which the trainer saves a checkpoint.
         again: the step after which the run ends, to be resumed from its last checkpoint.
+        validated: steps between validations; 0 for none.
         is_exact: whether what is published are means of the weights as they were.
         **options: of the callback.
     """
 
     promises, at_most = Promises(), 500  # resumes that are tried
 
-    def __init__(self, fit, every, steps, saves, again=None, is_exact=True, **options):
+    def __init__(self, fit, every, steps, saves, again=None, validated=0, is_exact=True, **options):
         self.fit, self.every, self.steps, self.saves = fit, every, steps, saves
+        self.validated = validated
         self.again, self.is_exact, self.options = again, is_exact, {"keep_last": 2, **options}
         self.weights = {}
 
@@ -177,26 +186,34 @@ class Training:
             with noting(told), announcing(published.append):
                 self._fit(place, path, step + self.every, [remembers])
             weights = self.known(step, remembers)
-            found = outcome(place / ROOT / MERGES, published, weights, self.is_exact)
+            found = outcome(place / ROOT / MERGES, published, weights, self.is_exact, remembers.averages)
         except Exception:
             found = Outcome(error=traceback.format_exc(limit=-6))
         found.told = "\n".join(told)
         return found
 
     def _fit(self, place, checkpoint, steps, callbacks):
+        often = {"val_check_interval": self.validated, "limit_val_batches": 2}
+        validation = often if self.validated else {"limit_val_batches": 0}
         self.fit(
             place,
             None if checkpoint is None else str(checkpoint),
             callbacks,
             dirpath=place / ROOT / MERGES,
-            trainer={"max_steps": steps, "limit_val_batches": 0, "logger": False},
-            **self.options,
+            trainer={"max_steps": steps, "logger": False, **validation},
+            **{"evaluate": bool(self.validated), **self.options},
         )
 
     def known(self, step, remembers):
         """The weights by step of a run that was resumed after ``step``."""
         before = {s: weights for s, weights in self.weights.items() if s <= step}
         return {**(before if remembers.weights else self.weights), **remembers.weights}
+
+
+class Averaged(Training):
+    """A run that writes much more than the weights of its steps."""
+
+    at_most = 120
 
 
 class Ranks(Training):
@@ -274,7 +291,8 @@ def resume_all(run, place, log, cases):
             torch.distributed.barrier()
             if is_first:
                 weights = run.known(step, remembers)
-                result = outcome(place / ROOT / MERGES, published, weights, run.is_exact)
+                averages = remembers.averages
+                result = outcome(place / ROOT / MERGES, published, weights, run.is_exact, averages)
         except Exception:
             result = Outcome(error=traceback.format_exc(limit=-6))
         result.told = "\n".join(told)
@@ -283,7 +301,7 @@ def resume_all(run, place, log, cases):
 
 
 def _tiny(place, checkpoint, callbacks, **options):
-    return tiny_run.fit(place, checkpoint, callbacks, method="sma", emit_every=1, evaluate=False, **options)
+    return tiny_run.fit(place, checkpoint, callbacks, method="sma", emit_every=1, **options)
 
 
 def _adapted(place, checkpoint, callbacks, **options):
@@ -293,6 +311,8 @@ def _adapted(place, checkpoint, callbacks, **options):
 def _spiking(place, checkpoint, callbacks, **options):
     return spiking_runs.fit(place, checkpoint, callbacks, method="sma", **options)
 
+
+AVERAGES = [PowerEma(0.05), RunningEma(half_life=0.05), SmaSince(step=4)]
 
 SAVES = (3, 7, 8, 13, 19, 24)
 
@@ -310,9 +330,15 @@ RUNS = {
     "frozen, delta": lambda: Training(_adapted, 2, 26, SAVES, is_exact=False, snapshot_codec="delta-fp16"),
     "dcp": lambda: Training(_tiny, 2, 26, SAVES, format="dcp"),
     "resumed": lambda: Training(_tiny, 2, 26, SAVES, again=12),
+    "averages": lambda: Averaged(_tiny, 2, 26, SAVES, running=[*AVERAGES, PowerEma(0.1, every_n_steps=3)]),
+    "candidates": lambda: Averaged(
+        _tiny, 2, 26, SAVES, validated=3, is_exact=False, candidates=["wma", Ema(last=2)], running=AVERAGES
+    ),
+    "spikes, averages": lambda: Averaged(_spiking, 5, 128, (67, 78, 84, 86, 91, 104, 122), running=AVERAGES),
     "spikes": lambda: Training(_spiking, 5, 128, (67, 78, 84, 86, 91, 104, 122)),
     "DDP": lambda: Ranks("ddp", 12, (3, 6, 9)),
     "shards": lambda: Ranks("fsdp2", 12, (3, 6, 9)),
+    "shards, averages": lambda: Ranks("fsdp2", 12, (3, 6, 9), running=AVERAGES),
     "shards, delta": lambda: Ranks("fsdp2", 12, (3, 6, 9), is_exact=False, snapshot_codec="delta-fp16"),
 }
 """By the kind of run."""

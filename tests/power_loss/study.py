@@ -16,10 +16,11 @@ import torch
 
 from .checks import Verdict
 from .commands import COMMANDS
+from .further import FURTHER
 from .runs import RUNS
 from .states import MODELS, crash_states, digest
 
-KINDS = {**RUNS, **COMMANDS}
+KINDS = {**RUNS, **COMMANDS, **FURTHER}
 
 WRONG = {"damaged": "damaged", "torn": "torn", "silent": "lost silently", "crashed": "failed", "told": "lost"}
 """What is counted, and what it is called in the table."""
