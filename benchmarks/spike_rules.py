@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from merge_callback.signals.lr_phase import Warmup
 from merge_callback.signals.spike_detector import SpikeDetector
 
 WARMUP = 100
@@ -26,7 +27,8 @@ Rule = Callable[[list[float]], list[int]]
 def ours(losses: list[float]) -> list[int]:
     """Steps at which the detector reports a spike."""
     detector = SpikeDetector()
-    events = [detector.observe(step, loss, active=step >= WARMUP) for step, loss in enumerate(losses)]
+    rates = [Warmup.FIRST] * WARMUP + [Warmup.NONE] * len(losses)
+    events = [detector.observe(step, loss, rates[step]) for step, loss in enumerate(losses)]
     return [event.step for event in events if event is not None and event.kind == "spike"]
 
 

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from merge_callback.merging import MergeMethod, Weighted, resolve_method
+from merge_callback.merging.running import RunningAverage
 
 CandidatesOption = Mapping[str, str | MergeMethod] | Sequence[str | MergeMethod] | None
 
+_TAKEN = ("live", "merged")
 _NAME = re.compile(r"[A-Za-z0-9][\w.+=-]*")
 
 
@@ -46,7 +48,7 @@ def resolve_candidates(
             raise ValueError(
                 f"candidates: {name!r} can't be a name: it takes letters, digits, '_', '-', '.', '+' and '='"
             )
-        if name in ("live", "merged"):
+        if name in _TAKEN:
             raise ValueError(
                 f"candidates: {name!r} is what the weights that train, or the best one, are called"
             )
@@ -58,6 +60,24 @@ def resolve_candidates(
         check_fits(f"candidates: {name}={method!r}", method, window)
         found[name] = method
     return found
+
+
+def check_running(
+    running: Mapping[str, RunningAverage],
+    candidates: Mapping[str, MergeMethod],
+    methods: Mapping[str, MergeMethod],
+) -> None:
+    """Makes sure that no running average has the name of a merge of the window, whose scores would be its.
+
+    Raises:
+        ValueError: for one that has.
+    """
+    for name in running:
+        if name in (*_TAKEN, *candidates, *(method.label for method in methods.values())):
+            raise ValueError(
+                f"running: {name!r} is what another merge, or the weights that train, are called; choose "
+                f"another name, e.g. running={{'running-{name}': {running[name]!r}}}"
+            )
 
 
 def check_fits(what: str, method: MergeMethod, window: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from merge_callback.candidate_options import check_comparison, check_fits, resolve_candidates
+from merge_callback.candidate_options import check_comparison, check_fits, check_running, resolve_candidates
 from merge_callback.checks import (
     not_negative,
     one_of,
@@ -156,6 +156,8 @@ class Options:
         methods = resolve_methods(given["method"], given["window"])
         candidates = resolve_candidates(given["candidates"], methods, given["window"])
         check_comparison(given, candidates)
+        running = resolve_running(given["running"])
+        check_running(running, candidates, methods)
         batches = given["evaluate_batches"]
         return cls(
             window=resolve_window(given["window"]),
@@ -180,7 +182,7 @@ class Options:
             evaluate_with=resolve_classes(given["evaluate_with"]),
             evaluate_batches=None if batches is None else positive("evaluate_batches", batches),
             diversity_lag=positive("diversity_lag", given["diversity_lag"]),
-            running=resolve_running(given["running"]),
+            running=running,
             probe=resolve_probe(given["probe"]),
             exclude=patterns("exclude", given["exclude"]),
             lora=one_of("lora", given["lora"], ("delta", "factors")),

@@ -183,7 +183,9 @@ class Candidates:
 
 
 def _why_not(select: str | None, lower: Mapping[str, bool | None]) -> str:
-    names = ", ".join(sorted(lower)) or "none"
+    if not lower:
+        return "the validation has found no metric"
+    names = ", ".join(sorted(lower))
     if select is not None and select not in lower:
         return f"select={select!r} names no metric of the validation, whose metrics are {names}"
     return (

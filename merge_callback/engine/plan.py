@@ -184,7 +184,8 @@ def _told(running: RunningAverages) -> str:
     )
     if running.stored_nbytes:
         line += (
-            f"; copies at snapshots and checkpoints take {in_bytes(running.stored_nbytes)} of disk at most"
+            f"; copies at snapshots and checkpoints take up to {in_bytes(running.stored_nbytes)} of disk, "
+            "and up to three times as much while the trainer's last two checkpoints need older ones"
         )
     return line
 

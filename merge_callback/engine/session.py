@@ -268,8 +268,8 @@ class MergeSession:
             self._is_measured = True
             self._report_tokens_per_step()
         due = self.interval.is_over(self.step)
-        warming_up = self.phases.is_warming_up
-        restored = self.spikes is not None and self.spikes.end_step(self.step, warming_up, seen)
+        warmup = self.phases.warmup
+        restored = self.spikes is not None and self.spikes.end_step(self.step, warmup, seen)
         if self.running and not restored and self.running.is_due(step):
             self._update_averages()
         return due and not restored

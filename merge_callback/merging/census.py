@@ -68,7 +68,8 @@ class Count(NamedTuple):
     """Counts of one block's elements: larger than ``high``, equal to it, between, and equal to ``low``.
 
     If both ends are the same, none count as between or as equal to ``low``. ``picked`` is every ``stride``-th
-    element between.
+    element between. Of ``marks`` each row has the numbers at ``high``, at ``low`` and between of one part of the
+    block: `MARKED` elements, or all.
     """
 
     length: int
@@ -78,6 +79,7 @@ class Count(NamedTuple):
     at_low: int
     stride: int
     picked: Bits
+    marks: npt.NDArray[np.int32]
 
 
 Counts: TypeAlias = list[list[Count]]
@@ -104,11 +106,11 @@ def count_pass(brackets: Sequence[Bracket]) -> list[Counts]:
     def count(parts: Sequence[Part], start: int, stop: int) -> Counts:
         counts: Counts = [[] for _ in parts]
         bounds = [(low, high) for _, low, high in brackets]
-        for which, length, (above, at_high, at_low, between) in _splits(parts, bounds, start, stop):
+        for which, length, (above, at_high, at_low, between, marks) in _splits(parts, bounds, start, stop):
             stride = 1 << (seen[which] // _PICKED).bit_length()
             seen[which] += len(between)  # threads may overwrite each other's value; it need not be exact
             picked = between[::stride].copy()  # a view would keep all of them alive
-            counts[which].append(Count(length, above, at_high, len(between), at_low, stride, picked))
+            counts[which].append(Count(length, above, at_high, len(between), at_low, stride, picked, marks))
         return counts
 
     found: list[Counts] = [[] for _ in brackets]
@@ -152,16 +154,21 @@ def split(bits: Tensor, low: int, high: int) -> Split:
     if bits.device.type != "cpu":
         between = bits[(bits > low) & (bits < high)].cpu().numpy()
         at_low = int((bits == low).sum()) if low < high else 0
-        return int((bits > high).sum()), int((bits == high).sum()), at_low, between
+        return _split(int((bits > high).sum()), int((bits == high).sum()), at_low, between)
     array, count = bits.numpy(), np.count_nonzero  # five times as fast as PyTorch's
     above, from_high = int(count(array > high)), array >= high
     at_high = int(count(from_high)) - above
     if low == high:
-        return above, at_high, 0, array[:0]
+        return _split(above, at_high, 0, array[:0])
     inside = (array > low) ^ from_high
     between = array[inside.nonzero()[0]]  # faster than a mask
     at_low = int(count(array >= low)) - len(between) - at_high - above
-    return above, at_high, at_low, between
+    return _split(above, at_high, at_low, between)
+
+
+def _split(above: int, at_high: int, at_low: int, between: Bits) -> Split:
+    marks = np.array([[at_high, at_low, len(between)]], dtype=np.int32)
+    return Split(above, at_high, at_low, between, marks)
 
 
 def bits_of(block: Tensor) -> Tensor:

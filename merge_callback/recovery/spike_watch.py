@@ -15,6 +15,7 @@ from merge_callback.recovery.spike_policy import SpikePolicy
 from merge_callback.sharding import local
 from merge_callback.signals.host import Host, report
 from merge_callback.signals.loss_scale import gradient_scale
+from merge_callback.signals.lr_phase import Warmup
 from merge_callback.signals.spike_detector import SpikeEvent
 from merge_callback.signals.step_statistics import Statistics, StepStatistics, dense
 from merge_callback.signals.watched_numbers import WatchedNumbers
@@ -100,7 +101,7 @@ class SpikeWatch:
             self._optimizers = [self._optimizers[1], ",".join(map(str, sorted(self._stepped)))]
             self._stepped.clear()
 
-    def end_step(self, step: int, warming_up: bool, statistics: Statistics | None) -> bool:
+    def end_step(self, step: int, warmup: Warmup, statistics: Statistics | None) -> bool:
         """Reads the statistics of the previous step, and acts on them.
 
         Returns:
@@ -112,7 +113,7 @@ class SpikeWatch:
         self.policy.recovery.lr.end_step(step)
         restored = False
         if statistics is not None:
-            for event in self._observe(statistics, warming_up):
+            for event in self._observe(statistics, warmup):
                 restored = restored or self.policy.act(event, step)
         if restored:
             self.statistics.forget()
@@ -141,21 +142,21 @@ class SpikeWatch:
         self.policy.load_state_dict(state["policy"])
         self._seen, self._optimizers = state["seen"], list(state["optimizers"])
 
-    def _observe(self, seen: Statistics, warming_up: bool) -> list[SpikeEvent]:
+    def _observe(self, seen: Statistics, warmup: Warmup) -> list[SpikeEvent]:
         """The events that the detectors report for a step, spikes first."""
         if seen.loss is None and not self._warned_of_no_loss:
             self._warned_of_no_loss = True
             warn("merge: training_step returned no loss, so no spike can be seen: return it, or {'loss': …}")
         if seen.unknown_scalars and self._new_scalars:
             self._agree_on_scalars()
-        events = self.numbers.observe(seen, not warming_up, self._optimizers[0], self._is_broken)
+        events = self.numbers.observe(seen, warmup, self._optimizers[0], self._is_broken)
         if not self.is_within_baseline:
             if self._merger().window.mark_in_spike(self._seen, seen.step):
                 self._merger().forget()
         elif self.numbers.loss.onset is None:
             self.policy.note_clean(seen.step)
         self._seen = seen.step
-        if not events and (drift := self.numbers.drifted(seen, not warming_up)):
+        if not events and (drift := self.numbers.drifted(seen, warmup)):
             self.policy.report_drift(seen.step, *drift)
         return events
 

@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,26 @@ _SHARE = 1 << 23  # least bytes per thread: half a millisecond; starting one on 
 
 _GROUP = 64  # elements that are written at once; the last may be beyond those that are meant
 
+MARKED = 1 << 12
+"""Elements for which ``tally`` gives a mark: ``BLOCK`` in ``kernels.c``."""
+
 _VERSION = 5  # version of the structures below and the functions in kernels.c, which has the same number
 
 Room = npt.NDArray[np.int32]
 
-Split = tuple[int, int, int, npt.NDArray[np.signedinteger[Any]]]
+
+class Split(NamedTuple):
+    """The numbers of magnitudes above ``high``, at it, and at ``low`` (0 if both are the same); those between.
+
+    Each row of ``marks`` has the numbers at ``high``, at ``low`` and between of so many elements: `MARKED`, or all.
+    """
+
+    above: int
+    at_high: int
+    at_low: int
+    between: npt.NDArray[np.signedinteger[Any]]
+    marks: npt.NDArray[np.int32]
+
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _WEIGHTED, _CONTRASTED = 1, 2
@@ -105,6 +120,7 @@ class _Tally(ctypes.Structure):
     _fields_ = (
         ("theta", ctypes.c_void_p),
         ("between", ctypes.c_void_p),
+        ("marks", ctypes.c_void_p),
         ("above", ctypes.c_int64),
         ("at_high", ctypes.c_int64),
         ("at_low", ctypes.c_int64),
@@ -221,21 +237,23 @@ def tally(
         room: what ``tally_room`` gave for as many θ and at least ``n`` elements.
 
     Returns:
-        For each θ the numbers of magnitudes above ``high``, at it, and at ``low`` (0 if both are the same);
-        and the bits of those between, int32, in the order of the elements, until ``room`` is used again.
+        For each θ what was counted, with a mark for every `MARKED` elements; and the bits of those between,
+        int32, in the order of the elements, until ``room`` is used again.
     """
     places = range(room.ctypes.data, room.ctypes.data + room.nbytes, room.strides[0])
+    marks = np.empty((len(others), -(-initial.numel() // MARKED), 3), dtype=np.int32)
+    first, each = marks.ctypes.data, marks.strides[0]
     tallies = (_Tally * len(others))(
         *(
-            _Tally(theta.data_ptr(), place, 0, 0, 0, 0, 0, _DTYPES[theta.dtype], *bracket)
-            for theta, place, bracket in zip(others, places, brackets, strict=True)
+            _Tally(theta.data_ptr(), place, first + i * each, 0, 0, 0, 0, 0, _DTYPES[theta.dtype], *bracket)
+            for i, (theta, place, bracket) in enumerate(zip(others, places, brackets, strict=True))
         )
     )
     work = _Census(initial.data_ptr(), tallies, len(others), initial.numel(), _DTYPES[initial.dtype])
     _loaded().reduce_tally(ctypes.byref(work), instructions())
     return [
-        (each.above, each.at_high, each.at_low, place[: each.found])
-        for each, place in zip(tallies, room, strict=True)
+        Split(each.above, each.at_high, each.at_low, place[: each.found], mark)
+        for each, place, mark in zip(tallies, room, marks, strict=True)
     ]
 
 

@@ -17,7 +17,7 @@
 #include <string.h>
 
 #define GROUP 64      /* elements of every source that are summed at once: 256 bytes, four lines, in fp32 */
-#define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared */
+#define BLOCK 4096    /* elements whose contrasts wait in the first-level cache to be squared, or that have one mark */
 #define CACHED 24576  /* bytes of all sources that stay in the first-level cache for further sums */
 #define CHUNK 65536   /* elements a thread takes at once; the squares of each are a partial sum */
 #define AHEAD 1024    /* bytes that are asked for before they are needed; 512 and 2048 were much the same */
@@ -83,12 +83,18 @@ typedef struct {
     float scale;
 } Election;
 
+/* How many of a block's magnitudes are at the ends of a bracket, and between them. */
+typedef struct {
+    int32_t at_high, at_low, between;
+} Mark;
+
 /* What is counted of one task vector's magnitudes, as bits: above `high`, at it, at `low` if that is lower, and
  * between. The `found` ones between are also written, and behind them those that were picked and may be ends of
  * the bracket; all and GROUP more must have room. */
 typedef struct {
     const char *theta;
     int32_t *between;
+    Mark *marks; /* one for each block */
     int64_t above, at_high, at_low, found, picked;
     int32_t dtype;
     int32_t low, high;

@@ -137,8 +137,8 @@ static TARGET void NAME(tally_rest)(Tally *tally, const float *initial, int64_t 
     }
 }
 
-/* Counts the ends of the bracket among what was picked, and leaves only what lies between. */
-static TARGET void NAME(tally_ends)(Tally *tally) {
+/* Counts the ends of the bracket among what was picked of a block, and leaves only what lies between. */
+static TARGET void NAME(tally_ends)(Tally *tally, Mark *mark) {
     NAME(Bits) low = NAME(same)(tally->low), high = NAME(same)(tally->high);
     int32_t *picked = tally->between + tally->found, *end = picked;
     int64_t at_low = 0, at_high = 0;
@@ -150,7 +150,10 @@ static TARGET void NAME(tally_ends)(Tally *tally) {
         at_high += NAME(number)(NAME(equal)(bits, high));
         end += NAME(pick)(end, bits, NAME(above)(bits, low) & NAME(above)(high, bits));
     }
-    tally->at_low += tally->low < tally->high ? at_low : 0;
+    if (tally->low == tally->high)
+        at_low = 0;
+    *mark = (Mark){at_high, at_low, end - picked};
+    tally->at_low += at_low;
     tally->at_high += at_high;
     tally->found += end - picked;
     tally->picked = 0;
@@ -160,7 +163,7 @@ static TARGET void NAME(tally_ends)(Tally *tally) {
 static TARGET void NAME(tally)(const Census *census) {
     Tally *last = census->tallies + census->count;
     for (int64_t at = 0; at < census->size;) {
-        int64_t stop = smaller(at + BLOCK, census->size);
+        int64_t block = at / BLOCK, stop = smaller(at + BLOCK, census->size);
         for (; at + GROUP <= stop; at += GROUP) {
             NAME(Lanes) initial[VECTORS];
             int32_t dtype = census->initial_dtype;
@@ -174,6 +177,6 @@ static TARGET void NAME(tally)(const Census *census) {
                 NAME(tally_rest)(tally, initial, at, stop - at);
             at = stop;
         }
-        for (Tally *tally = census->tallies; tally < last; tally++) NAME(tally_ends)(tally);
+        for (Tally *tally = census->tallies; tally < last; tally++) NAME(tally_ends)(tally, tally->marks + block);
     }
 }

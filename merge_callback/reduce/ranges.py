@@ -49,6 +49,9 @@ def most_threads() -> int:
 
 def side_by_side(items: Collection[S], job: Callable[[S], T], count: int) -> list[T]:
     """Runs a job on each item, in so many threads; returns the results in the items' order."""
+    if count == 1:
+        with torch.no_grad():
+            return [job(item) for item in items]
     # These modes are per thread.
     inference, yields = torch.is_inference_mode_enabled(), threads.is_yielding()
 
@@ -56,7 +59,5 @@ def side_by_side(items: Collection[S], job: Callable[[S], T], count: int) -> lis
         with torch.inference_mode(inference), torch.no_grad(), threads.yielding(yields):
             return job(item)
 
-    if count == 1:
-        return [run(item) for item in items]
     with ThreadPoolExecutor(count, thread_name_prefix="merge") as pool:
         return list(pool.map(run, items))

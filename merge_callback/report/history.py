@@ -161,7 +161,7 @@ def _is_comparison(value: object) -> bool:
             isinstance(one, dict)
             and all(_is_text(one.get(name)) for name in texts)
             and _is_count(one.get("snapshots"))
-            and all(scores(one.get(kind)) for kind in ("metrics", "gains"))
+            and all(scores(one.get(kind)) for kind in ("metrics", "gains", "options"))
         )
 
     return isinstance(value, dict) and _is_list(is_entry)(value.get("scores"))

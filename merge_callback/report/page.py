@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 
 import merge_callback
@@ -26,7 +27,8 @@ _AT_ONCE = 3  # validation metrics whose charts are in sight
 _NAMED = 10  # layers that are in the legend
 
 _OWN = {"live": "var(--live)", "merged": "var(--merged)"}
-"""The colours of scores; candidates follow."""
+_FURTHER = [*((f"var(--c{i})", False) for i in (2, 3, 4, 5)), *((f"var(--c{i})", True) for i in (2, 3, 5))]
+"""The colours of scores: those of candidates are no other's, dashed ones at last, and not the forecast's."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunView]:
@@ -125,12 +127,13 @@ def _scores(runs: Sequence[RunView], axis: Axis) -> list[Html]:
 def _score(runs: Sequence[RunView], name: str, axis: Axis) -> Html:
     lines = []
     for place, run in enumerate(runs):
-        for index, (whose, points) in enumerate(run.scores(name).items()):
-            color = _OWN.get(whose, f"var(--c{index % _COLORS})")
+        further = cycle(_FURTHER)
+        for whose, points in run.scores(name).items():
+            color, is_dashed = (_OWN[whose], False) if whose in _OWN else next(further)
             label = f"{whose} weights" if whose in _OWN else whose
             if len(runs) > 1:
-                color, label = _color(place), f"{run.name}, {whose}"
-            lines.append(Series(label, points, color, dashed=len(runs) > 1 and whose == "live"))
+                color, is_dashed, label = _color(place), whose == "live", f"{run.name}, {whose}"
+            lines.append(Series(label, points, color, is_dashed))
     note = "Of the validation, at each of its steps."
     if len(runs) == 1:
         lines.append(Series("forecast of a decay", runs[0].forecast(name), "var(--c4)", dashed=True))

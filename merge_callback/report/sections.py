@@ -215,12 +215,13 @@ def _comparison(event: Event, told: str) -> Html:
         gain = number(one["gains"].get(metric))
         is_chosen = one["name"] == found.get("selected")
         kind = None if gain is None or not noise or abs(gain) < noise else "good" if gain > 0 else "bad"
+        is_running = "every_n_steps" in one["options"]
         rows.append(
             (
                 tag("b", one["name"]) if is_chosen else one["name"],
                 one["method"],
-                f"{one['snapshots']:,}",
-                one["order"],
+                MISSING if is_running else f"{one['snapshots']:,}",
+                MISSING if is_running else one["order"],
                 shown(number(one["metrics"].get(metric))),
                 tag("span", signed(gain), class_=kind),
                 "published" if is_chosen else "",
@@ -254,7 +255,7 @@ def _merge_row(run: RunView, event: Event, metric: str | None, target: Path) -> 
 
 def _weights(event: Event) -> Html:
     steps, weights = event.get("snapshots") or (), event.get("weights")
-    told = f"{len(steps)} from {min(steps):,} on" if steps else MISSING
+    told = f"{len(steps)} from {min(steps):,} on" if len(steps) > 1 or weights else MISSING
     if not weights:
         return tag("span", told)
     most = max(map(abs, weights)) or 1.0

@@ -94,6 +94,9 @@ class ShiftTest:
     """Tests whether outliers have become normal: three in four of the last 128 finite values.
 
     That happens if the data change, or the loss itself.
+
+    Args:
+        entries: the last steps and values, oldest first.
     """
 
     def __init__(self, entries: Iterable[tuple[int, float]] = ()) -> None:
@@ -108,12 +111,12 @@ class ShiftTest:
         while self.entries and self.entries[0][1] <= limit:
             del self.entries[0]
 
-    def outliers(self, limit: float) -> list[float]:
-        """The outliers, if they have become normal; else an empty list."""
-        if len(self.entries) < HISTORY:
+    def outliers(self, limit: float, of: int = HISTORY) -> list[tuple[int, float]]:
+        """Step and value of the outliers among the last ``of``, if three in four are; else an empty list."""
+        if len(self.entries) < of:
             return []
-        outliers = [value for _, value in self.entries if value > limit]
-        return outliers if len(outliers) >= _MOSTLY * HISTORY else []
+        outliers = [entry for entry in self.entries[-of:] if entry[1] > limit]
+        return outliers if len(outliers) >= _MOSTLY * of else []
 
 
 class RiseTest:

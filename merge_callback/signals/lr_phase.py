@@ -32,6 +32,20 @@ class Phase(str, Enum):
         return list(Phase).index(self)
 
 
+class Warmup(Enum):
+    """Whether the learning rate is rising, or just rose: then former losses are a poor measure of the loss.
+
+    Whether a first rise is a warm-up or a mistake can't be read from the rates: a warm-up that is stepped per
+    epoch may hold a rate for thousands of steps, and then multiply it by 200.
+    """
+
+    NONE = "none"
+    FIRST = "first"
+    """To rates that the run has not trained at since its start."""
+    AGAIN = "again"
+    """Back to a rate that it has trained at."""
+
+
 @dataclass
 class _Trace:
     """The detector's state. Levels are natural logs of the rate; times count observed steps."""
@@ -129,16 +143,19 @@ class LRPhaseDetector:
         return self._trace.rate / self._trace.peak if self._trace.peak > 0 else 0.0
 
     @property
-    def is_warming_up(self) -> bool:
+    def warmup(self) -> Warmup:
         """Whether the rate is rising, or just rose, for the first time or back to a former level.
 
-        Then former losses can't be used to judge the loss. It is ``False`` if the rate rises by a tenth above
-        any since the first warmup, or since a quarter of the run went by at one rate, and if it fell back
-        again: the effect on the loss is not a warmup's then.
+        It is neither if the rate rises by a tenth above any that it has had since the first warmup, since it
+        first fell, or since a quarter of the run went by at one rate, nor if it fell back again: the effect
+        on the loss is not a warmup's then.
         """
         trace = self._trace
-        uncharted = 0 < 1.1 * trace.settled < trace.rate
-        return trace.phase is Phase.WARMUP and trace.level >= trace.high and not uncharted
+        if trace.phase is not Phase.WARMUP or trace.level < trace.high:
+            return Warmup.NONE
+        if trace.settled == 0:
+            return Warmup.FIRST
+        return Warmup.AGAIN if trace.rate <= 1.1 * trace.settled else Warmup.NONE
 
     def observe(self, lrs: Sequence[float], weights: Sequence[float] | None = None) -> Phase:
         """Read the learning rates of one optimizer step; call it once per step.
@@ -156,9 +173,8 @@ class LRPhaseDetector:
         if math.isfinite(rate):
             trace.rate, trace.peak = rate, max(rate, trace.peak)
             self._read(now, math.log(max(rate, _FLOOR * trace.peak, 1e-30)))
-            held = now - trace.level_since
-            if trace.phase is not Phase.WARMUP and (trace.since > 0 or not self._is_stair(held)):
-                trace.settled = max(trace.settled, rate)
+            if trace.phase is not Phase.WARMUP:
+                self._settle(now)
         return trace.phase
 
     def state_dict(self) -> dict[str, Any]:
@@ -216,6 +232,14 @@ class LRPhaseDetector:
             trace.holds = []
         trace.holds = [*trace.holds[-2:], now - trace.level_since]
         trace.level, trace.level_since, trace.change = level, now, change
+
+    def _settle(self, now: int) -> None:
+        """Notes the rate, except in the first segment while that may be the first stair of a warmup."""
+        trace = self._trace
+        if trace.since > 0:
+            trace.settled = max(trace.settled, trace.rate)
+        elif trace.change < 0 or not self._is_stair(now - trace.level_since):
+            trace.settled = trace.peak
 
     def _begin(self, phase: Phase, since: int, high: float) -> None:
         """Open a segment whose highest level so far is the given one."""

@@ -8,15 +8,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from merge_callback.signals import first_warmup
 from merge_callback.signals.baseline import ACTIVE_FROM, Baseline, RiseTest, ShiftTest, middle
 from merge_callback.signals.hard_data import HardData
+from merge_callback.signals.lr_phase import Warmup
 from merge_callback.spike_options import HISTORY
 
 __all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]
 
 _RETURNED = 16  # consecutive values nearer to the baseline before a shift that restore it
 
-# While the rate rises, an outlier has to exceed the baseline by
+# While the rate rises to a former one, an outlier has to exceed the baseline by
 _FAR = 4.0  # this many times the usual distance of the threshold,
 _TIMES = 2.0  # and by this many times the baseline,
 _AS_AT_FIRST = 0.5  # and to reach this share of the level at the start of the run.
@@ -100,8 +102,10 @@ class SpikeDetector:
     *After a restore*, the first values are those of weights known to be good. If more than a quarter of them
     are outliers nevertheless, the data are the cause, and these values are hard data.
 
-    While the learning rate rises, former losses can't be used to judge the loss, unless it lies several times
-    above them and is no better than at the start of the run.
+    While the learning rate rises, former losses are a poor measure. In a *first* warm-up a spike takes a loss
+    that stays bad (see ``first_warmup``). If the rate rises *again* to a former one, the baseline is
+    forgotten, and only a value several times above it that is no better than half of the level at the start
+    of the run is an outlier.
 
     Args:
         k: an outlier's distance from the median, in robust standard deviations.
@@ -124,7 +128,7 @@ class SpikeDetector:
         self._streak: _Streak | None = None
         self._after: _AfterRestore | None = None
         self._before_shift: _BeforeShift | None = None
-        self._active = True  # whether the last value was judged
+        self._warmup = Warmup.NONE  # at the last value
         self._before: tuple[float, float] | None = None  # baseline and threshold before the rate rose
         self._start: list[float] = []  # the first values of the run, and
         self._level = 0.0  # how large they are
@@ -150,15 +154,19 @@ class SpikeDetector:
         return self._clean.limit(self._level) if len(self._clean) >= ACTIVE_FROM else math.nan
 
     def observe(
-        self, step: int, value: float, active: bool = True, skipped: bool = False, broken: bool = False
+        self,
+        step: int,
+        value: float,
+        warmup: Warmup = Warmup.NONE,
+        skipped: bool = False,
+        broken: bool = False,
     ) -> SpikeEvent | None:
         """Reads the value of one optimizer step.
 
         Args:
             step: the optimizer step; it must grow from call to call.
             value: the step's loss, or gradient norm.
-            active: ``False`` while the learning rate warms up: earlier values, at another rate, are
-                forgotten, and only a value several times above them is an outlier.
+            warmup: whether the learning rate rises, and to which rates.
             skipped: whether the step was skipped because its scaled fp16 gradients overflowed. That is how
                 loss scaling works, not a spike.
             broken: whether weights, gradients or optimizer state are known not to be finite.
@@ -169,15 +177,15 @@ class SpikeDetector:
         finite = math.isfinite(value)
         if skipped and finite:
             return None
-        if self._active is not active or self._before:
-            self._note_activity(active)
+        if warmup is not self._warmup:
+            self._note_warmup(warmup)
         outlier = not finite or self._is_outlier(value)
         if finite and len(self._start) < ACTIVE_FROM:
             self._start.append(value)
             self._level = middle(sorted(map(abs, self._start)))
         if outlier or self._shift.entries:
-            self._shift.note(step, value, self.threshold)
-        rise = self._note_rise(step, value) if finite and active else None
+            self._shift.note(step, value, self._limit)
+        rise = self._note_rise(step, value) if finite and warmup is Warmup.NONE else None
         if not outlier:
             self._end_streak()
             if self._after:
@@ -187,9 +195,9 @@ class SpikeDetector:
                 self._note_return(value)
             return rise
         streak = self._note_outlier(step, value)
-        if outliers := self._shift.outliers(self.threshold):
-            return self._accept_shift(step, outliers)
-        if not streak.reported and ((broken and not skipped) or self._is_spike(streak)):
+        if outliers := self._shift.outliers(self._limit):
+            return self._accept_shift(step, [value for _, value in outliers])
+        if not streak.reported and ((broken and not skipped) or self._is_spike(streak, finite)):
             streak.reported = True
             return self._event("spike", step, streak.onset, list(streak.outliers))
         return rise
@@ -230,7 +238,7 @@ class SpikeDetector:
             "rise": [[list(entry) for entry in self._rise.recent], self._rise.pause, self._rise.asked],
             "streak": asdict(self._streak) if self._streak else None,
             "after": asdict(self._after) if self._after else None,
-            "active": self._active,
+            "warmup": self._warmup.value,
             "before": list(self._before) if self._before else None,
             "before_shift": asdict(self._before_shift) if self._before_shift else None,
             "start": list(self._start),
@@ -241,7 +249,8 @@ class SpikeDetector:
         state = copy.deepcopy(dict(state))
         self._clean = Baseline(self.k, self.floor, state["clean"])
         self._hard = HardData(self.k, self.floor, state["hard"], state["healed"])
-        self._active, self._start = state["active"], state["start"]
+        self._warmup = Warmup(state.get("warmup", "none"))  # older versions did not tell the two kinds apart
+        self._start = state["start"]
         self._shift, self._rise = ShiftTest(state["trouble"]), RiseTest(self.k, self.floor, *state["rise"])
         self._streak = _Streak(**state["streak"]) if state["streak"] else None
         self._after = _AfterRestore(**state["after"]) if state["after"] else None
@@ -249,28 +258,34 @@ class SpikeDetector:
         self._before_shift = _BeforeShift(**state["before_shift"]) if state["before_shift"] else None
         self._level = middle(sorted(map(abs, self._start))) if self._start else 0.0
 
-    def _note_activity(self, active: bool) -> None:
-        """Starts a new baseline when a warm-up begins, and keeps the old one until its end."""
-        if self._active and not active:
-            known = len(self._clean) >= ACTIVE_FROM
-            self._before = (self.baseline, self.threshold) if known else None
+    def _note_warmup(self, warmup: Warmup) -> None:
+        """Keeps the baseline from before a rise until its end; starts a new one when the rate rises again."""
+        known = warmup is not Warmup.NONE and len(self._clean) >= ACTIVE_FROM
+        self._before = (self.baseline, self.threshold) if known else None
+        if warmup is Warmup.AGAIN:
             self._clean, self._shift = Baseline(self.k, self.floor), ShiftTest()
             self._before_shift = None
-            self._rise = RiseTest(self.k, self.floor)
-        elif active:
-            self._before = None
-        self._active = active
+        self._rise = RiseTest(self.k, self.floor)
+        self._warmup = warmup
 
     def _is_outlier(self, value: float) -> bool:
-        if not self._active:
+        if self._warmup is Warmup.AGAIN:
             return value > self._far_off
         # The threshold needs a sort, which most values can do without.
         known = len(self._clean) >= ACTIVE_FROM
-        return known and value > self._clean.least_limit(self._level) and value > self.threshold
+        least = -math.inf if self._before else self._clean.least_limit(self._level)
+        return known and value > least and value > self._limit
+
+    @property
+    def _limit(self) -> float:
+        """What a value must exceed to be an outlier, unless the rate rises again."""
+        if self._warmup is Warmup.FIRST:
+            return first_warmup.limit(*(self._before or (self.baseline, self.threshold)), self._start)
+        return self.threshold
 
     @property
     def _far_off(self) -> float:
-        """What a value must exceed to be an outlier while the rate rises."""
+        """What a value must exceed to be an outlier while the rate rises again."""
         if self._before is None or not math.isfinite(self._before[1]):
             return math.inf
         baseline, threshold = self._before
@@ -314,10 +329,15 @@ class SpikeDetector:
         low, high = self._hard.range(self._clean, self._level)
         return low <= value <= high
 
-    def _is_spike(self, streak: _Streak) -> bool:
+    def _is_spike(self, streak: _Streak, finite: bool) -> bool:
         if self._after and self._after.values:
             return False  # it is not known yet whether the data changed
         is_due = streak.ask_at is not None and streak.length >= streak.ask_at
+        if not is_due and finite and self._warmup is Warmup.FIRST:
+            lasting = self._shift.outliers(self._limit, first_warmup.LASTING) if streak.beyond else []
+            if lasting:
+                streak.onset = min(streak.onset, lasting[0][0])
+            return bool(lasting)
         return is_due or streak.beyond >= self.patience
 
     def _note_restored(self, value: float) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from merge_callback.signals.drift import Drift, SpikeScore
+from merge_callback.signals.lr_phase import Warmup
 from merge_callback.signals.spike_detector import SpikeDetector, SpikeEvent
 from merge_callback.signals.step_statistics import Statistics
 from merge_callback.spike_options import SpikeOptions
@@ -61,13 +62,13 @@ class WatchedNumbers:
         return len({optimizers for watched, optimizers in self._read if watched == LOSS}) > 1
 
     def observe(
-        self, seen: Statistics, active: bool, optimizers: str, is_broken: Callable[[], bool]
+        self, seen: Statistics, warmup: Warmup, optimizers: str, is_broken: Callable[[], bool]
     ) -> list[SpikeEvent]:
         """Reads the numbers of one optimizer step; returns the events to report, spikes first.
 
         Args:
             seen: the numbers.
-            active: ``False`` while the learning rate warms up.
+            warmup: whether the learning rate rises.
             optimizers: the optimizers that stepped, as a key.
             is_broken: finds out whether weights, gradients or optimizer state are not finite; called only if
                 a number is not.
@@ -80,7 +81,7 @@ class WatchedNumbers:
         if loss is not None:
             broken = not math.isfinite(loss) and not skipped and is_broken()
             self._read[LOSS, optimizers] = seen.step
-            if event := self._loss.observe(seen.step, loss, active, skipped, broken):
+            if event := self._loss.observe(seen.step, loss, warmup, skipped, broken):
                 events.append(event)
             if not skipped:
                 self.score.observe(loss)
@@ -90,13 +91,13 @@ class WatchedNumbers:
         for watched, value in further.items():
             broken = not math.isfinite(value) and not skipped and is_broken()
             self._read[watched, optimizers] = seen.step
-            if event := self[watched].observe(seen.step, value, active, False, broken):
+            if event := self[watched].observe(seen.step, value, warmup, False, broken):
                 events.append(event)
         return sorted(events, key=lambda event: _ORDER[event.kind]) if events else events
 
-    def drifted(self, seen: Statistics, active: bool) -> tuple[float, float] | None:
+    def drifted(self, seen: Statistics, warmup: Warmup) -> tuple[float, float] | None:
         """The best level of the loss and the present one, if it has crept up from there."""
-        if not active:
+        if warmup is not Warmup.NONE:
             self.drift.restart()
         elif seen.loss is not None and self._loss.onset is None:
             return self.drift.observe(seen.loss, self._margin)

@@ -105,7 +105,7 @@ class RunningAverages:
 
     @property
     def stored_nbytes(self) -> int:
-        """Bytes of all copies that are kept in files at most, on all ranks together."""
+        """Bytes of the copies in files on all ranks at most, without those that older checkpoints need."""
         if self.files.folder is None:
             return 0
         whole = self.window.store.whole.only(self.layout.names).groups

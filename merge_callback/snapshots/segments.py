@@ -41,12 +41,14 @@ class Segments:
     def before_spike(self, last_step: int) -> list[Snapshot]:
         """The snapshots up to ``last_step`` fit to restore: of one segment, oldest first.
 
-        None that was taken while the loss was an outlier. Of the warm-up, during which the weights move too
-        far for a mean, the newest one alone, and only if there is nothing else.
+        None that was taken while the loss was an outlier. Those of the warm-up come last. There the weights
+        move too far for a mean unless the rate is held: so only those at the rate of the newest.
         """
         segments = list(self._segments(last_step))
         settled = next((snapshots for snapshots in segments if snapshots[0].phase != "warmup"), [])
-        return settled or [snapshots[-1] for snapshots in segments[:1]]
+        if settled or not segments:
+            return settled
+        return [snapshot for snapshot in segments[0] if snapshot.lr == segments[0][-1].lr]
 
     def mark_in_spike(self, before: int, step: int) -> bool:
         """Notes that the loss of an optimizer step was an outlier; says whether a snapshot was taken there.

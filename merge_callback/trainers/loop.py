@@ -26,7 +26,7 @@ from merge_callback.engine.random_state import RandomState
 from merge_callback.engine.results import RunResults
 from merge_callback.engine.session import MergeSession
 from merge_callback.engine.validations import Scored, gains
-from merge_callback.messages import info
+from merge_callback.messages import info, warn
 from merge_callback.metrics import GAIN, MERGED, SPIKE_TEXT
 from merge_callback.options import Options
 from merge_callback.signals.host import HeldBatch, Host, LossOf, Rehearsal, UnrepeatableStepError, report
@@ -240,9 +240,15 @@ class CheckpointMerger(RunResults):
             merged: what the merged weights score.
             candidates: in place of that, what each of the ``candidates`` scores, by its name.
         """
-        if candidates and self._session is not None and candidates.keys() <= self._shown.keys():
-            self._compare(self._session, live, candidates)
-            return
+        if candidates and self._session is not None:
+            if unknown := sorted(candidates.keys() - self._shown.keys()):
+                warn(
+                    f"merge: log_validation() leaves out the scores of {', '.join(unknown)}: since the last "
+                    f"step, merged_weights() has shown {', '.join(self._shown) or 'no merge'}"
+                )
+            if known := {name: candidates[name] for name in candidates if name in self._shown}:
+                self._compare(self._session, live, known)
+                return
         found = {name: float(value) for name, value in (merged or {}).items()}
         lower = self._lower_is_better(found)
         values = {f"{MERGED}{name}": value for name, value in found.items()}

@@ -16,7 +16,7 @@ class Killed(BaseException):
 def folder(tmp_path):
     publisher = Publisher(tmp_path / "merges", None, 1 << 30)
     for step in (1, 2):
-        record = {"run_id": "run", "step": step, "method": {"name": "sma", "options": {}}}
+        record = {"run_id": "run", "step": step, "method": {"name": "sma", "options": {}, "reference": ""}}
         publisher.publish(f"step={step:08d}-sma", lambda draft: {}, record)
     return tmp_path / "merges"
 

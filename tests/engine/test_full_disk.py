@@ -4,13 +4,16 @@ import os
 import re
 import subprocess
 from contextlib import contextmanager, suppress
+from itertools import product
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from resumed_runs import StopAtStart
 from run_outcomes import checksum, emissions
+from slow_cases import mostly_slow
 from tiny_run import STEPS, At, SaveAt, StopError, Tiny, fit
 from window_runs import (
+    CODEC,
     LAST,
     WAYS,
     Full,
@@ -131,8 +134,9 @@ def free(folder):
 
 
 @needs_root
-@pytest.mark.parametrize("leave", range(8))
-@WAYS
+@pytest.mark.parametrize(
+    ("codec", "leave"), mostly_slow(product([{}, CODEC], range(8)), daily=[0, 2, 4, 6, 9, 11, 13, 15])
+)
 def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, small_disk, leave, codec):
     disk = small_disk(100)
     holes = At(step9=fill(disk, leave), step17=free(disk))
@@ -145,8 +149,9 @@ def test_a_disk_that_fills_and_empties_again_leaves_a_right_window(tmp_path, sma
 
 
 @needs_root
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
-@WAYS
+@pytest.mark.parametrize(
+    ("storage", "codec"), mostly_slow(product(["disk", "cpu"], [{}, CODEC]), daily=[0, 3])
+)
 def test_a_disk_with_room_for_the_window_and_one_more_snapshot_never_jams(
     tmp_path, small_disk, storage, codec
 ):

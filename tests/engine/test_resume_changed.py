@@ -1,6 +1,7 @@
 """Runs that are resumed into another folder, or with other options."""
 
 import shutil
+from itertools import product
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from resumed_runs import (
     StopAtStart,
     assert_same,
     decoded_files,
-    kept_id,
     live_files,
     steps,
     stopped,
 )
 from run_outcomes import outcome, window
+from slow_cases import mostly_slow
 from tiny_run import SaveAt, StopError, Tiny, fit
 
 
@@ -93,8 +94,7 @@ def test_a_resume_from_a_too_old_checkpoint_leaves_the_windows_of_the_newest_one
     assert found["window"]["snapshots"] == expected["window"]["snapshots"]
 
 
-@pytest.mark.parametrize("kept", KEPT, ids=kept_id)
-@pytest.mark.parametrize("size", [2, 7])
+@pytest.mark.parametrize(("size", "kept"), mostly_slow(product([2, 7], KEPT), daily=[0, 2, 5, 7]))
 def test_a_run_resumes_with_another_window_size(tmp_path, size, kept):
     checkpoint = stopped(tmp_path, **kept)
 
@@ -103,8 +103,16 @@ def test_a_run_resumes_with_another_window_size(tmp_path, size, kept):
     assert steps(tmp_path / "merges") == [6, 8, 10, 12, 14, 16, 18][-size:]
 
 
-@pytest.mark.parametrize(("before", "after"), [("disk", "cpu"), ("cpu", "disk"), ("device", "disk")])
-@pytest.mark.parametrize("codec", [{}, CODEC], ids=kept_id)
+CHANGES = [("disk", "cpu"), ("cpu", "disk"), ("device", "disk")]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "codec"),
+    mostly_slow(
+        ((*change, codec) for change, codec in product(CHANGES, [{}, CODEC])),
+        daily=[0, 3, 4],
+    ),
+)
 def test_a_run_resumes_with_another_storage(tmp_path, unbroken, before, after, codec):
     checkpoint = stopped(tmp_path, storage=before, **codec)
 

@@ -4,8 +4,11 @@
 from us, a test says how.
 """
 
+from itertools import product
+
 import pytest
 import torch
+from slow_cases import mostly_slow
 
 from merge_callback import merge_state_dicts
 from merge_callback.merging import Dare, Ema, Sma, TaskArithmetic, Ties, Weighted, Wma
@@ -184,8 +187,9 @@ def our_drops(monkeypatch):
     return install
 
 
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("elect", [False, True], ids=["mean", "elected"])
+@pytest.mark.parametrize(
+    ("elect", "density"), mostly_slow(product([False, True], DENSITIES), daily=[0, 2, 4, 6, 8])
+)
 def test_dare_is_peft_s(peft, our_drops, density, elect):
     initial, taus = with_task_vectors()
     merged = ours(on(initial, taus), Dare(density=density, seed=7, ties=elect))

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -114,6 +115,29 @@ def test_a_sample_that_is_read_at_once_is_that_of_single_runs(first, size, dtype
         found = torch.cat(list(own.sample(0, starts, 512)))
         assert found.dtype == own.dtype
         assert torch.equal(found, torch.cat(runs))
+
+
+@pytest.mark.parametrize("kind", ["normal", "fp64", "all orders of magnitude", "ascending"])
+def test_of_many_elements_between_the_brackets_only_some_are_ordered(kind, monkeypatch):
+    """With a small sample there are 46,000 of 2^18 between the brackets; what is ordered are two samples."""
+    monkeypatch.setattr(threshold, "_SAMPLE", 64)
+    monkeypatch.setattr(threshold, "_RUN", 4)
+    guesses, guess = [], threshold._guess
+    monkeypatch.setattr(threshold, "_guess", lambda *a: guesses.append(a[2]) or guess(*a))
+    vector = VECTORS[kind](1 << 18, 1)
+    assert kth_largest([part(vector, 1 << 15)], 200_000) == by_sorting(vector, 200_000)
+    assert guesses[0] == 1 << 18
+    assert 1 << 15 <= guesses[-1] < 1 << 17
+
+
+@pytest.mark.parametrize("rank", [1, 100, 50_000, 1 << 16])
+@pytest.mark.parametrize("spoilt", [0, 1 << 20], ids=["too small", "too large"])
+def test_a_sample_of_them_that_misleads_does_not_change_the_result(spoilt, rank):
+    values = np.arange(1 << 16, dtype=np.int32)
+    values[::16] = spoilt  # each one of the sample
+    ordered = np.sort(values)[::-1]
+    larger = int(np.count_nonzero(values > ordered[rank - 1]))
+    assert threshold._ranked(values.copy(), rank) == (ordered[rank - 1], rank - larger)
 
 
 def test_vectors_with_one_beginning_are_counted_in_one_pass(monkeypatch):

@@ -2,10 +2,12 @@
 
 import json
 import math
+from itertools import product
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from slow_cases import mostly_slow
 from torch import nn
 from training_runs import seed
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -109,14 +111,19 @@ def assert_close(found, expected, base=None):
         assert torch.linalg.vector_norm(found[name] - tensor) <= 2e-6 * scale, name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+LINEAR = {
+    "sma": [],
+    "weighted": ["--weights", "0.5", "0.2", "0.3"],
+    "task_arithmetic": ["--scale", "0.7"],
+}
+
+
 @pytest.mark.parametrize(
-    ("method", "options"),
-    [("sma", []), ("weighted", ["--weights", "0.5", "0.2", "0.3"]), ("task_arithmetic", ["--scale", "0.7"])],
-    ids=["mean", "weights", "task arithmetic"],
+    ("method", "kind"), mostly_slow(product(LINEAR, KINDS), daily=[*range(6), 6, 9, 12, 16])
 )
-def test_a_linear_merge_is_that_of_the_models_with_the_adapters_merged_in(kind, method, options, tmp_path):
+def test_a_linear_merge_is_that_of_the_models_with_the_adapters_merged_in(kind, method, tmp_path):
     make, base, folders, models = save_adapters(tmp_path, kind)
+    options = LINEAR[method]
     if method == "weighted":
         expected = merge_state_dicts(models, weights=[0.5, 0.2, 0.3])
     else:
@@ -256,7 +263,7 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_slow(product(KINDS), daily=[0, 2, 4]))
 def test_interference_diversity_and_inspect_look_at_what_adapters_add(kind, tmp_path, capsys):
     _, base, folders, models = save_adapters(tmp_path, kind)
     changed = [name for name, tensor in base.items() if not torch.equal(tensor, models[0][name])]

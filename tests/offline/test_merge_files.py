@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 import yaml
 from forked import Forked
 from lightning.pytorch import LightningModule, Trainer
-from merge_commands import change, files, merge
+from merge_commands import change, files, merge, model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -354,9 +355,15 @@ def test_the_trajectory_is_told_from_tokens_then_steps_then_nothing():
 
 
 def test_the_command_ends_with_its_status_and_all_it_printed(tmp_path):
-    command = [sys.executable, "-m", "merge_callback"]
-    listed = subprocess.run([*command, "methods"], capture_output=True, text=True, check=True)
-    assert "ties" in listed.stdout
-    missing = subprocess.run([*command, "inspect", str(tmp_path / "none")], capture_output=True, text=True)
-    assert missing.returncode == 1
-    assert "there is no such checkpoint" in missing.stderr
+    save_file(model(0), tmp_path / "step=1.safetensors")
+    known, missing = (0, "model.embed.weight"), (1, "there is no such checkpoint")
+    for name, (status, printed) in {"step=1": known, "none": missing}.items():
+        arguments = ["inspect", str(tmp_path / f"{name}.safetensors"), "--tensors"]
+        process = Forked(_run_as_module, arguments, log=tmp_path / f"{name}.txt")
+        assert process.wait(60) == status
+        assert printed in (tmp_path / f"{name}.txt").read_text()
+
+
+def _run_as_module(arguments):
+    sys.argv[1:] = arguments
+    runpy.run_module("merge_callback", run_name="__main__")

@@ -1,16 +1,17 @@
 """A merge takes the place of an earlier merge at most: no input, and nothing of anybody's, is lost by it."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
+import signal
 import warnings
 
 import pytest
 import torch
-from checkpoint_files import ROOT, save_distributed
+from checkpoint_files import save_distributed
+from forked import Forked
 from safetensors.torch import save_file
 
 from merge_callback import load_merge
@@ -265,34 +266,25 @@ def test_what_was_replaced_stays_until_that_is_on_the_disk(run, tmp_path, monkey
 
 # --- what others left ---------------------------------------------------------------------------------------
 
-HOLDS = """
-import sys
-from pathlib import Path
-from merge_callback.offline.output_folder import OutputFolder
-with OutputFolder(Path(sys.argv[1]), True, []).draft() as draft:
-    (draft / "model.safetensors").write_text("half")
-    print(draft, flush=True)
-    sys.stdin.read()
-"""
 
-
-def holding(target):
-    """A process that fills a draft of the target; its first line tells which."""
-    command = [sys.executable, "-c", HOLDS, str(target)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=environment, **pipes)
-    return process, process.stdout.readline().strip()
+def hold(target, told):
+    """Fills a draft of the target, tells where it is, and stays."""
+    with OutputFolder(target, True, []).draft() as draft:
+        (draft / "model.safetensors").write_text("half")
+        told.send(draft)
+        signal.pause()
 
 
 def test_the_draft_of_a_process_that_lives_is_left_and_that_of_a_dead_one_goes(run, tmp_path):
-    process, draft = holding(tmp_path / "out")
+    told, theirs = multiprocessing.Pipe()
+    process = Forked(hold, tmp_path / "out", theirs)
+    theirs.close()
     try:
+        draft = told.recv()
         assert merge(run / "step=1.ckpt", "--output", tmp_path / "out") == 0
         assert os.listdir(draft) == ["model.safetensors"]
     finally:
         process.kill()
-        process.communicate()
     assert os.listdir(draft) == ["model.safetensors"]
     assert merge(run / "step=2.ckpt", "--output", tmp_path / "out", "--force") == 0
     assert not list(tmp_path.glob(".*"))

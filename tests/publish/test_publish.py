@@ -9,6 +9,7 @@ import torch
 from published_runs import fit, published_steps, record
 from run_outcomes import damage, emissions, window
 from safetensors.torch import load_file
+from slow_cases import some_slow
 from tiny_run import Keeper, Tiny
 from torch import nn
 from torch.nn.functional import linear
@@ -53,7 +54,12 @@ def test_the_decay_is_merged_by_ema_unless_told_otherwise(tmp_path):
     assert methods == {("stable", "sma"), ("decay", "ema")}
 
 
-@pytest.mark.parametrize("method", ["slerp", "task_arithmetic", "dare", "noise", "dropout", "meta"])
+@pytest.mark.parametrize(
+    "method",
+    some_slow(
+        ["slerp", "task_arithmetic", "dare", "noise", "dropout", "meta"], ["task_arithmetic", "noise", "meta"]
+    ),
+)
 def test_every_method_merges_a_window_as_it_merges_state_dicts(tmp_path, method):
     keeper = Keeper()
     fit(tmp_path, method=method, callbacks=[keeper], keep_last=1)

@@ -1,10 +1,12 @@
 """Scaled learning rates: each update is smaller, and no scheduler, hook or closure ever notices."""
 
 import json
+from itertools import product
 
 import pytest
 import torch
 from scaled_training import Training
+from slow_cases import mostly_slow
 from torch import nn
 from torch.optim import SGD, lr_scheduler
 
@@ -67,9 +69,14 @@ def run(training, rewarm_at=None, steps=STEPS, lasting=0.5, ramp=10, how="keywor
     return rates, moves, factors
 
 
-@pytest.mark.parametrize("how", ["keyword", "positional", "no closure"])
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("tensor_lr", "how", "schedule"),
+    # All schedules, with a rate that is a float; the tensor, and the other calls, with every third of them.
+    mostly_slow(
+        product([False, True], ["keyword", "positional", "no closure"], SCHEDULES),
+        daily=[*range(len(SCHEDULES)), *range(len(SCHEDULES), 6 * len(SCHEDULES), 3)],
+    ),
+)
 def test_the_schedule_is_bitwise_that_of_a_run_without_and_the_update_is_scaled(schedule, tensor_lr, how):
     momentum = {"momentum": 0.9} if schedule in ("CyclicLR momentum", "OneCycleLR") else {}
     plain, scaled = (Training(SCHEDULES[schedule], tensor_lr=tensor_lr, **momentum) for _ in range(2))

@@ -10,6 +10,7 @@ import torch.nn.utils.prune as prune
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from slow_cases import some_slow
 from spiking_runs import BURST, FIRES, RULES, SPIKE, USED, Batches, Line, bursts, events, plain, spiking, used
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, OneCycleLR
 from training_runs import assert_same_bits
@@ -52,7 +53,7 @@ def calm(tmp_path_factory):
     return run_of
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", some_slow(SCHEDULES, ["exponential", "cosine"]))
 def test_the_learning_rate_warms_up_again_and_then_is_the_schedule_s_to_the_bit(tmp_path, calm, name):
     def build():
         return Line(schedule=SCHEDULES[name])
@@ -69,7 +70,7 @@ def test_the_learning_rate_warms_up_again_and_then_is_the_schedule_s_to_the_bit(
     assert run.module.applied[FIRES + REWARM :] == undisturbed[FIRES + REWARM :]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", some_slow(SCHEDULES, ["exponential", "cosine"]))
 def test_the_phase_does_not_notice_the_second_warm_up(tmp_path, calm, name):
     def build():
         return Line(schedule=SCHEDULES[name])

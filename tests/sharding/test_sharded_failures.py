@@ -15,6 +15,7 @@ from sharded_runs import (
     on_rank,
     published,
 )
+from slow_cases import some_slow
 from torch.distributed.tensor import DTensor
 from training_runs import assert_same_bits
 
@@ -231,6 +232,9 @@ CASES = {
     "publishing first": (publishing, {"nth": 1}),
     "publishing second": (publishing, {"nth": 2, "strategy": "fsdp2"}),
 }
+SLOW = {"spoilt ddp 0", "writing 1", "writing without memory", "listing in memory", "publishing second"}
+"""Another of these cases fails at the same place on another rank or under another strategy."""
+
 DROPPED = [
     "spoilt ddp 1",
     "spoilt ddp 0",
@@ -249,30 +253,35 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def runs(folder):
-    jobs = {n: (job, {"folder": str(folder / n), **options}) for n, (job, options) in CASES.items()}
+def runs(folder, request):
+    asked = " ".join(item.name for item in request.session.items if item.path == request.path)
+    jobs = {
+        name: (job, {"folder": str(folder / name), **options})
+        for name, (job, options) in CASES.items()
+        if name not in SLOW or f"[{name}]" in asked
+    }
     return run_jobs(2, jobs, timeout=300)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_slow(CASES, SLOW))
 def test_training_goes_on_as_if_nothing_had_happened(runs, case):
     for rank in runs[case]:
         assert_same_bits(rank.run.final, runs["plain"][0].run.final)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_slow(CASES, SLOW))
 def test_all_ranks_have_the_same_window_throughout(runs, case):
     first, second = runs[case]
     assert first.windows == second.windows
     assert first.records == second.records
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", some_slow(CASES, SLOW))
 def test_nothing_is_left_behind(runs, folder, case):
     assert left_over(folder / case) == []
 
 
-@pytest.mark.parametrize("case", DROPPED)
+@pytest.mark.parametrize("case", some_slow(DROPPED, SLOW & {*DROPPED}))
 def test_a_snapshot_that_one_rank_can_not_keep_is_nobodys(runs, folder, case):
     for rank in runs[case]:
         assert rank.windows[AT + 1] == [2, 4]
@@ -281,12 +290,12 @@ def test_a_snapshot_that_one_rank_can_not_keep_is_nobodys(runs, folder, case):
     assert listed(folder / case) == [4, 8, 10, 12]
 
 
-@pytest.mark.parametrize("case", NOT_WRITTEN)
+@pytest.mark.parametrize("case", some_slow(NOT_WRITTEN, SLOW & {*NOT_WRITTEN}))
 def test_what_the_other_ranks_wrote_of_it_makes_room_again(runs, case):
     assert runs[case][0].left_over == {AT + 1: [], AT + 3: []}
 
 
-@pytest.mark.parametrize("case", ["writing in memory", "listing in memory"])
+@pytest.mark.parametrize("case", some_slow(["writing in memory", "listing in memory"], ["listing in memory"]))
 def test_a_snapshot_in_memory_that_could_not_be_written_is_everybodys(runs, case):
     for rank in runs[case]:
         assert rank.windows == runs["plain"][0].windows
@@ -335,7 +344,7 @@ def test_an_emission_that_one_rank_can_not_give_its_part_of_is_one_less(runs, fo
     assert not list(Path(folder / case).rglob(".*.tmp"))
 
 
-@pytest.mark.parametrize("case", ["publishing first", "publishing second"])
+@pytest.mark.parametrize("case", some_slow(["publishing first", "publishing second"], ["publishing second"]))
 def test_an_emission_that_fails_on_the_first_rank_is_not_waited_for(runs, folder, case):
     found, expected = (set(published(folder / name)) for name in (case, "plain"))
     assert {name for name in expected if name not in found} == {n for n in expected if "step=00000006" in n}

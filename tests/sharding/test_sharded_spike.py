@@ -175,9 +175,12 @@ RESTORED = [
     # The default run has it as the restore that fails once.
     *(pytest.param(strategy, "outliers", marks=pytest.mark.slow) for strategy in ("fsdp2", "ddp")),
     *under("reset", "ddp", "fsdp2"),
-    *under("scale", "fsdp2", "ddp"),
+    *(pytest.param(strategy, "scale", marks=pytest.mark.slow) for strategy in ("fsdp2", "ddp")),
 ]
-NAN_ON_ONE = [("ddp", "NaN on the first rank"), ("fsdp2", "NaN on one rank")]
+NAN_ON_ONE = [
+    pytest.param("ddp", "NaN on the first rank", marks=pytest.mark.slow),
+    ("fsdp2", "NaN on one rank"),
+]
 SPOILT = under("spoilt moments on one rank", "fsdp2", "ddp")
 STOPPED = under("nothing to restore, on one rank", "ddp", "fsdp2")
 NORMS = under("gradient norm", "fsdp2", "ddp")

@@ -14,7 +14,7 @@ import torch
 from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as sched
 
-from merge_callback.signals.lr_phase import LRPhaseDetector, Phase
+from merge_callback.signals.lr_phase import LRPhaseDetector, Phase, Warmup
 
 Segment = tuple[str, int]
 Rates = Sequence[Sequence[float]]
@@ -348,14 +348,14 @@ def test_a_loaded_state_is_a_copy() -> None:
     assert detector.state_dict() == state
 
 
+def warmups(rates: Iterable[float], total: float | None = 1000) -> list[Warmup]:
+    """How the rate of each step was reached."""
+    detector = LRPhaseDetector(total)
+    return [detector.observe([rate]) and detector.warmup for rate in rates]
+
+
 def warming_up(rates: Iterable[float]) -> list[int]:
-    detector = LRPhaseDetector(total_steps=1000)
-    found = []
-    for step, rate in enumerate(rates):
-        detector.observe([rate])
-        if detector.is_warming_up:
-            found.append(step)
-    return found
+    return [step for step, warmup in enumerate(warmups(rates)) if warmup is not Warmup.NONE]
 
 
 RAMP = [i / 100 for i in range(1, 101)]
@@ -383,3 +383,44 @@ def test_a_restart_is_a_warmup_for_as_long_as_the_rate_stays_up(top):
     assert [step for step in warming_up(RAMP + [1.0] * 50 + cosine + cosine) if step > 150] == [350]
     held = [top] * 100
     assert [step for step in warming_up(RAMP + cosine + held) if step > 150] == [300, 301, 302, 303]
+
+
+# --- a first warmup, a return to a former rate, or a rate above any before ----------------------------------
+
+FIRST, AGAIN, NONE = Warmup.FIRST, Warmup.AGAIN, Warmup.NONE
+
+
+@pytest.mark.parametrize("total", [None, 10_000])
+@pytest.mark.parametrize("times", [2, 25, 200])
+def test_a_rise_from_the_first_rate_is_a_first_warmup_whatever_its_size(total, times):
+    # Per-epoch stairs from 1e-6 to 1e-3 begin with a rise by 200; a mistake may look the same.
+    found = warmups([1e-6] * 1200 + [times * 1e-6] * 100, total)
+    assert found == [NONE] * 1200 + [FIRST] * 100
+
+
+@pytest.mark.parametrize("total", [None, 10_000, 100_000])
+@pytest.mark.parametrize(
+    "falling",
+    [
+        lambda step: 0.5 * (1 + math.cos(math.pi * step / 10_000)),
+        lambda step: (1 + step / 100) ** -0.5,
+        lambda step: 1 - step / 10_000,
+        lambda step: 0.5 ** (step // 300),
+    ],
+    ids=["cosine", "inverse square root", "linear", "halved"],
+)
+def test_above_all_rates_of_a_fall_without_a_warmup_there_is_none(total, falling):
+    rates = [falling(step) for step in range(1000)]
+    assert set(warmups(rates + [25.0] * 20, total)) == {NONE}
+    assert FIRST not in warmups(rates + [1.0] * 20, total)  # a restart
+
+
+def test_a_first_warmup_ends_where_the_rate_falls_back():
+    assert warmups([1.0] * 100 + [25.0] * 40 + [1.0] * 40, None) == [NONE] * 100 + [FIRST] * 40 + [NONE] * 40
+
+
+def test_a_cycle_is_a_first_warmup_then_a_return():
+    rates = [rate for (rate,) in applied(lambda o: sched.CyclicLR(o, 1e-4, 1e-3, 500), 2000)]
+    found = warmups(rates, None)
+    assert set(found[60:500]) == {FIRST}  # the first tenth of rise may be ripple
+    assert {AGAIN} <= set(found[1000:1500]) <= {AGAIN, NONE}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from detector_curves import healthy, kinds, warm, watch
 
+from merge_callback.signals.lr_phase import Warmup
 from merge_callback.signals.spike_detector import SpikeDetector
 
 NAN, INF = math.nan, math.inf
@@ -89,16 +90,16 @@ def rough_curve(n, rng):
     steps = []
     while len(steps) < n:
         level, broken = moods[rng.choice(list(moods), p=[0.5, 0.2, 0.1, 0.2])]
-        skipped, active = bool(rng.random() < 0.1), bool(rng.random() > 0.1)
+        skipped, warmup = bool(rng.random() < 0.1), rng.choice(list(Warmup), p=[0.8, 0.1, 0.1])
         for _ in range(int(rng.choice([3, 6, 40, 140]))):
             bad = rng.choice([NAN, INF, -INF])
             value = bad if rng.random() < broken else level + 0.02 * rng.standard_normal()
-            steps.append((float(value), active, skipped, bool(rng.random() < 0.02)))
+            steps.append((float(value), warmup, skipped, bool(rng.random() < 0.02)))
     return steps[:n]
 
 
-def act(detector, step, value, active, skipped, restore):
-    event = detector.observe(step, value, active, skipped, broken=step % 3 == 0)
+def act(detector, step, value, warmup, skipped, restore):
+    event = detector.observe(step, value, warmup, skipped, broken=step % 3 == 0)
     if restore:
         detector.restored(5)
     elif event and event.kind == "spike" and step % 2:

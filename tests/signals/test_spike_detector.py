@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from detector_curves import healthy, kinds, warm, watch
 
+from merge_callback.signals.lr_phase import Warmup
 from merge_callback.signals.spike_detector import ACTIVE_FROM, HISTORY, SpikeDetector
 
 NAN, INF = math.nan, math.inf
@@ -177,9 +178,9 @@ def test_the_number_watched_is_named():
 def test_while_the_rate_warms_up_only_what_is_far_off_counts():
     detector = warm()
     # Below three times the baseline of 2, as a cycle's restart makes it.
-    assert not watch(detector, [5.9] * 50, start=200, active=False)
+    assert not watch(detector, [5.9] * 50, start=200, warmup=Warmup.AGAIN)
     assert detector.onset is None
-    event = watch(detector, [6.1] * 5, start=250, active=False)[254]
+    event = watch(detector, [6.1] * 5, start=250, warmup=Warmup.AGAIN)[254]
     assert (event.kind, event.onset) == ("spike", 250)
     assert event.baseline == pytest.approx(2.0, abs=0.01)  # that before the rise
 
@@ -188,20 +189,74 @@ def test_a_rising_rate_is_no_reason_where_the_loss_was_far_worse_at_the_start():
     # Learned by heart: 50 times the baseline, and nothing to what the run began with.
     curve = [2.0] * 70 + [0.001] * 130
     detector = warm(curve)
-    assert not watch(detector, [0.05] * 50, start=200, active=False)
-    assert kinds(watch(detector, [1.5] * 5, start=250, active=False)) == [(254, "spike", 250)]
+    assert not watch(detector, [0.05] * 50, start=200, warmup=Warmup.AGAIN)
+    assert kinds(watch(detector, [1.5] * 5, start=250, warmup=Warmup.AGAIN)) == [(254, "spike", 250)]
 
 
 def test_a_non_finite_value_of_broken_weights_counts_while_the_rate_warms_up():
-    found = watch(warm(), [NAN], start=250, active=False, broken=True)
+    found = watch(warm(), [NAN], start=250, warmup=Warmup.AGAIN, broken=True)
     assert kinds(found) == [(250, "spike", 250)]
 
 
 def test_a_warm_up_that_begins_amid_outliers_ends_the_streak():
     detector = warm()
     watch(detector, [5.0] * 4, start=200)
-    assert not watch(detector, [5.0], start=204, active=False)
+    assert not watch(detector, [5.0], start=204, warmup=Warmup.AGAIN)
     assert detector.onset is None
+
+
+# --- a first warm-up ----------------------------------------------------------------------------------------
+
+FIRST = {"warmup": Warmup.FIRST}
+
+
+def learning(start=5.0, noise=0.02):
+    """A detector of a run that went from ``start`` to a loss of 2; the next step is 200."""
+    fall = [2.0 + (start - 2.0) * 0.9**i for i in range(200)]
+    return warm(np.add(fall, healthy(level=0.0, noise=noise)))
+
+
+def test_a_loss_that_stays_bad_in_a_first_warm_up_is_a_spike():
+    found = watch(learning(), [2.9] * 70, start=200, **FIRST)  # takes back 30 % of what was learned
+    assert kinds(found) == [(263, "spike", 200)]  # the 64th of them
+
+
+def test_a_noisy_divergence_in_a_first_warm_up_needs_three_outliers_in_four():
+    assert kinds(watch(learning(), [3.5, 3.5, 3.5, 2.0] * 20, start=200, **FIRST)) == [(264, "spike", 201)]
+    assert not watch(learning(), [3.5, 3.5, 2.0, 2.0] * 40, start=200, **FIRST)
+
+
+def test_what_a_higher_rate_stirs_up_in_a_first_warm_up_calms_down():
+    for curve in ([9.0] * 45 + [2.0] * 200, [2.55] * 300):  # high for a while; or higher by a quarter
+        assert not watch(learning(), curve, start=200, **FIRST)
+
+
+def test_a_rate_that_falls_back_has_its_divergence_judged_as_ever():
+    detector = learning()
+    assert not watch(detector, [4.0] * 40, start=200, **FIRST)
+    assert kinds(watch(detector, [4.0] * 10, start=240)) == [(240, "spike", 200)]
+
+
+def test_a_run_that_has_learned_little_may_rise_four_times_as_far_in_a_first_warm_up():
+    curve = [2.0] * 200  # as a pre-training that is continued; the threshold is 2.1
+    assert not watch(warm(curve), [2.35] * 300, start=200, **FIRST)
+    assert kinds(watch(warm(curve), [2.45] * 70, start=200, **FIRST)) == [(263, "spike", 200)]
+
+
+@pytest.mark.parametrize(("broken", "fires"), [(True, 200), (False, 204)])
+def test_no_rate_explains_a_loss_that_is_not_finite(broken, fires):
+    assert kinds(watch(learning(), [NAN] * 10, start=200, broken=broken, **FIRST)) == [(fires, "spike", 200)]
+
+
+def test_hard_data_in_a_first_warm_up_are_asked_about_once():
+    detector, asked = learning(), 0
+    for step in range(200, 327):
+        if event := detector.observe(step, 4.0, **FIRST):
+            asked += 1
+            assert event.kind == "spike"
+            assert detector.acquit() == (asked == 1)
+    assert asked == 7  # at 64, then after 1, 2, 4, … further outliers
+    assert detector.observe(327, 4.0, **FIRST).kind == "shift"
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -355,7 +410,7 @@ def test_the_outliers_of_a_shift_lie_among_finite_values():
 def test_a_warm_up_begins_a_new_baseline():
     detector = warm()
     assert watch(detector, [9.0] * 127, start=200)
-    assert not watch(detector, [9.0] * 10, start=327, active=False)
+    assert not watch(detector, [9.0] * 10, start=327, warmup=Warmup.AGAIN)
     assert not watch(detector, [9.0] * 53, start=337)
     assert math.isnan(detector.threshold)
     assert not watch(detector, [9.0] * 100, start=390)

@@ -9,9 +9,10 @@ from itertools import product
 import pytest
 import torch
 from distributed_runs import UnevenModule, run_jobs
-from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits, whole
+from frozen_runs import BASE, SHORT, Adapted, Exact, same_bits, whole
 from resumed_runs import stopped
 from sharded_runs import merged_fit, published, resumed_fit, saved_fit, snapshots, window_folder
+from slow_cases import mostly_slow
 from spiking_runs import USED, Damage, Line, spiking, used
 from tiny_run import At, Keeper, fit
 from training_runs import assert_same_bits

@@ -6,9 +6,10 @@ from itertools import product
 
 import pytest
 import torch
-from frozen_runs import BASE, SHORT, Adapted, Exact, mostly_slow, same_bits, whole
+from frozen_runs import BASE, SHORT, Adapted, Exact, same_bits, whole
 from resumed_runs import KEPT, assert_same, stopped
 from run_outcomes import outcome
+from slow_cases import mostly_slow
 from tiny_run import EVERY, WINDOW, At, Tiny, fit
 from torch import nn
 from window_runs import CODEC, largest_file, quiet, steps

@@ -3,11 +3,13 @@
 import math
 import operator
 from dataclasses import dataclass
+from itertools import product
 
 import pytest
 import torch
 from codec_windows import CODEC, RELATIVE, ROUNDING, TINY, assert_rounded_once, decoded, new_window, take
 from run_outcomes import window as manifest_of
+from slow_cases import mostly_slow
 from test_arena import mixed_tensors
 from tiny_run import WINDOW, Tiny, fit
 from torch import nn
@@ -41,9 +43,10 @@ def walk(steps, size=4096, dtype=torch.float32, scale=1e-3, seed=0):
 # --- errors -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@both_codecs
+@pytest.mark.parametrize(
+    ("codec", "on_disk", "dtype"),
+    mostly_slow(product(RELATIVE, [False, True], [torch.float32, torch.float64]), daily=[0, 3, 5, 6]),
+)
 def test_an_error_is_one_rounding_of_the_own_step_and_does_not_add_up(tmp_path, dtype, on_disk, codec):
     window, worst = None, []
     for step, tensors in walk(60, dtype=dtype):

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from run_outcomes import checksum, damage, emissions, window
 from safetensors import safe_open
 from safetensors.torch import load_file
+from slow_cases import mostly_slow
 from tiny_run import STEPS, At, Keeper, SaveAt, StopError, StopsAt, Tiny, Tokens, fit
 from torch import nn
 from window_runs import (
@@ -207,8 +209,12 @@ def heal(name="head.weight"):
     return put
 
 
-@pytest.mark.parametrize("storage", ["disk", "cpu", "device"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+@pytest.mark.parametrize(
+    ("value", "storage"),
+    mostly_slow(
+        product([float("nan"), float("inf"), -float("inf")], ["disk", "cpu", "device"]), daily=[0, 4, 8]
+    ),
+)
 def test_a_snapshot_with_a_number_that_is_none_is_named_and_not_admitted(tmp_path, value, storage):
     with pytest.warns(UserWarning, match=r"no snapshot at step 20: head.weight hold NaN or Inf"):
         fit(
@@ -248,8 +254,9 @@ def test_a_mask_of_minus_infinities_does_not_keep_snapshots_out(tmp_path):
 # --- files that go while the run goes on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
-@WAYS
+@pytest.mark.parametrize(
+    ("storage", "codec"), mostly_slow(product(["disk", "cpu"], [{}, CODEC]), daily=[0, 3])
+)
 def test_a_snapshot_file_deleted_while_the_run_goes_on_changes_no_merge(tmp_path, storage, codec):
     fit(tmp_path / "unbroken", storage=storage, keep_last=None, **codec)
 
@@ -266,9 +273,10 @@ def test_a_snapshot_file_deleted_while_the_run_goes_on_changes_no_merge(tmp_path
         assert checksum(again / "model.safetensors") == checksum(path / "model.safetensors")
 
 
-@pytest.mark.parametrize("storage", ["disk", "cpu"])
-@pytest.mark.parametrize("what", ["merges/window", "merges"])
-@WAYS
+@pytest.mark.parametrize(
+    ("storage", "what", "codec"),
+    mostly_slow(product(["disk", "cpu"], ["merges/window", "merges"], [{}, CODEC]), daily=[0, 3, 5, 6]),
+)
 def test_a_folder_deleted_while_the_run_goes_on_is_made_again(tmp_path, storage, what, codec):
     gone = At(step11=lambda module: shutil.rmtree(tmp_path / what))
     fit(tmp_path, callbacks=[gone], storage=storage, **codec)

@@ -31,19 +31,6 @@ class Adapted(Tiny):
         return cross_entropy(self.head(hidden + self.up(self.down(hidden))), tokens[:, 1:].flatten())
 
 
-def mostly_slow(cases, daily):
-    """Parameters of a test, of which those at the indices `daily` belong to every run of the tests."""
-    slow = pytest.mark.slow
-    return [
-        pytest.param(
-            *case,
-            marks=() if index in daily else slow,
-            id=" ".join(getattr(part, "__name__", str(part)) for part in case),
-        )
-        for index, case in enumerate(cases)
-    ]
-
-
 def whole(monkeypatch):
     """Has all snapshots be whole, as they were in versions that kept nothing once."""
     monkeypatch.setattr(live_copy, "_WORTH_A_FILE", 2)

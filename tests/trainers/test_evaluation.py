@@ -1,6 +1,7 @@
 """Validations of the merge: what they give, and that training is bitwise that without them."""
 
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from evaluated_modules import (
 from evaluation_runs import CASES, Case, Curves, Watching, fit, merging
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from slow_cases import mostly_slow, some_slow
 from training_runs import (
     QUIET,
     Classifier,
@@ -24,8 +26,11 @@ from training_runs import (
 from merge_callback import load_merge
 from merge_callback.engine.metric_names import sounds_lower
 
+SLOW = ["limited to a part", "two loaders, limited", "sequential", "max_size", "across epochs", "collections"]
+SLOW += ["bf16-true", "shuffled"]
 
-@pytest.fixture(scope="module", params=CASES)
+
+@pytest.fixture(scope="module", params=some_slow(CASES, SLOW))
 def runs(request, tmp_path_factory):
     """One case, fitted without and with the callback, and the folder of the latter."""
     folder = tmp_path_factory.mktemp("runs")
@@ -166,8 +171,16 @@ def test_a_module_may_have_been_validated_before_it_is_fitted(tmp_path):
     assert run.curves.of("merged/val_loss").keys() == {7, 15}
 
 
-@pytest.mark.parametrize(("every_n_steps", "at_epoch_end"), [(2, True), (6, True), (6, False), (100, False)])
-@pytest.mark.parametrize("place", ["before", "after", "around"])
+WHEN = [(2, True), (6, True), (6, False), (100, False)]
+
+
+@pytest.mark.parametrize(
+    ("every_n_steps", "at_epoch_end", "place"),
+    mostly_slow(
+        ((*when, place) for when, place in product(WHEN, ["before", "after", "around"])),
+        daily=[0, 4, 5, 6, 11],
+    ),
+)
 def test_early_stopping_judges_every_validation_by_its_own_merge(
     every_n_steps, place, at_epoch_end, tmp_path
 ):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from evaluation_runs import Case, Curves, Tally, Watching, fit, merging, shuffled
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
+from slow_cases import mostly_slow
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchmetrics.classification import (
@@ -274,9 +276,12 @@ class Failing(Classifier):
             raise self.error
 
 
-@pytest.mark.parametrize("monitored", [True, False])
-@pytest.mark.parametrize("step", [8, 16])
-@pytest.mark.parametrize("hook", ["validation_step", "on_validation_epoch_end", "on_validation_end"])
+HOOKS = ["validation_step", "on_validation_epoch_end", "on_validation_end"]
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "monitored"), mostly_slow(product(HOOKS, [8, 16], [True, False]), daily=[0, 3, 5, 10])
+)
 def test_a_failed_merged_validation_leaves_no_trace_in_training(hook, step, monitored, tmp_path):
     def case():
         return Case(lambda: Failing(RuntimeError("out of luck"), step, hook), shuffled)
@@ -301,7 +306,7 @@ def sigint_handler():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3)], ids=["keyboard", "exit"])
-@pytest.mark.parametrize("hook", ["validation_step", "on_validation_epoch_end", "on_validation_end"])
+@pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.usefixtures("sigint_handler")
 def test_an_interrupt_in_a_merged_validation_leaves_the_live_weights(hook, error, tmp_path):
     module, probe, states = Failing(error, 16, hook), Probe(8), []

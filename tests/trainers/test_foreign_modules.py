@@ -27,6 +27,7 @@ from foreign_modules import (
 )
 from lightning.pytorch import Callback
 from safetensors.torch import load_model
+from slow_cases import some_slow
 from torch import nn
 from training_runs import (
     Classifier,
@@ -42,13 +43,10 @@ from merge_callback import CheckpointMergeCallback, load_merge
 from merge_callback.cli.main import main
 from merge_callback.publish.export import Naming
 
-SLOW = ["llama, compiled inside"]  # "compiled inside" is another
+SLOW = ["llama, compiled inside", "llama, bf16-true", "accumulation", "epochs", "cpu, not durable"]
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in CASES],
-)
+@pytest.fixture(scope="module", params=some_slow(CASES, SLOW))
 def run(request, tmp_path_factory) -> Run:
     """Two fits of one case, without and with the callback."""
     case, folder = CASES[request.param], tmp_path_factory.mktemp("merges")
