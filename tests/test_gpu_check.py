@@ -13,6 +13,7 @@ from checkpoint_files import ROOT
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check.checks import Outcome, Section, Skipped
 from benchmarks.gpu_check.machines import Cpu, Gpu, Pretended
+from benchmarks.gpu_check.processes import Process
 from benchmarks.gpu_check.sections import NAMES, section
 from benchmarks.gpu_check.steps import watched
 from merge_callback.engine.session import MergeSession
@@ -60,6 +61,13 @@ def test_the_exit_code_says_whether_a_check_failed(tmp_path, monkeypatch, fails,
     written = json.loads((tmp_path / "gpu_check.json").read_text())
     assert {"date", "machine", "versions", "gpu"} <= written.keys()
     assert ("2 FAIL" if fails else "0 FAIL") in capsys.readouterr().out.splitlines()[-2]
+
+
+def test_a_process_that_crashes_is_a_failure_of_its_section(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "false")
+    (row,) = Process("kernels", True, tmp_path / "log").rows(9)
+    assert (row["section"], row["status"]) == ("kernels", "FAIL")
+    assert "exit code 1" in row["value"]
 
 
 @pytest.mark.parametrize("waits", [True, False])

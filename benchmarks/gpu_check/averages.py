@@ -60,9 +60,9 @@ def running(machine: Machine) -> Outcome:
     width = 64 if machine.is_dry else 4096
     module = partial(Classifier, width=width, layers=4, norm=nn.BatchNorm1d)
     averages = {
-        "ema": RunningEma(decay=DECAY),
-        "host": RunningEma(decay=DECAY, offload=True),
-        "sma": SmaSince(step=0),
+        "decayed": RunningEma(decay=DECAY),
+        "offloaded": RunningEma(decay=DECAY, offload=True),
+        "since0": SmaSince(step=0),
     }
     copies, expected, worst = dict[Any, dict[str, Tensor]](), Averaged(), dict[str, float]()
 
@@ -80,7 +80,7 @@ def running(machine: Machine) -> Outcome:
         fit(machine, merging, expected, Copies(), module=module, steps=STEPS, width=width)
     assert {name for name, _ in copies} == {*averages}, f"there are copies of {[*copies]}"
     for (name, step), found in copies.items():
-        for tensor, value in expected.at[step]["sma" if name == "sma" else "ema"].items():
+        for tensor, value in expected.at[step]["sma" if name == "since0" else "ema"].items():
             exact = plain(value)
             off = float((found[tensor].double() - exact).abs().max() / exact.abs().max().clamp(min=1e-3))
             assert off <= 2e-6, f"{name} after step {step}: {tensor} is off by {off:.1e}"

@@ -193,10 +193,10 @@ def several(machine: Machine) -> str:
 
 @SECTION.check("every method, on the device against the CPU", "TIES the same bits, others an ulp", 10)
 def methods(machine: Machine) -> Outcome:
-    worst = {}
+    worst, size = {}, 97 * (3 if machine.is_dry else 301)
     for dtype in (FP32, BF16):
         rng = random.Random(3)
-        models = [{"a": randn(29_197, dtype, machine, rng).view(301, 97)} for _ in range(5)]
+        models = [{"a": randn(size, dtype, machine, rng).view(-1, 97)} for _ in range(5)]
         on_cpu = [{name: tensor.cpu() for name, tensor in model.items()} for model in models]
         for name in METHODS:
             given: dict[str, Any] = {"weights": [0.1, 0.2, 0.3, 0.3, 0.1]} if name == "weighted" else {}
@@ -228,13 +228,14 @@ def doubles(machine: Machine) -> str:
 @SECTION.check("fp16 differences, coded and decoded on the device", "within 2^-11 of each move", 3)
 def differences(machine: Machine) -> Outcome:
     rng = random.Random(4)
-    tensors = {"w": randn(100_003, FP32, machine, rng)}
+    size = 1003 if machine.is_dry else 100_003
+    tensors = {"w": randn(size, FP32, machine, rng)}
     layout = Layout.of(tensors)
     arenas: list[Arena] = []
     worst, before = 0.0, tensors["w"].clone()
     for step in range(4):
         if step:
-            tensors["w"] += 1e-3 * randn(100_003, FP32, machine, rng)
+            tensors["w"] += 1e-3 * randn(size, FP32, machine, rng)
         whole = Arena.empty(layout, machine.device)
         whole.copy_from(tensors)
         if step:
