@@ -9,6 +9,8 @@ tell which. They are in ``results/first_warmup.npz``.
 
 A run went *well* if the median of its last 50 losses is below the threshold that the 128 losses before the
 rise set (on stairs: within half of the lowest 50). Such a run may not be reported in its first warm-up.
+
+The divergences of ``spike_detection.py`` are judged, too, as if their excessive rate were a first rise.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from healthy_tasks.sources import CLASSES, INPUTS, SYMBOLS, clusters, integers, normal, text, uniform, waves
 from healthy_tasks.task import mlp
 from record import RESULTS, write
+from spike_detection import curves, recipes
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -182,12 +185,12 @@ def reported(losses: list[float], rates: list[float], total: int | None) -> int 
     return None
 
 
-def judge(curves: dict[str, list[float]], length: float) -> dict[str, Any]:
+def judge(recorded: dict[str, list[float]], length: float) -> dict[str, Any]:
     """What is reported of the runs, if they are told a length of so many times the real one, or none."""
     found: Counter[str] = Counter()
     delays, missed, wrong = [], [], []
     for _, name, _, rates in runs():
-        losses = curves[name]
+        losses = recorded[name]
         well = went_well(losses, rates)
         after = reported(losses, rates, int(length * len(rates)) or None)
         found[f"{'well' if well else 'badly'}{', reported' if after is not None else ''}"] += 1
@@ -205,6 +208,22 @@ def judge(curves: dict[str, list[float]], length: float) -> dict[str, Any]:
     }
 
 
+def judge_gpts() -> dict[str, int]:
+    """How many divergences of ``spike_detection.py`` are reported if their excessive rate is a first rise."""
+    lengths = {recipe.name: recipe.excess_steps for recipe in recipes()}
+    found: Counter[str] = Counter()
+    for name, kind, onset, losses in curves():
+        if kind == "diverged" and onset is not None:
+            rises, detector = range(onset, onset + lengths[name]), SpikeDetector()
+            events = [
+                detector.observe(step, loss, Warmup.FIRST if step in rises else Warmup.NONE)
+                for step, loss in enumerate(losses)
+            ]
+            found["divergences"] += 1
+            found["reported"] += any(event and event.kind == "spike" for event in events)
+    return dict(found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -216,14 +235,15 @@ def main() -> None:
         losses = {name: np.float32(train(task, rates, seed)) for task, name, seed, rates in runs()}
         np.savez_compressed(CURVES, **losses)
     with np.load(CURVES) as file:
-        curves = {name: file[name].astype(float).tolist() for name in file.files}
+        recorded = {name: file[name].astype(float).tolist() for name in file.files}
     figures = {
-        "length unknown": judge(curves, 0),
-        "four times as long a run": judge(curves, 4),
+        "length unknown": judge(recorded, 0),
+        "four times as long a run": judge(recorded, 4),
+        "gpts": judge_gpts(),
     }
     for what, verdict in figures.items():
         print(what, verdict)
-    print(write("first_warmup", {"runs": len(curves), **figures}))
+    print(write("first_warmup", {"runs": len(recorded), **figures}))
 
 
 if __name__ == "__main__":

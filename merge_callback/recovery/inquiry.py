@@ -20,7 +20,7 @@ from merge_callback.recovery.evidence import (
 )
 from merge_callback.sharding import local, overwrite
 from merge_callback.signals.host import HeldBatch, Host, UnrepeatableStepError
-from merge_callback.signals.spike_detector import SpikeEvent
+from merge_callback.signals.spike_event import SpikeEvent
 from merge_callback.signals.watched_numbers import LOSS, WatchedNumbers
 from merge_callback.snapshots.arena import all_finite
 from merge_callback.snapshots.capture import ModelTensors

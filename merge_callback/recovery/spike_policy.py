@@ -21,7 +21,7 @@ from merge_callback.recovery.spike_log import RECORD, announce, append, number, 
 from merge_callback.recovery.step_origins import StepOrigins
 from merge_callback.signals.drift import DRIFT_STEPS
 from merge_callback.signals.host import Host, report
-from merge_callback.signals.spike_detector import SpikeEvent
+from merge_callback.signals.spike_event import SpikeEvent
 from merge_callback.signals.step_statistics import StepStatistics
 from merge_callback.signals.watched_numbers import GRAD_NORM, LOSS, WatchedNumbers
 from merge_callback.snapshots.live_merge import HalfRestoredError

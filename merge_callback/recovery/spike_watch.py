@@ -16,7 +16,7 @@ from merge_callback.sharding import local
 from merge_callback.signals.host import Host, report
 from merge_callback.signals.loss_scale import gradient_scale
 from merge_callback.signals.lr_phase import Warmup
-from merge_callback.signals.spike_detector import SpikeEvent
+from merge_callback.signals.spike_event import SpikeEvent
 from merge_callback.signals.step_statistics import Statistics, StepStatistics, dense
 from merge_callback.signals.watched_numbers import WatchedNumbers
 from merge_callback.snapshots.arena import all_finite

@@ -12,9 +12,10 @@ from merge_callback.signals import first_warmup
 from merge_callback.signals.baseline import ACTIVE_FROM, Baseline, RiseTest, ShiftTest, middle
 from merge_callback.signals.hard_data import HardData
 from merge_callback.signals.lr_phase import Warmup
+from merge_callback.signals.spike_event import SpikeEvent
 from merge_callback.spike_options import HISTORY
 
-__all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector", "SpikeEvent"]
+__all__ = ["ACTIVE_FROM", "HISTORY", "SpikeDetector"]
 
 _RETURNED = 16  # consecutive values nearer to the baseline before a shift that restore it
 
@@ -22,30 +23,6 @@ _RETURNED = 16  # consecutive values nearer to the baseline before a shift that 
 _FAR = 4.0  # this many times the usual distance of the threshold,
 _TIMES = 2.0  # and by this many times the baseline,
 _AS_AT_FIRST = 0.5  # and to reach this share of the level at the start of the run.
-
-
-@dataclass(frozen=True)
-class SpikeEvent:
-    """What a detector reports: a spike, a rise, or a shift to a level that is the new baseline from now on.
-
-    ``onset`` is the step of the first outlier, ``step`` the step whose value decided. ``values`` are the
-    outliers (of a shift those among its 128 values, of a spike the last 128, of a rise the last 16 values).
-    ``baseline`` and ``threshold`` are those they were judged by, NaN if there were too few clean values.
-    """
-
-    kind: Literal["spike", "rise", "shift"]
-    watched: str
-    onset: int
-    step: int
-    values: list[float]
-    baseline: float
-    threshold: float
-
-    @property
-    def trigger(self) -> str:
-        """What triggered the event, e.g. ``"loss"`` or ``"non-finite loss"``."""
-        finite = all(map(math.isfinite, self.values))
-        return self.watched if finite else f"non-finite {self.watched}"
 
 
 @dataclass
@@ -332,12 +309,12 @@ class SpikeDetector:
     def _is_spike(self, streak: _Streak, finite: bool) -> bool:
         if self._after and self._after.values:
             return False  # it is not known yet whether the data changed
-        is_due = streak.ask_at is not None and streak.length >= streak.ask_at
-        if not is_due and finite and self._warmup is Warmup.FIRST:
+        if finite and self._warmup is Warmup.FIRST and not streak.answers:
             lasting = self._shift.outliers(self._limit, first_warmup.LASTING) if streak.beyond else []
             if lasting:
                 streak.onset = min(streak.onset, lasting[0][0])
             return bool(lasting)
+        is_due = streak.ask_at is not None and streak.length >= streak.ask_at
         return is_due or streak.beyond >= self.patience
 
     def _note_restored(self, value: float) -> None:
@@ -378,6 +355,8 @@ class SpikeDetector:
         self._before_shift = _BeforeShift(event.onset, list(self._clean.values), self._clean.median)
         self._clean = Baseline(self.k, self.floor, outliers)
         self._shift, self._streak, self._after = ShiftTest(), None, None
+        if self._warmup is Warmup.FIRST:
+            self._before = None
         self._rise = RiseTest(self.k, self.floor)
         return event
 

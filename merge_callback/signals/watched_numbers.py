@@ -8,7 +8,8 @@ from typing import Any
 
 from merge_callback.signals.drift import Drift, SpikeScore
 from merge_callback.signals.lr_phase import Warmup
-from merge_callback.signals.spike_detector import SpikeDetector, SpikeEvent
+from merge_callback.signals.spike_detector import SpikeDetector
+from merge_callback.signals.spike_event import SpikeEvent
 from merge_callback.signals.step_statistics import Statistics
 from merge_callback.spike_options import SpikeOptions
 

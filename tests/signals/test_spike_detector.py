@@ -257,6 +257,7 @@ def test_hard_data_in_a_first_warm_up_are_asked_about_once():
             assert detector.acquit() == (asked == 1)
     assert asked == 7  # at 64, then after 1, 2, 4, … further outliers
     assert detector.observe(327, 4.0, **FIRST).kind == "shift"
+    assert not watch(detector, [4.0] * 200, start=328, **FIRST)
 
 
 # --- answers ------------------------------------------------------------------------------------------------
