@@ -299,8 +299,8 @@ class MergeSession:
         """
         self._averaged = None
         try:
-            self._model = self._at_snapshots.tensors()
-            change = tensor_changes(self._shapes, self._model)
+            before, self._model = self._model, self._at_snapshots.tensors()
+            change = "" if self._model is before else tensor_changes(self._shapes, self._model)
         except Exception as error:  # reported when the snapshot fails because of it
             self._model, change = error, ""
         if self.ranks.size > 1:
