@@ -185,7 +185,8 @@ def against_targets(found: dict[str, dict[str, float]]) -> str:
     copy, taken, look = (found[what]["fastest"] for what in ("bytes", "processor", "look"))
     return (
         f"  take_snapshot: {taken / copy:.2f} x _foreach_copy_ (target 1.3), "
-        f"{(taken + look) / copy:.2f} x with the look at the model; GIL held for {1e3 * found['longest']['median']:.1f} ms at most (target 5)"
+        f"{(taken + look) / copy:.2f} x with the look at the model; "
+        f"GIL held for {1e3 * found['longest']['median']:.1f} ms at most (target 5)"
     )
 
 
