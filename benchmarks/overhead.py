@@ -213,7 +213,13 @@ def print_steps(found: dict[str, Any]) -> None:
 def print_hooks(found: dict[str, Any]) -> None:
     for name, seconds in found.items():
         median, mean = 1e6 * seconds["median"], 1e6 * seconds["mean"]
-        print(f"hooks: {name:44} median {median:.0f} µs, mean {mean:.0f} µs", flush=True)
+        print(f"hooks: {name:44} median {median:.1f} µs, mean {mean:.1f} µs", flush=True)
+
+
+def print_targets(step: dict[str, Any], hooks: dict[str, Any]) -> None:
+    looped, inside = hooks["optimizer step, in a loop"]["median"], hooks["optimizer step"]["mean"]
+    share = 100 * inside / step["no callback"]["seconds"]
+    print(f"  in a loop {1e6 * looped:.1f} µs (target 15); {share:.2f} % of the demo's step (target 0.5)")
 
 
 def print_stalls(millions: int, found: dict[str, Any]) -> None:
@@ -245,6 +251,7 @@ def main() -> None:
     sizes, repeats = ((25,), 3) if options.quick else ((25, 100), 6)
     print_steps(step := measure_steps(rounds, steps, options.accelerator))
     print_hooks(hooks := measure_hooks(4 * steps, options.accelerator))
+    print_targets(step, hooks)
     stalls = {}
     for millions in sizes:
         stalls[millions] = measure_stalls(millions, repeats, options.accelerator)

@@ -250,8 +250,7 @@ class MergeSession:
             self._count(batch, tokens)
         if self.spikes and self._stepless < _UNSEEN:
             self.statistics.add_loss(outputs, divided_by)
-        if self.pipeline.has_pending_logs:
-            self.pipeline.log_pending()
+        self.pipeline.log_pending()
         step = self.host.step
         self._batches += 1
         if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
@@ -300,8 +299,8 @@ class MergeSession:
         """
         self._averaged = None
         try:
-            self._model = self._at_snapshots.tensors()
-            change = tensor_changes(self._shapes, self._model)
+            before, self._model = self._model, self._at_snapshots.tensors()
+            change = "" if self._model is before else tensor_changes(self._shapes, self._model)
         except Exception as error:  # reported when the snapshot fails because of it
             self._model, change = error, ""
         if self.ranks.size > 1:
@@ -546,14 +545,14 @@ class MergeSession:
             say(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
 
     def _observe_learning_rates(self) -> None:
-        segment = self.phases.segment
         self.phases.observe([self.applied.total])
-        if segment != self.phases.segment:
+        if self.phases.segment != self._segment:
             self.window.relabel(self.phases.phase.value, self.phases.since)
             self.merger.forget()
             self._record_phase()
 
     def _record_phase(self) -> None:
+        self._segment = self.phases.segment
         since = self.phases.since * self.step // max(1, self.phases.steps)  # several optimizers step in turn
         self.host.record("phase", self.step, phase=self.phases.phase.value, since=since)
 

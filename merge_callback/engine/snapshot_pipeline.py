@@ -137,11 +137,6 @@ class SnapshotPipeline:
         """The window's snapshots; the last one may still be on its way there."""
         return self._window.snapshots
 
-    @property
-    def has_pending_logs(self) -> bool:
-        """Whether there is something to log."""
-        return bool(self._reports)
-
     def take(
         self, snapshot: Snapshot, phase: Phase, live: ModelTensors | Exception, may_publish: bool
     ) -> None:

@@ -251,7 +251,8 @@ def copied(batch: Any) -> Any:
         return batch
     kind = type(batch)
     if kind is dict:
-        return {key: copied(value) for key, value in batch.items()}
+        # Asked here, too: this is done for every batch.
+        return {key: v if isinstance(v, Tensor) else copied(v) for key, v in batch.items()}
     if kind in (list, tuple):
         return kind(map(copied, batch))
     return copy.copy(batch) if isinstance(batch, (Mapping, UserDict)) else batch

@@ -150,7 +150,7 @@ class SpikeWatch:
         if seen.unknown_scalars and self._new_scalars:
             self._agree_on_scalars()
         events = self.numbers.observe(seen, warmup, self._optimizers[0], self._is_broken)
-        if not self.is_within_baseline:
+        if not self.numbers.is_within_baseline:
             if self._merger().window.mark_in_spike(self._seen, seen.step):
                 self._merger().forget()
         elif self.numbers.loss.onset is None:

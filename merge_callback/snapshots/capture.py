@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from operator import is_
+from operator import attrgetter, eq, is_
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +22,9 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 _HOLDERS = ("_parameters", "_buffers", "_modules")
 """The attributes of a module that hold its tensors and its parts, by name."""
+
+_KIND = attrgetter("shape", "dtype", "requires_grad")
+"""What may change of a tensor in place, besides its values."""
 
 
 @dataclass
@@ -110,6 +113,7 @@ class LiveModel:
         self._module, self._root = module, root or module
         self._found: ModelTensors | None = None
         self._reshard: Callable[[], None] = _nothing
+        self._kinds: list[tuple[Any, ...]] = []
         self._parameters: dict[str, Tensor] = {}
         self._sharded: dict[str, Tensor] = {}
         self._parts: list[dict[str, Any]] = []
@@ -117,6 +121,8 @@ class LiveModel:
 
     def tensors(self) -> ModelTensors:
         """The module's tensors, without their pieces; to be read only, as autograd notices what is written.
+
+        If it is the same object as at the last look, all names, shapes and dtypes are the same.
 
         Raises:
             ValueError: as ``ModelTensors.of``.
@@ -128,8 +134,10 @@ class LiveModel:
             self._find(found := ModelTensors.of(self._module, self._root))
             if self._found is None:
                 return found
-        frozen = {name for name, parameter in self._parameters.items() if not parameter.requires_grad}
-        if frozen != self._found.frozen:
+        own = self._found.tensors.values()
+        if not all(map(eq, map(_KIND, own), self._kinds)):
+            self._kinds = [*map(_KIND, own)]
+            frozen = {name for name, parameter in self._parameters.items() if not parameter.requires_grad}
             self._found = replace(self._found, frozen=frozen)  # the one before may be in use
         if self._sharded:
             shards = {name: local(tensor) for name, tensor in self._sharded.items()}
@@ -145,7 +153,7 @@ class LiveModel:
         own = {found.names[id(tensor)]: tensor for tensor in saved}
         self._parameters = {name: t for name, t in own.items() if isinstance(t, nn.Parameter)}
         self._sharded = {name: tensor for name, tensor in own.items() if local(tensor) is not tensor}
-        self._found = replace(found, tensors=own, pieces={})
+        self._found, self._kinds = replace(found, tensors=own, pieces={}), [*map(_KIND, own.values())]
 
     def _is_as_found(self) -> bool:
         content = _content(self._parts)

@@ -154,7 +154,9 @@ class Mapped(Memory):
             size = os.stat(self._files.path(stored)).st_size
         except OSError:  # a removed file stays readable through its map
             return False
-        return size < stored.arena.buffer.untyped_storage().nbytes()  # header and all
+        # Not by its untyped_storage(): once Python has seen that, the map is given back under the GIL.
+        buffer = stored.arena.buffer
+        return size < buffer.storage_offset() + buffer.nbytes  # the header lies before it
 
 
 STORAGES: dict[str, type[Memory]] = {"disk": Mapped, "cpu": Memory, "device": DeviceMemory}

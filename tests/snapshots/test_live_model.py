@@ -61,6 +61,20 @@ CHANGES = {
     "one comes for none": another_instead_of_none,
     "data is replaced": lambda m: setattr(m.layers[0].weight, "data", torch.randn(3, 3)),
     "the shape changes": turn,
+    **(
+        IN_PLACE := {
+            "data of another shape comes": lambda m: setattr(m.layers[0].weight, "data", torch.randn(5, 3)),
+            "data of another dtype comes": lambda m: setattr(
+                m.layers[0].bias, "data", torch.randn(3).double()
+            ),
+            "the whole module is converted": lambda m: m.to(torch.bfloat16),
+            "a tensor is set to another": lambda m: torch.no_grad()(m.layers[0].weight.set_)(
+                torch.randn(6, 3)
+            ),
+            "a buffer grows": lambda m: m.mask.resize_(7),
+            "a buffer loses a dimension": lambda m: m.head[1].running_mean.squeeze_().resize_(()),
+        }
+    ),
     "two parameters change places": lambda m: torch.utils.swap_tensors(
         m.layers[0].weight, m.layers[1].weight
     ),
@@ -90,6 +104,16 @@ def test_a_look_sees_what_a_walk_sees(change):
     assert described(looked) == described(found)
     assert looked.names == found.names
     assert before.frozen == frozen  # it may be in use in the background
+
+
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+def test_a_look_at_tensors_of_other_shapes_or_dtypes_gives_another_object(change):
+    module = Model()
+    live = LiveModel(module)
+    before = live.tensors()
+    change(module)
+    assert live.tensors() is not before
+    assert live.tensors() is live.tensors()
 
 
 def test_a_module_that_is_what_it_was_is_not_walked_again(monkeypatch):

@@ -44,6 +44,16 @@ def finished(tmp_path_factory):
     return folder, keeper.weights
 
 
+def test_no_storage_of_a_mapped_file_is_shown_to_python(monkeypatch, tmp_path):
+    # Its memory would be given back under the interpreter's lock, for a millisecond with every 4 MB.
+    shown, own = [], torch.Tensor.untyped_storage
+    monkeypatch.setattr(
+        torch.Tensor, "untyped_storage", lambda tensor: shown.append(tensor.dtype) or own(tensor)
+    )
+    fit(tmp_path)
+    assert torch.uint8 not in shown
+
+
 def test_a_snapshot_file_holds_the_live_weights_of_its_step(finished):
     folder, weights = finished
     for step, path in files(folder).items():

@@ -196,7 +196,17 @@ def widen(module) -> None:
     module.bank = module.bank.double()
 
 
+def grow_in_place(module) -> None:
+    module.bank.resize_(5, 8).zero_()
+
+
+def other_data(module) -> None:
+    module.bank.data = torch.ones(1, 8)  # which could be copied to where the former one lies
+
+
 CHANGES = {
+    "grown in place": (grow_in_place, r"changed bank from \(2, 8\) float32 to \(5, 8\) float32"),
+    "other data": (other_data, r"changed bank from \(2, 8\) float32 to \(1, 8\) float32"),
     "new parameter": (add_parameter, "there is now scale"),
     "grown buffer": (grow_buffer, r"changed bank from \(2, 8\) float32 to \(5, 8\) float32"),
     "new module": (add_module, r"there is now extra\.weight, extra\.bias"),

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,15 +181,6 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         self.options = Options.resolve(**given)
-        # Made once: Lightning asks for it before every hook.
-        self._state_key = self._generate_state_key(
-            every=self.options.every,
-            **{phase: method.name for phase, method in self.options.methods.items()},
-            window=self.options.window,
-            codec=self.options.snapshot_codec,
-            dtype=str(self.options.snapshot_dtype or ""),
-            folder=Path(self.options.dirpath or "").name,  # distinguishes callbacks with the same options
-        )
         self.session: MergeSession | None = None
         self._host: LightningHost | None = None
         self._validation: MergedValidation | None = None
@@ -206,10 +198,17 @@ class CheckpointMergeCallback(RunResults, LightningCallback):
             state["_resume"] = copy.deepcopy(self._state(self.session, to_keep=False))
         return state
 
-    @property
+    @cached_property
     def state_key(self) -> str:
-        """Distinguishes several callbacks of this kind."""
-        return self._state_key
+        """Distinguishes several callbacks of this kind; Lightning asks for it before every hook."""
+        return self._generate_state_key(
+            every=self.options.every,
+            **{phase: method.name for phase, method in self.options.methods.items()},
+            window=self.options.window,
+            codec=self.options.snapshot_codec,
+            dtype=str(self.options.snapshot_dtype or ""),
+            folder=Path(self.options.dirpath or "").name,  # distinguishes callbacks with the same options
+        )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuses unsupported trainers before anything is set up."""
