@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import pytest
 import torch
+from distributed_runs import FSDP2_ON_CPUS
 from hypothesis import settings
 from killed_run import fit, killable_runs, outcome
 from lightning.fabric.utilities import registry
@@ -68,3 +69,9 @@ def same_methods():
     yield
     for name in METHODS.keys() - known.keys():
         del METHODS[name]
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "fsdp2" in item.name and not FSDP2_ON_CPUS:
+            item.add_marker(pytest.mark.skip(reason="torch 2.6 has no FSDP2 on CPUs"))

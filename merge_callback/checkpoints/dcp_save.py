@@ -25,8 +25,8 @@ def save_distributed(
         entries: what this rank has.
         writer: knows the folder.
         planner: which parts of the entries are written.
-        group: the ranks that write the checkpoint together, all of which call this; ``None``: this process alone,
-            whatever others there are.
+        group: the ranks that write the checkpoint together, all of which call this; ``None``: this process
+            alone, whatever others there are.
 
     Raises:
         CheckpointException: on all ranks, if one could not write its own.

@@ -111,7 +111,9 @@ def what_archive(names: Sequence[str]) -> str | None:
         return _ARRAYS
     if "model.weights.h5" in names:
         return _KERAS
-    if any(name.endswith(("/archive_format", "/sample_inputs/model.pt")) for name in names):
+    # The last one is how torch 2.6 saves them.
+    exported = ("/archive_format", "/sample_inputs/model.pt", "serialized_exported_program.json")
+    if any(name.endswith(exported) for name in names):
         return _EXPORTED
     if any(re.search(r"(^|/)data\.pkl$", name) for name in names):
         return None

@@ -80,7 +80,7 @@ class Peers:
         try:
             yield
         finally:
-            destroy_groups([dist.group.WORLD])
+            destroy_groups([dist.distributed_c10d._get_default_group()])
 
 
 @contextmanager

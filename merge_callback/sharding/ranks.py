@@ -17,7 +17,7 @@ def destroy_groups(groups: list[dist.ProcessGroup]) -> None:
     """Destroys process groups, and empties the list, which should have the only references to them.
 
     torch 2.6 holds the interpreter's lock while it frees a group, which waits for threads of gloo's that may
-    want the lock: for ever. What a group keeps for the CPU is freed without the lock, so it goes after the group.
+    want the lock: for ever. What a group keeps for the CPU is freed without the lock, so it goes after it.
     """
     while groups:
         group = groups.pop()

@@ -4,6 +4,8 @@
 from us, a test says how.
 """
 
+import importlib
+
 import pytest
 import torch
 
@@ -25,7 +27,8 @@ def mergekit():
 @pytest.fixture
 def peft():
     """Functions of lists of task vectors, their weights, and a density."""
-    return pytest.importorskip("peft.utils.merge_utils", reason="needs the extra 'peers'")
+    pytest.importorskip("peft", minversion="0.21", reason="needs the extra 'peers'")
+    return importlib.import_module("peft.utils.merge_utils")
 
 
 def random_snapshots(count, spread=1.0):

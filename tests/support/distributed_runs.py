@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import distributed_worker
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -36,6 +37,9 @@ Job = tuple[Callable[..., Any], Mapping[str, Any]]
 """A function that every rank calls, and its keyword arguments; both are pickled."""
 
 
+FSDP2_ON_CPUS = hasattr(torch.cpu.Stream, "record_event")
+
+
 class RankError(AssertionError):
     """A rank failed or took too long; the message holds what each of them printed."""
 
@@ -51,7 +55,10 @@ def run_jobs(nprocs: int, jobs: Mapping[str, Job], timeout: float = 200) -> dict
         torch.save(dict(jobs), Path(folder, "jobs"))
         status = _run_worker(nprocs, folder, timeout)
         if status != 0:
-            raise RankError(_failure(Path(folder), f"timeout={timeout} s" if status is None else "failed"))
+            failure = _failure(Path(folder), f"timeout={timeout} s" if status is None else "failed")
+            if not FSDP2_ON_CPUS and "fully_shard" in failure:
+                pytest.skip("torch 2.6 has no FSDP2 on CPUs")
+            raise RankError(failure)
         results = [torch.load(Path(folder, f"rank{rank}.pt"), weights_only=False) for rank in range(nprocs)]
     return {name: [result[name] for result in results] for name in jobs}
 
