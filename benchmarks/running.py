@@ -76,8 +76,8 @@ def ours(model: nn.Module, stack: ExitStack) -> Update:
 
     def update() -> None:
         assert session.running is not None
-        session.step += 1
-        if session.running.is_due(session.step):
+        session.progress.step += 1
+        if session.running.is_due(session.progress.step):
             session._update_averages()
 
     return update

@@ -42,6 +42,7 @@ from merge_callback import CheckpointMergeCallback
 from merge_callback.demo.gpt import GPTConfig
 from merge_callback.demo.module import DemoModule
 from merge_callback.demo.schedule import WSDSchedule
+from merge_callback.engine.emissions import Emissions
 from merge_callback.engine.session import MergeSession
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.merging import resolve_method
@@ -105,7 +106,7 @@ def watch(meter: Meter) -> None:
     """Has the callback's work metered from now on, in this process."""
     for (owner, name), stage in STAGES.items():
         meter.wrap(owner, name, stage, sends=stage != "exchange")
-    take, keep, publish = MergeSession.take_snapshot, SnapshotPipeline._keep, SnapshotPipeline._publish
+    take, keep, publish = MergeSession.take_snapshot, SnapshotPipeline._keep, Emissions._publish
     update = MergedValidation.update
 
     def take_snapshot(self: MergeSession) -> None:
@@ -118,7 +119,7 @@ def watch(meter: Meter) -> None:
         with meter.event("snapshot"):
             keep(self, *args)
 
-    def published(self: SnapshotPipeline, *args: Any) -> None:
+    def published(self: Emissions, *args: Any) -> None:
         with meter.event("emission"):
             publish(self, *args)
 
@@ -128,7 +129,7 @@ def watch(meter: Meter) -> None:
             update(self, merge)
 
     MergeSession.take_snapshot, SnapshotPipeline._keep = take_snapshot, kept  # type: ignore[method-assign]
-    SnapshotPipeline._publish, MergedValidation.update = published, validate  # type: ignore[method-assign]
+    Emissions._publish, MergedValidation.update = published, validate  # type: ignore[method-assign]
 
 
 def _meet(ranks: Ranks, meter: Meter) -> None:
@@ -153,7 +154,7 @@ class Finale(Callback):
         for _ in range(TIMED):
             _meet(ranks, meter)
             with meter.event("restore"):
-                session.spikes.policy.recovery.restore(window.segment()[-3:], session.step, 1.0)
+                session.spikes.policy.recovery.restore(window.segment()[-3:], session.progress.step, 1.0)
         self.done.touch()  # what follows is not the callback's memory
         self._emit_distributed(session)
         for name in ("sma", "ties"):

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 
 import torch.distributed as dist
 
@@ -38,6 +39,14 @@ def warn(text: str) -> None:
     """Warns the user with a ``UserWarning``, without a line of our code, which would not help them."""
     if _is_first():
         warnings.warn_explicit(text, UserWarning, "merge_callback", 0)
+
+
+def tell(lines: Iterable[str], warned: Iterable[str]) -> None:
+    """Logs several messages, then warns of others."""
+    for line in lines:
+        info(line)
+    for line in warned:
+        warn(line)
 
 
 def _is_first() -> bool:

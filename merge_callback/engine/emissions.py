@@ -223,7 +223,8 @@ class Emissions:
             layout=self._window.store.whole.hash,
             run_id=self._window.folder.run_id,
             **({"metrics": scores} if scores else {}),
-            **({"candidates": record} if record else {}),
+            # The selected one may have found no memory: the default one is published then.
+            **({"candidates": {**record, "selected": merge.name}} if record else {}),
         )
 
     def _protect(self) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from shlex import quote
 from typing import Any, SupportsFloat
 
@@ -20,12 +18,11 @@ from merge_callback.engine.expert_merge import ExpertMerge
 from merge_callback.engine.model_parts import (
     check_exclude,
     entries_beside,
-    global_numel,
-    own_gradient,
     shapes_of,
     tensor_changes,
 )
 from merge_callback.engine.plan import Plan, from_here
+from merge_callback.engine.progress import UNSEEN, Progress
 from merge_callback.engine.run_folder import RunFolder
 from merge_callback.engine.run_window import (
     new_window,
@@ -37,27 +34,19 @@ from merge_callback.engine.session_parts import event_file, publisher_of, watch_
 from merge_callback.engine.snapshot_pipeline import SnapshotPipeline
 from merge_callback.engine.validations import Scored
 from merge_callback.merging.power_iteration import vectors_of
-from merge_callback.messages import info, warn
+from merge_callback.messages import info, tell, warn
 from merge_callback.metrics import GAIN
 from merge_callback.options import Options
 from merge_callback.publish.export import Naming
 from merge_callback.sharding import Ranks, Sharding
-from merge_callback.signals.applied_lr import AppliedLR
 from merge_callback.signals.host import Host, report
-from merge_callback.signals.lr_phase import LRPhaseDetector
-from merge_callback.signals.snapshot_interval import Interval
-from merge_callback.signals.step_statistics import StepStatistics
-from merge_callback.signals.token_clock import TokenClock
 from merge_callback.snapshots.capture import LiveModel, ModelTensors
 from merge_callback.snapshots.merge import Merge
-from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.unfit import check_unfit
 from merge_callback.snapshots.window import Window
 from merge_callback.snapshots.window_merger import WindowMerger
 
 log = logging.getLogger(__name__)
-
-_UNSEEN = 256  # batches without a step, after which the user is warned
 
 _PATIENCE = 600.0  # seconds that uploads may take after an exception
 _LAST_UPLOADS = 1500.0  # same at the end of a run with several ranks; the others give up after half an hour
@@ -65,9 +54,6 @@ _LAST_UPLOADS = 1500.0  # same at the end of a run with several ranks; the other
 _IF_IT_KEEPS_CHANGING = (
     ". If a buffer keeps changing its shape, leave it out with register_buffer(persistent=False)"
 )
-
-_MEASURED_OVER = 3  # optimizer steps after which the tokens per step are reported
-_COUNTED_OVER = 8  # batches after which the steps per batch of a manual optimization are reported
 
 
 class MergeSession:
@@ -108,17 +94,8 @@ class MergeSession:
                 "the newest snapshot's; a forward pass in training mode fits them to the merged weights"
             )
         self.sharding = Sharding(model.tensors, model.pieces, model.buffers, self.ranks, model.frozen)
-        self._names, self._shapes = model.names, shapes_of(model)
-        self.clock = TokenClock(options.count_tokens)
-        self.statistics = StepStatistics(
-            self.ranks,
-            host.counts_batches,
-            host.device,
-            self.clock,
-            partial(own_gradient, self._names, self.sharding),
-        )
-        self.applied = AppliedLR(host.optimizers, partial(global_numel, self._names, self.sharding))
-        self.phases = LRPhaseDetector(host.total_batches)
+        self._shapes = shapes_of(model)
+        self.progress = Progress(options, host, self.ranks, model.names, self.sharding)
         window = new_window(options, model, self.sharding, folder, resume)
         note_publishing(window, naming, model, options.exclude)
         self.running = running_averages(options, model, window, host.device)
@@ -126,27 +103,23 @@ class MergeSession:
         self.pipeline = SnapshotPipeline(options, host, window, publisher, naming, self.running)
         host.spare = window.store.live.spare
         self.experts = ExpertMerge.of(options, model, naming, self.sharding, window.store.layout)
-        self.step = host.step  # the last optimizer step seen
-        self._stepless = 0  # batches of a manual optimization since its last step
-        self.interval = Interval(options.every, options.unit, self.clock, self.statistics, self.step)
-        self.spikes = watch_for_spikes(options, host, self.pipeline, self.statistics, folder.path)
+        self.spikes = watch_for_spikes(options, host, self.pipeline, self.progress.statistics, folder.path)
         if self.spikes and self.running:
             self.spikes.policy.after_restore = self._roll_averages_back
         try:
             self._put_folder_in_order()
-            self.plan = Plan.of(options, window.store, host, self.running)
-            _report_plan([*self.plan.lines(), *folder.notices], self.plan.warnings())
+            plan = Plan.of(options, window.store, host, self.running)
+            tell([*plan.lines(), *folder.notices], plan.warnings())
             if self.ranks.is_first:
-                host.record = event_file(options, self.plan, folder, self.ranks, window).write
+                host.record = event_file(options, plan, folder, self.ranks, window).write
             if resume:
                 self._load_state_dict(resume)
             self._record_phase()
+            self.progress.begin(plan)
         except BaseException:
             self._let_go()
             self._give_folder_back(_PATIENCE)
             raise
-        self._first = (self.step, self.clock.tokens)
-        self._is_measured, self._batches = False, 0
 
     def live(self) -> ModelTensors:
         """The live model's tensors on this rank."""
@@ -171,11 +144,6 @@ class MergeSession:
     def is_half_restored(self) -> bool:
         """Whether a restore failed half way, so that the weights are a mixture."""
         return self.spikes is not None and self.spikes.policy.is_half_restored
-
-    @property
-    def countable(self) -> bool | None:
-        """Whether tokens can be counted; ``None`` before the first batch."""
-        return self.clock.countable
 
     @classmethod
     def begin(cls, options: Options, host: Host, resume: Mapping[str, Any]) -> MergeSession:
@@ -210,16 +178,11 @@ class MergeSession:
         """
         if self.spikes:
             self.spikes.begin_batch(batch, batch_idx)
-        if self.clock.countable is None and (batch is not None or tokens is not None):
-            error = _failure(self.clock.count, batch) if tokens is None else None
-            needs_none = self.options.unit == "steps" or self.options.experts is not None
-            bearable = isinstance(error, ValueError) and needs_none
-            self.ranks.agree(None if bearable else error)
-            self.clock.countable = all(self.ranks.exchange(error is None))
+        self.progress.begin_batch(batch, tokens)
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that is about to be taken."""
-        self.applied.note(optimizer)
+        self.progress.applied.note(optimizer)
         if self.running:
             self.running.wait()  # they may still be reading what the step overwrites
         if self.spikes:
@@ -246,41 +209,33 @@ class MergeSession:
         Raises:
             TrainingDivergedError: if the run is to stop after a spike.
         """
-        if self.clock.countable is not False:
-            self._count(batch, tokens)
-        if self.spikes and self._stepless < _UNSEEN:
-            self.statistics.add_loss(outputs, divided_by)
+        progress = self.progress
+        if progress.clock.countable is not False:
+            progress.count(batch, tokens)
+        if self.spikes and progress.stepless < UNSEEN:
+            progress.statistics.add_loss(outputs, divided_by)
         self.pipeline.log_pending()
-        step = self.host.step
-        self._batches += 1
-        if self.plan.batches and self._batches == _COUNTED_OVER and step > self._first[0]:
-            self._report_steps_per_batch((step - self._first[0]) / _COUNTED_OVER)
-        if step == self.step:
-            self._note_no_step()
-            return False  # gradients are being accumulated
-        self.step, self._stepless = step, 0
-        self._observe_learning_rates()
+        if not progress.end_batch():
+            return False
+        step = progress.step
+        if progress.enters_segment():
+            self._begin_segment()
         if self.spikes:
             self.spikes.note_end_of_step(step)
-        seen = self.statistics.end_step(self.step, self.spikes.loss_scale if self.spikes else None)
-        if not self._is_measured and step - self._first[0] >= _MEASURED_OVER:
-            self._is_measured = True
-            self._report_tokens_per_step()
-        due = self.interval.is_over(self.step)
-        warmup = self.phases.warmup
-        restored = self.spikes is not None and self.spikes.end_step(self.step, warmup, seen)
+        seen, is_due = progress.end_step(self.spikes.loss_scale if self.spikes else None)
+        restored = self.spikes is not None and self.spikes.end_step(step, progress.phases.warmup, seen)
         if self.running and not restored and self.running.is_due(step):
             self._update_averages()
-        return due and not restored
+        return is_due and not restored
 
     def _update_averages(self) -> None:
         assert self.running is not None
         try:
             if self._averaged is None:  # whether the model has other tensors is found out at each snapshot
                 self._averaged = self._at_snapshots.tensors().tensors
-            self.running.update(self.step, self._averaged)
+            self.running.update(self.progress.step, self._averaged)
         except Exception:
-            log.exception("merge: the running averages end at step %s; training goes on", self.step)
+            log.exception("merge: the running averages end at step %s; training goes on", self.progress.step)
             self.running.end()
 
     def _roll_averages_back(self, step: int) -> None:
@@ -308,9 +263,10 @@ class MergeSession:
         change = next(filter(None, self.ranks.exchange(change)), "")
         if not change:
             return self
+        hint = _IF_IT_KEEPS_CHANGING if " changed " in f" {change}" else ""
         warn(
-            f"merge: the model's tensors have changed since training began: at step {self.step} {change}. "
-            f"A new window begins here{_IF_IT_KEEPS_CHANGING * (' changed ' in f' {change}')}"
+            "merge: the model's tensors have changed since training began: "
+            f"at step {self.progress.step} {change}. A new window begins here{hint}"
         )
         try:
             return MergeSession(self.options, self.host, self._hand_over(), self.folder)
@@ -330,17 +286,9 @@ class MergeSession:
 
     def take_snapshot(self) -> None:
         """Copies the live weights; the copy is processed in the background."""
-        snapshot = Snapshot(
-            step=self.step,
-            tokens=self.clock.tokens if self.countable else None,
-            lr=max(self.applied.rates, default=0.0) * self.lr_factor(self.step - 1),
-            lr_ratio=self.phases.lr_ratio,
-            phase=self.phases.phase.value,
-            since=self.phases.since,
-            lr_step=self.phases.steps,
-        )
+        snapshot = self.progress.snapshot(self.lr_factor(self.progress.step - 1))
         is_within_baseline = self.spikes is None or self.spikes.is_within_baseline
-        self.pipeline.take(snapshot, self.phases.phase, self._model, is_within_baseline)
+        self.pipeline.take(snapshot, self.progress.phases.phase, self._model, is_within_baseline)
 
     def note_validation(self, live: Mapping[str, SupportsFloat], scored: Scored | None = None) -> None:
         """Logs and keeps what a validation has found; all ranks call it.
@@ -354,8 +302,8 @@ class MergeSession:
             found = self.pipeline.note_validation(live, scored)
             logged = {**scored.shown, **found, **scored.numbers}
             report(self.host, logged)
-        tokens = self.clock.tokens if self.countable else None
-        at = {"step": self.host.step, "tokens": tokens, "phase": self.phases.phase.value}
+        phase = self.progress.phases.phase.value
+        at = {"step": self.host.step, "tokens": self.progress.tokens, "phase": phase}
         lower = scored.lower if scored else {}
         merge_step = self.pipeline.keep_validation(scored, at, live, logged, lower)
         others = scored.compared.entries if scored and scored.compared else ()
@@ -417,9 +365,9 @@ class MergeSession:
         model = self.live()
         if change := tensor_changes(self._shapes, model):
             warn(f"merge: the last merge is of the model before its tensors changed: {change}")
-        self.pipeline.finish(model, self.step)
+        self.pipeline.finish(model, self.progress.step)
         self._let_go()
-        self.host.record("end", self.step, finished=True)
+        self.host.record("end", self.progress.step, finished=True)
         info(f"merge: for a page of this run: merge-callback report {quote(str(from_here(self.dirpath)))}")
         for shared in (self.pipeline, self.sharding, self.ranks):
             shared.close()
@@ -429,13 +377,13 @@ class MergeSession:
         """Releases the folder and the learning rates, and stops waiting for the other ranks."""
         self.pipeline.publish_held()
         self._let_go()
-        self.host.record("end", self.step, finished=False)
+        self.host.record("end", self.progress.step, finished=False)
         self._give_folder_back(_PATIENCE)
 
     def _let_go(self) -> None:
         self.pipeline.wait()
         self.host.spare = None
-        self.statistics.close()
+        self.progress.statistics.close()
         if self.spikes:
             self.spikes.close()
 
@@ -452,28 +400,17 @@ class MergeSession:
             to_keep: whether it is saved in a checkpoint, which needs these files from now on.
         """
         kept = self.pipeline.state_dict(to_keep)
-        statistics = self.statistics.state_dict()  # first, because it may advance the clock
         return {
             "dirpath": str(self.dirpath),
             "remote": self.folder.url,
-            "tokens": self.clock.tokens,
-            "step": self.step,
-            "mark": self.interval.mark,
-            "largest_step": self.clock.largest,
-            "statistics": statistics,
-            "learning_rates": self.applied.state_dict(),
-            "phases": self.phases.state_dict(),
+            **self.progress.state_dict(),
             **kept,
             "spikes": self.spikes.state_dict() if self.spikes else None,
             **({"experts": self.experts.state_dict()} if self.experts else {}),
         }
 
     def _load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.interval.mark = state["step"], state["mark"]
-        self.clock.tokens, self.clock.largest = state["tokens"], state["largest_step"]
-        self.statistics.load_state_dict(state["statistics"])
-        self.applied.load_state_dict(state["learning_rates"])
-        self.phases.load_state_dict(state["phases"])
+        self.progress.load_state_dict(state)
         self.pipeline.load_state_dict(state)
         if restore_window(self.window, self.folder, state, self.host.step):
             self._report_resume()
@@ -484,8 +421,8 @@ class MergeSession:
                 warn(f"merge: {line}")
         self.host.record(
             "resumed",
-            self.step,
-            tokens=self.clock.tokens or None,
+            self.progress.step,
+            tokens=self.progress.clock.tokens or None,
             snapshots=[snapshot.step for snapshot in self.window.snapshots],
         )
         self.pipeline.publish_again(self.live(), state)
@@ -499,11 +436,12 @@ class MergeSession:
 
     def _report_resume(self) -> None:
         steps = ", ".join(str(snapshot.step) for snapshot in self.window.snapshots) or "none"
-        tokens = f", {self.clock.tokens:,} tokens seen" if self.clock.tokens else ""
+        progress, phases = self.progress, self.progress.phases
+        tokens = f", {progress.clock.tokens:,} tokens seen" if progress.clock.tokens else ""
         info(
-            f"merge: resumed at step {self.step:,}{tokens}: the snapshots of steps {steps} are back, "
+            f"merge: resumed at step {progress.step:,}{tokens}: the snapshots of steps {steps} are back, "
             f"{self.pipeline.emissions.count} merges were published, the learning rate is in its "
-            f"{self.phases.phase.value} phase since step {self.phases.since:,}"
+            f"{phases.phase.value} phase since step {phases.since:,}"
         )
 
     def _put_folder_in_order(self) -> None:
@@ -526,46 +464,16 @@ class MergeSession:
             problem = error
         self.ranks.agree(problem)
 
-    def _note_no_step(self) -> None:
-        """Warns if a manual optimization bypasses Lightning's step counter."""
-        self._stepless += self.host.is_manual
-        if self._stepless == _UNSEEN:
-            warn(
-                f"merge: no optimizer step was seen in {_UNSEEN} batches, so no snapshot is taken: step the "
-                "optimizers of self.optimizers(); Lightning does not count steps with use_pl_optimizer=False"
-            )
-
-    def _count(self, batch: Any, tokens: int | Tensor | None) -> None:
-        try:
-            found = self.clock.count(batch) if tokens is None else tokens
-            self.statistics.add_tokens(found if isinstance(found, Tensor) else int(found))
-        except ValueError as error:
-            self.statistics.add_tokens(0 if self.options.unit == "tokens" else math.nan)
-            say = warn if self.ranks.is_first else log.warning
-            say(f"merge: the tokens of the batch before step {self.step} are not counted: {error}")
-
-    def _observe_learning_rates(self) -> None:
-        self.phases.observe([self.applied.total])
-        if self.phases.segment != self._segment:
-            self.window.relabel(self.phases.phase.value, self.phases.since)
-            self.merger.forget()
-            self._record_phase()
+    def _begin_segment(self) -> None:
+        """Notes that the learning rate has begun another segment, perhaps some steps ago."""
+        phases = self.progress.phases
+        self.window.relabel(phases.phase.value, phases.since)
+        self.merger.forget()
+        self._record_phase()
 
     def _record_phase(self) -> None:
-        self._segment = self.phases.segment
-        since = self.phases.since * self.step // max(1, self.phases.steps)  # several optimizers step in turn
-        self.host.record("phase", self.step, phase=self.phases.phase.value, since=since)
-
-    def _report_tokens_per_step(self) -> None:
-        if self.options.unit == "tokens" and self.countable:
-            self.statistics.flush_to_clock()
-            per_step = (self.clock.tokens - self._first[1]) / (self.step - self._first[0])
-            _report_plan(self.plan.measured(per_step), self.plan.warnings(per_step))
-
-    def _report_steps_per_batch(self, per_batch: float) -> None:
-        self.plan = self.plan.with_steps(per_batch)
-        if self.options.unit == "steps":
-            _report_plan(self.plan.counted(per_batch), self.plan.warnings())
+        phase = self.progress.phases.phase.value
+        self.host.record("phase", self.progress.step, phase=phase, since=self.progress.phase_since)
 
 
 def beside_others(options: Options, callbacks: Iterable[object]) -> Options:
@@ -575,18 +483,3 @@ def beside_others(options: Options, callbacks: Iterable[object]) -> Options:
     if options.spike.action != "restore" or "restore" not in actions:
         return options
     return replace(options, spike=replace(options.spike, action="warn"))
-
-
-def _failure(function: Callable[[Any], Any], argument: Any) -> Exception | None:
-    try:
-        function(argument)
-    except Exception as error:
-        return error
-    return None
-
-
-def _report_plan(lines: list[str], warnings: list[str]) -> None:
-    for line in lines:
-        info(line)
-    for line in warnings:
-        warn(line)

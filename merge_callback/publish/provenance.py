@@ -50,6 +50,7 @@ def emission_name(method: str, step: int, tokens: int | None) -> str:
 
 
 def _weighted(snapshot: Snapshot, weight: float | None) -> dict[str, Any]:
-    places = {"file", "frozen", "frozen_checksum"}
-    record = {key: value for key, value in snapshot.record().items() if key not in places}
+    # Only clean snapshots are merged; what turns out later may or may not be known when this is written.
+    left_out = {"file", "frozen", "frozen_checksum", "in_spike"}
+    record = {key: value for key, value in snapshot.record().items() if key not in left_out}
     return {**record, "weight": weight}

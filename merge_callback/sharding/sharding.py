@@ -116,7 +116,8 @@ class Sharding:
 
     def close(self) -> None:
         """Destroys the process groups. All ranks have to call this."""
-        groups = [group for group in self._groups.values() if group is not None]
+        # A group that this rank is not in is a number.
+        groups = [group for group in self._groups.values() if isinstance(group, dist.ProcessGroup)]
         self._groups = {}
         destroy_groups(groups)
 

@@ -156,13 +156,13 @@ class CheckpointMerger(RunResults):
         self._refuse_within_merge("step()")
         if (session := self._begin()) is None:
             return
-        if session.clock.countable is None and batch is None and tokens is None:
+        if session.progress.clock.countable is None and batch is None and tokens is None:
             if self.options.unit == "tokens":
                 raise ValueError(
                     f"every_n_tokens={self.options.every} needs step(tokens=…), or step(batch=…) to count "
                     "them; or give the interval in steps with every_n_steps="
                 )
-            session.clock.countable = False
+            session.progress.clock.countable = False
         if not self._has_stepped:  # it is stepped in some other way, such as in hooks of the backward pass
             for optimizer in self._host.optimizers:
                 session.note_step(optimizer)
@@ -171,7 +171,7 @@ class CheckpointMerger(RunResults):
         self._host.scalars = dict(scalars or {})
         session.begin_batch(batch, self._host.steps_taken - 1, tokens)
         if grad_norm is not None and self.options.spike.grad_norm:
-            session.statistics.set_gradient_norm(grad_norm)
+            session.progress.statistics.set_gradient_norm(grad_norm)
         if session.end_batch(loss, 1, batch, tokens):
             self._session = session = session.follow_model()
             if session is not None:

@@ -196,7 +196,7 @@ def test_beside_the_merging_callback_a_cut_begins_a_new_phase(tmp_path):
 
     class Seen(Callback):
         def on_train_batch_end(self, trainer, *_):
-            phases.setdefault(merging.session.phases.segment, trainer.global_step)
+            phases.setdefault(merging.session.progress.phases.segment, trainer.global_step)
 
         def on_validation_end(self, trainer, *_):
             merged.append("merged/val_acc" in trainer.callback_metrics)

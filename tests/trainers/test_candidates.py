@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from training_runs import Classifier, assert_same_bits, emissions, loader, seed, weights_of
 
 from merge_callback import CheckpointMerger, load_merge
+from merge_callback.engine.candidates import Candidates
 from merge_callback.engine.charts import Charts
 from merge_callback.merging import Ema, Wsm
 from merge_callback.snapshots.storage import DeviceMemory
@@ -196,6 +197,25 @@ def test_a_candidate_whose_validation_fails_is_left_out(tmp_path, caplog):
     assert_same_bits(weights_of(run.module), weights_of(plain.module))
     (path,) = (tmp_path / "merges").glob("step=00000016*")
     assert [one["name"] for one in record(path)["candidates"]["scores"]] == ["sma", "ema-2", "ties"]
+
+
+def test_if_the_best_one_can_not_be_made_again_the_record_names_the_default(tmp_path, alone, monkeypatch):
+    compare, merge, under_way = Candidates.compare, Candidates.merge, []
+
+    def comparing(self, *args):
+        under_way.append(self)
+        found = compare(self, *args)
+        under_way.clear()
+        return found
+
+    monkeypatch.setattr(Candidates, "compare", comparing)
+    monkeypatch.setattr(Candidates, "merge", lambda *args: merge(*args) if under_way else None)
+    compared(tmp_path)
+    found = {path: record(path) for path in emissions(tmp_path / "merges") if "candidates" in record(path)}
+    assert len(found) == 3
+    for path, content in found.items():
+        assert content["candidates"]["selected"] == "sma"
+        assert_same_bits(load_merge(path), alone["sma"][1][content["step"]])
 
 
 def test_early_stopping_and_checkpoints_follow_the_best_one_or_any(tmp_path, together):

@@ -350,6 +350,6 @@ def test_a_gradient_norm_can_be_handed_over(tmp_path):
         for step in range(3):
             loss = take_step(model, optimizer, step)
             merger.step(loss=loss, grad_norm=torch.tensor(7.0))
-            read = partial(merger._session.statistics._last.read)
+            read = partial(merger._session.progress.statistics._last.read)
             seen.append(read().norm)
     assert seen == [7.0] * 3

@@ -201,7 +201,7 @@ def test_steps_that_lightning_does_not_count_are_told_of_once(tmp_path):
 
     class Held(At):
         def on_train_batch_end(self, *_):
-            held.append(len(merging.session.statistics._losses))
+            held.append(len(merging.session.progress.statistics._losses))
 
     held = []
     merging = CheckpointMergeCallback(every_n_steps=2, dirpath=tmp_path)

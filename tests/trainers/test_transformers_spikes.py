@@ -84,7 +84,7 @@ def test_the_gradient_norm_of_an_fp16_run_is_unscaled(tmp_path, monkeypatch, opt
 
         class Reads(TrainerCallback):
             def on_step_end(self, *_, **__):
-                seen.append(merging.session.statistics._last.read().norm)
+                seen.append(merging.session.progress.statistics._last.read().norm)
 
         merging = CheckpointMergeTrainerCallback(
             every_n_steps=100, dirpath=tmp_path / "merges", spike={"grad_norm": True}

@@ -137,7 +137,7 @@ class CheckpointMergeTrainerCallback(RunResults, TrainerCallback):
         if self.session:
             self.session.note_step(self._host.optimizers[0])
             if self._gradient_norm is not None:
-                self.session.statistics.set_gradient_norm(self._gradient_norm)
+                self.session.progress.statistics.set_gradient_norm(self._gradient_norm)
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Counts a micro-batch that no optimizer step was taken with."""

@@ -135,7 +135,7 @@ class MergedEvaluation:
             self._found.pop(prefix, None)
             self._failed.add(prefix)
             return None
-        scored = self._scored(found[0], prefix, session.step)
+        scored = self._scored(found[0], prefix, session.progress.step)
         return replace(scored, numbers=found[1], seconds=seconds + time.monotonic())
 
     def _compare(self, session: MergeSession, merge: Merge, evaluated: Evaluated) -> Scored | None:
