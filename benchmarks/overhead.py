@@ -120,14 +120,14 @@ class HooksInALoop(Callback):
     ) -> None:
         if trainer.global_step != self.at_step:
             return
-        progress, merging = step_progress(trainer), self.merging
+        progress, merging, optimizer = step_progress(trainer), self.merging, trainer.optimizers[0]
         for _ in range(self.repeats):
             progress.completed += 1
             start = time.perf_counter()
             for _ in range(6):  # Lightning names each hook of a step for its profiler
                 merging.state_key  # noqa: B018
             merging.on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            merging.on_before_optimizer_step(trainer, pl_module, trainer.optimizers[0])
+            merging.on_before_optimizer_step(trainer, pl_module, optimizer)
             merging.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             self.seconds.append(time.perf_counter() - start)
         progress.completed -= self.repeats

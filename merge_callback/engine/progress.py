@@ -84,13 +84,13 @@ class Progress:
         return self.phases.since * self.step // max(1, self.phases.steps)
 
     def begin_batch(self, batch: Any, tokens: int | Tensor | None) -> None:
-        """With the first batch, finds out whether tokens can be counted.
+        """With the first batch that is shown, finds out whether tokens can be counted.
 
         Raises:
             ValueError: if they can't, and the interval is in tokens.
             RemoteError: if another rank raises.
         """
-        if self.clock.countable is None and (batch is not None or tokens is not None):
+        if batch is not None or tokens is not None:
             error = _failure(self.clock.count, batch) if tokens is None else None
             needs_none = self._options.unit == "steps" or self._options.experts is not None
             bearable = isinstance(error, ValueError) and needs_none

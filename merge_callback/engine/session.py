@@ -178,7 +178,8 @@ class MergeSession:
         """
         if self.spikes:
             self.spikes.begin_batch(batch, batch_idx)
-        self.progress.begin_batch(batch, tokens)
+        if self.progress.clock.countable is None:
+            self.progress.begin_batch(batch, tokens)
 
     def note_step(self, optimizer: Optimizer) -> None:
         """Notes the learning rates and gradients of the optimizer step that is about to be taken."""

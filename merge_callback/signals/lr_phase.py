@@ -174,7 +174,8 @@ class LRPhaseDetector:
             trace.rate = rate
             if rate > trace.peak:  # comparisons, as max() takes three times as long, at every step
                 trace.peak = rate
-            self._read(now, math.log(max(rate, _FLOOR * trace.peak, 1e-30)))
+            floor = _FLOOR * trace.peak or 1e-30
+            self._read(now, math.log(rate if rate > floor else floor))
             if trace.settled < trace.peak and trace.phase is not Phase.WARMUP:
                 self._settle(now)
         return trace.phase

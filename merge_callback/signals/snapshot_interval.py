@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from merge_callback.signals.step_statistics import StepStatistics
-from merge_callback.signals.token_clock import TokenClock, crossed
+from merge_callback.signals.token_clock import TokenClock
 
 
 class Interval:
@@ -35,11 +35,16 @@ class Interval:
 
         Call it once after each step, when the statistics have ended the step.
         """
-        in_tokens = self.unit == "tokens"
-        if in_tokens and self.clock.is_near(self.every):
-            self.statistics.flush_to_clock()
-        before, self.mark = self.mark, self.clock.tokens if in_tokens else step
-        if not crossed(before, self.mark, self.every):
+        before, every = self.mark, self.every
+        if self.unit == "tokens":
+            clock = self.clock
+            # A step of up to twice the largest so far would cross a multiple.
+            if clock.largest == 0 or clock.tokens % every + 2 * clock.largest >= every:
+                self.statistics.flush_to_clock()
+            self.mark = clock.tokens
+        else:
+            self.mark = step
+        if self.mark // every == before // every:
             return False
         self.statistics.flush_to_clock()
         return True

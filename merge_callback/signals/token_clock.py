@@ -1,4 +1,4 @@
-"""Counts the tokens of a run, and tells when an interval of them has passed."""
+"""Counts the tokens of a run."""
 
 from __future__ import annotations
 
@@ -42,10 +42,6 @@ class TokenClock:
             self.tokens += int(tokens)
             self.largest = max(self.largest, int(tokens))
 
-    def is_near(self, every: int) -> bool:
-        """Whether a step of up to twice the largest so far would cross a multiple of ``every``."""
-        return self.largest == 0 or crossed(self.tokens, self.tokens + 2 * self.largest, every)
-
 
 def count_tokens(batch: Any) -> int:
     """Tokens in a batch: the elements of its token ids, padding included.
@@ -71,11 +67,6 @@ def count_tokens(batch: Any) -> int:
             "the batch to its number of tokens, or give the interval in steps with every_n_steps="
         )
     return tensor.numel()
-
-
-def crossed(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in ``(before, after]``."""
-    return after // every > before // every
 
 
 def _token_ids(batch: Any, depth: int = 4, named: bool = False) -> tuple[Tensor | None, bool]:

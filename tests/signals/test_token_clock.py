@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from merge_callback.signals.token_clock import TokenClock, count_tokens, crossed
+from merge_callback.signals.snapshot_interval import Interval
+from merge_callback.signals.token_clock import TokenClock, count_tokens
 
 IDS = torch.zeros(4, 8, dtype=torch.int64)
 
@@ -66,17 +67,38 @@ def test_an_own_counter_is_asked():
     assert clock.count({"mask": torch.tensor([1, 1, 0])}) == 2
 
 
-def test_a_crossing_is_near_where_a_step_of_twice_the_largest_would_bring_it():
-    clock = TokenClock()
-    assert clock.is_near(10**9)  # nothing is known yet
-    near = []
-    for tokens in (10, 4, 10, 10, 10, 10, 10, 10, 10):
-        clock.add(tokens)
-        near.append(clock.is_near(60))
-    assert near == [False, False, False, False, True, True, False, False, False]  # at 44 and 54
+class Waiting:
+    """Statistics that note after which steps their tokens are waited for."""
+
+    def __init__(self):
+        self.step, self.steps = 0, []
+
+    def flush_to_clock(self):
+        self.steps.append(self.step)
 
 
-def test_an_interval_is_crossed_once_however_large_the_steps():
-    marks = [0, 3, 9, 10, 11, 35, 40]
-    due = [crossed(before, after, 10) for before, after in pairwise(marks)]
-    assert due == [False, False, True, False, True, True]
+def run(marks, every, unit):
+    """The steps at which the interval is over, and those whose tokens were waited for."""
+    clock, statistics = TokenClock(), Waiting()
+    interval, due = Interval(every, unit, clock, statistics, 0), []
+    for step, (before, after) in enumerate(pairwise([0, *marks]), start=1):
+        statistics.step = step
+        clock.add(after - before)
+        if interval.is_over(step if unit == "tokens" else after):
+            due.append(step)
+    return due, [*dict.fromkeys(statistics.steps)]
+
+
+def test_tokens_are_waited_for_where_a_step_of_twice_the_largest_would_end_the_interval():
+    due, waited = run([10, 14, 24, 34, 44, 54, 64, 74, 84], 60, "tokens")
+    assert (due, waited) == ([7], [5, 6, 7])  # at 44 and 54
+
+
+def test_nothing_is_known_of_a_run_without_tokens_so_they_are_waited_for():
+    assert run([0, 0], 10**9, "tokens") == ([], [1, 2])
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens"])
+def test_an_interval_is_over_once_however_large_the_steps(unit):
+    due, _ = run([3, 9, 10, 11, 35, 40], 10, unit)
+    assert due == [3, 5, 6]
