@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -146,7 +147,7 @@ def accuracies(weights: Weights, tasks: Sequence[Task], part: str) -> list[float
 
 def mean(values: Sequence[float]) -> float:
     """The mean of some numbers."""
-    return sum(values) / len(values)
+    return fmean(values)
 
 
 def new_expert(kind: str, base: Weights) -> Any:

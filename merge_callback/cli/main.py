@@ -4,6 +4,7 @@ Every subcommand imports what it needs when it runs: merging files must not wait
 """
 
 import argparse
+import gc
 import math
 import os
 import re
@@ -74,8 +75,12 @@ _ON_FILES = {
 
 def run() -> None:
     """The process of the command: runs it, and ends."""
+    is_on_files = not _ON_FILES.isdisjoint(sys.argv[1:2])
+    if is_on_files:
+        # Modules are imported, and none of it is garbage: looking for that takes a sixth of the time.
+        gc.set_threshold(100_000)
     status = main()
-    if sys.argv[1] in _ON_FILES:
+    if is_on_files:
         # Its work is on the disk, and nobody waits for anything but its end. To tear torch down takes the
         # interpreter .4 s, which is an eighth of merging ten checkpoints.
         with suppress(BrokenPipeError):
