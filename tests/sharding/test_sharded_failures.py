@@ -233,6 +233,8 @@ CASES = {
     "publishing second": (publishing, {"nth": 2, "strategy": "fsdp2"}),
 }
 SLOW = {"spoilt ddp 0", "writing 1", "writing without memory", "listing in memory", "publishing second"}
+MAPPED = "mapping what was made whole"
+SLOW |= {MAPPED, "receiving"}
 """Another of these cases fails at the same place on another rank or under another strategy."""
 
 DROPPED = [
@@ -304,7 +306,7 @@ def test_a_snapshot_in_memory_that_could_not_be_written_is_everybodys(runs, case
     assert any(f"step {AT}" in line for line in runs[case][0].told)
 
 
-@pytest.mark.parametrize("case", ["making whole", "mapping what was made whole"])
+@pytest.mark.parametrize("case", some_slow(["making whole", MAPPED], [MAPPED]))
 def test_a_window_whose_second_snapshot_one_rank_can_not_make_whole_is_one_longer_on_all(runs, folder, case):
     for rank in runs[case]:
         assert rank.windows[11] == [2, 4, 6, 8, 10]
@@ -333,7 +335,7 @@ def test_a_merge_that_fails_on_one_rank_is_nobodys(runs, case):
         assert rank.windows == runs["plain"][0].windows
 
 
-@pytest.mark.parametrize("case", ["sending", "receiving", "preparing"])
+@pytest.mark.parametrize("case", some_slow(["sending", "receiving", "preparing"], ["receiving"]))
 def test_an_emission_that_one_rank_can_not_give_its_part_of_is_one_less(runs, folder, case):
     found, expected = (set(published(folder / name)) for name in (case, "plain"))
     assert len(expected - found) == 1
