@@ -45,9 +45,9 @@ class Healthy(LightningModule, ABC):
     def draw(self, index: int, g: Generator) -> Batch:
         """The batch of this index, with the generator that belongs to it."""
 
-    @abstractmethod
     def loss(self, batch: Any) -> Tensor:
-        """The training loss of a batch."""
+        """The training loss of a batch, of a task without a training step of its own."""
+        raise NotImplementedError
 
     @abstractmethod
     def score(self) -> float:
