@@ -26,6 +26,7 @@ from merge_callback import CheckpointMergeCallback, SpikeOptions
 
 EVALUATION, EVIDENCE, ARENA = "lightning/merged_validation.py", "recovery/evidence.py", "snapshots/arena.py"
 RECOVERY, POLICY, KEEPER = "recovery/restore.py", "recovery/spike_policy.py", "engine/snapshot_pipeline.py"
+EMISSIONS = "engine/emissions.py"
 
 PARTS = {
     "merged validation": ((EVALUATION, "validate_with"), (EVALUATION, "validate_with"), 2),
@@ -35,7 +36,7 @@ PARTS = {
     "live weights come back from the trial": ((ARENA, "copy_to"), (ARENA, "copy_to"), 1),
     "restore": ((RECOVERY, "restore"), (POLICY, "_restore"), 1),
     "snapshot": ((KEEPER, "take"), (KEEPER, "take"), 3),
-    "emission": ((KEEPER, "_publish"), (KEEPER, "_publish"), 2),
+    "emission": ((EMISSIONS, "_publish"), (EMISSIONS, "_publish"), 2),
 }
 """The function that a part begins with, the one whose return ends it, and which of its calls is meant."""
 
