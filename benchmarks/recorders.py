@@ -19,7 +19,7 @@ def on_one_quiet_thread() -> None:
 
 
 class Losses(Callback):
-    """Notes the loss of every batch; NaN where there is none."""
+    """Notes the loss of every batch, NaN for a batch without one."""
 
     def __init__(self) -> None:
         self.values: list[float] = []

@@ -76,19 +76,8 @@ def restored(
 MEAN = "the weights are the mean of earlier snapshots, and the losses finite again"
 
 
-@SECTION.check("fp32, window on disk", MEAN)
-def disk(machine: Machine) -> Outcome:
-    return restored(machine, storage="disk")
-
-
-@SECTION.check("fp32, window on the device", MEAN)
-def device(machine: Machine) -> Outcome:
-    return restored(machine, storage="device")
-
-
-@SECTION.check("fp32, window in host memory", MEAN)
-def host(machine: Machine) -> Outcome:
-    return restored(machine, storage="cpu")
+for where, storage in (("on disk", "disk"), ("on the device", "device"), ("in host memory", "cpu")):
+    SECTION.check(f"fp32, window {where}", MEAN)(partial(restored, storage=storage))
 
 
 @SECTION.check("bf16-mixed, fused AdamW", MEAN)

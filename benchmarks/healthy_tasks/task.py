@@ -28,6 +28,8 @@ class Healthy(LightningModule, ABC):
     learning_rate = 1e-3
     seed = 0
     """Of the data."""
+    loss: Callable[[Any], Tensor]
+    """The training loss of a batch; a task with a training step of its own has none."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -44,10 +46,6 @@ class Healthy(LightningModule, ABC):
     @abstractmethod
     def draw(self, index: int, g: Generator) -> Batch:
         """The batch of this index, with the generator that belongs to it."""
-
-    def loss(self, batch: Any) -> Tensor:
-        """The training loss of a batch, of a task without a training step of its own."""
-        raise NotImplementedError
 
     @abstractmethod
     def score(self) -> float:

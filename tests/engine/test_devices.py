@@ -9,7 +9,7 @@ from torch import nn
 from training_runs import Classifier, Probe, assert_mean, loader, seed, train
 
 from merge_callback import CheckpointMergeCallback, load_merge
-from merge_callback.trainers.loop import compute_device
+from merge_callback.trainers.loop_host import compute_device
 
 CPU = torch.device("cpu")
 

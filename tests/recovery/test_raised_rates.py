@@ -87,8 +87,8 @@ class Loop:
         return self
 
 
-def restored(folder, latest):
-    """The first restore, which goes back to three snapshots from before the rate was raised."""
+def assert_restored(folder, latest):
+    """The first restore goes back to three snapshots from before the rate was raised; returns its event."""
     first = next(event for event in events(folder) if event["event"] == "restore")
     assert RAISED <= first["onset"] <= first["step"] <= latest
     assert len(used(first)) == 3
@@ -109,7 +109,7 @@ def test_a_surge_of_the_first_rate_is_seen_whatever_the_length_of_the_run(length
     fit = {**LENGTHS[length]}
     steps, build, spike = fit.pop("max_steps"), lambda: Deep(surge), {**SPIKE, "evidence": "batch"}
     run = spiking(tmp_path, data, steps, build, [EndsAfter(300)], spike, fit, window=30)
-    first = restored(tmp_path, RAISED + 45)
+    first = assert_restored(tmp_path, RAISED + 45)
     assert first["evidence"]["live"] > first["threshold"]
     assert run.watch.losses[300] < first["threshold"]
 
@@ -120,7 +120,7 @@ def test_a_first_rate_that_is_raised_for_good_is_seen_by_a_loop_of_ones_own(tota
     loop = Loop(tmp_path, for_good, lr, total_steps=total)
     with loop.merger:
         loop.train(range(RAISED + 80))
-    restored(tmp_path, RAISED + 70)
+    assert_restored(tmp_path, RAISED + 70)
 
 
 def test_a_resumed_run_with_a_rate_that_is_too_high_is_restored(tmp_path):
@@ -134,7 +134,7 @@ def test_a_resumed_run_with_a_rate_that_is_too_high_is_restored(tmp_path):
     second.merger.load_state_dict(state)
     with second.merger:
         second.train(range(RAISED, RAISED + 80))
-    restored(tmp_path, RAISED + 70)
+    assert_restored(tmp_path, RAISED + 70)
 
 
 @pytest.mark.parametrize("total", [None, 10_000])
