@@ -1,1 +1,1 @@
-"""Checks the project on one NVIDIA GPU, in less than eight minutes."""
+"""Checks the project on one NVIDIA GPU."""

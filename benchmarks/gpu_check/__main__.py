@@ -1,4 +1,4 @@
-"""Checks the project on one NVIDIA GPU, in less than eight minutes.
+"""Checks the project on one NVIDIA GPU; it ends itself after eight minutes.
 
     python -m benchmarks.gpu_check --out results                 # from the root of the repository
     python -m benchmarks.gpu_check --sections kernels bandwidth  # some of it

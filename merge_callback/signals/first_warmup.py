@@ -17,7 +17,7 @@ _TAKEN_BACK = 0.25  # the share of what the run has learned; diverged byte-level
 _FAR = 4.0  # times as far as the threshold, for a run that has learned too little to tell by that
 
 LASTING = 64
-"""Values of which three in four are outliers after a divergence; among those of good runs were 42 at most."""
+"""Values of which three in four are outliers after a divergence; good runs had 42 at most, counted later."""
 
 
 def limit(baseline: float, threshold: float, start: Sequence[float]) -> float:
