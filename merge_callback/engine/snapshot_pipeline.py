@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any, SupportsFloat, TypeVar
 
-from merge_callback.analysis.layer_groups import layer_groups
-from merge_callback.diversity.functional import Features
 from merge_callback.engine.advice import Advice
 from merge_callback.engine.background import Background, Done
 from merge_callback.engine.candidates import Candidates, Evaluate, Lower, Scores, Source
@@ -20,9 +16,9 @@ from merge_callback.engine.comparison import Comparison
 from merge_callback.engine.emissions import Emissions
 from merge_callback.engine.history import History
 from merge_callback.engine.probe import Probe
+from merge_callback.engine.snapshot_report import LayerDiversity, SnapshotReport
 from merge_callback.engine.validations import Scored, closing_line, gains
 from merge_callback.messages import info, warn
-from merge_callback.metrics import DIVERSITY, DIVERSITY_CHANGE, DIVERSITY_RMS, LR_RATIO, PHASE, TOKENS, WINDOW
 from merge_callback.options import Options
 from merge_callback.publish import Publisher
 from merge_callback.publish.export import Naming
@@ -33,7 +29,7 @@ from merge_callback.signals.lr_phase import Phase
 from merge_callback.snapshots.capture import ModelTensors
 from merge_callback.snapshots.live_copy import Captured
 from merge_callback.snapshots.merge import Merge, NonFiniteMergeError
-from merge_callback.snapshots.running import RunningAverages, Stored
+from merge_callback.snapshots.running import RunningAverages
 from merge_callback.snapshots.snapshot import Snapshot
 from merge_callback.snapshots.window import Window
 from merge_callback.snapshots.window_merger import WindowMerger
@@ -45,22 +41,6 @@ _T = TypeVar("_T")
 _PATIENCE = 600.0  # seconds that a checkpoint waits for the work under way
 
 _NOTICEABLE = 1.0  # seconds of waiting from which on the user is warned
-
-
-@dataclass
-class _Report:
-    """What is logged about a snapshot, and at which step; ``stall`` are the seconds that training waited."""
-
-    logged_step: int
-    phase: Phase
-    snapshot: Snapshot
-    stall: float = 0.0
-    window: int = 0
-    segment: list[Snapshot] = field(default_factory=list)
-    diversity: dict[str, Any] | None = None
-    features: Features | None = None
-    averages: Sequence[Stored] = ()
-    functional: dict[str, float] = field(default_factory=dict)
 
 
 class SnapshotPipeline:
@@ -115,8 +95,8 @@ class SnapshotPipeline:
         numel = sum(group.numel for group in trained.groups)
         self.advice = Advice(options.window, numel, host.total_steps)
         self._pending: Done | None = None  # set when the last snapshot is in the window
-        self._reports: list[_Report] = []
-        self._layers: dict[str, list[str]] = {}  # the names of the measured tensors, by layer
+        self._reports: list[SnapshotReport] = []
+        self._layers = LayerDiversity()
         self._logged: dict[str, float] = {}  # metrics that loggers have, and callbacks do not have yet
         self._warned_of_waiting = False
 
@@ -154,7 +134,7 @@ class SnapshotPipeline:
         stall = -time.monotonic()
         self._wait_for_the_last(snapshot.step)
         hold = self.emissions.begin_interval(self._validates)
-        report = _Report(self.host.log_step, phase, snapshot)
+        report = SnapshotReport(self.host.log_step, phase, snapshot)
         with evaluated_weights(self.host.optimizers):
             report.features = self.probe.run() if self.probe else None
             model, captured = self._capture(live, snapshot.step)
@@ -365,7 +345,7 @@ class SnapshotPipeline:
     # In the background, one job after the other.
 
     def _keep(
-        self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool, hold: bool
+        self, model: ModelTensors, captured: Captured, report: SnapshotReport, may_publish: bool, hold: bool
     ) -> None:
         """Adds a captured snapshot to the window, then measures, merges and publishes.
 
@@ -379,7 +359,7 @@ class SnapshotPipeline:
             log.exception("merge: the snapshot of step %s failed; training goes on", report.snapshot.step)
 
     def _take_in(
-        self, model: ModelTensors, captured: Captured, report: _Report, may_publish: bool, hold: bool
+        self, model: ModelTensors, captured: Captured, report: SnapshotReport, may_publish: bool, hold: bool
     ) -> None:
         seconds = -time.monotonic()
         self._warn_of_cuts()  # first, because a delta is taken to a snapshot in the window
@@ -392,32 +372,21 @@ class SnapshotPipeline:
         self._without_altered(partial(self._merger.measure, model, merge=emit or self._validates))
         if emit:
             self._emit(model, hold)
-        report.window, report.segment = len(self._window), self._window.segment()
+        report.window = [kept.step for kept in self._window.snapshots]
+        report.segment = self._window.segment()
         report.diversity = self._merger.diversity
         self._reports.append(report)
         self._record(report, seconds + time.monotonic())
 
-    def _record(self, report: _Report, seconds: float) -> None:
-        snapshot, window = report.snapshot, self._window.snapshots
+    def _record(self, report: SnapshotReport, seconds: float) -> None:
         self.host.record(
             "snapshot",
-            snapshot.step,
-            tokens=snapshot.tokens,
-            lr=snapshot.lr,
-            phase=snapshot.phase,
-            bytes=self._window.store.sizes[len(window) > 1],
-            stall=report.stall,
+            report.snapshot.step,
+            **report.record,
+            bytes=self._window.store.sizes[len(report.window) > 1],
             background=seconds,
-            window=[kept.step for kept in window],
-            diversity=report.diversity and report.diversity["rms"],
-            layers=self._diversity_of_layers(),
+            layers=self._layers.of(self._merger.rms_by_tensor),
         )
-
-    def _diversity_of_layers(self) -> dict[str, float]:
-        values = self._merger.rms_by_tensor
-        if values.keys() != {name for names in self._layers.values() for name in names}:
-            self._layers = layer_groups(values)
-        return {group: fmean(values[name] for name in names) for group, names in self._layers.items()}
 
     def _append(self, snapshot: Snapshot, captured: Captured) -> bool:
         """Adds a captured snapshot to the window; returns whether that succeeded."""
@@ -481,23 +450,12 @@ class SnapshotPipeline:
 
     # In training's thread again.
 
-    def _log(self, report: _Report) -> None:
-        snapshot, diversity = report.snapshot, report.diversity
-        metrics: dict[str, float] = {
-            PHASE: report.phase.code,
-            LR_RATIO: snapshot.lr_ratio,
-            WINDOW: report.window,
-        }
-        if snapshot.tokens is not None:
-            metrics[TOKENS] = snapshot.tokens
-        if diversity is not None:
-            metrics[DIVERSITY_RMS] = diversity["rms"]
-            metrics[DIVERSITY_CHANGE] = diversity["change_percent"]
-        metrics |= {f"{DIVERSITY}{name}": value for name, value in report.functional.items()}
+    def _log(self, report: SnapshotReport) -> None:
+        snapshot, metrics = report.snapshot, report.metrics
         log_metrics(self.host, metrics, snapshot.step, report.logged_step)
         self._logged |= metrics
         self.history.add_snapshot(snapshot, metrics)
-        if line := self.advice.after_snapshot(snapshot, report.segment, diversity):
+        if line := self.advice.after_snapshot(snapshot, report.segment, report.diversity):
             self._advise(snapshot.step, line)
 
     def _advise(self, step: int, line: str) -> None:
